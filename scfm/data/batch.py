@@ -1,0 +1,135 @@
+"""`CellBatch`: cells end to end, with no padding."""
+
+# Axes: B cells, T packed tokens.
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellBatch:
+    """Ragged cells packed end to end; the only form in which tensors travel through the package.
+
+    Attributes
+    ----------
+    gene_ids_T
+        Token ids, shape (T,), int32.
+    cu_seqlens
+        Cell boundaries, shape (B + 1,), first 0, last T; int32 in a batch, int64 for a whole data set.
+    values_T
+        What the encoding says of each token (bin, bucket, log-expression), shape (T,), float32; None for rank encodings.
+    n_known
+        For the generative mask: how many leading tokens of each cell are known, shape (B,), int32; None when all are.
+    cell_index_B
+        Row of each cell in its source, shape (B,), int64.
+    labels_B
+        Class of each cell, shape (B,), int64, -1 where unlabelled.
+    batch_ids_B
+        Experimental batch of each cell, shape (B,), int64.
+    depth_B
+        Total counts of each cell over all genes of its matrix, shape (B,), float32.
+    """
+
+    gene_ids_T: Tensor
+    cu_seqlens: Tensor
+    values_T: Tensor | None = None
+    n_known: Tensor | None = None
+    cell_index_B: Tensor | None = None
+    labels_B: Tensor | None = None
+    batch_ids_B: Tensor | None = None
+    depth_B: Tensor | None = None
+
+    @property
+    def n_cells(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return self.gene_ids_T.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.gene_ids_T.device
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.cu_seqlens.diff()
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CellBatch:
+        """Move every tensor to `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CellBatch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def replace(self, **changes: Tensor | None) -> CellBatch:
+        return dataclasses.replace(self, **changes)
+
+    def select(self, cells: Sequence[int] | Tensor) -> CellBatch:
+        """Take the given cells, in the given order, as a new batch with int32 boundaries."""
+        cells_B = torch.as_tensor(cells, dtype=torch.int64, device=self.device)
+        starts_B = self.cu_seqlens[:-1].long()[cells_B]
+        lengths_B = self.lengths_B.long()[cells_B]
+        cu_seqlens = torch.zeros(len(cells_B) + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(lengths_B, 0, out=cu_seqlens[1:])
+        if int(cu_seqlens[-1]) > torch.iinfo(torch.int32).max:
+            raise ValueError(
+                f"A batch of {len(cells_B)} cells holds {int(cu_seqlens[-1])} tokens, more than int32 boundaries "
+                "can count (2,147,483,647). Take fewer cells at a time."
+            )
+        token_T = torch.arange(int(cu_seqlens[-1]), device=self.device)
+        token_T += torch.repeat_interleave(starts_B - cu_seqlens[:-1], lengths_B)
+        return CellBatch(
+            gene_ids_T=self.gene_ids_T[token_T],
+            cu_seqlens=cu_seqlens.to(torch.int32),
+            values_T=None if self.values_T is None else self.values_T[token_T],
+            **{
+                name: None if (tensor := getattr(self, name)) is None else tensor[cells_B]
+                for name in ("n_known", "cell_index_B", "labels_B", "batch_ids_B", "depth_B")
+            },
+        )
+
+    def cell_of_token_T(self) -> Tensor:
+        """Which cell each token belongs to, shape (T,), int64."""
+        return torch.repeat_interleave(
+            torch.arange(self.n_cells, device=self.device), self.lengths_B.long(), output_size=self.n_tokens
+        )
+
+    def position_T(self) -> Tensor:
+        """Place of each token in its cell, from 0, shape (T,), int64."""
+        starts_T = torch.repeat_interleave(
+            self.cu_seqlens[:-1].long(), self.lengths_B.long(), output_size=self.n_tokens
+        )
+        return torch.arange(self.n_tokens, device=self.device) - starts_T
+
+    @staticmethod
+    def concat(batches: Sequence[CellBatch]) -> CellBatch:
+        """Join batches end to end; boundaries become int64 where int32 cannot count the tokens."""
+        total = sum(batch.n_tokens for batch in batches)
+        dtype = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
+        cu_seqlens = torch.zeros(sum(batch.n_cells for batch in batches) + 1, dtype=torch.int64)
+        torch.cumsum(torch.cat([batch.lengths_B.long() for batch in batches]), 0, out=cu_seqlens[1:])
+        joined: dict[str, Tensor | None] = {"cu_seqlens": cu_seqlens.to(dtype)}
+        for field in dataclasses.fields(CellBatch):
+            if field.name == "cu_seqlens":
+                continue
+            parts = [getattr(batch, field.name) for batch in batches]
+            joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
+        return CellBatch(**joined)  # type: ignore[arg-type]
+
+    def _map(self, move: object) -> CellBatch:
+        changes = {
+            field.name: move(tensor)  # type: ignore[operator]
+            for field in dataclasses.fields(self)
+            if (tensor := getattr(self, field.name)) is not None
+        }
+        return dataclasses.replace(self, **changes)
