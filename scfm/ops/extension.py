@@ -1,0 +1,49 @@
+"""Loading of the compiled kernels, and what can be said about them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+
+
+@cache
+def load_extension() -> tuple[Path | None, str]:
+    """Load `scfm/_C`, once; returns its path (None where it is not active) and the reason in words."""
+    if os.environ.get("SCFM_DISABLE_EXT", "") not in ("", "0"):
+        return None, "turned off by SCFM_DISABLE_EXT"
+    spec = importlib.util.find_spec("scfm._C")
+    if spec is None or spec.origin is None:
+        return None, "not built: install with a C++ compiler (`pip install . --no-build-isolation`)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except (OSError, RuntimeError) as error:
+        return None, f"cannot be loaded: {error}"
+    return Path(spec.origin), "loaded"
+
+
+def extension_available() -> bool:
+    return load_extension()[0] is not None
+
+
+def extension_info() -> dict[str, object]:
+    """What `scfm doctor` prints of the compiled kernels.
+
+    Returns
+    -------
+    `available` (bool), `reason` (str), `isa` (the instruction set in use, "" without the extension), `path` (str or
+    None), and `backends` (those that :func:`scfm.ops.attention` can use on this machine).
+    """
+    path, reason = load_extension()
+    return {
+        "available": path is not None,
+        "reason": reason,
+        "isa": "" if path is None else ISA_NAMES[torch.ops.scfm.cpu_isa()],
+        "path": None if path is None else str(path),
+        "backends": ("torch",) if path is None else ("fused", "torch"),
+    }

@@ -1,0 +1,188 @@
+"""Ragged attention in plain torch, forward and backward, one cell and one chunk of queries at a time."""
+
+# Axes: T packed tokens (Tq queries, Tk keys), H heads, K head width, Q queries of a chunk, N keys of a cell.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# Scores held at once: (heads, 256 queries, keys of a cell). Large enough that the matrix products run at full speed.
+QUERIES_PER_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell's place among the packed tokens."""
+
+    start_q: int
+    end_q: int
+    start_k: int
+    n_keys: int  # keys that every query of the cell may see
+    n_known: int | None  # queries from here on see their own key as well
+
+    def chunks(self) -> Iterator[tuple[int, int, bool]]:
+        """Ranges of queries, and whether they see their own key; no range straddles the last known one."""
+        first_unknown = self.end_q if self.n_known is None else self.start_q + self.n_known
+        for begin, end, sees_itself in (
+            (self.start_q, first_unknown, False),
+            (first_unknown, self.end_q, True),
+        ):
+            for start in range(begin, end, QUERIES_PER_CHUNK):
+                yield start, min(start + QUERIES_PER_CHUNK, end), sees_itself
+
+
+def cells_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor | None) -> Iterator[Cell]:
+    bounds = cu_seqlens.tolist()
+    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    known = None if n_known is None else n_known.tolist()
+    for cell in range(len(bounds) - 1):
+        length_k = bounds_k[cell + 1] - bounds_k[cell]
+        limit = None if known is None else known[cell]
+        yield Cell(bounds[cell], bounds[cell + 1], bounds_k[cell], length_k if limit is None else limit, limit)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    n_known: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query and, where asked for, its log-sum-exp.
+
+    Shapes as in :func:`scfm.ops.attention`; `key_bias` is (Tk, H). Returns `out` (Tq, H, K) in the dtype of `q` and
+    `lse` (Tq, H) in float32 (float64 for float64 input), or (0, H) when not asked for.
+    """
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.full((q.shape[0] if return_lse else 0, q.shape[1]), -math.inf, dtype=_compute_dtype(q), device=q.device)
+    for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
+        if cell.n_keys == 0 and n_known is None:
+            continue
+        if n_known is None and key_bias is None and not return_lse:
+            out[cell.start_q : cell.end_q] = _torch_attention(q, k, v, cell, scale)
+            continue
+        for start, end, sees_itself in cell.chunks():
+            scores_HQN = _scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+            lse_HQ = _finite_lse(scores_HQN)
+            if return_lse:
+                lse[start:end] = torch.where(lse_HQ == math.inf, -math.inf, lse_HQ).T
+            probs_HQN = torch.exp(scores_HQN - lse_HQ[..., None])
+            out[start:end] = _mix(probs_HQN, v, cell, start, end).to(q.dtype)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    n_known: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `q`, `k`, `v` and `key_bias` ((Tk, H), or (0, H) without one), scores recomputed chunk by chunk."""
+    dtype = _compute_dtype(q)
+    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    grad_k = torch.zeros(k.shape, dtype=dtype, device=k.device)
+    grad_v = torch.zeros(v.shape, dtype=dtype, device=v.device)
+    grad_bias = torch.zeros((0 if key_bias is None else k.shape[0], q.shape[1]), dtype=dtype, device=q.device)
+    for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
+        keys = slice(cell.start_k, cell.start_k + cell.n_keys)
+        for start, end, sees_itself in cell.chunks():
+            if cell.n_keys == 0 and not sees_itself:
+                continue
+            scores_HQN = _scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+            probs_HQN = torch.exp(scores_HQN - _finite_lse(scores_HQN)[..., None])
+            grad_HQK = grad_out[start:end].to(dtype).transpose(0, 1)
+            delta_HQ = (grad_HQK * out[start:end].to(dtype).transpose(0, 1)).sum(-1)
+            if grad_lse is not None:
+                delta_HQ = delta_HQ - grad_lse[start:end].to(dtype).T
+            grad_probs_HQN = grad_HQK @ v[keys].to(dtype).permute(1, 2, 0)
+            if sees_itself:
+                own_HQ = (grad_HQK * v[start:end].to(dtype).transpose(0, 1)).sum(-1)
+                grad_probs_HQN = torch.cat([grad_probs_HQN, own_HQ[..., None]], -1)
+            grad_scores_HQN = probs_HQN * (grad_probs_HQN - delta_HQ[..., None])
+
+            known = slice(None, cell.n_keys)
+            query_HQK = q[start:end].to(dtype).transpose(0, 1)
+            grad_query_HQK = grad_scores_HQN[..., known] @ k[keys].to(dtype).transpose(0, 1)
+            grad_k[keys] += (grad_scores_HQN[..., known].mT @ query_HQK).transpose(0, 1) * scale
+            grad_v[keys] += (probs_HQN[..., known].mT @ grad_HQK).transpose(0, 1)
+            if key_bias is not None:
+                grad_bias[keys] += grad_scores_HQN[..., known].sum(1).T
+            if sees_itself:
+                own_HQ1 = grad_scores_HQN[..., -1:]
+                grad_query_HQK = grad_query_HQK + own_HQ1 * k[start:end].to(dtype).transpose(0, 1)
+                grad_k[start:end] = (own_HQ1 * query_HQK).transpose(0, 1) * scale
+                grad_v[start:end] = (probs_HQN[..., -1:] * grad_HQK).transpose(0, 1)
+                if key_bias is not None:
+                    grad_bias[start:end] = own_HQ1[..., 0].T
+            grad_q[start:end] = (grad_query_HQK * scale).transpose(0, 1).to(q.dtype)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, cell: Cell, scale: float) -> Tensor:
+    keys = slice(cell.start_k, cell.start_k + cell.n_keys)
+    query_1HQK = q[cell.start_q : cell.end_q].transpose(0, 1)[None]
+    out_1HQK = scaled_dot_product_attention(
+        query_1HQK, k[keys].transpose(0, 1)[None], v[keys].transpose(0, 1)[None], scale=scale
+    )
+    return out_1HQK[0].transpose(0, 1)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    cell: Cell,
+    start: int,
+    end: int,
+    sees_itself: bool,
+    scale: float,
+) -> Tensor:
+    """Scaled and biased scores (H, Q, N) of a chunk of queries; a last column holds each query's own key."""
+    dtype = _compute_dtype(q)
+    keys = slice(cell.start_k, cell.start_k + cell.n_keys)
+    query_HQK = q[start:end].to(dtype).transpose(0, 1) * scale
+    scores_HQN = query_HQK @ k[keys].to(dtype).permute(1, 2, 0)
+    if key_bias is not None:
+        scores_HQN += key_bias[keys].to(dtype).T[:, None]
+    if not sees_itself:
+        return scores_HQN
+    own_HQ = (query_HQK * k[start:end].to(dtype).transpose(0, 1)).sum(-1)
+    if key_bias is not None:
+        own_HQ = own_HQ + key_bias[start:end].to(dtype).T
+    return torch.cat([scores_HQN, own_HQ[..., None]], -1)
+
+
+def _finite_lse(scores_HQN: Tensor) -> Tensor:
+    """Log-sum-exp, +inf for a query that sees no key, so that its probabilities come out as 0 and not as NaN."""
+    lse_HQ = torch.logsumexp(scores_HQN, -1)
+    return torch.where(lse_HQ == -math.inf, math.inf, lse_HQ)
+
+
+def _mix(probs_HQN: Tensor, v: Tensor, cell: Cell, start: int, end: int) -> Tensor:
+    dtype = probs_HQN.dtype
+    keys = slice(cell.start_k, cell.start_k + cell.n_keys)
+    mixed_HQK = probs_HQN[..., : cell.n_keys] @ v[keys].to(dtype).transpose(0, 1)
+    if probs_HQN.shape[-1] > cell.n_keys:
+        mixed_HQK = mixed_HQK + probs_HQN[..., -1:] * v[start:end].to(dtype).transpose(0, 1)
+    return mixed_HQK.transpose(0, 1)

@@ -1,0 +1,103 @@
+"""Operators under `torch.ops.scfm`: schemas of the plain-torch ones, fake tensors and gradients of all."""
+
+# Axes: T packed tokens (Tq queries, Tk keys), H heads, K head width.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfm.ops.extension import load_extension
+from scfm.ops.reference import attention as reference
+
+_LIBRARY = torch.library.Library("scfm", "FRAGMENT")
+
+_BOUNDS = "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale"
+
+
+def register() -> None:
+    """Define the plain-torch operators, and give these and the compiled ones fake tensors and gradients."""
+    _LIBRARY.define(
+        f"torch_attention_forward(Tensor q, Tensor k, Tensor v, {_BOUNDS}, bool return_lse) -> (Tensor, Tensor)"
+    )
+    _LIBRARY.define(
+        "torch_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+        f"{_BOUNDS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    _LIBRARY.impl("torch_attention_forward", reference.forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl("torch_attention_backward", reference.backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("scfm::torch_attention_forward", _fake_torch_forward, lib=_LIBRARY)
+    torch.library.register_fake("scfm::torch_attention_backward", _fake_torch_backward, lib=_LIBRARY)
+    torch.library.register_autograd(
+        "scfm::torch_attention_forward", _torch_backward, setup_context=_torch_context, lib=_LIBRARY
+    )
+    if load_extension()[0] is not None:
+        torch.library.register_fake("scfm::attention_forward", _fake_fused_forward, lib=_LIBRARY)
+        torch.library.register_fake("scfm::attention_backward", _fake_fused_backward, lib=_LIBRARY)
+        torch.library.register_autograd(
+            "scfm::attention_forward", _fused_backward, setup_context=_fused_context, lib=_LIBRARY
+        )
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _fake_torch_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return_lse = rest[-1]
+    return _contiguous_like(q), q.new_empty((q.shape[0] if return_lse else 0, q.shape[1]), dtype=_lse_dtype(q))
+
+
+def _fake_fused_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = q.new_empty((0 if key_bias is None else k.shape[0], q.shape[1]), dtype=_lse_dtype(q))
+    return _contiguous_like(q), _contiguous_like(k), _contiguous_like(v), grad_bias
+
+
+def _fake_torch_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *bounds: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_gradients(q, k, v, bounds[3])
+
+
+def _fake_fused_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *bounds: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_gradients(q, k, v, bounds[3])
+
+
+def _torch_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, _ = inputs
+    ctx.save_for_backward(q, k, v, output[0], cu_seqlens, cu_seqlens_k, n_known, key_bias)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _torch_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, *bounds = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = torch.ops.scfm.torch_attention_backward(grad_out, grad_lse, q, k, v, out, *bounds, ctx.scale)
+    return *grads[:3], None, None, None, None if bounds[3] is None else grads[3], None, None
+
+
+def _fused_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k, n_known, key_bias)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _fused_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *bounds = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = torch.ops.scfm.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *bounds, ctx.scale)
+    return *grads[:3], None, None, None, None if bounds[3] is None else grads[3], None
