@@ -1,0 +1,26 @@
+"""From raw counts to tokens: vocabulary, gene maps, and four encodings behind one protocol."""
+
+from scfm.encoding.base import Encoding
+from scfm.encoding.bin import BinEncoding
+from scfm.encoding.bucket import BucketEncoding
+from scfm.encoding.build import build_vocabulary, encoding_from_dict, make_encoding
+from scfm.encoding.config import EncodingConfig
+from scfm.encoding.continuous import ContinuousEncoding
+from scfm.encoding.genes import GeneMap, GeneReport
+from scfm.encoding.rank import RankEncoding
+from scfm.vocab import Vocabulary
+
+__all__ = [
+    "BinEncoding",
+    "BucketEncoding",
+    "ContinuousEncoding",
+    "Encoding",
+    "EncodingConfig",
+    "GeneMap",
+    "GeneReport",
+    "RankEncoding",
+    "Vocabulary",
+    "build_vocabulary",
+    "encoding_from_dict",
+    "make_encoding",
+]

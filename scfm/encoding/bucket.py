@@ -1,0 +1,50 @@
+"""Bucket encoding: every gene of a fixed panel with the whole part of its log2 expression (scBERT)."""
+
+# Axes: B cells, T packed tokens.
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos
+from scfm.encoding.genes import GeneMap
+from scfm.encoding.ragged import best_T, expressed, with_zeros
+
+
+class BucketEncoding(Encoding):
+    """Gives each gene of the vocabulary the bucket ``min(floor(log2(1 + x)), n_bins - 1)`` of its normalised count x.
+
+    Tokens ascend by id; with `add_eos` (the default) scBERT's trailing position follows, in bucket 0.
+
+    Notes
+    -----
+    scBERT (Yang et al. 2022). Bucket k starts where x reaches 2^k - 1, and is found by that comparison in float64:
+    no logarithm is taken, so a value that falls on a border cannot be rounded to the wrong side of it.
+    """
+
+    kind = "bucket"
+
+    def _encode_numpy(
+        self, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
+    ) -> Tokens:
+        config = self.config
+        cells = expressed(block, genes)
+        total_B = cells.totals_B() if config.depth_over == "vocabulary" else depth_B
+        if config.include_zeros:
+            cells = with_zeros(cells, self.vocabulary.gene_ids)
+        if config.max_genes is not None:
+            cells = cells.take(np.sort(best_T(cells, cells.count_T, config.max_genes)))
+        bucket_T = buckets(cells.count_T, total_B[cells.cell_T], config.target_sum or 1e4, n_bins=config.n_bins or 0)
+        front, back = cls_and_eos(self, cells.n_cells)
+        return add_specials(cells.cu_seqlens, cells.token_T, bucket_T, front=front, back=back)
+
+
+def buckets(
+    count_T: NDArray[np.float64], total_T: NDArray[np.float64], target_sum: float, *, n_bins: int
+) -> NDArray[np.float32]:
+    """Whole part of log2(1 + count / total x target_sum), at most n_bins - 1, shape (T,), float32."""
+    value_T = count_T / np.where(total_T > 0, total_T, 1.0) * target_sum
+    borders = np.exp2(np.arange(1, n_bins)) - 1.0
+    return np.searchsorted(borders, value_T, side="right").astype(np.float32)

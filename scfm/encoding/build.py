@@ -1,0 +1,125 @@
+"""Makes encodings: from settings, vocabulary and data, and from what was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from scfm.data.matrix import CountMatrix
+from scfm.encoding.base import Encoding
+from scfm.encoding.bin import BinEncoding
+from scfm.encoding.bucket import BucketEncoding
+from scfm.encoding.config import EncodingConfig
+from scfm.encoding.continuous import DEPTH_ROLES, ContinuousEncoding
+from scfm.encoding.genes import GeneMap, gene_names
+from scfm.encoding.rank import RankEncoding
+from scfm.errors import CountsError, ModelFileError, VocabularyMismatchError
+from scfm.vocab import Vocabulary
+
+ENCODINGS: dict[str, type[Encoding]] = {
+    encoding.kind: encoding for encoding in (RankEncoding, BinEncoding, BucketEncoding, ContinuousEncoding)
+}
+
+
+def make_encoding(
+    kind: str | EncodingConfig,
+    *,
+    adata: Any = None,
+    vocabulary: Vocabulary | None = None,
+    medians: ArrayLike | None = None,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    depth_key: str | None = None,
+) -> Encoding:
+    """Make an encoding, learning from data what is not given.
+
+    Parameters
+    ----------
+    kind
+        "rank", "bin", "bucket" or "continuous" with that family's settings, or all settings.
+    adata
+        Raw counts: an AnnData in any form, or an open `CountMatrix`; only needed for what is not given.
+    vocabulary
+        Token ids; None to build it of the genes that at least one cell of `adata` expresses, in the order of the data,
+        with `pad`, `mask` and the special tokens that the settings ask for.
+    medians
+        Rank only: by token id, shape (len(vocabulary),); None to learn them from `adata`.
+    layer, gene_key, depth_key
+        Where `adata` keeps counts, gene names and total counts; see `scfm.pp.encode`.
+
+    Raises
+    ------
+    VocabularyMismatchError
+        If genes are duplicated, or those of `adata` do not fit `vocabulary`.
+    CountsError
+        If `adata` does not hold raw counts.
+
+    Examples
+    --------
+    >>> import scfm.datasets, scfm.encoding
+    >>> scfm.encoding.make_encoding("rank", adata=scfm.datasets.pbmc())
+    RankEncoding(765 genes by symbol, context 2048)
+    """
+    config = kind if isinstance(kind, EncodingConfig) else EncodingConfig(kind=kind)  # type: ignore[arg-type]
+    encoding_class = ENCODINGS[config.kind]
+    learns = config.kind == "rank" and medians is None
+    if vocabulary is not None and not learns:
+        return encoding_class(config, vocabulary, medians=medians)
+    if adata is None:
+        raise ValueError(
+            "`adata` is needed to build the vocabulary or to learn medians; pass it, or pass both of them."
+        )
+    if vocabulary is None and medians is not None:
+        raise ValueError("`medians` go by token id, so they need their `vocabulary`.")
+    counts = (
+        adata if isinstance(adata, CountMatrix) else CountMatrix.from_adata(adata, layer=layer, depth_key=depth_key)
+    )
+    if vocabulary is None:
+        vocabulary = build_vocabulary(counts, config, gene_key=gene_key)
+    genes = GeneMap.from_var(counts.var, vocabulary, gene_key=gene_key, duplicates=config.duplicates)
+    return encoding_class.fit(((block, depth_B) for _, block, depth_B in counts.blocks()), genes, config)
+
+
+def build_vocabulary(counts: CountMatrix, config: EncodingConfig, *, gene_key: str | None = None) -> Vocabulary:
+    """Make a vocabulary of the genes that are expressed at least once, in the order of the data."""
+    names, source = gene_names(counts.var, gene_key=gene_key)
+    expressed = np.zeros(counts.n_vars, dtype=bool)
+    for _, block, _ in counts.blocks():
+        expressed[block.indices[block.data != 0]] = True
+    if not expressed.any():
+        raise CountsError(f"{counts.name} holds no counts at all ({counts.n_obs} cells x {counts.n_vars} genes).")
+    seen = [name for name, is_seen in zip(names, expressed) if is_seen]
+    distinct = list(dict.fromkeys(seen))
+    if len(distinct) < len(seen) and config.duplicates == "error":
+        raise VocabularyMismatchError(
+            f"{len(seen) - len(distinct)} names in {source} are duplicated (such as "
+            f"{next(name for place, name in enumerate(seen) if name in seen[:place])!r}). Keep one column of each "
+            '(`adata[:, ~adata.var_names.duplicated()]`), or sum them with `EncodingConfig(duplicates="sum")`.'
+        )
+    special = ["pad", "mask"]
+    special += ["cls"] * bool(config.add_cls) + ["eos"] * bool(config.add_eos)
+    special += list(DEPTH_ROLES) * (config.kind == "continuous")
+    return Vocabulary.from_genes(distinct, special=special)
+
+
+def encoding_from_dict(
+    content: Mapping[str, Any], vocabulary: Vocabulary, arrays: Mapping[str, ArrayLike] | None = None
+) -> Encoding:
+    """Rebuild an encoding from `Encoding.to_dict`, its vocabulary, and `Encoding.arrays`.
+
+    Raises
+    ------
+    ModelFileError
+        If the settings have another format version, or do not fit.
+    """
+    content = dict(content)
+    if (version := content.pop("format_version", None)) != 1:
+        raise ModelFileError(f"The encoding has format version {version!r}; this scfm reads 1. Update scfm.")
+    try:
+        config = EncodingConfig.from_dict(content)
+        return ENCODINGS[config.kind](config, vocabulary, medians=(arrays or {}).get("medians"))
+    except (ValueError, TypeError) as error:
+        raise ModelFileError(f"The saved encoding cannot be used: {error}") from error

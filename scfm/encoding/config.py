@@ -1,0 +1,160 @@
+"""`EncodingConfig`: everything that decides a cell's tokens, apart from vocabulary and medians."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+EncodingKind = Literal["rank", "bin", "bucket", "continuous"]
+DuplicatePolicy = Literal["error", "sum"]
+DepthOver = Literal["matrix", "vocabulary"]
+
+# What each family's published code does where the caller says nothing: Geneformer V1, scGPT pretraining and embedding,
+# scBERT, scFoundation.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "rank": {
+        "context_length": 2048,
+        "add_cls": False,
+        "add_eos": False,
+        "target_sum": 1e4,
+        "depth_over": "matrix",
+        "log1p": False,
+        "n_bins": None,
+        "include_zeros": False,
+    },
+    "bin": {
+        "context_length": 1200,
+        "add_cls": True,
+        "add_eos": False,
+        "target_sum": None,
+        "depth_over": "matrix",
+        "log1p": False,
+        "n_bins": 51,
+        "include_zeros": False,
+    },
+    "bucket": {
+        "context_length": None,
+        "add_cls": False,
+        "add_eos": True,
+        "target_sum": 1e4,
+        "depth_over": "vocabulary",
+        "log1p": True,
+        "n_bins": 6,
+        "include_zeros": True,
+    },
+    "continuous": {
+        "context_length": None,
+        "add_cls": False,
+        "add_eos": False,
+        "target_sum": 1e4,
+        "depth_over": "vocabulary",
+        "log1p": True,
+        "n_bins": None,
+        "include_zeros": False,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingConfig:
+    """How a cell becomes tokens. None means "as the family does", and is replaced by that value on construction.
+
+    Attributes
+    ----------
+    kind
+        "rank" (Geneformer), "bin" (scGPT), "bucket" (scBERT) or "continuous" (scFoundation).
+    context_length
+        Most tokens of a cell, specials included; None for no limit (resolved to 2,048 for rank, 1,200 for bin).
+    add_cls, add_eos
+        Whether each cell starts with the vocabulary's `cls`, ends with its `eos` token. scBERT's trailing
+        position is an `eos`.
+    target_sum
+        Total to which counts are normalised; None leaves counts as they are (bin only).
+    depth_over
+        Whether a cell's total is that over all genes of its matrix (or the depth that the data names), or over
+        the genes that the vocabulary knows (what is left after aligning to a panel).
+    log1p
+        Bin only: whether to take log1p of the (normalised) counts before binning.
+    n_bins
+        Values run 0..n_bins - 1, 0 for "not expressed"; bin and bucket only. scBERT's mask is n_bins.
+    include_zeros
+        Whether genes without counts get tokens too: for bin those of the data, for bucket and continuous all
+        those of the vocabulary.
+    cls_value, eos_value
+        Values of the two special tokens. scGPT: -2 in pretraining and embedding, 0 in fine-tuning.
+    target_depth
+        Continuous only: total counts asked of the T token; None for the cell's own total.
+    duplicates
+        What to do where several columns are one gene: "error", or "sum" their counts (Geneformer V2).
+    seed
+        Seed of the hash that spreads tied values over their bins.
+    """
+
+    kind: EncodingKind
+    context_length: int | None = None
+    add_cls: bool | None = None
+    add_eos: bool | None = None
+    target_sum: float | None = None
+    depth_over: DepthOver | None = None
+    log1p: bool | None = None
+    n_bins: int | None = None
+    include_zeros: bool | None = None
+    cls_value: float = -2.0
+    eos_value: float = 0.0
+    target_depth: float | None = None
+    duplicates: DuplicatePolicy = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _DEFAULTS:
+            raise ValueError(f"`kind` is {self.kind!r}; it must be one of {', '.join(_DEFAULTS)}.")
+        for name, value in _DEFAULTS[self.kind].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        rules = [
+            ("context_length", self.context_length is None or self.context_length > self.n_specials,
+             f"must leave room for a gene beside {self.n_specials} special tokens"),
+            ("target_sum", self.target_sum is None or self.target_sum > 0, "must be positive"),
+            ("n_bins", self.n_bins is None or self.n_bins >= 2, "must be at least 2"),
+            ("target_depth", self.target_depth is None or self.target_depth > 0, "must be positive"),
+            ("duplicates", self.duplicates in get_args(DuplicatePolicy), "must be 'error' or 'sum'"),
+            ("depth_over", self.depth_over in get_args(DepthOver), "must be 'matrix' or 'vocabulary'"),
+            ("seed", 0 <= self.seed < 2**63, "must be in 0..2^63 - 1"),
+            ("include_zeros", not (self.kind == "rank" and self.include_zeros), "must be False: a zero has no rank"),
+        ]  # fmt: skip
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; for kind {self.kind!r} it {rule}.")
+
+    @property
+    def n_specials(self) -> int:
+        """Tokens of a cell that are no genes."""
+        return bool(self.add_cls) + bool(self.add_eos) + 2 * (self.kind == "continuous")
+
+    @property
+    def max_genes(self) -> int | None:
+        """Most genes of a cell that fit the context; None where there is no limit."""
+        return None if self.context_length is None else self.context_length - self.n_specials
+
+    @property
+    def has_values(self) -> bool:
+        """Whether tokens carry values (`CellBatch.values_T`)."""
+        return self.kind != "rank"
+
+    def replace(self, **changes: Any) -> EncodingConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> EncodingConfig:
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(content) - known):
+            raise ValueError(f"Unknown encoding settings {unknown}; known are {sorted(known)}.")
+        return cls(**content)

@@ -1,0 +1,62 @@
+"""Continuous encoding: log-normalised values and two read-depth tokens (scFoundation)."""
+
+# Axes: B cells, T packed tokens.
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import ArrayLike, NDArray
+
+from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, normalised
+from scfm.encoding.config import EncodingConfig
+from scfm.encoding.genes import GeneMap
+from scfm.encoding.ragged import best_T, expressed, with_zeros
+from scfm.vocab import Vocabulary
+
+DEPTH_ROLES = ("target_depth", "source_depth")
+
+
+class ContinuousEncoding(Encoding):
+    """Gives each gene the value log1p(count / total x target_sum), and each cell two tokens that tell its depth.
+
+    Tokens ascend by id; then come the token of role "target_depth" with log10 of the total asked for
+    (`EncodingConfig.target_depth`, or the cell's own), and that of "source_depth" with log10 of the cell's total.
+    With `include_zeros` all genes of the vocabulary are there, as scFoundation's decoder needs; without, the expressed
+    ones, as its encoder does.
+
+    Notes
+    -----
+    scFoundation (Hao et al. 2024). Published data are aligned to the 19,264 genes first, so totals are over the
+    vocabulary unless `depth_over="matrix"`. A total of zero has no logarithm; such a cell's depth tokens are 0.
+    """
+
+    kind = "continuous"
+
+    def __init__(self, config: EncodingConfig, vocabulary: Vocabulary, *, medians: ArrayLike | None = None) -> None:
+        super().__init__(config, vocabulary, medians=medians)
+        if missing := [role for role in DEPTH_ROLES if vocabulary.special_id(role) is None]:
+            raise ValueError(
+                f"Continuous encoding needs special tokens of roles {' and '.join(DEPTH_ROLES)}; the vocabulary lacks "
+                f"{missing}. Build it with `Vocabulary.from_genes(names, special=[..., *{DEPTH_ROLES}])`."
+            )
+
+    def _encode_numpy(
+        self, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
+    ) -> Tokens:
+        config = self.config
+        cells = expressed(block, genes)
+        total_B = cells.totals_B() if config.depth_over == "vocabulary" else depth_B
+        if config.include_zeros:
+            cells = with_zeros(cells, self.vocabulary.gene_ids)
+        if config.max_genes is not None:
+            cells = cells.take(np.sort(best_T(cells, cells.count_T, config.max_genes)))
+        divisor_B = np.where(total_B > 0, total_B, 1.0)
+        value_T = np.log1p(normalised(cells.count_T, cells.cell_T, divisor_B, config.target_sum))
+        front, back = cls_and_eos(self, cells.n_cells)
+        target_B = total_B if config.target_depth is None else np.full_like(total_B, config.target_depth)
+        for role, depth in zip(DEPTH_ROLES, (target_B, total_B)):
+            token = self.vocabulary.special_id(role)
+            assert token is not None
+            back[token] = np.log10(np.where(depth > 0, depth, 1.0)).astype(np.float32)
+        return add_specials(cells.cu_seqlens, cells.token_T, value_T.astype(np.float32), front=front, back=back)

@@ -1,0 +1,5 @@
+"""Preparation of data, the scanpy way: `import scfm; scfm.pp.encode(adata, model)`."""
+
+from scfm.pp._encode import encode
+
+__all__ = ["encode"]
