@@ -1,0 +1,192 @@
+// The operators of scfm._C: schemas, checks of everything that memory safety rests on, and the call of the kernels.
+// LibTorch stable ABI only: one build serves torch 2.10 and later.
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/schedule.h"
+
+namespace {
+
+using scfm::AttentionProblem;
+using scfm::Cells;
+using scfm::Dtype;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kHalf;
+    default: STD_TORCH_CHECK(false, "attention: `", name, "` must hold float32, bfloat16 or float16.");
+  }
+}
+
+void check_tokens(const Tensor& tensor, const Tensor& like, int64_t n_tokens, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "attention: `", name, "` must be on the CPU.");
+  STD_TORCH_CHECK(tensor.dim() == 3, "attention: `", name, "` must be (tokens, heads, head width); it has ", tensor.dim(),
+                  " axes.");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "attention: `", name, "` and `q` differ in dtype.");
+  STD_TORCH_CHECK(tensor.size(0) == n_tokens && tensor.size(1) == like.size(1) && tensor.size(2) == like.size(2),
+                  "attention: `", name, "` has shape (", tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2),
+                  "), expected (", n_tokens, ", ", like.size(1), ", ", like.size(2), ").");
+  STD_TORCH_CHECK(tensor.size(2) <= 1 || tensor.stride(2) == 1, "attention: the last axis of `", name,
+                  "` must be contiguous.");
+}
+
+std::vector<int64_t> integers_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1, "attention: `", name, "` must be one axis on the CPU.");
+  const auto type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "attention: `", name,
+                  "` must hold int32 or int64.");
+  const int64_t n = tensor.size(0), stride = n > 1 ? tensor.stride(0) : 1;
+  std::vector<int64_t> values(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; i++)
+    values[static_cast<size_t>(i)] = type == ScalarType::Int
+                                         ? static_cast<const int32_t*>(tensor.const_data_ptr())[i * stride]
+                                         : static_cast<const int64_t*>(tensor.const_data_ptr())[i * stride];
+  return values;
+}
+
+std::vector<int64_t> boundaries_of(const Tensor& tensor, int64_t n_tokens, const char* name) {
+  std::vector<int64_t> bounds = integers_of(tensor, name);
+  STD_TORCH_CHECK(!bounds.empty() && bounds.front() == 0, "attention: `", name, "` must start at 0.");
+  for (size_t i = 1; i < bounds.size(); i++)
+    STD_TORCH_CHECK(bounds[i - 1] <= bounds[i], "attention: `", name, "` falls from ", bounds[i - 1], " to ", bounds[i],
+                    "; boundaries must never fall.");
+  STD_TORCH_CHECK(bounds.back() == n_tokens, "attention: `", name, "` ends at ", bounds.back(), ", but there are ",
+                  n_tokens, " tokens.");
+  return bounds;
+}
+
+Cells cells_of(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, const std::optional<Tensor>& cu_seqlens_k,
+               const std::optional<Tensor>& n_known) {
+  Cells cells;
+  cells.query = boundaries_of(cu_seqlens, q.size(0), "cu_seqlens");
+  cells.key = boundaries_of(cu_seqlens_k.value_or(cu_seqlens), k.size(0), cu_seqlens_k ? "cu_seqlens_k" : "cu_seqlens");
+  STD_TORCH_CHECK(cells.key.size() == cells.query.size(), "attention: `cu_seqlens_k` must have as many entries as ",
+                  "`cu_seqlens`, ", cells.query.size(), "; it has ", cells.key.size(), ".");
+  if (!n_known) return cells;
+  STD_TORCH_CHECK(!cu_seqlens_k, "attention: `n_known` needs self-attention; drop `cu_seqlens_k`.");
+  cells.n_known = integers_of(*n_known, "n_known");
+  STD_TORCH_CHECK(cells.n_known.size() + 1 == cells.query.size(), "attention: `n_known` needs one entry a cell.");
+  for (size_t i = 0; i < cells.n_known.size(); i++)
+    STD_TORCH_CHECK(cells.n_known[i] >= 0 && cells.n_known[i] <= cells.query[i + 1] - cells.query[i],
+                    "attention: `n_known` is ", cells.n_known[i], " for cell ", i, " of ",
+                    cells.query[i + 1] - cells.query[i], " tokens.");
+  return cells;
+}
+
+scfm::ConstTokens read_tokens(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+scfm::Tokens write_tokens(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1)}; }
+scfm::Scalars write_scalars(const Tensor& t) {
+  return {static_cast<float*>(t.mutable_data_ptr()), t.stride(0), t.stride(1)};
+}
+
+scfm::ConstScalars read_scalars(const std::optional<Tensor>& t, int64_t n_tokens, int64_t n_heads, const char* name) {
+  if (!t) return {nullptr, 0, 0};
+  STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == n_tokens &&
+                      t->size(1) == n_heads,
+                  "attention: `", name, "` must be float32 of shape (", n_tokens, ", ", n_heads, ") on the CPU.");
+  return {static_cast<const float*>(t->const_data_ptr()), t->stride(0), t->stride(1)};
+}
+
+AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_bias,
+                            double scale) {
+  check_tokens(q, q, q.size(0), "q");
+  check_tokens(k, q, k.size(0), "k");
+  check_tokens(v, q, k.size(0), "v");
+  STD_TORCH_CHECK(q.size(2) >= 1 && q.size(2) <= scfm::kMaxWidth, "attention: the head width is ", q.size(2),
+                  "; the kernels serve 1 to ", scfm::kMaxWidth, ".");
+  AttentionProblem problem{};
+  problem.head_dim = q.size(2);
+  problem.scale = static_cast<float>(scale);
+  problem.q = read_tokens(q);
+  problem.k = read_tokens(k);
+  problem.v = read_tokens(v);
+  problem.key_bias = read_scalars(key_bias, k.size(0), q.size(1), "key_bias");
+  return problem;
+}
+
+Tensor new_like(const Tensor& tensor) {
+  return torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
+}
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& cu_seqlens, std::optional<Tensor> cu_seqlens_k,
+                                             std::optional<Tensor> n_known, std::optional<Tensor> key_bias,
+                                             double scale) {
+  AttentionProblem problem = problem_of(q, k, v, key_bias, scale);
+  const Cells cells = cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known);
+  Tensor out = new_like(q);
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  problem.out = write_tokens(out);
+  problem.lse = write_scalars(lse);
+  scfm::run_attention_forward(problem, cells, q.size(1), dtype_of(q, "q"));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens, std::optional<Tensor> cu_seqlens_k,
+    std::optional<Tensor> n_known, std::optional<Tensor> key_bias, double scale) {
+  AttentionProblem problem = problem_of(q, k, v, key_bias, scale);
+  const Cells cells = cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known);
+  // Autograd may hand over an expanded gradient, whose strides are all zero.
+  const Tensor grad = grad_out.dim() == 3 && grad_out.size(2) > 1 && grad_out.stride(2) != 1
+                          ? torch::stable::contiguous(grad_out)
+                          : grad_out;
+  check_tokens(grad, q, q.size(0), "grad_out");
+  check_tokens(out, q, q.size(0), "out");
+  const scfm::ConstScalars lse_read = read_scalars(lse, q.size(0), q.size(1), "lse");
+  Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);
+  Tensor grad_bias = torch::stable::new_empty(q, {key_bias ? k.size(0) : 0, q.size(1)}, ScalarType::Float);
+  problem.grad_out = read_tokens(grad);
+  problem.grad_lse = read_scalars(grad_lse, q.size(0), q.size(1), "grad_lse");
+  problem.out = {const_cast<void*>(out.const_data_ptr()), out.stride(0), out.stride(1)};
+  problem.lse = {const_cast<float*>(lse_read.data), lse_read.token_stride, lse_read.head_stride};
+  problem.grad_q = write_tokens(grad_q);
+  problem.grad_k = write_tokens(grad_k);
+  problem.grad_v = write_tokens(grad_v);
+  if (key_bias) problem.grad_bias = write_scalars(grad_bias);
+  scfm::run_attention_backward(problem, cells, q.size(1), dtype_of(q, "q"));
+  return {grad_q, grad_k, grad_v, grad_bias};
+}
+
+int64_t cpu_isa() {
+  STD_TORCH_CHECK(!scfm::forced_isa_is_missing(),
+                  "SCFM_FORCE_ISA names an instruction set that this machine does not have; use one of portable, avx2, "
+                  "avx512, avx512_bf16, amx.");
+  return static_cast<int64_t>(scfm::active_isa());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(scfm, m) {
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, "
+      "Tensor? key_bias, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_isa() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scfm, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scfm, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }

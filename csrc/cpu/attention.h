@@ -1,0 +1,72 @@
+// What the scheduler and the kernels of each instruction set agree on. No torch here, and no standard-library inlines:
+// these types are compiled once for each instruction set, and the linker keeps one copy of an inline function.
+#pragma once
+
+#include <cstdint>
+
+namespace scfm {
+
+enum class Dtype { kFloat, kBFloat16, kHalf };
+
+// (tokens, heads, head width) somewhere in memory, last axis contiguous; strides in elements.
+struct ConstTokens {
+  const void* data;
+  int64_t token_stride, head_stride;
+};
+struct Tokens {
+  void* data;
+  int64_t token_stride, head_stride;
+};
+struct ConstScalars {  // one float a token and head; data is null where there is none
+  const float* data;
+  int64_t token_stride, head_stride;
+};
+struct Scalars {
+  float* data;
+  int64_t token_stride, head_stride;
+};
+
+struct AttentionProblem {
+  int64_t head_dim;
+  float scale;
+  ConstTokens q, k, v;
+  ConstScalars key_bias;
+  // Forward: written. Backward: read.
+  Tokens out;
+  Scalars lse;
+  // Backward only.
+  ConstTokens grad_out;
+  ConstScalars grad_lse;
+  Tokens grad_q, grad_k, grad_v;
+  Scalars grad_bias;
+};
+
+// One piece of work: some queries of one cell, one head. Token numbers count from the start of the batch.
+struct AttentionTask {
+  int64_t head;
+  int64_t query_begin, query_end;
+  int64_t key_begin, n_keys;  // keys that every query sees
+  int64_t own_begin;          // queries from here on see their own key as well
+};
+
+// A forward task holds at most this many queries: enough that packing the keys for them costs next to nothing. It is
+// the same for every batch and number of threads, so a cell's result is too.
+constexpr int64_t kQueriesPerTask = 512;
+
+constexpr int64_t kMaxWidth = 256;  // widest head
+
+struct AttentionKernels {
+  int64_t (*forward_scratch)(const AttentionProblem&, int64_t max_queries);
+  void (*forward)(const AttentionProblem&, const AttentionTask&, void* scratch);
+  int64_t (*backward_scratch)(const AttentionProblem&, int64_t max_queries);
+  void (*backward)(const AttentionProblem&, const AttentionTask&, void* scratch);
+};
+
+// Each is compiled in a unit of its own; null where the unit holds no kernel for the dtype.
+const AttentionKernels* attention_kernels_portable(Dtype);
+const AttentionKernels* attention_kernels_avx2(Dtype);
+const AttentionKernels* attention_kernels_avx512(Dtype);
+const AttentionKernels* attention_kernels_avx512_bf16(Dtype);
+const AttentionKernels* attention_kernels_amx(Dtype);
+
+}  // namespace scfm

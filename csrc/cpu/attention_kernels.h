@@ -1,0 +1,15 @@
+// The table of kernels that a unit offers for one dtype. Include after a vec_*.h and its engines.
+#pragma once
+
+#include "attention_backward.h"
+#include "attention_forward.h"
+
+namespace {
+
+template <class Engine, class Source>
+constexpr AttentionKernels kernels_of() {
+  return {forward_scratch<Engine>, attention_forward<Engine, Source>, backward_scratch<Engine>,
+          attention_backward<Engine, Source>};
+}
+
+}  // namespace

@@ -1,0 +1,79 @@
+// C = A B or C += A B on the vector unit. Operands are made of 32-bit words: one float each, or two neighbouring
+// bfloat16 of the summed axis.
+//
+//   A  row-major, `a_stride` words a row
+//   B  panels of 64 columns: [column / 64][word of the summed axis][column % 64]
+//   C  float, row-major
+//
+// Each element of C is one chain of multiply-adds over the summed axis, whatever the tile it falls into. So the result of
+// a row does not depend on its neighbours, nor that of a column.
+#pragma once
+
+#include <cstdint>
+
+namespace {
+
+constexpr int64_t kPanel = 64;
+
+// `Dot` multiplies a broadcast word of A with a vector of words of B and adds.
+template <class Dot, bool kAccumulate, int kRows, int kColumns>
+inline __attribute__((always_inline)) void gemm_tile(int64_t words, const uint32_t* a, int64_t a_stride,
+                                                     const uint32_t* b, float* c, int64_t c_stride) {
+  typename Vec::Reg sum[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; j++)
+      sum[i][j] = kAccumulate ? Vec::load(c + i * c_stride + j * Vec::kWidth) : Vec::zero();
+  for (int64_t word = 0; word < words; word++) {
+    typename Vec::Reg right[kColumns];
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; j++)
+      right[j] = Vec::load(reinterpret_cast<const float*>(b + word * kPanel + j * Vec::kWidth));
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i++) {
+      const typename Vec::Reg left = Dot::broadcast(a + i * a_stride + word);
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; j++) sum[i][j] = Dot::add(left, right[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; j++) Vec::store(c + i * c_stride + j * Vec::kWidth, sum[i][j]);
+}
+
+template <class Dot, bool kAccumulate, int kColumns>
+void gemm_columns(int64_t rows, int64_t words, const uint32_t* a, int64_t a_stride, const uint32_t* b, float* c,
+                  int64_t c_stride) {
+  int64_t row = 0;
+  for (; row + Vec::kTileRows <= rows; row += Vec::kTileRows)
+    gemm_tile<Dot, kAccumulate, Vec::kTileRows, kColumns>(words, a + row * a_stride, a_stride, b, c + row * c_stride,
+                                                          c_stride);
+  for (; row + 2 <= rows; row += 2)
+    gemm_tile<Dot, kAccumulate, 2, kColumns>(words, a + row * a_stride, a_stride, b, c + row * c_stride, c_stride);
+  if (row < rows)
+    gemm_tile<Dot, kAccumulate, 1, kColumns>(words, a + row * a_stride, a_stride, b, c + row * c_stride, c_stride);
+}
+
+// `columns` is a multiple of Vec::kWidth.
+template <class Dot, bool kAccumulate>
+void gemm_vector(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride, const uint32_t* b,
+                 float* c, int64_t c_stride) {
+  constexpr int64_t kStep = Vec::kTileColumns * Vec::kWidth;
+  for (int64_t column = 0; column < columns; column += kStep) {
+    const uint32_t* panel = b + column / kPanel * words * kPanel + column % kPanel;
+    int64_t vectors = (columns - column) / Vec::kWidth;
+    if (vectors >= Vec::kTileColumns) {
+      gemm_columns<Dot, kAccumulate, Vec::kTileColumns>(rows, words, a, a_stride, panel, c + column, c_stride);
+      continue;
+    }
+    int64_t done = 0;
+    for (; vectors >= 2; vectors -= 2, done += 2 * Vec::kWidth)
+      gemm_columns<Dot, kAccumulate, 2>(rows, words, a, a_stride, panel + done, c + column + done, c_stride);
+    if (vectors == 1)
+      gemm_columns<Dot, kAccumulate, 1>(rows, words, a, a_stride, panel + done, c + column + done, c_stride);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,16 @@
+// The instruction sets for which kernels are compiled, and which of them this machine runs.
+#pragma once
+
+namespace scfm {
+
+// Ascending; the numbers are those of ISA_NAMES in scfm/ops/extension.py.
+enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+
+// The best instruction set of this machine, or the one named by the environment variable SCFM_FORCE_ISA if the machine
+// has it. Looked up once.
+Isa active_isa();
+
+// True where the environment variable names an instruction set that this machine does not have or nobody knows.
+bool forced_isa_is_missing();
+
+}  // namespace scfm

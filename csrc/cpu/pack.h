@@ -1,0 +1,120 @@
+// From tokens in memory to the operands of the products (see gemm_vector.h): contiguous, padded with zeros.
+#pragma once
+
+#include <cstddef>
+
+#include "attention.h"
+#include "convert.h"
+#include "gemm_vector.h"
+
+namespace {
+
+using namespace scfm;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t kKeyStep = 32;  // keys of a block are padded to a multiple: two vectors, and the depth of an AMX tile
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+
+// Hands out aligned pieces of one block of memory; without a block it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    T* piece = reinterpret_cast<T*>(base + used);
+    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
+    return base == nullptr ? nullptr : piece;
+  }
+};
+
+template <class Source>
+inline const Source* token_row(const ConstTokens& tokens, int64_t token, int64_t head) {
+  return static_cast<const Source*>(tokens.data) + token * tokens.token_stride + head * tokens.head_stride;
+}
+template <class Source>
+inline Source* token_row(const Tokens& tokens, int64_t token, int64_t head) {
+  return static_cast<Source*>(tokens.data) + token * tokens.token_stride + head * tokens.head_stride;
+}
+template <class Scalars>
+inline auto& scalar_at(const Scalars& scalars, int64_t token, int64_t head) {
+  return scalars.data[token * scalars.token_stride + head * scalars.head_stride];
+}
+
+template <class Element>
+inline void convert_row(const Element* from, int64_t n, Element* to) {
+  __builtin_memcpy(to, from, static_cast<std::size_t>(n) * sizeof(Element));
+}
+inline void convert_row(const BFloat16* from, int64_t n, float* to) { read_row(from, n, to); }
+inline void convert_row(const Half* from, int64_t n, float* to) { read_row(from, n, to); }
+
+// Rows as operand A: `n` tokens of `head_dim` elements, padded to `n_padded` rows of `width`. Rows past the end are zero,
+// not only masked: 0 times a NaN would be NaN.
+template <class Element, class Source>
+void copy_rows(const ConstTokens& tokens, int64_t begin, int64_t head, int64_t n, int64_t n_padded, int64_t head_dim,
+               int64_t width, uint32_t* to_words) {
+  Element* to = reinterpret_cast<Element*>(to_words);
+  for (int64_t row = 0; row < n; row++) {
+    convert_row(token_row<Source>(tokens, begin + row, head), head_dim, to + row * width);
+    for (int64_t d = head_dim; d < width; d++) to[row * width + d] = Element{};
+  }
+  for (int64_t i = n * width; i < n_padded * width; i++) to[i] = Element{};
+}
+
+// Both sizes are multiples of Vec::kWidth.
+inline void transpose_words(const uint32_t* from, int64_t from_stride, int64_t rows, int64_t columns, uint32_t* to,
+                            int64_t to_stride) {
+  for (int64_t row = 0; row < rows; row += Vec::kWidth)
+    for (int64_t column = 0; column < columns; column += Vec::kWidth)
+      Vec::transpose(from + row * from_stride + column, from_stride, to + column * to_stride + row, to_stride);
+}
+
+// Operand B whose columns are tokens and whose summed axis is the head width.
+inline void panels_of_columns(const uint32_t* rows, int64_t n, int64_t words, uint32_t* to) {
+  for (int64_t begin = 0; begin < n; begin += kPanel)
+    transpose_words(rows + begin * words, words, smaller(kPanel, n - begin), words, to + begin * words, kPanel);
+}
+
+// Operand B whose columns are the head width and whose summed axis is tokens.
+inline void panels_of_rows(const float* rows, int64_t n, int64_t width, uint32_t* to_words) {
+  float* to = reinterpret_cast<float*>(to_words);
+  for (int64_t begin = 0; begin < width; begin += kPanel, to += n * kPanel)
+    for (int64_t row = 0; row < n; row++)
+      __builtin_memcpy(to + row * kPanel, rows + row * width + begin,
+                       static_cast<std::size_t>(smaller(kPanel, width - begin)) * sizeof(float));
+}
+inline void panels_of_rows(const BFloat16* rows, int64_t n, int64_t width, uint32_t* to) {
+  for (int64_t begin = 0; begin < width; begin += kPanel, to += n / 2 * kPanel)
+    for (int64_t row = 0; row < n; row += 2) {
+      const BFloat16 *upper = rows + row * width + begin, *lower = upper + width;
+      uint32_t* words = to + row / 2 * kPanel;
+      const int64_t columns = smaller(kPanel, width - begin);
+      for (int64_t j = 0; j < columns; j++) words[j] = upper[j].bits | uint32_t{lower[j].bits} << 16;
+    }
+}
+
+// Bias of a block of keys in units of log 2; -inf past the end, so that padding gets no probability.
+inline void copy_bias(const ConstScalars& bias, int64_t begin, int64_t head, int64_t n, int64_t n_padded, float* to) {
+  for (int64_t key = 0; key < n; key++)
+    to[key] = bias.data == nullptr ? 0.f : scalar_at(bias, begin + key, head) * kLog2E;
+  for (int64_t key = n; key < n_padded; key++) to[key] = -kInfinity;
+}
+
+// Sum of products in an order that does not depend on anything but `n`, a multiple of Vec::kWidth.
+inline float dot(const float* a, const float* b, int64_t n) {
+  Vec::Reg sum = Vec::zero();
+  for (int64_t i = 0; i < n; i += Vec::kWidth) sum = Vec::fma(Vec::load(a + i), Vec::load(b + i), sum);
+  return Vec::reduce_add(sum);
+}
+
+// A row as floats, padded with zeros to `width`.
+template <class Source>
+inline void read_padded(const ConstTokens& tokens, int64_t token, int64_t head, int64_t head_dim, int64_t width,
+                        float* to) {
+  read_row(token_row<Source>(tokens, token, head), head_dim, to);
+  for (int64_t d = head_dim; d < width; d++) to[d] = 0.f;
+}
+
+}  // namespace

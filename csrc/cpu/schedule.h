@@ -1,0 +1,21 @@
+// From a batch of cells to tasks, and tasks to threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+
+namespace scfm {
+
+struct Cells {  // boundaries, already checked
+  std::vector<int64_t> query, key;  // B + 1 entries each
+  std::vector<int64_t> n_known;     // B entries, or none
+};
+
+const AttentionKernels& attention_kernels(Dtype);
+
+void run_attention_forward(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
+void run_attention_backward(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
+
+}  // namespace scfm

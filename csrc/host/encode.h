@@ -1,0 +1,54 @@
+// The encoders: from CSR rows to packed tokens, to the bit what their NumPy twins in scfm/encoding give.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "csr.h"
+
+namespace scfm::host {
+
+// A special token and its value in every cell.
+struct Special {
+  int32_t token;
+  float value;
+};
+
+// What all encoders are told.
+struct Frame {
+  size_t max_genes;  // most genes of a cell
+  std::optional<Special> front, back;
+  int n_threads;
+};
+
+// Cells as runs of rows, each run with its own tokens end to end; `lengths` has one entry a row.
+struct Encoded {
+  std::vector<std::vector<int32_t>> tokens;
+  std::vector<std::vector<float>> values;
+  std::vector<int64_t> lengths;
+};
+
+// Rank: by falling count / median, ties by rising token. `medians` by token; each known token has one.
+Encoded encode_rank(const CsrTokens& csr, const Frame& frame, const double* medians);
+
+struct BinRule {
+  const double* quantiles;  // linspace(0, 1, n_edges)
+  size_t n_edges;
+  const double* unit;            // by token, in [0, 1): inference. Null in training:
+  uint64_t draw;                 // then numbers are hashes of draw, row and token
+  const int32_t* zero_tokens;    // tokens that every cell gets, ascending; null to leave zeros out
+  size_t n_zero_tokens;
+};
+Encoded encode_bin(const CsrTokens& csr, const Frame& frame, const BinRule& rule);
+
+struct BucketRule {
+  double target_sum;
+  int n_buckets;
+  const double* totals;  // by row; null for the sum over known tokens
+  const int32_t* zero_tokens;
+  size_t n_zero_tokens;
+};
+Encoded encode_bucket(const CsrTokens& csr, const Frame& frame, const BucketRule& rule);
+
+}  // namespace scfm::host

@@ -1,0 +1,16 @@
+#include "rows.h"
+
+namespace scfm::host {
+
+Encoded encode_rank(const CsrTokens& csr, const Frame& frame, const double* medians) {
+  return encode_rows(csr, frame, false, [&](Workspace& work, int64_t) {
+    const size_t size = work.cell.size;
+    const int32_t* tokens = work.cell.tokens.data();
+    for (size_t i = 0; i < size; ++i) work.scores[i] = work.cell.counts[i] / medians[tokens[i]];
+    order_by_score(work.scores.data(), tokens, size, work.order.data(), work.sort);
+    work.out_size = std::min(size, frame.max_genes);
+    for (size_t i = 0; i < work.out_size; ++i) work.out_tokens[i] = tokens[work.order[i]];
+  });
+}
+
+}  // namespace scfm::host

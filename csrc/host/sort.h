@@ -1,0 +1,22 @@
+// Sorts of a few thousand pairs in a couple of radix passes: comparison sorts would cost ten times the encoding.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace scfm::host {
+
+// Working memory of the sorts, kept by a thread.
+struct SortScratch {
+  std::vector<uint64_t> first, second;
+  std::vector<double> doubles;
+};
+
+// Orders 0..size - 1 by falling score, ties by rising token, into `order`. Scores are positive and finite.
+void order_by_score(const double* scores, const int32_t* tokens, size_t size, uint32_t* order, SortScratch& scratch);
+
+// Orders 0..size - 1 by rising token into `order`; stable.
+void order_by_token(const int32_t* tokens, size_t size, int32_t n_tokens, uint32_t* order, SortScratch& scratch);
+
+}  // namespace scfm::host
