@@ -1,4 +1,17 @@
-#include "attention.h"
+#include "vec_avx512.h"
+//
+#include "engine_float.h"
+//
+#include "engine_amx.h"
+//
+#include "attention_kernels.h"
+
 namespace scfm {
-const AttentionKernels* attention_kernels_amx(Dtype) { return nullptr; }
+
+// Only what this instruction set adds; the scheduler goes on to AVX-512 for the other dtypes.
+const AttentionKernels* attention_kernels_amx(Dtype dtype) {
+  static constexpr AttentionKernels kBFloat16 = kernels_of<AmxEngine, BFloat16>();
+  return dtype == Dtype::kBFloat16 ? &kBFloat16 : nullptr;
 }
+
+}  // namespace scfm

@@ -1,6 +1,8 @@
 #include <cmath>
 
 #include "rows.h"
+#include "select.h"
+#include "zeros.h"
 
 namespace scfm::host {
 namespace {
@@ -29,9 +31,6 @@ class Draws {
   uint64_t state_;
 };
 
-// Counts below this are tallied; cells with larger ones are sorted.
-constexpr size_t kTallied = 4096;
-
 // The bins that a value may take: above `below`, up to `upto`.
 struct Span {
   double upto, below;
@@ -42,23 +41,26 @@ class Binner {
  public:
   explicit Binner(const BinRule& rule) : rule_(rule), edges_(rule.n_edges), tally_(kTallied, 0), spans_(kTallied) {}
 
-  // Writes the span of each count into the cell's order; `counts` are positive.
+  // Calls use(place, span) for each of the `counts`, which are positive.
   template <typename Use>
-  void run(const double* counts, size_t size, std::vector<double>& sorted, const Use& use) {
-    double most = 0.0;
-    bool whole = true;
-    for (size_t i = 0; i < size; ++i) most = std::max(most, counts[i]);
-    if (most < static_cast<double>(kTallied)) {
-      for (size_t i = 0; i < size; ++i) whole &= counts[i] == std::floor(counts[i]);
-      if (whole) return run_tallied(counts, size, static_cast<size_t>(most), use);
+  void run(const double* counts, size_t size, const Use& use) {
+    if (size == 0) return;
+    if (can_tally(counts, size)) {
+      run_tallied(counts, size, use);
+    } else {
+      run_sorted(counts, size, use);
     }
-    run_sorted(counts, size, sorted, use);
   }
 
  private:
   template <typename Use>
-  void run_tallied(const double* counts, size_t size, size_t most, const Use& use) {
-    for (size_t i = 0; i < size; ++i) ++tally_[static_cast<size_t>(counts[i])];
+  void run_tallied(const double* counts, size_t size, const Use& use) {
+    size_t most = 0;
+    for (size_t i = 0; i < size; ++i) {
+      const size_t count = static_cast<size_t>(counts[i]);
+      ++tally_[count];
+      most = std::max(most, count);
+    }
     size_t value = 0, upto = 0;  // `upto` values are at most `value`
     const auto at = [&](size_t place) {
       while (upto <= place) upto += tally_[++value];
@@ -74,10 +76,10 @@ class Binner {
   }
 
   template <typename Use>
-  void run_sorted(const double* counts, size_t size, std::vector<double>& sorted, const Use& use) {
-    sorted.assign(counts, counts + size);
-    std::sort(sorted.begin(), sorted.end());
-    set_edges(size, [&](size_t place) { return sorted[place]; });
+  void run_sorted(const double* counts, size_t size, const Use& use) {
+    sorted_.assign(counts, counts + size);
+    std::sort(sorted_.begin(), sorted_.end());
+    set_edges(size, [&](size_t place) { return sorted_[place]; });
     for (size_t i = 0; i < size; ++i) {
       const auto upto = std::upper_bound(edges_.begin(), edges_.end(), counts[i]);
       const auto below = std::lower_bound(edges_.begin(), upto, counts[i]);
@@ -113,6 +115,7 @@ class Binner {
   std::vector<double> edges_;
   std::vector<uint32_t> tally_;
   std::vector<Span> spans_;
+  std::vector<double> sorted_;
   double a_ = 0, b_ = 0;
   size_t low_ = 0;
 };
@@ -121,17 +124,43 @@ float bin_of(Span span, double unit) {
   return static_cast<float>(std::ceil(unit * (span.below - span.upto) + span.upto));
 }
 
+// One thread's bin encoder.
+class BinEncoder {
+ public:
+  BinEncoder(const BinRule& rule, size_t max_genes, const Zeros& zeros)
+      : rule_(rule), max_genes_(max_genes), zeros_(zeros), binner_(rule) {}
+
+  void operator()(Workspace& work, int64_t row) {
+    const Cell& cell = work.cell;
+    const Draws ties(rule_.draw, row, kTie);
+    binner_.run(cell.counts.data(), cell.size, [&](size_t i, Span span) {
+      const double unit = rule_.unit != nullptr ? rule_.unit[cell.tokens[i]] : ties(cell.tokens[i]);
+      work.out_values[i] = bin_of(span, unit);
+    });
+    work.out_size = cell.size;
+    std::copy_n(cell.tokens.begin(), cell.size, work.out_tokens.begin());
+    std::copy_n(cell.counts.begin(), cell.size, work.scores.begin());
+    zeros_.add(work);
+    if (rule_.unit == nullptr && work.out_size > max_genes_) {
+      const Draws samples(rule_.draw, row, kSample);
+      for (size_t i = 0; i < work.out_size; ++i) work.scores[i] = samples(work.out_tokens[i]);
+    }
+    keep_best(work, max_genes_, selector_);
+  }
+
+ private:
+  const BinRule& rule_;
+  size_t max_genes_;
+  const Zeros& zeros_;
+  Binner binner_;
+  Selector selector_;
+};
+
 }  // namespace
 
 Encoded encode_bin(const CsrTokens& csr, const Frame& frame, const BinRule& rule) {
-  return encode_rows(csr, frame, true, [&, binners = std::vector<Binner>()](Workspace& work, int64_t row) {
-    thread_local std::optional<Binner> binner;
-    (void)binners;
-    binner.emplace(rule);
-    const Cell& cell = work.cell;
-    (void)row;
-    (void)cell;
-  });
+  const Zeros zeros(rule.zero_tokens, rule.n_zero_tokens, csr.n_tokens);
+  return encode_rows(csr, frame, Order::by_token, true, [&] { return BinEncoder(rule, frame.max_genes, zeros); });
 }
 
 }  // namespace scfm::host

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -83,21 +84,20 @@ inline void merge_repeats(Workspace& work, int32_t n_tokens) {
   cell.tokens_ascend = true;
 }
 
-// Puts the cell's tokens, with their counts, in ascending order.
-inline void sort_cell(Workspace& work, int32_t n_tokens) {
-  if (!work.cell.tokens_ascend) merge_repeats(work, n_tokens);
-}
-
 constexpr int64_t kRowsPerTask = 128;
 
-// Loads every row without repeats, lets encode_row(workspace, row) fill `out_*`, and adds the special tokens.
-template <typename EncodeRow>
-Encoded encode_rows(const CsrTokens& csr, const Frame& frame, bool with_values, const EncodeRow& encode_row) {
+enum class Order { any, by_token };
+
+// Loads every row, without repeats and, if asked, in the order of tokens; lets an encoder, of which make_encoder() gives
+// each thread its own, fill `out_*` from encoder(workspace, row); and adds the special tokens.
+template <typename MakeEncoder>
+Encoded encode_rows(const CsrTokens& csr, const Frame& frame, Order order, bool with_values,
+                    const MakeEncoder& make_encoder) {
   const size_t n_tasks = static_cast<size_t>((csr.n_rows + kRowsPerTask - 1) / kRowsPerTask);
   Encoded encoded{std::vector<std::vector<int32_t>>(n_tasks), std::vector<std::vector<float>>(n_tasks),
                   std::vector<int64_t>(static_cast<size_t>(csr.n_rows))};
   run_parallel(n_tasks, frame.n_threads, [&] {
-    return [&, work = Workspace{}](size_t task) mutable {
+    return [&, work = Workspace{}, encode_row = make_encoder()](size_t task) mutable {
       auto& tokens = encoded.tokens[task];
       auto& values = encoded.values[task];
       const auto add = [&](const std::optional<Special>& special) {
@@ -110,9 +110,8 @@ Encoded encode_rows(const CsrTokens& csr, const Frame& frame, bool with_values, 
         const size_t start = tokens.size();
         csr.load(csr.indices, csr.data, csr.indptr[row], csr.indptr[row + 1], csr.token_of_column, csr.n_columns,
                  work.cell);
-        if ((csr.may_repeat || !work.cell.columns_ascend) && !work.cell.tokens_ascend) {
-          merge_repeats(work, csr.n_tokens);
-        }
+        const bool may_repeat = csr.may_repeat || !work.cell.columns_ascend;
+        if (!work.cell.tokens_ascend && (may_repeat || order == Order::by_token)) merge_repeats(work, csr.n_tokens);
         work.reserve(work.cell.size);
         encode_row(work, row);
         add(frame.front);
@@ -129,9 +128,5 @@ Encoded encode_rows(const CsrTokens& csr, const Frame& frame, bool with_values, 
   });
   return encoded;
 }
-
-// Keeps the `most` tokens of largest score, ties by rising token, in `out_*`, then in ascending order of tokens.
-// `scores` and `out_*` have `size` entries; values follow their tokens.
-void keep_best(Workspace& work, size_t size, size_t most, int32_t n_tokens, bool ascending);
 
 }  // namespace scfm::host

@@ -1,0 +1,59 @@
+// Products of bfloat16 in float: two neighbouring elements of the summed axis at a time. Probabilities and their gradients
+// are rounded to bfloat16 before a product, sums are float.
+#pragma once
+
+#include "convert.h"
+#include "gemm_vector.h"
+
+namespace {
+
+// What the vector and the tile engine share.
+struct BFloat16Base {
+  using Element = BFloat16;
+  static constexpr int64_t kGroup = 2;       // elements in a 32-bit word
+  static constexpr int64_t kWidthStep = 32;  // head widths are padded to a multiple of this
+
+  // 2^x for x <= 0, relative error 1e-4, a fortieth of what rounding to bfloat16 costs (minimax polynomial of degree 3).
+  static Vec::Reg exp2(Vec::Reg x) {
+    const Vec::Reg whole = Vec::round(x), rest = Vec::sub(x, whole);
+    Vec::Reg p = Vec::set1(5.50089329e-2f);
+    p = Vec::fma(p, rest, Vec::set1(2.42210954e-1f));
+    p = Vec::fma(p, rest, Vec::set1(6.93282902e-1f));
+    p = Vec::fma(p, rest, Vec::set1(1.f));
+    return Vec::scale_exp2(p, whole, x);
+  }
+
+  // Two vectors of one row, side by side.
+  static void store_row(uint32_t* row, int64_t column, Vec::Reg left, Vec::Reg right) {
+    _mm512_storeu_si512(row + column / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left)));
+  }
+  // One vector of two rows that follow each other on the summed axis of a panel.
+  static void store_panel(uint32_t* panel, int64_t row, int64_t column, Vec::Reg upper, Vec::Reg lower) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(lower, upper));
+    _mm512_storeu_si512(panel + row / 2 * kPanel + column, _mm512_permutexvar_epi16(order, both));
+  }
+};
+
+struct BFloat16Dot {
+  static Vec::Reg broadcast(const uint32_t* word) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*word)));
+  }
+  static Vec::Reg add(Vec::Reg a, Vec::Reg b, Vec::Reg c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+};
+
+struct BFloat16Engine : BFloat16Base {
+  static constexpr int64_t kRowStep = 1;  // rows of A are padded to a multiple of this
+  static constexpr int64_t kForwardRows = 24, kForwardKeys = 256, kBackwardKeys = 96;
+
+  template <bool kAccumulate>
+  static void gemm(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride,
+                   const uint32_t* b, float* c, int64_t c_stride) {
+    gemm_vector<BFloat16Dot, kAccumulate>(rows, columns, words, a, a_stride, b, c, c_stride);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,251 @@
+// scfm._host: the encoders for Python. NumPy arrays in, borrowed and never copied; NumPy arrays out; the GIL is released.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "encode.h"
+#include "rows.h"
+
+namespace py = pybind11;
+
+namespace scfm::host {
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+ValueType value_type(const py::array& data) {
+  const char kind = data.dtype().kind();
+  const auto size = data.itemsize();
+  const auto by_size = [&](ValueType one, ValueType two, ValueType four, ValueType eight) {
+    return size == 1 ? one : size == 2 ? two : size == 4 ? four : eight;
+  };
+  if (kind == 'b') return ValueType::boolean;
+  if (kind == 'i') return by_size(ValueType::int8, ValueType::int16, ValueType::int32, ValueType::int64);
+  if (kind == 'u') return by_size(ValueType::uint8, ValueType::uint16, ValueType::uint32, ValueType::uint64);
+  if (kind == 'f' && size == 4) return ValueType::float32;
+  if (kind == 'f' && size == 8) return ValueType::float64;
+  throw std::invalid_argument("data must be integers, float32, float64 or booleans");
+}
+
+void require_flat(const py::array& array, const char* name) {
+  const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
+  if (array.ndim() != 1 || !(array.flags() & py::array::c_style) || !native) {
+    throw std::invalid_argument(std::string(name) + " must be one contiguous row in native byte order");
+  }
+}
+
+// Row pointers must start at 0, never fall and end at the number of entries: a matrix of more than 2^31 entries whose int32
+// pointers have wrapped is refused here, and no row reaches outside the arrays.
+void check_indptr(const Array<int64_t>& indptr, py::ssize_t n_entries) {
+  const auto pointer = indptr.unchecked<1>();
+  const py::ssize_t n = pointer.shape(0);
+  bool rising = n >= 1 && pointer(0) == 0 && pointer(n - 1) == n_entries;
+  for (py::ssize_t i = 1; rising && i < n; ++i) rising = pointer(i - 1) <= pointer(i);
+  if (!rising) {
+    throw std::invalid_argument("row pointers must rise from 0 to the number of entries, " + std::to_string(n_entries));
+  }
+}
+
+CsrTokens view_csr(const Array<int64_t>& indptr, const py::array& indices, const py::array& data,
+                   const Array<int32_t>& token_of_column, int32_t n_tokens, bool may_repeat) {
+  require_flat(indices, "indices");
+  require_flat(data, "data");
+  if (indices.dtype().kind() != 'i' || (indices.itemsize() != 4 && indices.itemsize() != 8)) {
+    throw std::invalid_argument("indices must be int32 or int64");
+  }
+  if (indices.size() != data.size()) throw std::invalid_argument("indices and data differ in length");
+  check_indptr(indptr, data.size());
+  const auto tokens = token_of_column.unchecked<1>();
+  for (py::ssize_t column = 0; column < tokens.shape(0); ++column) {
+    if (tokens(column) >= n_tokens) throw std::invalid_argument("token_of_column points outside the vocabulary");
+  }
+  const IndexType index_type = indices.itemsize() == 4 ? IndexType::int32 : IndexType::int64;
+  return {indptr.data(), indices.data(), data.data(), choose_loader(index_type, value_type(data)),
+          indptr.size() - 1, token_of_column.size(), token_of_column.data(), n_tokens, may_repeat};
+}
+
+// A special as Python gives it: None or (token, value).
+std::optional<Special> special_of(const py::object& special) {
+  if (special.is_none()) return std::nullopt;
+  const auto pair = special.cast<std::pair<int32_t, float>>();
+  return Special{pair.first, pair.second};
+}
+
+template <typename T>
+Array<T> join(const std::vector<std::vector<T>>& parts, int n_threads) {
+  std::vector<size_t> starts(parts.size() + 1, 0);
+  for (size_t i = 0; i < parts.size(); ++i) starts[i + 1] = starts[i] + parts[i].size();
+  Array<T> joined(static_cast<py::ssize_t>(starts.back()));
+  T* to = joined.mutable_data();
+  const py::gil_scoped_release release;
+  run_parallel(parts.size(), n_threads, [&] {
+    return [&](size_t part) { std::copy(parts[part].begin(), parts[part].end(), to + starts[part]); };
+  });
+  return joined;
+}
+
+// (cu_seqlens int64, tokens int32, values float32 or None)
+py::tuple to_python(const Encoded& encoded, bool with_values, int n_threads) {
+  Array<int64_t> cu_seqlens(static_cast<py::ssize_t>(encoded.lengths.size() + 1));
+  int64_t* ends = cu_seqlens.mutable_data();
+  ends[0] = 0;
+  for (size_t i = 0; i < encoded.lengths.size(); ++i) ends[i + 1] = ends[i] + encoded.lengths[i];
+  py::object values = py::none();
+  if (with_values) values = join(encoded.values, n_threads);
+  return py::make_tuple(cu_seqlens, join(encoded.tokens, n_threads), values);
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Array<T>>& array) {
+  return array ? array->data() : nullptr;
+}
+
+struct PyFrame {
+  size_t max_genes;
+  py::object front, back;
+  int n_threads;
+  Frame frame() const { return {max_genes, special_of(front), special_of(back), n_threads}; }
+};
+
+py::tuple rank(const Array<int64_t>& indptr, const py::array& indices, const py::array& data,
+               const Array<int32_t>& token_of_column, bool may_repeat, const PyFrame& settings,
+               const Array<double>& medians) {
+  const auto csr = view_csr(indptr, indices, data, token_of_column, static_cast<int32_t>(medians.size()), may_repeat);
+  const Frame frame = settings.frame();
+  Encoded encoded;
+  {
+    const py::gil_scoped_release release;
+    encoded = encode_rank(csr, frame, medians.data());
+  }
+  return to_python(encoded, false, frame.n_threads);
+}
+
+py::tuple bin(const Array<int64_t>& indptr, const py::array& indices, const py::array& data,
+              const Array<int32_t>& token_of_column, bool may_repeat, const PyFrame& settings, int32_t n_tokens,
+              const Array<double>& quantiles, const std::optional<Array<double>>& unit, uint64_t draw,
+              const std::optional<Array<int32_t>>& zero_tokens) {
+  const auto csr = view_csr(indptr, indices, data, token_of_column, n_tokens, may_repeat);
+  if (unit && unit->size() != n_tokens) throw std::invalid_argument("unit must have one number a token");
+  const Frame frame = settings.frame();
+  const BinRule rule{quantiles.data(), static_cast<size_t>(quantiles.size()), data_or_null(unit), draw,
+                     data_or_null(zero_tokens), zero_tokens ? static_cast<size_t>(zero_tokens->size()) : 0};
+  Encoded encoded;
+  {
+    const py::gil_scoped_release release;
+    encoded = encode_bin(csr, frame, rule);
+  }
+  return to_python(encoded, true, frame.n_threads);
+}
+
+py::tuple bucket(const Array<int64_t>& indptr, const py::array& indices, const py::array& data,
+                 const Array<int32_t>& token_of_column, bool may_repeat, const PyFrame& settings, int32_t n_tokens,
+                 double target_sum, int n_buckets, const std::optional<Array<double>>& totals,
+                 const std::optional<Array<int32_t>>& zero_tokens) {
+  const auto csr = view_csr(indptr, indices, data, token_of_column, n_tokens, may_repeat);
+  if (totals && totals->size() != csr.n_rows) throw std::invalid_argument("totals must have one number a row");
+  const Frame frame = settings.frame();
+  const BucketRule rule{target_sum, n_buckets, data_or_null(totals), data_or_null(zero_tokens),
+                        zero_tokens ? static_cast<size_t>(zero_tokens->size()) : 0};
+  Encoded encoded;
+  {
+    const py::gil_scoped_release release;
+    encoded = encode_bucket(csr, frame, rule);
+  }
+  return to_python(encoded, true, frame.n_threads);
+}
+
+template <typename T>
+double sum_of(const T* values, int64_t begin, int64_t end) {
+  // Four sums side by side; exact for counts in any order.
+  double sums[4] = {};
+  int64_t place = begin;
+  for (; place + 4 <= end; place += 4) {
+    for (int lane = 0; lane < 4; ++lane) sums[lane] += static_cast<double>(values[place + lane]);
+  }
+  for (; place < end; ++place) sums[0] += static_cast<double>(values[place]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+Array<double> row_totals(const Array<int64_t>& indptr, const py::array& data) {
+  require_flat(data, "data");
+  check_indptr(indptr, data.size());
+  const ValueType type = value_type(data);
+  Array<double> totals(indptr.size() - 1);
+  const int64_t* pointer = indptr.data();
+  double* total = totals.mutable_data();
+  const int64_t n_rows = indptr.size() - 1;
+  const auto sum_rows = [&](const auto* values) {
+    for (int64_t row = 0; row < n_rows; ++row) total[row] = sum_of(values, pointer[row], pointer[row + 1]);
+  };
+  const void* values = data.data();
+  const py::gil_scoped_release release;
+  switch (type) {
+    case ValueType::boolean:
+    case ValueType::uint8: sum_rows(static_cast<const uint8_t*>(values)); break;
+    case ValueType::int8: sum_rows(static_cast<const int8_t*>(values)); break;
+    case ValueType::int16: sum_rows(static_cast<const int16_t*>(values)); break;
+    case ValueType::int32: sum_rows(static_cast<const int32_t*>(values)); break;
+    case ValueType::int64: sum_rows(static_cast<const int64_t*>(values)); break;
+    case ValueType::uint16: sum_rows(static_cast<const uint16_t*>(values)); break;
+    case ValueType::uint32: sum_rows(static_cast<const uint32_t*>(values)); break;
+    case ValueType::uint64: sum_rows(static_cast<const uint64_t*>(values)); break;
+    case ValueType::float32: sum_rows(static_cast<const float*>(values)); break;
+    case ValueType::float64: sum_rows(static_cast<const double*>(values)); break;
+  }
+  return totals;
+}
+
+template <typename T>
+py::tuple survey(const Array<T>& array) {
+  const T* values = array.data();
+  const py::ssize_t size = array.size();
+  T low = std::numeric_limits<T>::infinity(), high = -low;
+  py::ssize_t n_nan = 0, n_fractions = 0;
+  {
+    const py::gil_scoped_release release;
+    for (py::ssize_t i = 0; i < size; ++i) {
+      const T value = values[i];
+      low = value < low ? value : low;
+      high = value > high ? value : high;
+      n_nan += value != value;
+      n_fractions += value != std::rint(value);  // NaN counts, as in NumPy
+    }
+  }
+  if (n_nan > 0) low = high = std::numeric_limits<T>::quiet_NaN();
+  return py::make_tuple(static_cast<double>(low), static_cast<double>(high), n_fractions);
+}
+
+}  // namespace
+}  // namespace scfm::host
+
+PYBIND11_MODULE(_host, module) {
+  using namespace scfm::host;
+  module.doc() = "Compiled encoders; scfm.encoding holds their NumPy twins and says what they do.";
+  py::class_<PyFrame>(module, "Frame")
+      .def(py::init([](size_t max_genes, py::object front, py::object back, int n_threads) {
+             return PyFrame{max_genes, std::move(front), std::move(back), n_threads};
+           }),
+           py::kw_only(), py::arg("max_genes"), py::arg("front"), py::arg("back"), py::arg("n_threads"));
+  const auto csr_doc = "Encode CSR rows; returns cu_seqlens, tokens and values.";
+  module.def("encode_rank", &rank, csr_doc, py::arg("indptr"), py::arg("indices").noconvert(),
+             py::arg("data").noconvert(), py::arg("token_of_column"), py::arg("may_repeat"), py::arg("frame"),
+             py::arg("medians"));
+  module.def("encode_bin", &bin, csr_doc, py::arg("indptr"), py::arg("indices").noconvert(),
+             py::arg("data").noconvert(), py::arg("token_of_column"), py::arg("may_repeat"), py::arg("frame"),
+             py::arg("n_tokens"), py::arg("quantiles"), py::arg("unit").none(true), py::arg("draw"),
+             py::arg("zero_tokens").none(true));
+  module.def("encode_bucket", &bucket, csr_doc, py::arg("indptr"), py::arg("indices").noconvert(),
+             py::arg("data").noconvert(), py::arg("token_of_column"), py::arg("may_repeat"), py::arg("frame"),
+             py::arg("n_tokens"), py::arg("target_sum"), py::arg("n_buckets"), py::arg("totals").none(true),
+             py::arg("zero_tokens").none(true));
+  module.def("row_totals", &row_totals, "Sum of each CSR row in double.", py::arg("indptr"),
+             py::arg("data").noconvert());
+  module.def("survey", &survey<float>, "Smallest, largest, number of fractions.", py::arg("values").noconvert());
+  module.def("survey", &survey<double>, "Smallest, largest, number of fractions.", py::arg("values").noconvert());
+}
