@@ -36,7 +36,7 @@ def test_aliases_are_looked_up_after_tokens():
 
 
 def test_required_genes_that_are_missing_are_named(vocabulary):
-    with pytest.raises(VocabularyMismatchError, match="'Cd3d'.*case-sensitive"):
+    with pytest.raises(VocabularyMismatchError, match=r"'Cd3d'.*case-sensitive"):
         vocabulary.require(["GAPDH", "Cd3d"])
 
 

@@ -6,6 +6,7 @@ from scfm.encoding.bucket import BucketEncoding
 from scfm.encoding.build import build_vocabulary, encoding_from_dict, make_encoding
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.continuous import ContinuousEncoding
+from scfm.encoding.dictionaries import read_aliases, read_medians, read_vocabulary
 from scfm.encoding.genes import GeneMap, GeneReport
 from scfm.encoding.rank import RankEncoding
 from scfm.vocab import Vocabulary
@@ -23,4 +24,7 @@ __all__ = [
     "build_vocabulary",
     "encoding_from_dict",
     "make_encoding",
+    "read_aliases",
+    "read_medians",
+    "read_vocabulary",
 ]

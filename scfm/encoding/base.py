@@ -116,7 +116,7 @@ class Encoding(ABC):
             raise ValueError(f"`counts` has {block.shape[1]} columns; `genes` maps {genes.n_vars}.")
         depths = row_totals(block) if depth_B is None else np.ascontiguousarray(depth_B, dtype=np.float64)
         draw = None if rng is None else int(rng.integers(2**63))
-        host = _choose_backend(backend) if self._compiled_serves(block) else None
+        host = _choose_backend(backend) if self._compiled_serves(block, genes) else None
         if host is None:
             cu_seqlens, token_T, value_T = self._encode_numpy(block, genes, depths, draw)
         else:
@@ -153,8 +153,19 @@ class Encoding(ABC):
         """Encode with the compiled module; only called where `_compiled_serves`."""
         raise NotImplementedError
 
-    def _compiled_serves(self, block: sp.csr_matrix) -> bool:
+    def _compiled_serves(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
+        """Whether the compiled module has this encoding, with these settings, for these data."""
         return False
+
+    def _frame(self, host: ModuleType) -> Any:
+        """What every compiled encoder is told: context, special tokens, threads."""
+        config, vocabulary = self.config, self.vocabulary
+        return host.Frame(
+            max_genes=len(vocabulary) if config.max_genes is None else config.max_genes,
+            front=(vocabulary.cls_id, config.cls_value) if config.add_cls else None,
+            back=(vocabulary.eos_id, config.eos_value) if config.add_eos else None,
+            n_threads=torch.get_num_threads(),
+        )
 
 
 Tokens = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32] | None]
@@ -203,6 +214,11 @@ def add_specials(
         if values is not None:
             values[place_B] = value_B
     return framed, tokens, values
+
+
+def csr_arrays(block: sp.csr_matrix) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Row pointers (int64), indices and data as the compiled encoders take them; copies pointers only."""
+    return block.indptr.astype(np.int64, copy=False), block.indices, block.data
 
 
 def cls_and_eos(

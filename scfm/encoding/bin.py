@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from types import ModuleType
+
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, normalised
+from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, csr_arrays, normalised
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.hashing import hash_pairs, to_unit
 from scfm.encoding.ragged import RaggedCounts, best_T, expressed, with_zeros
@@ -46,13 +49,37 @@ class BinEncoding(Encoding):
             span = slice(cu_seqlens[cell], cu_seqlens[cell + 1])
             bin_T[span] = bin_values(value_T[span], unit_T[span], n_bins=config.n_bins or 0)
         if config.include_zeros:
-            known = np.unique(genes.token_ids[genes.token_ids >= 0])
+            known = _known_tokens(genes)
             cells, bins = with_zeros(cells, known), with_zeros(cells_with(cells, bin_T), known)
             bin_T = bins.count_T
         kept_T = self._fit_context(cells, draw)
         cells, bin_T = cells.take(kept_T), bin_T[kept_T]
         front, back = cls_and_eos(self, cells.n_cells)
         return add_specials(cells.cu_seqlens, cells.token_T, bin_T.astype(np.float32), front=front, back=back)
+
+    def _compiled_serves(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
+        return self.config.target_sum is None and not self.config.log1p
+
+    def _encode_compiled(
+        self, host: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
+    ) -> Tokens:
+        config = self.config
+        return host.encode_bin(
+            *csr_arrays(block),
+            genes.token_ids,
+            genes.has_duplicates,
+            self._frame(host),
+            n_tokens=len(self.vocabulary),
+            quantiles=np.linspace(0, 1, (config.n_bins or 0) - 1),
+            unit=None if draw is not None else self._tie_of_token,
+            draw=draw or 0,
+            zero_tokens=_known_tokens(genes) if config.include_zeros else None,
+        )
+
+    @cached_property
+    def _tie_of_token(self) -> NDArray[np.float64]:
+        """What chooses among the bins of a tie at inference, by token id."""
+        return to_unit(hash_pairs(self.config.seed, TIE, np.arange(len(self.vocabulary))))
 
     def _binned_quantity(self, cells: RaggedCounts, depth_B: NDArray[np.float64]) -> NDArray[np.float64]:
         total_B = cells.totals_B() if self.config.depth_over == "vocabulary" else depth_B
@@ -72,6 +99,10 @@ class BinEncoding(Encoding):
             return np.ones(len(cells.cell_T), dtype=bool)
         score_T = cells.count_T if draw is None else to_unit(self._hash(cells, draw, SAMPLE))
         return np.sort(best_T(cells, score_T, most))
+
+
+def _known_tokens(genes: GeneMap) -> NDArray[np.int32]:
+    return np.unique(genes.token_ids[genes.token_ids >= 0])
 
 
 def cells_with(cells: RaggedCounts, value_T: NDArray[np.float64]) -> RaggedCounts:

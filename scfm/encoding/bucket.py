@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos
+from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, csr_arrays
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import best_T, expressed, with_zeros
 
@@ -39,6 +41,25 @@ class BucketEncoding(Encoding):
         bucket_T = buckets(cells.count_T, total_B[cells.cell_T], config.target_sum or 1e4, n_bins=config.n_bins or 0)
         front, back = cls_and_eos(self, cells.n_cells)
         return add_specials(cells.cu_seqlens, cells.token_T, bucket_T, front=front, back=back)
+
+    def _compiled_serves(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
+        return True
+
+    def _encode_compiled(
+        self, host: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
+    ) -> Tokens:
+        config = self.config
+        return host.encode_bucket(
+            *csr_arrays(block),
+            genes.token_ids,
+            genes.has_duplicates,
+            self._frame(host),
+            n_tokens=len(self.vocabulary),
+            target_sum=config.target_sum or 1e4,
+            n_buckets=config.n_bins or 0,
+            totals=depth_B if config.depth_over == "matrix" else None,
+            zero_tokens=self.vocabulary.gene_ids if config.include_zeros else None,
+        )
 
 
 def buckets(

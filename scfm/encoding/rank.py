@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
-from scfm.encoding.base import CountBlocks, Encoding, Tokens, add_specials, cls_and_eos
+from scfm.encoding.base import CountBlocks, Encoding, Tokens, add_specials, cls_and_eos, csr_arrays
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import best_T, boundaries, expressed
@@ -69,6 +71,18 @@ class RankEncoding(Encoding):
         kept = cells.take(best_T(cells, cells.count_T / self._medians[cells.token_T], self.config.max_genes))
         front, back = cls_and_eos(self, kept.n_cells)
         return add_specials(kept.cu_seqlens, kept.token_T, None, front=front, back=back)
+
+    def _compiled_serves(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
+        return True
+
+    def _encode_compiled(
+        self, host: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
+    ) -> Tokens:
+        known = (genes.token_ids >= 0) & ~np.isnan(self._medians[genes.token_ids])
+        token_of_column = np.where(known, genes.token_ids, np.int32(-1))
+        return host.encode_rank(
+            *csr_arrays(block), token_of_column, genes.has_duplicates, self._frame(host), self._medians
+        )
 
 
 def nonzero_medians(token_T: NDArray[np.int32], value_T: NDArray[np.float64], *, n_tokens: int) -> NDArray[np.float64]:

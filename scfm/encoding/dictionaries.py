@@ -1,0 +1,216 @@
+"""Readers of published gene tables: token ids, medians, aliases; pickles only through an allow-list."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm.errors import ModelFileError
+from scfm.vocab import Vocabulary
+
+# What the published vocabularies call their special tokens.
+_SPECIAL_ROLES = {"<pad>": "pad", "<mask>": "mask", "<cls>": "cls", "<eos>": "eos", "<eoc>": "eos"}
+
+
+def read_vocabulary(
+    path: str | Path, *, aliases: str | Path | None = None, add_special: Sequence[str] = ()
+) -> Vocabulary:
+    """Read a published vocabulary: Geneformer's token dictionary, scGPT's JSON, scFoundation's gene list, or our own.
+
+    Parameters
+    ----------
+    path
+        JSON or pickle of token to id; or TSV or CSV with a header, tokens in the first column and ids in the second.
+    aliases
+        Table of other names (see `read_aliases`), such as Geneformer's name-to-id dictionary.
+    add_special
+        Roles of special tokens to add after the last id, where the file has none: scFoundation's ids need
+        ``("target_depth", "source_depth", "pad")``.
+
+    Raises
+    ------
+    ModelFileError
+        If the file is of no known form or unsafe, or its ids are not 0..n - 1.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        content = _read_json(path)
+        if "format_version" in content:
+            return Vocabulary.from_dict(content)
+        ids = content
+    else:
+        ids = _read_pickle(path) if _is_pickle(path) else dict(row[:2] for row in _read_rows(path))
+    tokens = _in_order(ids, path)
+    special = {role: token for token, role in _SPECIAL_ROLES.items() if token in ids}
+    special |= {role: f"<{role}>" for role in add_special}
+    tokens += [f"<{role}>" for role in add_special]
+    vocabulary = Vocabulary(tokens, special=special)
+    if aliases is None:
+        return vocabulary
+    return Vocabulary(tokens, special=special, aliases=read_aliases(aliases, vocabulary))
+
+
+def read_medians(path: str | Path, vocabulary: Vocabulary) -> NDArray[np.float64]:
+    """Read published medians as an array by token id, shape (len(vocabulary),), float64; NaN where there is none.
+
+    Parameters
+    ----------
+    path
+        JSON or pickle of gene to median; or TSV or CSV with a header, genes in the first column and a column "median".
+    vocabulary
+        Whose ids to use; genes outside it are left out.
+
+    Raises
+    ------
+    ModelFileError
+        If the file is of no known form or unsafe, or no gene of the vocabulary has a median.
+    """
+    path = Path(path)
+    if _is_pickle(path) or path.suffix == ".json":
+        table = _read_pickle(path) if _is_pickle(path) else _read_json(path)
+    else:
+        header = _header(path)
+        if "median" not in header:
+            raise ModelFileError(f"{str(path)!r} has no column 'median'; its columns are {header}.")
+        column = header.index("median")
+        table = {row[0]: row[column] for row in _read_rows(path) if row[column]}
+    medians = np.full(len(vocabulary), np.nan)
+    ids = vocabulary.token_ids(table)
+    try:
+        values = np.array([float(value) for value in table.values()])
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"{str(path)!r} holds medians that are no numbers ({error}).") from error
+    medians[ids[ids >= 0]] = values[ids >= 0]
+    if np.isnan(medians[vocabulary.gene_ids]).all():
+        raise ModelFileError(f"{str(path)!r} has medians of {len(table)} genes, none of which is in {vocabulary}.")
+    return medians
+
+
+def read_aliases(path: str | Path, vocabulary: Vocabulary) -> dict[str, str]:
+    """Read other names of genes, alias to token; those that lead to no token of the vocabulary are left out.
+
+    Parameters
+    ----------
+    path
+        JSON or pickle of alias to gene id; or TSV or CSV without a header of gene id and alias, GENCODE's order.
+    vocabulary
+        Whose tokens to lead to.
+    """
+    path = Path(path)
+    if _is_pickle(path) or path.suffix == ".json":
+        table = _read_pickle(path) if _is_pickle(path) else _read_json(path)
+    else:
+        table = {row[1]: row[0] for row in _read_rows(path, header=False)}
+    return {str(alias): token for alias, token in table.items() if token in vocabulary and alias not in vocabulary}
+
+
+class _PlainDType:
+    """Stands in for `numpy.dtype` while unpickling: remembers a plain number's type, and can do nothing else."""
+
+    def __init__(self, code: str, align: object = False, copy: object = False) -> None:
+        if not isinstance(code, str) or code not in {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)} | {
+            "b1"
+        }:
+            raise ModelFileError(f"A pickled NumPy scalar has dtype {code!r}; only plain numbers are accepted.")
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        # (version, byte order, subtype, names, fields, size, alignment, flags); all but the order must be empty.
+        if len(state) < 5 or state[1] not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
+            raise ModelFileError("A pickled NumPy dtype is not that of a plain number.")
+        self.order = state[1]
+
+
+class _PlainScalar:
+    """Stands in for `numpy.core.multiarray.scalar`: turns bytes into a Python number."""
+
+    def __new__(cls, dtype: _PlainDType, content: bytes) -> Any:
+        if not isinstance(dtype, _PlainDType) or not isinstance(content, bytes):
+            raise ModelFileError("A pickled NumPy scalar is not a plain number.")
+        return np.frombuffer(content, dtype=np.dtype(dtype.order + dtype.code), count=1)[0].item()
+
+    def __setstate__(self, state: object) -> None:
+        raise ModelFileError("A pickled NumPy scalar carries a state; only plain numbers are accepted.")
+
+
+_ALLOWED = {
+    ("numpy", "dtype"): _PlainDType,
+    ("numpy.core.multiarray", "scalar"): _PlainScalar,
+    ("numpy._core.multiarray", "scalar"): _PlainScalar,
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds plain containers, strings and numbers, and NumPy scalars as numbers; refuses all else, before any call."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise ModelFileError(
+                f"The pickle asks for {module}.{name}. Only plain containers, strings, numbers and NumPy scalars are "
+                "read, for a pickle can run any code. Do not open this file by other means unless you trust its source."
+            )
+        return _ALLOWED[module, name]
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix in (".pkl", ".pickle")
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = _PlainUnpickler(file).load()
+    except ModelFileError as error:
+        raise ModelFileError(f"{str(path)!r}: {error}") from None
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ModelFileError(f"{str(path)!r} is not a readable pickle ({type(error).__name__}: {error}).") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ModelFileError(f"{str(path)!r} holds a {type(content).__name__}, not a dictionary with text keys.")
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"{str(path)!r} is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{str(path)!r} holds a {type(content).__name__}, not a dictionary.")
+    return content
+
+
+def _header(path: Path) -> list[str]:
+    return next(iter(_read_rows(path, header=False)), [])
+
+
+def _read_rows(path: Path, *, header: bool = True) -> list[list[str]]:
+    if path.suffix not in (".tsv", ".csv", ".txt"):
+        raise ModelFileError(f"{str(path)!r} is of no known form; .json, .tsv, .csv and .pkl are read.")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="," if path.suffix == ".csv" else "\t"))
+    if rows and min(map(len, rows)) < 2:
+        raise ModelFileError(f"{str(path)!r} has lines of one column; at least two are needed.")
+    return rows[1:] if header else rows
+
+
+def _in_order(ids: Mapping[str, Any], path: Path) -> list[str]:
+    """Tokens by their ids, which must be 0..n - 1."""
+    try:
+        by_id = {int(place): token for token, place in ids.items()}
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"{str(path)!r} does not map tokens to whole numbers ({error}).") from error
+    if not by_id or len(by_id) < len(ids) or min(by_id) != 0 or max(by_id) != len(by_id) - 1:
+        raise ModelFileError(
+            f"{str(path)!r} has {len(ids)} tokens with {len(by_id)} different ids, "
+            f"{min(by_id, default=None)}..{max(by_id, default=None)}; they must be 0..n - 1, each once."
+        )
+    return [by_id[place] for place in range(len(by_id))]
