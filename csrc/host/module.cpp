@@ -34,7 +34,7 @@ ValueType value_type(const py::array& data) {
 }
 
 void require_flat(const py::array& array, const char* name) {
-  const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
+  const bool native = array.dtype().attr("isnative").cast<bool>();
   if (array.ndim() != 1 || !(array.flags() & py::array::c_style) || !native) {
     throw std::invalid_argument(std::string(name) + " must be one contiguous row in native byte order");
   }

@@ -103,7 +103,8 @@ class CountMatrix:
         block = self._matrix[start:stop]
         if hasattr(block, "compute"):  # dask
             block = block.compute()
-        return sp.csr_matrix(block)
+        block = sp.csr_matrix(block)
+        return block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("="))
 
     def blocks(
         self, rows: int = BLOCK_ROWS, *, start: int = 0, stop: int | None = None
@@ -152,10 +153,20 @@ def _row_readable(matrix: Any) -> Any:
     if isinstance(matrix, pd.DataFrame):
         return matrix.to_numpy()
     if sp.issparse(matrix):
-        return matrix if matrix.format == "csr" else matrix.tocsr()
+        matrix = matrix if matrix.format == "csr" else matrix.tocsr()
+        _check_pointers(matrix.indptr, len(matrix.data))
+        return matrix
     if getattr(matrix, "format", None) == "csc":  # backed CSC: a block of rows would read the whole file each time
         return matrix.to_memory().tocsr()
     return np.asarray(matrix) if isinstance(matrix, np.matrix) else matrix
+
+
+def _check_pointers(indptr: NDArray[np.integer], n_entries: int) -> None:
+    if indptr[0] != 0 or indptr[-1] != n_entries or (indptr[1:] < indptr[:-1]).any():
+        raise CountsError(
+            f"The row pointers ({indptr.dtype}) of the sparse matrix do not rise from 0 to its {n_entries} entries. "
+            "More than 2^31 - 1 entries need int64 pointers: build the matrix with `indptr` and `indices` of int64."
+        )
 
 
 def _csr_rows(matrix: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
