@@ -92,6 +92,11 @@ class CountMatrix:
         return self.n_obs, self.n_vars
 
     @property
+    def named_depth(self) -> NDArray[np.float64] | None:
+        """Total counts of each cell where the data name them, shape (n_obs,); None where rows are summed."""
+        return self._depth
+
+    @property
     def in_memory_csr(self) -> bool:
         """Whether rows are read without any copy."""
         return sp.issparse(self._matrix)
