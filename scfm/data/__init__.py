@@ -1,9 +1,22 @@
-"""Cells and counts: packed batches, matrices in every form, splits, samplers, streams."""
+"""Cells and counts: packed batches, matrices in every form, files, splits, samplers, streams, stores."""
 
 from scfm.data.batch import CellBatch
+from scfm.data.files import open_counts
 from scfm.data.host import host_info
 from scfm.data.matrix import CountMatrix
 from scfm.data.sampler import TokenBudgetSampler
 from scfm.data.splits import Split, split_cells
+from scfm.data.store import TokenStore
+from scfm.data.stream import CellStream
 
-__all__ = ["CellBatch", "CountMatrix", "Split", "TokenBudgetSampler", "host_info", "split_cells"]
+__all__ = [
+    "CellBatch",
+    "CellStream",
+    "CountMatrix",
+    "Split",
+    "TokenBudgetSampler",
+    "TokenStore",
+    "host_info",
+    "open_counts",
+    "split_cells",
+]

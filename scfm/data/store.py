@@ -1,0 +1,200 @@
+"""`TokenStore`: encoded cells on disk, for many epochs over the same tokens.
+
+A folder of plain `.npy` files, which are mapped into memory, and one JSON file: every tool reads them, nothing has to
+be decoded, and a cell is two slices.
+"""
+
+# Axes: B cells, T packed tokens.
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+from torch.utils.data import Dataset
+
+from scfm.data.batch import CellBatch
+from scfm.errors import ModelFileError, VocabularyMismatchError
+
+if TYPE_CHECKING:
+    from scfm.encoding.base import Encoding
+
+FORMAT_VERSION = 1
+
+
+class TokenStore(Dataset[CellBatch]):
+    """Encoded cells on disk; ``store[rows]`` is a `CellBatch`.
+
+    With `TokenBudgetSampler` as the sampler of a `torch.utils.data.DataLoader` (``batch_size=None``) it gives shuffled
+    batches of a token budget, for any number of workers and ranks.
+
+    Parameters
+    ----------
+    path
+        A folder that `write` made.
+
+    Raises
+    ------
+    ModelFileError
+        If the folder is no token store of this format, or a file of it is cut short.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.info: dict[str, Any] = json.loads((self.path / "info.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
+            raise ModelFileError(f"{str(path)!r} is no token store ({error}). `scfm tokenize` writes one.") from error
+        if self.info.get("format_version") != FORMAT_VERSION:
+            raise ModelFileError(
+                f"The token store has format version {self.info.get('format_version')!r}; this scfm reads "
+                f"{FORMAT_VERSION}. Update scfm, or write the store anew."
+            )
+        self._tokens = self._map("gene_ids", self.info["n_tokens"])
+        self._values = self._map("values", self.info["n_tokens"]) if self.info["has_values"] else None
+        self._ends = self._map("cu_seqlens", self.info["n_cells"] + 1)
+        self._depth = self._map("depth", self.info["n_cells"])
+
+    def _map(self, name: str, size: int) -> NDArray[Any]:
+        try:
+            array = np.load(self.path / f"{name}.npy", mmap_mode="r" if size else None, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ModelFileError(f"{name}.npy of the token store {str(self.path)!r} cannot be read: {error}") from error
+        if array.shape != (size,):
+            raise ModelFileError(f"{name}.npy of {str(self.path)!r} has shape {array.shape}; {size} were written.")
+        return array
+
+    def __len__(self) -> int:
+        return int(self.info["n_cells"])
+
+    @property
+    def lengths_B(self) -> NDArray[np.int64]:
+        """Tokens of each cell, shape (n_cells,), int64; what `TokenBudgetSampler` needs."""
+        return np.diff(self._ends)
+
+    def __getitem__(self, rows: int | Sequence[int] | ArrayLike) -> CellBatch:
+        """Read cells, in the order asked for, as a batch with int32 boundaries; `cell_index_B` is the rows."""
+        rows_B = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        spans = [slice(int(self._ends[row]), int(self._ends[row + 1])) for row in rows_B]
+        cu_seqlens = np.zeros(len(rows_B) + 1, dtype=np.int32)
+        cu_seqlens[1:] = np.cumsum([span.stop - span.start for span in spans])
+
+        def gather(source: NDArray[Any], dtype: DTypeLike) -> torch.Tensor:
+            parts = [source[span] for span in spans]
+            return torch.from_numpy(np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype))
+
+        return CellBatch(
+            gene_ids_T=gather(self._tokens, np.int32),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            values_T=None if self._values is None else gather(self._values, np.float32),
+            cell_index_B=torch.from_numpy(rows_B),
+            depth_B=torch.from_numpy(self._depth[rows_B].astype(np.float32)),
+        )
+
+    def require_encoding(self, encoding: Encoding) -> None:
+        """Raise `VocabularyMismatchError` unless the tokens were made by an encoding with the same settings and ids."""
+        if self.info["vocabulary"] != encoding.vocabulary.fingerprint or self.info["encoding"] != encoding.to_dict():
+            raise VocabularyMismatchError(
+                f"The tokens in {str(self.path)!r} were made with another vocabulary or other settings than the model "
+                "has. Write the store anew with the model's encoding."
+            )
+
+    @staticmethod
+    def write(path: str | Path, batches: Iterable[CellBatch], encoding: Encoding, *, overwrite: bool = False) -> None:
+        """Write encoded cells, batch by batch, in the order given.
+
+        The folder appears under its name when it is whole; only one batch is in memory.
+
+        Parameters
+        ----------
+        path
+            The folder to make.
+        batches
+            Encoded cells: ``CellStream(..., shuffle=False)``, or a list of one `scfm.pp.encode`.
+        encoding
+            What they were encoded with; recorded, so that a model with another encoding refuses them.
+        overwrite
+            Whether a store of this name is replaced.
+
+        Raises
+        ------
+        FileExistsError
+            If the folder exists and `overwrite` is False.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{str(path)!r} exists; choose another name, or pass `overwrite=True`.")
+        if path.exists() and not (path / "info.json").exists():
+            raise FileExistsError(f"{str(path)!r} exists and is no token store; it is not replaced.")
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        beside.mkdir(parents=True)
+        try:
+            _write_files(beside, batches, encoding)
+            if path.exists():
+                shutil.rmtree(path)
+            beside.rename(path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_files(folder: Path, batches: Iterable[CellBatch], encoding: Encoding) -> None:
+    has_values = encoding.config.has_values
+    small = len(encoding.vocabulary) <= np.iinfo(np.uint16).max + 1
+    ends = [np.zeros(1, dtype=np.int64)]
+    depths = []
+    total = 0
+    tokens = _NpyWriter(folder / "gene_ids.npy", np.uint16 if small else np.int32)
+    values = _NpyWriter(folder / "values.npy", np.float32) if has_values else None
+    for batch in batches:
+        ends.append(batch.cu_seqlens[1:].numpy().astype(np.int64) + total)
+        total += batch.n_tokens
+        depths.append(np.full(batch.n_cells, np.nan) if batch.depth_B is None else batch.depth_B.numpy())
+        tokens.append(batch.gene_ids_T.numpy())
+        if values is not None and batch.values_T is not None:
+            values.append(batch.values_T.numpy())
+    tokens.close()
+    if values is not None:
+        values.close()
+    cu_seqlens = np.concatenate(ends)
+    np.save(folder / "cu_seqlens.npy", cu_seqlens)
+    np.save(folder / "depth.npy", np.concatenate([*depths, np.zeros(0)]).astype(np.float32))
+    info = {
+        "format_version": FORMAT_VERSION,
+        "n_cells": len(cu_seqlens) - 1,
+        "n_tokens": total,
+        "has_values": has_values,
+        "vocabulary": encoding.vocabulary.fingerprint,
+        "encoding": encoding.to_dict(),
+    }
+    (folder / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+
+
+class _NpyWriter:
+    """Appends to a one-dimensional `.npy` file whose length is known only at the end."""
+
+    def __init__(self, path: Path, dtype: DTypeLike) -> None:
+        self._file = path.open("wb")
+        self._dtype = np.dtype(dtype)
+        self._size = 0
+        self._header()
+
+    def append(self, array: NDArray[Any]) -> None:
+        self._file.write(np.ascontiguousarray(array, dtype=self._dtype).tobytes())
+        self._size += len(array)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._header()
+        self._file.close()
+
+    def _header(self) -> None:
+        # NumPy pads headers to a multiple of 64 bytes; any length has the same 128.
+        shape = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._size,)}
+        np.lib.format.write_array_header_1_0(self._file, shape)
