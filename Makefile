@@ -1,0 +1,40 @@
+# Two commands on a fresh machine with Python 3.11 or later, a C++ compiler and make:
+#   make demo   the whole job on real data; look into demo_output/
+#   make test   lint, types, and every test, with the compiled extension and without it
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: install demo test lint tests tests-without-extension docs clean
+
+install: .venv/.installed
+
+.venv/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel pybind11 ninja numpy
+	SCFM_REQUIRE_EXT=$(SCFM_REQUIRE_EXT) SCFM_WERROR=$(SCFM_WERROR) $(BIN)/pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --no-build-isolation -e ".[dev,pancreas]"
+	touch $@
+
+demo: install
+	$(BIN)/python tutorials/demo.py demo_output
+
+test: lint tests tests-without-extension
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tests: install
+	$(PYTEST)
+
+# What needs the extension skips itself; the rest must hold in pure torch and NumPy.
+tests-without-extension: install
+	SCFM_DISABLE_EXT=1 $(PYTEST) -m "not slow"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
+	find scfm -name '*.so' -delete

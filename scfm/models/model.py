@@ -1,0 +1,161 @@
+"""`Model`: what a user holds. A network, the encoding that feeds it, its labels, and its history."""
+
+# Axes: B cells, T packed tokens, D model width, C classes.
+
+from __future__ import annotations
+
+import hashlib
+import html
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scfm.data.batch import CellBatch
+from scfm.errors import ModelTaskError
+from scfm.models.network import CellTransformer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scfm.encoding import Encoding
+
+TOKENS_PER_BATCH = 16_384  # of inference: large enough to fill the cores, small enough for a laptop's memory
+
+
+class Model:
+    """A trained model, ready for `scfm.tl` and `scfm.pl`.
+
+    Attributes
+    ----------
+    network
+        The transformer, a `torch.nn.Module`.
+    encoding
+        How cells become tokens: configuration, vocabulary, medians.
+    labels
+        Names of the classes that the network tells apart; empty where it was not trained to.
+    history
+        What was done to get here, JSON-able: settings and losses of each stage, scores.
+    """
+
+    def __init__(
+        self,
+        network: CellTransformer,
+        encoding: Encoding,
+        *,
+        labels: tuple[str, ...] = (),
+        history: dict[str, Any] | None = None,
+    ) -> None:
+        self.network = network.eval()
+        self.encoding = encoding
+        self.labels = tuple(labels)
+        self.history: dict[str, Any] = history or {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.embedding.gene.weight.device
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that change with any weight, token or setting."""
+        digest = hashlib.sha256(repr((self.network.config, self.encoding.config, self.labels)).encode())
+        digest.update(self.encoding.vocabulary.fingerprint.encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:12]
+
+    def to(self, device: torch.device | str) -> Model:
+        """Move the network, in place, and return the model."""
+        self.network.to(device)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write a directory: `config.json`, `vocabulary.json`, `weights.safetensors`; never a pickle.
+
+        It is written beside `path` and renamed, so a stopped call leaves what was there before.
+        """
+        from scfm.models.saving import save
+
+        save(self, Path(path))
+
+    def report(self) -> pd.DataFrame:
+        """Scores of the model beside its baselines on the same held-out cells, a row a method.
+
+        Raises
+        ------
+        ModelTaskError
+            If the model was fitted without labels, so that there is nothing to score.
+        """
+        import pandas as pd
+
+        if "report" not in self.history:
+            raise ModelTaskError(
+                "This model has no report: it was fitted without labels. Call `scfm.fit(adata, labels_key=...)`."
+            )
+        return pd.DataFrame(self.history["report"]).set_index("method")
+
+    def embed(
+        self, cells: CellBatch, *, hidden_layer: int | None = None, pooling: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embedding of each encoded cell, shape (B, D), float32. The same cell gets the same numbers in any company."""
+        parts = [
+            self.network.embed_cells(batch, hidden_layer=hidden_layer, pooling=pooling).float().cpu()
+            for batch in self._batches(cells)
+        ]
+        embedding_BD = torch.cat(parts).numpy() if parts else np.empty((0, self.network.config.d_model), np.float32)
+        if self.network.config.normalize_embedding:
+            embedding_BD = embedding_BD / np.maximum(np.linalg.norm(embedding_BD, axis=1, keepdims=True), 1e-12)
+        return embedding_BD
+
+    def predict_proba(self, cells: CellBatch) -> NDArray[np.float32]:
+        """Probability of each class for each encoded cell, shape (B, C), float32, in the order of `labels`."""
+        self.require_labels()
+        parts = [torch.softmax(self.network.class_logits(batch).float(), -1).cpu() for batch in self._batches(cells)]
+        return torch.cat(parts).numpy() if parts else np.empty((0, len(self.labels)), np.float32)
+
+    def require_labels(self) -> None:
+        """Raise `ModelTaskError` unless the model was fitted on labels."""
+        if not self.labels:
+            raise ModelTaskError(
+                "This model was not trained to annotate. Fit one with labels: `scfm.fit(adata, labels_key=...)`."
+            )
+
+    def _batches(self, cells: CellBatch) -> Iterator[CellBatch]:
+        """Cut cells into runs of at most `TOKENS_PER_BATCH` tokens, on the network's device, without gradients."""
+        self.network.eval()
+        with torch.inference_mode():
+            for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
+                yield cells.select(torch.arange(rows.start, rows.stop)).to(self.device)
+
+    def __repr__(self) -> str:
+        config = self.network.config
+        labels = f", {len(self.labels)} labels" if self.labels else ""
+        return (
+            f"Model({self.encoding.config.kind} encoding, {len(self.encoding.vocabulary):,} tokens, "
+            f"{config.n_layers} layers, width {config.d_model}, {self.n_parameters:,} parameters{labels})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [("model", repr(self))]
+        rows += [("labels", ", ".join(self.labels))] if self.labels else []
+        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+        report = self.report().to_html(float_format="{:.3f}".format) if "report" in self.history else ""
+        return f"<table>{cells}</table>{report}"
+
+
+def runs_of_tokens(cu_seqlens: NDArray[np.integer], budget: int) -> Iterator[slice]:
+    """Cut consecutive cells into slices of at most `budget` tokens, each of at least one cell."""
+    start, n_cells = 0, len(cu_seqlens) - 1
+    while start < n_cells:
+        stop = int(np.searchsorted(cu_seqlens, cu_seqlens[start] + budget, side="right")) - 1
+        stop = min(max(stop, start + 1), n_cells)
+        yield slice(start, stop)
+        start = stop

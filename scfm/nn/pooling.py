@@ -1,0 +1,49 @@
+"""From token states to one vector a cell."""
+
+# Axes: B cells, T packed tokens, D model width.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = None, *, how: str = "mean") -> Tensor:
+    """Pool the token states of each cell.
+
+    Parameters
+    ----------
+    states_TD
+        Token states, shape (T, D).
+    cu_seqlens
+        Cell boundaries, shape (B + 1,).
+    keep_T
+        Tokens that count, shape (T,), bool; None for all. Ignored by `"cls"`.
+    how
+        `"mean"` or `"max"` over the kept tokens, `"cls"` for the state of each cell's first token.
+
+    Returns
+    -------
+    Cell vectors, shape (B, D), float32 for means. A cell without a kept token gets zeros.
+    """
+    if how == "cls":
+        return states_TD[cu_seqlens[:-1].long()]
+    if how == "max":
+        kept_TD = states_TD if keep_T is None else states_TD.masked_fill(~keep_T[:, None], -torch.inf)
+        pooled_BD = torch.segment_reduce(kept_TD, "max", lengths=cu_seqlens.diff().long(), unsafe=True)
+        return pooled_BD.masked_fill(pooled_BD.isneginf(), 0.0)
+    if how != "mean":
+        raise ValueError(f"`how` is {how!r}; choose 'mean', 'max' or 'cls'.")
+    return _mean(states_TD.float(), cu_seqlens.long(), keep_T)
+
+
+def _mean(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None) -> Tensor:
+    lengths_B = cu_seqlens.diff()
+    if keep_T is None:
+        count_B = lengths_B
+    else:
+        states_TD = states_TD * keep_T[:, None]
+        cumulated = torch.cat([cu_seqlens.new_zeros(1), keep_T.long().cumsum(0)])
+        count_B = cumulated[cu_seqlens[1:]] - cumulated[cu_seqlens[:-1]]
+    sum_BD = torch.segment_reduce(states_TD, "sum", lengths=lengths_B, unsafe=True)
+    return sum_BD / count_B.clamp(min=1)[:, None]

@@ -1,0 +1,46 @@
+"""Classification of cells: cross-entropy, with weights for rare classes."""
+
+# Axes: B cells, C classes.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scfm.data.batch import CellBatch
+from scfm.models.network import CellTransformer
+from scfm.objectives.base import Loss, Targets, Term
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy of each labelled cell's class, sum of w_c CE / sum of w_c over the batch.
+
+    `class_weights_C` weighs the classes; None weighs all alike. Every cell of a batch must be labelled.
+    """
+
+    class_weights_C: Tensor | None = None
+    label_smoothing: float = 0.0
+    name: str = "classification"
+
+    def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
+        labels_B = cells.labels_B
+        if labels_B is None or bool((labels_B < 0).any()):
+            raise ValueError("Classification needs a label for every cell of the batch; leave unlabelled cells out.")
+        weights_B = torch.ones(len(cells)) if self.class_weights_C is None else self.class_weights_C[labels_B]
+        return cells, {"labels_B": labels_B, "weights_B": weights_B}
+
+    def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
+        logits_BC = network.class_logits(inputs).float()
+        loss_B = F.cross_entropy(logits_BC, targets["labels_B"], reduction="none", label_smoothing=self.label_smoothing)
+        return {"classification": Term((targets["weights_B"] * loss_B).sum(), targets["weights_B"].sum())}
+
+
+def class_weights(labels_B: Tensor, n_classes: int, power: float = 0.5) -> Tensor:
+    """Weights proportional to 1 / n_c^power, mean 1 over the cells: 0 for none, 1 for fully balanced. Shape (C,)."""
+    counts_C = torch.bincount(labels_B[labels_B >= 0], minlength=n_classes).clamp(min=1).float()
+    weights_C = counts_C.pow(-power)
+    return weights_C * counts_C.sum() / (weights_C * counts_C).sum()

@@ -1,0 +1,85 @@
+"""Masked objectives: guess the hidden gene (rank encodings) or its hidden value (value encodings)."""
+
+# Axes: T packed tokens, N masked tokens.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scfm.data.batch import CellBatch
+from scfm.models.network import CellTransformer
+from scfm.objectives.base import Loss, Targets, Term, count_of
+
+MASK_VALUE = -1.0  # scGPT's value of a masked token
+
+
+def choose_tokens(eligible_T: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Draw each eligible token with probability `fraction`; at least one where any is eligible. Indices, (N,), int64."""
+    draw_T = torch.rand(eligible_T.shape[0], generator=generator).masked_fill(~eligible_T, 2.0)
+    chosen_N = (draw_T < fraction).nonzero().squeeze(1)
+    if chosen_N.numel() == 0 and bool(eligible_T.any()):
+        chosen_N = draw_T.argmin().reshape(1)
+    return chosen_N
+
+
+@dataclass(frozen=True)
+class MaskedGenes:
+    """BERT's masked language modelling over gene ids, as Geneformer pretrains (Theodoris et al. 2023).
+
+    `mask_fraction` of the gene tokens are targets; of these 80 % become the mask token, 10 % a random gene, 10 % stay.
+    The loss is the cross-entropy over the whole vocabulary, averaged over the targets of the batch. Special tokens
+    are neither masked nor drawn as random genes.
+    """
+
+    mask_id: int
+    is_gene_V: Tensor
+    mask_fraction: float = 0.15
+    name: str = "masked_genes"
+
+    def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
+        gene_ids_T = cells.gene_ids_T.clone()
+        token_N = choose_tokens(self.is_gene_V[gene_ids_T.long()], self.mask_fraction, generator)
+        original_N = gene_ids_T[token_N]
+        fate_N = torch.rand(token_N.shape[0], generator=generator)
+        genes = self.is_gene_V.nonzero().squeeze(1).to(gene_ids_T.dtype)
+        random_N = genes[torch.randint(len(genes), token_N.shape, generator=generator)]
+        masked_N = torch.where(fate_N < 0.9, random_N, original_N)
+        gene_ids_T[token_N] = masked_N.masked_fill(fate_N < 0.8, self.mask_id)
+        return cells.replace(gene_ids_T=gene_ids_T), {"token_N": token_N, "gene_ids_N": original_N.long()}
+
+    def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
+        hidden_ND = network(inputs)[targets["token_N"]]
+        logits_NV = network.gene_logits(hidden_ND).float()
+        cross_entropy = F.cross_entropy(logits_NV, targets["gene_ids_N"], reduction="sum")
+        return {"masked_genes": Term(cross_entropy, count_of(targets["gene_ids_N"]))}
+
+
+@dataclass(frozen=True)
+class MaskedValues:
+    """Masked value regression (scGPT's GEP): the gene stays visible, its value becomes -1 and is to be guessed.
+
+    The loss is the squared error of the predicted value, averaged over the targets of the batch.
+    """
+
+    is_gene_V: Tensor
+    mask_fraction: float = 0.4
+    name: str = "masked_values"
+
+    def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
+        if cells.values_T is None:
+            raise ValueError(
+                "Masked values need an encoding with values (bin or continuous); a rank encoding has none."
+            )
+        token_N = choose_tokens(self.is_gene_V[cells.gene_ids_T.long()], self.mask_fraction, generator)
+        values_T = cells.values_T.clone()
+        values_T[token_N] = MASK_VALUE
+        return cells.replace(values_T=values_T), {"token_N": token_N, "values_N": cells.values_T[token_N]}
+
+    def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
+        predicted_N = network.values(network(inputs)[targets["token_N"]]).float()
+        squared_error = F.mse_loss(predicted_N, targets["values_N"], reduction="sum")
+        return {"masked_values": Term(squared_error, count_of(targets["values_N"]))}

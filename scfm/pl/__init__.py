@@ -1,0 +1,7 @@
+"""Figures: scanpy's conventions (`ax=`, `show=`, `save=`), colours that colour-blind eyes tell apart."""
+
+from scfm.pl._confusion import confusion
+from scfm.pl._embedding import embedding
+from scfm.pl._perturbation import perturbation
+
+__all__ = ["confusion", "embedding", "perturbation"]

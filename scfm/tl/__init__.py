@@ -1,0 +1,8 @@
+"""Tools: what is computed with a model, written to AnnData or returned as a table."""
+
+from scfm.tl._annotate import annotate
+from scfm.tl._embed import embed
+from scfm.tl._fit import fit
+from scfm.tl._perturb import perturb
+
+__all__ = ["annotate", "embed", "fit", "perturb"]

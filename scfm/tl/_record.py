@@ -1,0 +1,19 @@
+"""Where results stand in an AnnData, and what is remembered of how they came there."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import anndata
+
+from scfm.models.model import Model
+
+
+def record(adata: anndata.AnnData, model: Model, result: str, **settings: Any) -> None:
+    """Note under `uns["scfm"][result]` the model's id, the version and the settings; survives `write_h5ad`."""
+    entry = {"model_id": model.id, "version": version("single-cell-fm")}
+    entry |= {key: value for key, value in settings.items() if value is not None}
+    records = dict(adata.uns.get("scfm", {}))
+    records[result] = entry
+    adata.uns["scfm"] = records
