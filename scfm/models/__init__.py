@@ -1,7 +1,7 @@
 """The network, its configuration, and the models that users hold."""
 
 from scfm.models.config import ModelConfig
-from scfm.models.load import load
+from scfm.models.loading import load
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 
