@@ -7,8 +7,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -71,10 +74,10 @@ class CellBatch:
     def pin_memory(self) -> CellBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def replace(self, **changes: Tensor | None) -> CellBatch:
+    def replace(self, **changes: Any) -> CellBatch:
         return dataclasses.replace(self, **changes)
 
-    def select(self, cells: Sequence[int] | Tensor) -> CellBatch:
+    def select(self, cells: Sequence[int] | NDArray[np.integer] | Tensor) -> CellBatch:
         """Take the given cells, in the given order, as a new batch with int32 boundaries."""
         cells_B = torch.as_tensor(cells, dtype=torch.int64, device=self.device)
         starts_B = self.cu_seqlens[:-1].long()[cells_B]

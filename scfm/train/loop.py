@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import lightning
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from scfm import objectives
@@ -20,7 +22,7 @@ from scfm.train.config import FitConfig
 from scfm.train.module import TrainingModule
 
 # (number of the step in the whole run, rows of its cells)
-StepRows = tuple[int, Sequence[int]]
+StepRows = tuple[int, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
