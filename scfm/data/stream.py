@@ -121,6 +121,15 @@ class CellStream(IterableDataset[CellBatch]):
         if epoch != self.epoch:
             self.epoch, self._next_buffer, self._next_batch = epoch, 0, 0
 
+    def seek(self, step: int) -> None:
+        """Go to the batch that comes `step` batches after the first one of epoch 0; nothing is read on the way."""
+        self.epoch, left = divmod(step, len(self))
+        for place, buffer in enumerate(self._buffers()):
+            if left < self._batches_of(buffer):
+                break
+            left -= self._batches_of(buffer)
+        self._next_buffer, self._next_batch = place, left
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "buffer": self._next_buffer, "batch": self._next_batch, "seed": self.seed}
 
