@@ -29,7 +29,15 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # gcc 12 warns of its own AVX-512 headers (gcc bug 105593).
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512 = [
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 
@@ -89,7 +97,9 @@ def operator_library(compiler: str) -> Library:
     isas = {name: flags for name, flags in ISA_FLAGS.items() if IS_X86 and knows_flags(compiler, flags)}
     units = []
     for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]):
-        isa = next((name for name in sorted(ISA_FLAGS, key=len, reverse=True) if source.stem.endswith(f"_{name}")), None)
+        isa = next(
+            (name for name in sorted(ISA_FLAGS, key=len, reverse=True) if source.stem.endswith(f"_{name}")), None
+        )
         if isa is None:
             units.append(Unit(source, PORTABLE_FLAGS))
         elif isa in isas:
@@ -178,7 +188,7 @@ class BuildLibraries(build_ext):
         if truthy("SCFM_REQUIRE_EXT"):
             raise SystemExit(f"{what} could not be built, and SCFM_REQUIRE_EXT is set: {error}")
         self.warn(
-            f"{what} is installed without compiled code, and everything runs in pure Python, more slowly. Reason: {error}"
+            f"{what} is installed without compiled code: everything runs in pure Python, more slowly. Reason: {error}"
         )
 
 

@@ -38,7 +38,7 @@ void check_tokens(const Tensor& tensor, const Tensor& like, int64_t n_tokens, co
   STD_TORCH_CHECK(tensor.size(0) == n_tokens && tensor.size(1) == like.size(1) && tensor.size(2) == like.size(2),
                   "attention: `", name, "` has shape (", tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2),
                   "), expected (", n_tokens, ", ", like.size(1), ", ", like.size(2), ").");
-  STD_TORCH_CHECK(tensor.size(2) <= 1 || tensor.stride(2) == 1, "attention: the last axis of `", name,
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(2) == 1 || tensor.stride(2) == 1, "attention: the last axis of `", name,
                   "` must be contiguous.");
 }
 
@@ -74,6 +74,7 @@ Cells cells_of(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, const
   cells.key = boundaries_of(cu_seqlens_k.value_or(cu_seqlens), k.size(0), cu_seqlens_k ? "cu_seqlens_k" : "cu_seqlens");
   STD_TORCH_CHECK(cells.key.size() == cells.query.size(), "attention: `cu_seqlens_k` must have as many entries as ",
                   "`cu_seqlens`, ", cells.query.size(), "; it has ", cells.key.size(), ".");
+  cells.keys_are_queries = !cu_seqlens_k.has_value();
   if (!n_known) return cells;
   STD_TORCH_CHECK(!cu_seqlens_k, "attention: `n_known` needs self-attention; drop `cu_seqlens_k`.");
   cells.n_known = integers_of(*n_known, "n_known");
@@ -161,6 +162,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_q, grad_k, grad_v, grad_bias};
 }
 
+// What both walks over the keys share; `v`, `out` and `grad` are those of `q` and `k` for column sums, which do not read them.
+AttentionProblem key_problem(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                             const Tensor& lse, const std::optional<Tensor>& key_bias, double scale, Tensor& result) {
+  AttentionProblem problem = problem_of(q, k, v, key_bias, scale);
+  check_tokens(grad, q, q.size(0), "grad_out");
+  check_tokens(out, q, q.size(0), "out");
+  const scfm::ConstScalars lse_read = read_scalars(lse, q.size(0), q.size(1), "lse");
+  result = torch::stable::new_empty(q, {k.size(0), q.size(1)}, ScalarType::Float);
+  problem.grad_out = read_tokens(grad);
+  problem.out = {const_cast<void*>(out.const_data_ptr()), out.stride(0), out.stride(1)};
+  problem.lse = {const_cast<float*>(lse_read.data), lse_read.token_stride, lse_read.head_stride};
+  problem.grad_bias = write_scalars(result);
+  return problem;
+}
+
+Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& cu_seqlens,
+                             std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known,
+                             std::optional<Tensor> key_bias, double scale) {
+  Tensor result = lse;
+  const AttentionProblem problem = key_problem(q, q, k, k, q, lse, key_bias, scale, result);
+  scfm::run_column_sums(problem, cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known), q.size(1), dtype_of(q, "q"));
+  return result;
+}
+
+Tensor attention_deletion_effects(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+                                  std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known,
+                                  std::optional<Tensor> key_bias, double scale) {
+  Tensor result = lse;
+  const AttentionProblem problem = key_problem(grad_out, q, k, v, out, lse, key_bias, scale, result);
+  scfm::run_deletion_effects(problem, cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known), q.size(1), dtype_of(q, "q"));
+  return result;
+}
+
 int64_t cpu_isa() {
   STD_TORCH_CHECK(!scfm::forced_isa_is_missing(),
                   "SCFM_FORCE_ISA names an instruction set that this machine does not have; use one of portable, avx2, "
@@ -178,12 +213,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scfm, m) {
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_column_sums(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, "
+      "Tensor? key_bias, float scale) -> Tensor");
+  m.def(
+      "attention_deletion_effects(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) -> Tensor");
   m.def("cpu_isa() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scfm, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_column_sums", TORCH_BOX(&attention_column_sums));
+  m.impl("attention_deletion_effects", TORCH_BOX(&attention_deletion_effects));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scfm, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

@@ -47,11 +47,12 @@ struct AttentionTask {
   int64_t query_begin, query_end;
   int64_t key_begin, n_keys;  // keys that every query sees
   int64_t own_begin;          // queries from here on see their own key as well
+  bool keys_are_queries;      // self-attention: a token has one number on both sides
 };
 
 // A forward task holds at most this many queries: enough that packing the keys for them costs next to nothing. It is
 // the same for every batch and number of threads, so a cell's result is too.
-constexpr int64_t kQueriesPerTask = 512;
+constexpr int64_t kQueriesPerTask = 1024;
 
 constexpr int64_t kMaxWidth = 256;  // widest head
 
@@ -60,6 +61,9 @@ struct AttentionKernels {
   void (*forward)(const AttentionProblem&, const AttentionTask&, void* scratch);
   int64_t (*backward_scratch)(const AttentionProblem&, int64_t max_queries);
   void (*backward)(const AttentionProblem&, const AttentionTask&, void* scratch);
+  // These take a backward task and its scratch.
+  void (*column_sums)(const AttentionProblem&, const AttentionTask&, void* scratch);
+  void (*deletion_effects)(const AttentionProblem&, const AttentionTask&, void* scratch);
 };
 
 // Each is compiled in a unit of its own; null where the unit holds no kernel for the dtype.

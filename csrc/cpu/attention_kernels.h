@@ -3,13 +3,18 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "attention_keys.h"
 
 namespace {
 
 template <class Engine, class Source>
 constexpr AttentionKernels kernels_of() {
-  return {forward_scratch<Engine>, attention_forward<Engine, Source>, backward_scratch<Engine>,
-          attention_backward<Engine, Source>};
+  return {forward_scratch<Engine>,
+          attention_forward<Engine, Source>,
+          backward_scratch<Engine>,
+          attention_backward<Engine, Source>,
+          attention_keys<Engine, Source, false>,
+          attention_keys<Engine, Source, true>};
 }
 
 }  // namespace

@@ -17,6 +17,8 @@ struct AmxEngine : BFloat16Base {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    // gcc 12 believes that only the first bytes are read, and drops the rest: make it give up all of them.
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~AmxEngine() { _tile_release(); }

@@ -16,7 +16,7 @@ struct FloatEngine {
   static constexpr int64_t kGroup = 1;      // elements in a 32-bit word
   static constexpr int64_t kWidthStep = 16;  // head widths are padded to a multiple of this
   static constexpr int64_t kRowStep = 1;    // rows of A likewise
-  static constexpr int64_t kForwardRows = 24, kForwardKeys = 256, kBackwardKeys = 96;
+  static constexpr int64_t kForwardRows = 48, kForwardKeys = 128, kBackwardKeys = 96;
 
   template <bool kAccumulate>
   static void gemm(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride,

@@ -22,6 +22,7 @@ std::vector<AttentionTask> list_tasks(const Cells& cells, int64_t n_heads, int64
   for (size_t cell = 0; cell + 1 < cells.query.size(); cell++) {
     const int64_t begin = cells.query[cell], end = cells.query[cell + 1];
     AttentionTask task{};
+    task.keys_are_queries = cells.keys_are_queries;
     task.key_begin = cells.key[cell];
     task.n_keys = cells.n_known.empty() ? cells.key[cell + 1] - cells.key[cell] : cells.n_known[cell];
     task.own_begin = cells.n_known.empty() ? std::numeric_limits<int64_t>::max() : begin + cells.n_known[cell];
@@ -106,11 +107,33 @@ void run_attention_forward(const AttentionProblem& problem, const Cells& cells, 
             [&](const AttentionTask& task, void* scratch) { kernels.forward(problem, task, scratch); });
 }
 
-void run_attention_backward(const AttentionProblem& problem, const Cells& cells, int64_t n_heads, Dtype dtype) {
-  const AttentionKernels& kernels = attention_kernels(dtype);
+namespace {
+
+using Kernel = void (*)(const AttentionProblem&, const AttentionTask&, void*);
+
+// Tasks that hold all queries of a cell and head, so that what they sum up for a key is complete.
+void run_whole_cells(const AttentionProblem& problem, const Cells& cells, int64_t n_heads,
+                     const AttentionKernels& kernels, Kernel kernel) {
   const auto tasks = list_tasks(cells, n_heads, std::numeric_limits<int64_t>::max(), true);
   run_tasks(tasks, kernels.backward_scratch(problem, longest(tasks)),
-            [&](const AttentionTask& task, void* scratch) { kernels.backward(problem, task, scratch); });
+            [&](const AttentionTask& task, void* scratch) { kernel(problem, task, scratch); });
+}
+
+}  // namespace
+
+void run_attention_backward(const AttentionProblem& problem, const Cells& cells, int64_t n_heads, Dtype dtype) {
+  const AttentionKernels& kernels = attention_kernels(dtype);
+  run_whole_cells(problem, cells, n_heads, kernels, kernels.backward);
+}
+
+void run_column_sums(const AttentionProblem& problem, const Cells& cells, int64_t n_heads, Dtype dtype) {
+  const AttentionKernels& kernels = attention_kernels(dtype);
+  run_whole_cells(problem, cells, n_heads, kernels, kernels.column_sums);
+}
+
+void run_deletion_effects(const AttentionProblem& problem, const Cells& cells, int64_t n_heads, Dtype dtype) {
+  const AttentionKernels& kernels = attention_kernels(dtype);
+  run_whole_cells(problem, cells, n_heads, kernels, kernels.deletion_effects);
 }
 
 }  // namespace scfm

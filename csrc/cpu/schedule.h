@@ -11,11 +11,14 @@ namespace scfm {
 struct Cells {  // boundaries, already checked
   std::vector<int64_t> query, key;  // B + 1 entries each
   std::vector<int64_t> n_known;     // B entries, or none
+  bool keys_are_queries = true;
 };
 
 const AttentionKernels& attention_kernels(Dtype);
 
 void run_attention_forward(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_attention_backward(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
+void run_column_sums(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
+void run_deletion_effects(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 
 }  // namespace scfm

@@ -36,54 +36,53 @@ struct Span {
   double upto, below;
 };
 
-// Quantile edges of one cell and the span of bins of each of its values.
+// Quantile edges of one cell, and the span of bins of a value.
 class Binner {
  public:
-  explicit Binner(const BinRule& rule) : rule_(rule), edges_(rule.n_edges), tally_(kTallied, 0), spans_(kTallied) {}
+  explicit Binner(const BinRule& rule) : rule_(rule), edges_(rule.n_edges), spans_(kTallied) {}
 
-  // Calls use(place, span) for each of the `counts`, which are positive.
-  template <typename Use>
-  void run(const double* counts, size_t size, const Use& use) {
-    if (size == 0) return;
-    if (can_tally(counts, size)) {
-      run_tallied(counts, size, use);
+  // Prepares for a cell with these positive counts, at least one.
+  void prepare(const double* counts, size_t size) {
+    largest_ = tally_limit(counts, size);
+    if (is_tallied()) {
+      tally_.clear();
+      tally_.count(counts, size, largest_);
+      prepare_tallied(size);
     } else {
-      run_sorted(counts, size, use);
+      sorted_.assign(counts, counts + size);
+      std::sort(sorted_.begin(), sorted_.end());
+      set_edges(size, [&](size_t place) { return sorted_[place]; });
+    }
+  }
+
+  Span operator()(double count) const {
+    if (is_tallied()) return spans_[static_cast<size_t>(static_cast<int>(count))];
+    const auto upto = std::upper_bound(edges_.begin(), edges_.end(), count);
+    const auto below = std::lower_bound(edges_.begin(), upto, count);
+    return {static_cast<double>(upto - edges_.begin()), static_cast<double>(below - edges_.begin())};
+  }
+
+  // Prepares the choice of the `most` largest counts of the cell.
+  void prepare(Selector& selector, const double* counts, size_t size, size_t most) const {
+    if (is_tallied()) {
+      selector.prepare(tally_, largest_, most);
+    } else {
+      selector.prepare(counts, size, most);
     }
   }
 
  private:
-  template <typename Use>
-  void run_tallied(const double* counts, size_t size, const Use& use) {
-    size_t most = 0;
-    for (size_t i = 0; i < size; ++i) {
-      const size_t count = static_cast<size_t>(counts[i]);
-      ++tally_[count];
-      most = std::max(most, count);
-    }
-    size_t value = 0, upto = 0;  // `upto` values are at most `value`
-    const auto at = [&](size_t place) {
+  bool is_tallied() const { return largest_ < kTallied; }
+
+  void prepare_tallied(size_t size) {
+    size_t value = 0, upto = 0;  // `upto` counts are at most `value`
+    set_edges(size, [&](size_t place) {
       while (upto <= place) upto += tally_[++value];
       return static_cast<double>(value);
-    };
-    set_edges(size, at);
+    });
     size_t below_edge = 0, upto_edge = 0;
-    for (size_t count = 1; count <= most; ++count) {
+    for (size_t count = 1; count <= largest_; ++count) {
       if (tally_[count] != 0) spans_[count] = span_of(static_cast<double>(count), below_edge, upto_edge);
-      tally_[count] = 0;
-    }
-    for (size_t i = 0; i < size; ++i) use(i, spans_[static_cast<size_t>(counts[i])]);
-  }
-
-  template <typename Use>
-  void run_sorted(const double* counts, size_t size, const Use& use) {
-    sorted_.assign(counts, counts + size);
-    std::sort(sorted_.begin(), sorted_.end());
-    set_edges(size, [&](size_t place) { return sorted_[place]; });
-    for (size_t i = 0; i < size; ++i) {
-      const auto upto = std::upper_bound(edges_.begin(), edges_.end(), counts[i]);
-      const auto below = std::lower_bound(edges_.begin(), upto, counts[i]);
-      use(i, Span{static_cast<double>(upto - edges_.begin()), static_cast<double>(below - edges_.begin())});
     }
   }
 
@@ -113,15 +112,19 @@ class Binner {
 
   const BinRule& rule_;
   std::vector<double> edges_;
-  std::vector<uint32_t> tally_;
+  Tally tally_;
   std::vector<Span> spans_;
   std::vector<double> sorted_;
   double a_ = 0, b_ = 0;
   size_t low_ = 0;
+  size_t largest_ = 0;
 };
 
+// ceil(unit (below - upto) + upto), whose argument is in 0..n_edges, without a call.
 float bin_of(Span span, double unit) {
-  return static_cast<float>(std::ceil(unit * (span.below - span.upto) + span.upto));
+  const double place = unit * (span.below - span.upto) + span.upto;
+  const int whole = static_cast<int>(place);
+  return static_cast<float>(whole + (place > static_cast<double>(whole)));
 }
 
 // One thread's bin encoder.
@@ -132,23 +135,64 @@ class BinEncoder {
 
   void operator()(Workspace& work, int64_t row) {
     const Cell& cell = work.cell;
-    const Draws ties(rule_.draw, row, kTie);
-    binner_.run(cell.counts.data(), cell.size, [&](size_t i, Span span) {
-      const double unit = rule_.unit != nullptr ? rule_.unit[cell.tokens[i]] : ties(cell.tokens[i]);
-      work.out_values[i] = bin_of(span, unit);
-    });
-    work.out_size = cell.size;
-    std::copy_n(cell.tokens.begin(), cell.size, work.out_tokens.begin());
-    std::copy_n(cell.counts.begin(), cell.size, work.scores.begin());
-    zeros_.add(work);
-    if (rule_.unit == nullptr && work.out_size > max_genes_) {
-      const Draws samples(rule_.draw, row, kSample);
-      for (size_t i = 0; i < work.out_size; ++i) work.scores[i] = samples(work.out_tokens[i]);
+    if (cell.size > 0) binner_.prepare(cell.counts.data(), cell.size);
+    if (zeros_.any()) {
+      std::copy_n(cell.tokens.begin(), cell.size, work.out_tokens.begin());
+      std::copy_n(cell.counts.begin(), cell.size, work.scores.begin());
+      bin(work, cell.size, row);
+      zeros_.add(work);
+      if (rule_.unit == nullptr && work.out_size > max_genes_) draw_scores(work, row);
+      keep_best(work, max_genes_, selector_);
+    } else {
+      bin(work, keep(work, row), row);
     }
-    keep_best(work, max_genes_, selector_);
   }
 
  private:
+  // Copies the tokens and counts that fit the context; returns how many.
+  size_t keep(Workspace& work, int64_t row) {
+    const Cell& cell = work.cell;
+    work.out_size = cell.size;
+    std::copy_n(cell.tokens.begin(), cell.size, work.out_tokens.begin());
+    if (cell.size <= max_genes_) {
+      std::copy_n(cell.counts.begin(), cell.size, work.scores.begin());
+      return cell.size;
+    }
+    const double* scores = cell.counts.data();
+    if (rule_.unit != nullptr) {
+      binner_.prepare(selector_, scores, cell.size, max_genes_);
+    } else {
+      draw_scores(work, row);
+      selector_.prepare(work.scores.data(), cell.size, max_genes_);
+      scores = work.scores.data();
+    }
+    size_t kept = 0;
+    for (size_t i = 0; i < cell.size; ++i) {
+      const bool keeps = selector_.keeps(scores[i]);
+      work.out_tokens[kept] = cell.tokens[i];
+      work.scores[kept] = cell.counts[i];
+      kept += keeps;
+    }
+    return kept;
+  }
+
+  // Scores of a random sample, for `out_tokens`.
+  void draw_scores(Workspace& work, int64_t row) const {
+    const Draws samples(rule_.draw, row, kSample);
+    for (size_t i = 0; i < work.out_size; ++i) work.scores[i] = samples(work.out_tokens[i]);
+  }
+
+  // Bins the counts in `scores` of the first `size` of `out_tokens`.
+  void bin(Workspace& work, size_t size, int64_t row) const {
+    const Draws ties(rule_.draw, row, kTie);
+    for (size_t i = 0; i < size; ++i) {
+      const int32_t token = work.out_tokens[i];
+      const double unit = rule_.unit != nullptr ? rule_.unit[token] : ties(token);
+      work.out_values[i] = bin_of(binner_(work.scores[i]), unit);
+    }
+    work.out_size = size;
+  }
+
   const BinRule& rule_;
   size_t max_genes_;
   const Zeros& zeros_;
@@ -158,9 +202,10 @@ class BinEncoder {
 
 }  // namespace
 
-Encoded encode_bin(const CsrTokens& csr, const Frame& frame, const BinRule& rule) {
+Boundaries encode_bin(const CsrTokens& csr, const Frame& frame, const BinRule& rule, const Allocate& allocate) {
   const Zeros zeros(rule.zero_tokens, rule.n_zero_tokens, csr.n_tokens);
-  return encode_rows(csr, frame, Order::by_token, true, [&] { return BinEncoder(rule, frame.max_genes, zeros); });
+  return encode_rows(csr, frame, Order::by_token, rule.zero_tokens != nullptr ? &rule.n_zero_tokens : nullptr, allocate,
+                     [&] { return BinEncoder(rule, frame.max_genes, zeros); });
 }
 
 }  // namespace scfm::host

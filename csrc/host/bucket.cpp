@@ -47,9 +47,10 @@ class BucketEncoder {
 
 }  // namespace
 
-Encoded encode_bucket(const CsrTokens& csr, const Frame& frame, const BucketRule& rule) {
+Boundaries encode_bucket(const CsrTokens& csr, const Frame& frame, const BucketRule& rule, const Allocate& allocate) {
   const Zeros zeros(rule.zero_tokens, rule.n_zero_tokens, csr.n_tokens);
-  return encode_rows(csr, frame, Order::by_token, true, [&] { return BucketEncoder(rule, frame.max_genes, zeros); });
+  return encode_rows(csr, frame, Order::by_token, rule.zero_tokens != nullptr ? &rule.n_zero_tokens : nullptr, allocate,
+                     [&] { return BucketEncoder(rule, frame.max_genes, zeros); });
 }
 
 }  // namespace scfm::host

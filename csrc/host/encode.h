@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -22,15 +23,20 @@ struct Frame {
   int n_threads;
 };
 
-// Cells as runs of rows, each run with its own tokens end to end; `lengths` has one entry a row.
-struct Encoded {
-  std::vector<std::vector<int32_t>> tokens;
-  std::vector<std::vector<float>> values;
-  std::vector<int64_t> lengths;
+// Where tokens go; `values` is null where tokens have none.
+struct Output {
+  int32_t* tokens;
+  float* values;
 };
 
+// Gives room for so many tokens, which may be more than will be needed.
+using Allocate = std::function<Output(size_t)>;
+
+// Each encoder fills what `allocate` gives from its start, and returns cell boundaries: 0 first, tokens used last.
+using Boundaries = std::vector<int64_t>;
+
 // Rank: by falling count / median, ties by rising token. `medians` by token; each known token has one.
-Encoded encode_rank(const CsrTokens& csr, const Frame& frame, const double* medians);
+Boundaries encode_rank(const CsrTokens& csr, const Frame& frame, const double* medians, const Allocate& allocate);
 
 struct BinRule {
   const double* quantiles;  // linspace(0, 1, n_edges)
@@ -40,7 +46,7 @@ struct BinRule {
   const int32_t* zero_tokens;    // tokens that every cell gets, ascending; null to leave zeros out
   size_t n_zero_tokens;
 };
-Encoded encode_bin(const CsrTokens& csr, const Frame& frame, const BinRule& rule);
+Boundaries encode_bin(const CsrTokens& csr, const Frame& frame, const BinRule& rule, const Allocate& allocate);
 
 struct BucketRule {
   double target_sum;
@@ -49,6 +55,6 @@ struct BucketRule {
   const int32_t* zero_tokens;
   size_t n_zero_tokens;
 };
-Encoded encode_bucket(const CsrTokens& csr, const Frame& frame, const BucketRule& rule);
+Boundaries encode_bucket(const CsrTokens& csr, const Frame& frame, const BucketRule& rule, const Allocate& allocate);
 
 }  // namespace scfm::host

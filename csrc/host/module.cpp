@@ -1,4 +1,4 @@
-// scfm._host: the encoders for Python. NumPy arrays in, borrowed and never copied; NumPy arrays out; the GIL is released.
+// scfm._host: the encoders for Python. NumPy arrays in, borrowed and never copied; NumPy arrays out; without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -40,8 +40,8 @@ void require_flat(const py::array& array, const char* name) {
   }
 }
 
-// Row pointers must start at 0, never fall and end at the number of entries: a matrix of more than 2^31 entries whose int32
-// pointers have wrapped is refused here, and no row reaches outside the arrays.
+// Row pointers must start at 0, never fall and end at the number of entries: a matrix of more than 2^31 entries whose
+// int32 pointers have wrapped is refused here, and no row reaches outside the arrays.
 void check_indptr(const Array<int64_t>& indptr, py::ssize_t n_entries) {
   const auto pointer = indptr.unchecked<1>();
   const py::ssize_t n = pointer.shape(0);
@@ -77,28 +77,29 @@ std::optional<Special> special_of(const py::object& special) {
   return Special{pair.first, pair.second};
 }
 
-template <typename T>
-Array<T> join(const std::vector<std::vector<T>>& parts, int n_threads) {
-  std::vector<size_t> starts(parts.size() + 1, 0);
-  for (size_t i = 0; i < parts.size(); ++i) starts[i + 1] = starts[i] + parts[i].size();
-  Array<T> joined(static_cast<py::ssize_t>(starts.back()));
-  T* to = joined.mutable_data();
-  const py::gil_scoped_release release;
-  run_parallel(parts.size(), n_threads, [&] {
-    return [&](size_t part) { std::copy(parts[part].begin(), parts[part].end(), to + starts[part]); };
-  });
-  return joined;
-}
-
-// (cu_seqlens int64, tokens int32, values float32 or None)
-py::tuple to_python(const Encoded& encoded, bool with_values, int n_threads) {
-  Array<int64_t> cu_seqlens(static_cast<py::ssize_t>(encoded.lengths.size() + 1));
-  int64_t* ends = cu_seqlens.mutable_data();
-  ends[0] = 0;
-  for (size_t i = 0; i < encoded.lengths.size(); ++i) ends[i + 1] = ends[i] + encoded.lengths[i];
+// Runs an encoder without the GIL into new arrays; returns (cu_seqlens int64, tokens int32, values float32 or None).
+template <typename Encode>
+py::tuple run_encoder(bool with_values, const Encode& encode) {
+  Array<int32_t> tokens(0);
   py::object values = py::none();
-  if (with_values) values = join(encoded.values, n_threads);
-  return py::make_tuple(cu_seqlens, join(encoded.tokens, n_threads), values);
+  const auto allocate = [&](size_t size) {
+    const py::gil_scoped_acquire acquire;
+    tokens = Array<int32_t>(static_cast<py::ssize_t>(size));
+    if (!with_values) return Output{tokens.mutable_data(), nullptr};
+    Array<float> new_values(static_cast<py::ssize_t>(size));
+    float* data = new_values.mutable_data();
+    values = std::move(new_values);
+    return Output{tokens.mutable_data(), data};
+  };
+  Boundaries ends;
+  {
+    const py::gil_scoped_release release;
+    ends = encode(allocate);
+  }
+  // Hands back the room that was not needed; in place, since memory only shrinks.
+  tokens.attr("resize")(ends.back(), py::arg("refcheck") = false);
+  if (with_values) values.attr("resize")(ends.back(), py::arg("refcheck") = false);
+  return py::make_tuple(Array<int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data()), tokens, values);
 }
 
 template <typename T>
@@ -118,12 +119,8 @@ py::tuple rank(const Array<int64_t>& indptr, const py::array& indices, const py:
                const Array<double>& medians) {
   const auto csr = view_csr(indptr, indices, data, token_of_column, static_cast<int32_t>(medians.size()), may_repeat);
   const Frame frame = settings.frame();
-  Encoded encoded;
-  {
-    const py::gil_scoped_release release;
-    encoded = encode_rank(csr, frame, medians.data());
-  }
-  return to_python(encoded, false, frame.n_threads);
+  const double* median_of = medians.data();
+  return run_encoder(false, [&](const Allocate& allocate) { return encode_rank(csr, frame, median_of, allocate); });
 }
 
 py::tuple bin(const Array<int64_t>& indptr, const py::array& indices, const py::array& data,
@@ -135,12 +132,7 @@ py::tuple bin(const Array<int64_t>& indptr, const py::array& indices, const py::
   const Frame frame = settings.frame();
   const BinRule rule{quantiles.data(), static_cast<size_t>(quantiles.size()), data_or_null(unit), draw,
                      data_or_null(zero_tokens), zero_tokens ? static_cast<size_t>(zero_tokens->size()) : 0};
-  Encoded encoded;
-  {
-    const py::gil_scoped_release release;
-    encoded = encode_bin(csr, frame, rule);
-  }
-  return to_python(encoded, true, frame.n_threads);
+  return run_encoder(true, [&](const Allocate& allocate) { return encode_bin(csr, frame, rule, allocate); });
 }
 
 py::tuple bucket(const Array<int64_t>& indptr, const py::array& indices, const py::array& data,
@@ -152,12 +144,7 @@ py::tuple bucket(const Array<int64_t>& indptr, const py::array& indices, const p
   const Frame frame = settings.frame();
   const BucketRule rule{target_sum, n_buckets, data_or_null(totals), data_or_null(zero_tokens),
                         zero_tokens ? static_cast<size_t>(zero_tokens->size()) : 0};
-  Encoded encoded;
-  {
-    const py::gil_scoped_release release;
-    encoded = encode_bucket(csr, frame, rule);
-  }
-  return to_python(encoded, true, frame.n_threads);
+  return run_encoder(true, [&](const Allocate& allocate) { return encode_bucket(csr, frame, rule, allocate); });
 }
 
 template <typename T>
@@ -172,7 +159,7 @@ double sum_of(const T* values, int64_t begin, int64_t end) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-Array<double> row_totals(const Array<int64_t>& indptr, const py::array& data) {
+Array<double> row_totals(const Array<int64_t>& indptr, const py::array& data, int n_threads) {
   require_flat(data, "data");
   check_indptr(indptr, data.size());
   const ValueType type = value_type(data);
@@ -181,7 +168,14 @@ Array<double> row_totals(const Array<int64_t>& indptr, const py::array& data) {
   double* total = totals.mutable_data();
   const int64_t n_rows = indptr.size() - 1;
   const auto sum_rows = [&](const auto* values) {
-    for (int64_t row = 0; row < n_rows; ++row) total[row] = sum_of(values, pointer[row], pointer[row + 1]);
+    run_parallel(static_cast<size_t>((n_rows + kRowsPerTask - 1) / kRowsPerTask), n_threads, [&] {
+      return [&](size_t task) {
+        const int64_t first = static_cast<int64_t>(task) * kRowsPerTask;
+        for (int64_t row = first; row < std::min(first + kRowsPerTask, n_rows); ++row) {
+          total[row] = sum_of(values, pointer[row], pointer[row + 1]);
+        }
+      };
+    });
   };
   const void* values = data.data();
   const py::gil_scoped_release release;
@@ -201,24 +195,71 @@ Array<double> row_totals(const Array<int64_t>& indptr, const py::array& data) {
   return totals;
 }
 
+// Whether a finite number is not whole. From 2^23 (float) or 2^52 (double) on, all are.
+inline bool is_fraction(float value) {
+  return std::fabs(value) < 0x1p23f && value != static_cast<float>(static_cast<int32_t>(value));
+}
+inline bool is_fraction(double value) {
+  return std::fabs(value) < 0x1p52 && value != static_cast<double>(static_cast<int64_t>(value));
+}
+
+// Smallest and largest of some numbers, and how many are NaN or fractions.
 template <typename T>
-py::tuple survey(const Array<T>& array) {
-  const T* values = array.data();
-  const py::ssize_t size = array.size();
-  T low = std::numeric_limits<T>::infinity(), high = -low;
-  py::ssize_t n_nan = 0, n_fractions = 0;
-  {
-    const py::gil_scoped_release release;
-    for (py::ssize_t i = 0; i < size; ++i) {
-      const T value = values[i];
-      low = value < low ? value : low;
-      high = value > high ? value : high;
-      n_nan += value != value;
-      n_fractions += value != std::rint(value);  // NaN counts, as in NumPy
+struct Survey {
+  T low = std::numeric_limits<T>::infinity(), high = -std::numeric_limits<T>::infinity();
+  int64_t n_nan = 0, n_fractions = 0;
+
+  // Looks at a piece, `size` numbers; lanes side by side, so that the compiler can use vectors.
+  void look(const T* values, size_t size) {
+    constexpr size_t lanes = 16;
+    // Adding it leaves no room for a fraction: 1.5 x 2^(bits of the mantissa).
+    constexpr T round = static_cast<T>(uint64_t{3} << (std::numeric_limits<T>::digits - 2));
+    T lows[lanes], highs[lanes], excess[lanes] = {};
+    std::fill_n(lows, lanes, low);
+    std::fill_n(highs, lanes, high);
+    const auto look_at = [&](T value, size_t lane) {
+      lows[lane] = value < lows[lane] ? value : lows[lane];
+      highs[lane] = value > highs[lane] ? value : highs[lane];
+      excess[lane] += std::fabs((value + round) - round - value);
+    };
+    size_t i = 0;
+    for (; i + lanes <= size; i += lanes) {
+      for (size_t lane = 0; lane < lanes; ++lane) look_at(values[i + lane], lane);
+    }
+    for (; i < size; ++i) look_at(values[i], 0);
+    low = *std::min_element(lows, lows + lanes);
+    high = *std::max_element(highs, highs + lanes);
+    bool whole = true;
+    for (const T lane : excess) whole &= lane == T{0};
+    if (whole) return;  // as counts are
+    for (i = 0; i < size; ++i) {
+      n_nan += values[i] != values[i];
+      n_fractions += is_fraction(values[i]);
     }
   }
-  if (n_nan > 0) low = high = std::numeric_limits<T>::quiet_NaN();
-  return py::make_tuple(static_cast<double>(low), static_cast<double>(high), n_fractions);
+};
+
+template <typename T>
+py::tuple survey(const Array<T>& array, int n_threads) {
+  constexpr size_t piece = 1 << 16;
+  const T* values = array.data();
+  const size_t size = static_cast<size_t>(array.size());
+  std::vector<Survey<T>> surveys((size + piece - 1) / piece);
+  {
+    const py::gil_scoped_release release;
+    run_parallel(surveys.size(), n_threads, [&] {
+      return [&](size_t i) { surveys[i].look(values + i * piece, std::min(piece, size - i * piece)); };
+    });
+  }
+  Survey<T> all;
+  for (const auto& part : surveys) {
+    all.low = std::min(all.low, part.low);
+    all.high = std::max(all.high, part.high);
+    all.n_nan += part.n_nan;
+    all.n_fractions += part.n_fractions;
+  }
+  if (all.n_nan > 0) all.low = all.high = std::numeric_limits<T>::quiet_NaN();
+  return py::make_tuple(static_cast<double>(all.low), static_cast<double>(all.high), all.n_fractions + all.n_nan);
 }
 
 }  // namespace
@@ -245,7 +286,9 @@ PYBIND11_MODULE(_host, module) {
              py::arg("n_tokens"), py::arg("target_sum"), py::arg("n_buckets"), py::arg("totals").none(true),
              py::arg("zero_tokens").none(true));
   module.def("row_totals", &row_totals, "Sum of each CSR row in double.", py::arg("indptr"),
-             py::arg("data").noconvert());
-  module.def("survey", &survey<float>, "Smallest, largest, number of fractions.", py::arg("values").noconvert());
-  module.def("survey", &survey<double>, "Smallest, largest, number of fractions.", py::arg("values").noconvert());
+             py::arg("data").noconvert(), py::arg("n_threads"));
+  module.def("survey", &survey<float>, "Smallest, largest, number of fractions.", py::arg("values").noconvert(),
+             py::arg("n_threads"));
+  module.def("survey", &survey<double>, "Smallest, largest, number of fractions.", py::arg("values").noconvert(),
+             py::arg("n_threads"));
 }

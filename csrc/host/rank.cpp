@@ -2,7 +2,7 @@
 
 namespace scfm::host {
 
-Encoded encode_rank(const CsrTokens& csr, const Frame& frame, const double* medians) {
+Boundaries encode_rank(const CsrTokens& csr, const Frame& frame, const double* medians, const Allocate& allocate) {
   const auto make_encoder = [&] {
     return [&](Workspace& work, int64_t) {
       const size_t size = work.cell.size;
@@ -13,7 +13,7 @@ Encoded encode_rank(const CsrTokens& csr, const Frame& frame, const double* medi
       for (size_t i = 0; i < work.out_size; ++i) work.out_tokens[i] = tokens[work.order[i]];
     };
   };
-  return encode_rows(csr, frame, Order::any, false, make_encoder);
+  return encode_rows(csr, frame, Order::any, nullptr, allocate, make_encoder);
 }
 
 }  // namespace scfm::host

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <system_error>
@@ -84,49 +85,78 @@ inline void merge_repeats(Workspace& work, int32_t n_tokens) {
   cell.tokens_ascend = true;
 }
 
-constexpr int64_t kRowsPerTask = 128;
+constexpr int64_t kRowsPerTask = 64;
 
 enum class Order { any, by_token };
 
-// Loads every row, without repeats and, if asked, in the order of tokens; lets an encoder, of which make_encoder() gives
-// each thread its own, fill `out_*` from encoder(workspace, row); and adds the special tokens.
+// Room for every row: where each may start in the output, one entry a row and one for the end.
+inline std::vector<size_t> plan_rows(const CsrTokens& csr, const Frame& frame, const size_t* genes_of_every_cell) {
+  const size_t extra = frame.front.has_value() + frame.back.has_value();
+  std::vector<size_t> starts(static_cast<size_t>(csr.n_rows) + 1, 0);
+  for (int64_t row = 0; row < csr.n_rows; ++row) {
+    const size_t most = genes_of_every_cell != nullptr ? *genes_of_every_cell
+                                                       : static_cast<size_t>(csr.indptr[row + 1] - csr.indptr[row]);
+    starts[static_cast<size_t>(row) + 1] = starts[static_cast<size_t>(row)] + std::min(most, frame.max_genes) + extra;
+  }
+  return starts;
+}
+
+// Moves rows together where they needed less than their room; returns the boundaries of cells.
+inline std::vector<int64_t> close_gaps(const std::vector<size_t>& starts, const std::vector<size_t>& lengths,
+                                       Output& out) {
+  std::vector<int64_t> ends(starts.size(), 0);
+  size_t end = 0;
+  for (size_t row = 0; row < lengths.size(); ++row) {
+    if (end != starts[row]) {
+      std::memmove(out.tokens + end, out.tokens + starts[row], lengths[row] * sizeof(int32_t));
+      if (out.values != nullptr) {
+        std::memmove(out.values + end, out.values + starts[row], lengths[row] * sizeof(float));
+      }
+    }
+    end += lengths[row];
+    ends[row + 1] = static_cast<int64_t>(end);
+  }
+  return ends;
+}
+
+// Loads every row, without repeats and, if asked, in the order of tokens; lets an encoder, of which make_encoder()
+// gives each thread its own, fill `out_*` from encoder(workspace, row); adds the special tokens; returns the boundaries
+// of cells.
 template <typename MakeEncoder>
-Encoded encode_rows(const CsrTokens& csr, const Frame& frame, Order order, bool with_values,
-                    const MakeEncoder& make_encoder) {
+std::vector<int64_t> encode_rows(const CsrTokens& csr, const Frame& frame, Order order,
+                                 const size_t* genes_of_every_cell, const Allocate& allocate,
+                                 const MakeEncoder& make_encoder) {
+  const std::vector<size_t> starts = plan_rows(csr, frame, genes_of_every_cell);
+  std::vector<size_t> lengths(static_cast<size_t>(csr.n_rows), 0);
+  Output out = allocate(starts.back());
   const size_t n_tasks = static_cast<size_t>((csr.n_rows + kRowsPerTask - 1) / kRowsPerTask);
-  Encoded encoded{std::vector<std::vector<int32_t>>(n_tasks), std::vector<std::vector<float>>(n_tasks),
-                  std::vector<int64_t>(static_cast<size_t>(csr.n_rows))};
   run_parallel(n_tasks, frame.n_threads, [&] {
     return [&, work = Workspace{}, encode_row = make_encoder()](size_t task) mutable {
-      auto& tokens = encoded.tokens[task];
-      auto& values = encoded.values[task];
-      const auto add = [&](const std::optional<Special>& special) {
-        if (!special) return;
-        tokens.push_back(special->token);
-        if (with_values) values.push_back(special->value);
-      };
       const int64_t first = static_cast<int64_t>(task) * kRowsPerTask;
       for (int64_t row = first; row < std::min(first + kRowsPerTask, csr.n_rows); ++row) {
-        const size_t start = tokens.size();
         csr.load(csr.indices, csr.data, csr.indptr[row], csr.indptr[row + 1], csr.token_of_column, csr.n_columns,
                  work.cell);
         const bool may_repeat = csr.may_repeat || !work.cell.columns_ascend;
         if (!work.cell.tokens_ascend && (may_repeat || order == Order::by_token)) merge_repeats(work, csr.n_tokens);
         work.reserve(work.cell.size);
         encode_row(work, row);
+        size_t place = starts[static_cast<size_t>(row)];
+        const auto add = [&](const std::optional<Special>& special) {
+          if (!special) return;
+          out.tokens[place] = special->token;
+          if (out.values != nullptr) out.values[place] = special->value;
+          ++place;
+        };
         add(frame.front);
-        tokens.insert(tokens.end(), work.out_tokens.begin(),
-                      work.out_tokens.begin() + static_cast<std::ptrdiff_t>(work.out_size));
-        if (with_values) {
-          values.insert(values.end(), work.out_values.begin(),
-                        work.out_values.begin() + static_cast<std::ptrdiff_t>(work.out_size));
-        }
+        std::copy_n(work.out_tokens.data(), work.out_size, out.tokens + place);
+        if (out.values != nullptr) std::copy_n(work.out_values.data(), work.out_size, out.values + place);
+        place += work.out_size;
         add(frame.back);
-        encoded.lengths[static_cast<size_t>(row)] = static_cast<int64_t>(tokens.size() - start);
+        lengths[static_cast<size_t>(row)] = place - starts[static_cast<size_t>(row)];
       }
     };
   });
-  return encoded;
+  return close_gaps(starts, lengths, out);
 }
 
 }  // namespace scfm::host

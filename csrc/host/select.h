@@ -1,7 +1,9 @@
-// Keeps the best tokens of a cell that is longer than the context.
+// Tallies of small whole numbers, and the choice of the best tokens of a cell that is longer than the context.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 namespace scfm::host {
@@ -9,27 +11,63 @@ namespace scfm::host {
 // Whole numbers below this are tallied; others are sorted.
 constexpr size_t kTallied = 4096;
 
-// Whether all of `values` are whole numbers in 0..kTallied - 1.
-bool can_tally(const double* values, size_t size);
+// How often each small whole number occurs. Four tallies side by side, because most counts of a cell are 1 and each
+// increment would wait for the one before.
+class Tally {
+ public:
+  Tally() : lanes_(kLanes * kTallied, 0) {}
+
+  // Counts `values`, which are whole, not negative and at most `largest` < kTallied.
+  void count(const double* values, size_t size, size_t largest) {
+    largest_ = largest;
+    size_t i = 0;
+    // By way of int: to size_t there is no instruction before AVX-512.
+    const auto place = [&](size_t at) { return static_cast<size_t>(static_cast<int>(values[at])); };
+    for (; i + kLanes <= size; i += kLanes) {
+      for (size_t lane = 0; lane < kLanes; ++lane) ++lanes_[lane * kTallied + place(i + lane)];
+    }
+    for (; i < size; ++i) ++lanes_[place(i)];
+    for (size_t value = 0; value <= largest; ++value) {
+      for (size_t lane = 1; lane < kLanes; ++lane) lanes_[value] += lanes_[lane * kTallied + value];
+    }
+  }
+
+  uint32_t operator[](size_t value) const { return lanes_[value]; }
+
+  void clear() {
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      std::fill_n(lanes_.begin() + static_cast<std::ptrdiff_t>(lane * kTallied), largest_ + 1, 0);
+    }
+  }
+
+ private:
+  static constexpr size_t kLanes = 4;
+  std::vector<uint32_t> lanes_;
+  size_t largest_ = 0;
+};
+
+// The largest of `values`, if all are whole, not negative and below kTallied; otherwise kTallied.
+size_t tally_limit(const double* values, size_t size);
 
 // Finds what it takes to be among the `most` largest of a list, ties going to those that come first.
 class Selector {
  public:
-  Selector() : tally_(kTallied, 0) {}
-
   // Prepares for a list of more than `most` scores.
   void prepare(const double* scores, size_t size, size_t most);
 
+  // The same from a tally of the scores, of which `largest` is the largest.
+  void prepare(const Tally& tally, size_t largest, size_t most);
+
   // Whether the next score, asked in the order of the list, is kept.
   bool keeps(double score) {
-    if (score != least_) return score > least_;
-    if (ties_left_ == 0) return false;
-    --ties_left_;
-    return true;
+    const bool tie = score == least_;
+    const bool kept = (score > least_) | (tie & (ties_left_ > 0));
+    ties_left_ -= tie & kept;
+    return kept;
   }
 
  private:
-  std::vector<size_t> tally_;
+  Tally tally_;
   std::vector<double> sorted_;
   double least_ = 0;
   size_t ties_left_ = 0;

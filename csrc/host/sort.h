@@ -1,4 +1,4 @@
-// Sorts of a few thousand pairs in a couple of radix passes: comparison sorts would cost ten times the encoding.
+// Sorts of a few thousand pairs in two radix passes: comparison sorts would cost ten times the rest of the encoding.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@ namespace scfm::host {
 
 // Working memory of the sorts, kept by a thread.
 struct SortScratch {
-  std::vector<uint64_t> first, second;
-  std::vector<double> doubles;
+  std::vector<uint32_t> narrow_first, narrow_second;
+  std::vector<uint64_t> wide_first, wide_second;
 };
 
 // Orders 0..size - 1 by falling score, ties by rising token, into `order`. Scores are positive and finite.

@@ -16,6 +16,8 @@ class Zeros {
     for (size_t place = 0; place < size; ++place) place_of_token_[static_cast<size_t>(tokens[place])] = place;
   }
 
+  bool any() const { return tokens_ != nullptr; }
+
   // Spreads `out_*` and `scores`, ascending by token, over the whole list.
   void add(Workspace& work) const {
     if (tokens_ == nullptr) return;
@@ -53,10 +55,9 @@ inline void keep_best(Workspace& work, size_t most, Selector& selector) {
   selector.prepare(work.scores.data(), work.out_size, most);
   size_t kept = 0;
   for (size_t i = 0; i < work.out_size; ++i) {
-    if (!selector.keeps(work.scores[i])) continue;
     work.out_tokens[kept] = work.out_tokens[i];
     work.out_values[kept] = work.out_values[i];
-    ++kept;
+    kept += selector.keeps(work.scores[i]);
   }
   work.out_size = kept;
 }

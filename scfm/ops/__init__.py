@@ -2,6 +2,18 @@
 
 from scfm.ops.attention import attention, attention_reference
 from scfm.ops.extension import extension_info
+from scfm.ops.keys import attention_scores, deletion_effects
+from scfm.ops.linear_attention import linear_attention, random_projection
 from scfm.ops.plan import AttentionPlan, make_plan
 
-__all__ = ["AttentionPlan", "attention", "attention_reference", "extension_info", "make_plan"]
+__all__ = [
+    "AttentionPlan",
+    "attention",
+    "attention_reference",
+    "attention_scores",
+    "deletion_effects",
+    "extension_info",
+    "linear_attention",
+    "make_plan",
+    "random_projection",
+]

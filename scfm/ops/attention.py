@@ -137,8 +137,9 @@ def attention(
     >>> ops.attention(q, k, v, torch.tensor([0, 2, 5])).shape
     torch.Size([5, 2, 16])
     """
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    q, k, v = _autocast(q, k, v)
     check_qkv(q, k, v)
+    q, k, v = readable(q), readable(k), readable(v)
     bias_TH = None if key_bias is None else check_key_bias(key_bias, k)
     plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, n_known, q, k)
     scale = check_scale(scale, q)
@@ -205,6 +206,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("The head width is 0; it must be at least 1.")
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last axis is contiguous, a copy where it is not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def check_key_bias(key_bias: Tensor, k: Tensor) -> Tensor:
     """The bias as (Tk, H)."""
     if not key_bias.is_floating_point():
@@ -229,11 +235,12 @@ def check_scale(scale: float | None, q: Tensor) -> float:
     return float(scale)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return tensor.to(torch.get_autocast_dtype(device))
-    return tensor
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device = q.device.type
+    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def attention_reference(

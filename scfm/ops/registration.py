@@ -23,7 +23,7 @@ def register() -> None:
         f"torch_attention_forward(Tensor q, Tensor k, Tensor v, {_BOUNDS}, bool return_lse) -> (Tensor, Tensor)"
     )
     _LIBRARY.define(
-        "torch_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+        "torch_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
         f"{_BOUNDS}) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     _LIBRARY.impl("torch_attention_forward", reference.forward, "CompositeExplicitAutograd")
@@ -64,7 +64,7 @@ def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) ->
 
 
 def _fake_torch_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *bounds: Any
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *bounds: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _fake_gradients(q, k, v, bounds[3])
 
@@ -77,15 +77,18 @@ def _fake_fused_backward(
 
 def _torch_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, _ = inputs
-    ctx.save_for_backward(q, k, v, output[0], cu_seqlens, cu_seqlens_k, n_known, key_bias)
+    ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias)
     ctx.scale = scale
+    ctx.has_lse = inputs[-1]
     ctx.set_materialize_grads(False)
 
 
 def _torch_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, *bounds = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = torch.ops.scfm.torch_attention_backward(grad_out, grad_lse, q, k, v, out, *bounds, ctx.scale)
+    q, k, v, *bounds = ctx.saved_tensors
+    grad_out = torch.zeros_like(q) if grad_out is None else grad_out
+    grads = torch.ops.scfm.torch_attention_backward(
+        grad_out, grad_lse if ctx.has_lse else None, q, k, v, *bounds, ctx.scale
+    )
     return *grads[:3], None, None, None, None if bounds[3] is None else grads[3], None, None
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from scfm.ops.plan import make_plan
+
 # Scores held at once: (heads, 256 queries, keys of a cell). Large enough that the matrix products run at full speed.
 QUERIES_PER_CHUNK = 256
 
@@ -63,6 +65,8 @@ def forward(
     Shapes as in :func:`scfm.ops.attention`; `key_bias` is (Tk, H). Returns `out` (Tq, H, K) in the dtype of `q` and
     `lse` (Tq, H) in float32 (float64 for float64 input), or (0, H) when not asked for.
     """
+    # Cheap, and the only look at the values when a compiled graph runs.
+    make_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, n_tokens=q.shape[0], n_tokens_k=k.shape[0])
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full((q.shape[0] if return_lse else 0, q.shape[1]), -math.inf, dtype=_compute_dtype(q), device=q.device)
     for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
@@ -72,8 +76,8 @@ def forward(
             out[cell.start_q : cell.end_q] = _torch_attention(q, k, v, cell, scale)
             continue
         for start, end, sees_itself in cell.chunks():
-            scores_HQN = _scores(q, k, key_bias, cell, start, end, sees_itself, scale)
-            lse_HQ = _finite_lse(scores_HQN)
+            scores_HQN = scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+            lse_HQ = finite_lse(scores_HQN)
             if return_lse:
                 lse[start:end] = torch.where(lse_HQ == math.inf, -math.inf, lse_HQ).T
             probs_HQN = torch.exp(scores_HQN - lse_HQ[..., None])
@@ -87,7 +91,6 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None,
     n_known: Tensor | None,
@@ -105,17 +108,17 @@ def backward(
         for start, end, sees_itself in cell.chunks():
             if cell.n_keys == 0 and not sees_itself:
                 continue
-            scores_HQN = _scores(q, k, key_bias, cell, start, end, sees_itself, scale)
-            probs_HQN = torch.exp(scores_HQN - _finite_lse(scores_HQN)[..., None])
+            scores_HQN = scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+            probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])
             grad_HQK = grad_out[start:end].to(dtype).transpose(0, 1)
-            delta_HQ = (grad_HQK * out[start:end].to(dtype).transpose(0, 1)).sum(-1)
-            if grad_lse is not None:
-                delta_HQ = delta_HQ - grad_lse[start:end].to(dtype).T
             grad_probs_HQN = grad_HQK @ v[keys].to(dtype).permute(1, 2, 0)
             if sees_itself:
                 own_HQ = (grad_HQK * v[start:end].to(dtype).transpose(0, 1)).sum(-1)
                 grad_probs_HQN = torch.cat([grad_probs_HQN, own_HQ[..., None]], -1)
-            grad_scores_HQN = probs_HQN * (grad_probs_HQN - delta_HQ[..., None])
+            delta_HQ1 = (probs_HQN * grad_probs_HQN).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                delta_HQ1 = delta_HQ1 - grad_lse[start:end].to(dtype).T[..., None]
+            grad_scores_HQN = probs_HQN * (grad_probs_HQN - delta_HQ1)
 
             known = slice(None, cell.n_keys)
             query_HQK = q[start:end].to(dtype).transpose(0, 1)
@@ -148,7 +151,7 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, cell: Cell, scale: float) 
     return out_1HQK[0].transpose(0, 1)
 
 
-def _scores(
+def scores(
     q: Tensor,
     k: Tensor,
     key_bias: Tensor | None,
@@ -173,7 +176,7 @@ def _scores(
     return torch.cat([scores_HQN, own_HQ[..., None]], -1)
 
 
-def _finite_lse(scores_HQN: Tensor) -> Tensor:
+def finite_lse(scores_HQN: Tensor) -> Tensor:
     """Log-sum-exp, +inf for a query that sees no key, so that its probabilities come out as 0 and not as NaN."""
     lse_HQ = torch.logsumexp(scores_HQN, -1)
     return torch.where(lse_HQ == -math.inf, math.inf, lse_HQ)

@@ -1,0 +1,73 @@
+"""What each key is to the queries of its cell, in plain torch, one chunk of queries at a time."""
+
+# Axes: T packed tokens (Tq queries, Tk keys), H heads, K head width, Q queries of a chunk, N keys of a cell.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scfm.ops.reference.attention import cells_of, finite_lse, scores
+
+# Above this a probability is all of its query's attention: float32 cannot tell what the other keys would get.
+ALL_ATTENTION = 1.0 - 1e-6
+
+
+def column_sums(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    n_known: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Sum over queries of each key's probability, (Tk, H)."""
+    sums_TH = torch.zeros(k.shape[:2], dtype=_result_dtype(q), device=q.device)
+    for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
+        for start, end, sees_itself in cell.chunks():
+            if cell.n_keys == 0 and not sees_itself:
+                continue
+            scores_HQN = scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+            probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])
+            sums_TH[cell.start_k : cell.start_k + cell.n_keys] += probs_HQN[..., : cell.n_keys].sum(1).T
+            if sees_itself:
+                sums_TH[start:end] = probs_HQN[..., -1].T
+    return sums_TH
+
+
+def deletion_effects(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    n_known: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """First-order change of `sum(grad_out * out)` when a key is deleted, exact in the softmax, (Tk, H)."""
+    dtype = _result_dtype(q)
+    effects_TH = torch.zeros(k.shape[:2], dtype=dtype, device=q.device)
+    for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
+        keys = slice(cell.start_k, cell.start_k + cell.n_keys)
+        for start, end, sees_itself in cell.chunks():
+            if cell.n_keys == 0:
+                continue
+            scores_HQN = scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+            probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])[..., : cell.n_keys]
+            grad_HQK = grad_out[start:end].to(dtype).transpose(0, 1)
+            delta_HQ1 = (grad_HQK * out[start:end].to(dtype).transpose(0, 1)).sum(-1, keepdim=True)
+            moved_HQN = delta_HQ1 - grad_HQK @ v[keys].to(dtype).permute(1, 2, 0)
+            effects_HQN = torch.where(probs_HQN < ALL_ATTENTION, probs_HQN / (1.0 - probs_HQN) * moved_HQN, -delta_HQ1)
+            if cu_seqlens_k is None:  # the key's own query goes with it
+                first = start - cell.start_q
+                effects_HQN.diagonal(first, 1, 2).zero_()
+            effects_TH[keys] += effects_HQN.sum(1).T
+    return effects_TH
+
+
+def _result_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
