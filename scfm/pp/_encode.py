@@ -78,7 +78,10 @@ def encode(
         encoding.encode(block, genes, depth_B=depth_B, rng=rng, backend=backend)
         for _, block, depth_B in counts.blocks(BLOCK_ROWS)
     ]
-    cells = CellBatch.concat(parts) if parts else encoding.encode(np.zeros((0, counts.n_vars)), genes)
+    if len(parts) == 1:
+        cells = parts[0]
+    else:
+        cells = CellBatch.concat(parts) if parts else encoding.encode(np.zeros((0, counts.n_vars)), genes)
     cells = cells.replace(cu_seqlens=cells.cu_seqlens.long(), cell_index_B=torch.arange(cells.n_cells))
     if empty == "error":
         refuse_empty(cells, encoding, adata.obs_names)
@@ -98,7 +101,7 @@ def encoding_of(model_or_encoding: Any) -> Encoding:
 
 def gene_map(counts: CountMatrix, encoding: Encoding, *, gene_key: str | None = None) -> GeneMap:
     """Map the genes of `counts`; the share of counts that is known is judged by the first cells."""
-    first = counts.rows(0, min(counts.n_obs, 1000))
+    first = counts.rows(0, min(counts.n_obs, 200))
     return GeneMap.from_var(
         counts.var,
         encoding.vocabulary,
