@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from scfm import ops
 from scfm.data.batch import CellBatch
 from scfm.models.config import ModelConfig
-from scfm.nn import Block, ClassHead, GeneHead, TokenEmbedding, ValueFromCellHead, ValueHead, pool_cells
+from scfm.nn import Attention, Block, ClassHead, GeneHead, TokenEmbedding, ValueFromCellHead, ValueHead, pool_cells
 from scfm.nn.embedding import init_weights
+from scfm.ops.attention import Backend
 from scfm.vocab import Vocabulary
 
 
@@ -29,6 +31,8 @@ class CellTransformer(nn.Module):
     special_ids
         Token ids that are not genes (padding, mask, cls, eos); they are left out of mean pooling.
     """
+
+    is_gene_V: Tensor
 
     def __init__(self, config: ModelConfig, special_ids: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -63,11 +67,7 @@ class CellTransformer(nn.Module):
                 f"`hidden_layer` is {hidden_layer}; a network of {self.config.n_layers} blocks has the hidden states "
                 f"{-n_states} to {n_states - 1}."
             )
-        wanted = hidden_layer % n_states
-        for layer, hidden_TD in enumerate(self.hidden_states(cells)):
-            if layer == wanted:
-                break
-        return hidden_TD
+        return next(islice(self.hidden_states(cells), hidden_layer % n_states, None))
 
     def hidden_states(self, cells: CellBatch) -> Iterator[Tensor]:
         """Yield the input of the first block, then the output of each, every one of shape (T, D)."""
@@ -82,10 +82,11 @@ class CellTransformer(nn.Module):
         """Lay out the attention of a batch once, for all layers."""
         return ops.make_plan(cells.cu_seqlens, n_known=cells.n_known)
 
-    def set_attention_backend(self, backend: str) -> None:
+    def set_attention_backend(self, backend: Backend) -> None:
         """Force the attention kernel of every block: "auto", "fused" or "torch"."""
-        for block in self.blocks:
-            block.attention.backend = backend
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def embed_cells(self, cells: CellBatch, *, hidden_layer: int | None = None, pooling: str | None = None) -> Tensor:
         """One vector a cell, shape (B, D), as the configuration says unless told otherwise."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from scfm import ops
 from scfm.nn.linear import Linear
+from scfm.ops.attention import Backend
 
 if TYPE_CHECKING:
     from scfm.models.config import ModelConfig
@@ -32,7 +33,7 @@ class Attention(nn.Module):
         width = config.n_heads * config.d_head
         self.qkv = Linear(config.d_model, 3 * width, bias=config.qkv_bias)
         self.out = Linear(width, config.d_model)
-        self.backend = "auto"
+        self.backend: Backend = "auto"
 
     def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan) -> Tensor:
         qkv_T3HK = self.qkv(hidden_TD).view(-1, 3, self.n_heads, self.d_head)

@@ -78,8 +78,11 @@ class ClassHead(nn.Module):
     @torch.no_grad()
     def set_statistics(self, cell_BD: Tensor) -> None:
         """Take mean and variance for evaluation from all training cells, shape (B, D)."""
-        self.norm.running_mean.copy_(cell_BD.mean(0))
-        self.norm.running_var.copy_(cell_BD.var(0, correction=0))
+        mean_D, variance_D = self.norm.running_mean, self.norm.running_var
+        assert mean_D is not None
+        assert variance_D is not None
+        mean_D.copy_(cell_BD.mean(0))
+        variance_D.copy_(cell_BD.var(0, correction=0))
 
     @torch.no_grad()
     def set_linear_probe(self, weight_CD: Tensor, bias_C: Tensor) -> None:

@@ -24,7 +24,7 @@ class Term:
 
     @property
     def mean(self) -> Tensor:
-        return self.sum / self.count.clamp(min=1)
+        return self.sum / torch.where(self.count > 0, self.count, 1.0)
 
 
 Loss = dict[str, Term]
@@ -38,7 +38,8 @@ def total(loss: Loss) -> Tensor:
 class Objective(Protocol):
     """A training objective. To add one, write these two methods in a file of its own."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
         """Make the network's input and its targets; runs on the host, all randomness comes from `generator`."""
