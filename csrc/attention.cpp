@@ -203,6 +203,8 @@ int64_t cpu_isa() {
   return static_cast<int64_t>(scfm::active_isa());
 }
 
+double cpu_peak_gflops(bool bfloat16) { return scfm::peak_gflops(bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scfm, m) {
@@ -220,6 +222,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scfm, m) {
       "attention_deletion_effects(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) -> Tensor");
   m.def("cpu_isa() -> int");
+  m.def("cpu_peak_gflops(bool bfloat16) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scfm, CPU, m) {
@@ -229,7 +232,10 @@ STABLE_TORCH_LIBRARY_IMPL(scfm, CPU, m) {
   m.impl("attention_deletion_effects", TORCH_BOX(&attention_deletion_effects));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(scfm, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(scfm, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_peak_gflops", TORCH_BOX(&cpu_peak_gflops));
+}
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }

@@ -61,6 +61,8 @@ struct AttentionKernels {
   void (*forward)(const AttentionProblem&, const AttentionTask&, void* scratch);
   int64_t (*backward_scratch)(const AttentionProblem&, int64_t max_queries);
   void (*backward)(const AttentionProblem&, const AttentionTask&, void* scratch);
+  // Operations done by `rounds` of arithmetic in registers: the roofline.
+  int64_t (*burn)(int64_t rounds);
   // These take a backward task and its scratch.
   void (*column_sums)(const AttentionProblem&, const AttentionTask&, void* scratch);
   void (*deletion_effects)(const AttentionProblem&, const AttentionTask&, void* scratch);

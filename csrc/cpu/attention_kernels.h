@@ -13,6 +13,7 @@ constexpr AttentionKernels kernels_of() {
           attention_forward<Engine, Source>,
           backward_scratch<Engine>,
           attention_backward<Engine, Source>,
+          Engine::burn,
           attention_keys<Engine, Source, false>,
           attention_keys<Engine, Source, true>};
 }

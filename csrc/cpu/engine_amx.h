@@ -51,6 +51,21 @@ struct AmxEngine : BFloat16Base {
     __asm__ volatile("" ::: "memory");
   }
 
+  static int64_t burn(int64_t rounds) {
+    const AmxEngine engine;
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (int64_t round = 0; round < rounds; round++) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    return rounds * 4 * (16 * 16 * 32 * 2);
+  }
+
  private:
   // C in tiles 0 to 3 (row by row), A in 4 and 5, B in 6 and 7.
   template <bool kAccumulate, bool kTwoRows, bool kTwoColumns>

@@ -54,6 +54,21 @@ struct BFloat16Engine : BFloat16Base {
                    const uint32_t* b, float* c, int64_t c_stride) {
     gemm_vector<BFloat16Dot, kAccumulate>(rows, columns, words, a, a_stride, b, c, c_stride);
   }
+
+  static int64_t burn(int64_t rounds) {
+    constexpr int kChains = 12;
+    Vec::Reg sum[kChains];
+    const Vec::Reg one = _mm512_castsi512_ps(_mm512_set1_epi32(0x3a833a83));
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; i++) sum[i] = Vec::zero();
+    for (int64_t round = 0; round < rounds; round++) {
+#pragma GCC unroll 12
+      for (int i = 0; i < kChains; i++) sum[i] = BFloat16Dot::add(one, one, sum[i]);
+    }
+    volatile float kept = 0.f;
+    for (int i = 0; i < kChains; i++) kept = kept + Vec::reduce_add(sum[i]);
+    return rounds * kChains * Vec::kWidth * kGroup * 2;
+  }
 };
 
 }  // namespace

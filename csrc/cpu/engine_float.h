@@ -24,6 +24,8 @@ struct FloatEngine {
     gemm_vector<FloatDot, kAccumulate>(rows, columns, words, a, a_stride, b, c, c_stride);
   }
 
+  static int64_t burn(int64_t rounds) { return burn_vector<FloatDot>(rounds, kGroup); }
+
   // 2^x for x <= 0, relative error 2e-7, 2^0 = 1 exactly (minimax polynomial of degree 5 on [-1/2, 1/2]).
   static Vec::Reg exp2(Vec::Reg x) {
     const Vec::Reg whole = Vec::round(x), rest = Vec::sub(x, whole);

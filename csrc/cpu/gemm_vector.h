@@ -76,4 +76,21 @@ void gemm_vector(int64_t rows, int64_t columns, int64_t words, const uint32_t* a
   }
 }
 
+// Independent multiply-adds in registers, for the roofline of the benchmarks: returns how many operations were done.
+template <class Dot>
+int64_t burn_vector(int64_t rounds, int64_t group) {
+  constexpr int kChains = 12;  // enough to hide the latency of two units
+  Vec::Reg sum[kChains];
+  const Vec::Reg one = Vec::set1(1e-3f);
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; i++) sum[i] = Vec::set1(static_cast<float>(i));
+  for (int64_t round = 0; round < rounds; round++) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; i++) sum[i] = Dot::add(sum[i], one, one);
+  }
+  volatile float kept = 0.f;
+  for (int i = 0; i < kChains; i++) kept = kept + Vec::reduce_add(sum[i]);
+  return rounds * kChains * Vec::kWidth * group * 2;
+}
+
 }  // namespace

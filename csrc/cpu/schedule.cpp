@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <limits>
 #include <memory>
@@ -98,6 +99,18 @@ const AttentionKernels& attention_kernels(Dtype dtype) {
       kernels = attention_kernels_portable(dtype);
   }
   return *kernels;
+}
+
+double peak_gflops(Dtype dtype) {
+  using Clock = std::chrono::steady_clock;
+  double best = 0.0;
+  for (int attempt = 0; attempt < 5; attempt++) {
+    const auto start = Clock::now();
+    const int64_t operations = attention_kernels(dtype).burn(200000);
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    best = std::max(best, static_cast<double>(operations) / seconds / 1e9);
+  }
+  return best;
 }
 
 void run_attention_forward(const AttentionProblem& problem, const Cells& cells, int64_t n_heads, Dtype dtype) {

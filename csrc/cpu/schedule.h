@@ -16,6 +16,9 @@ struct Cells {  // boundaries, already checked
 
 const AttentionKernels& attention_kernels(Dtype);
 
+// Best rate of arithmetic in registers of one core, in 10^9 operations a second.
+double peak_gflops(Dtype);
+
 void run_attention_forward(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_attention_backward(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_column_sums(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
