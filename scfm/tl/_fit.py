@@ -224,7 +224,8 @@ def _fine_tune(
 def _run_stage(
     model: Model, name: str, objective: Objective, cells: CellBatch, config: FitConfig, progress: bool
 ) -> None:
-    losses = train(model.network, objective, cells, config, title=name, progress=progress)
+    module = train(model.network, objective, cells, config, title=name, progress=progress)
+    losses = [float(loss) for loss in module.losses]
     stages = model.history.setdefault("stages", [])
     stages.append({"name": name, "objective": objective.name, "config": config.to_dict(), "losses": losses})
 

@@ -3,5 +3,6 @@
 from scfm.train.config import FitConfig
 from scfm.train.loop import train
 from scfm.train.module import NonFiniteLossError, TrainingModule
+from scfm.train.trainable import merge, set_trainable
 
-__all__ = ["FitConfig", "NonFiniteLossError", "TrainingModule", "train"]
+__all__ = ["FitConfig", "NonFiniteLossError", "TrainingModule", "merge", "set_trainable", "train"]

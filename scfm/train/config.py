@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,43 +19,72 @@ class FitConfig:
     n_steps
         Optimiser steps.
     tokens_per_step
-        Token budget of a batch: batches are filled to a number of tokens, not of cells, so memory stays flat.
+        Token budget of a batch on each device: batches are filled to a number of tokens, not of cells, so memory stays flat.
+    accumulate
+        Batches whose gradients are added before a step.
     learning_rate, weight_decay, warmup_fraction, schedule
-        AdamW's peak rate and decay (matrices only); linear warm-up over a share of the steps, then the schedule to zero.
+        AdamW's peak rate and decay (matrices only); linear warm-up over a share of the steps, then the schedule to 0.
     clip_norm
         Largest norm of the gradient.
     precision
         "32-true", "bf16-mixed" or "16-mixed", as Lightning names them.
-    accelerator, devices
-        As Lightning's Trainer takes them.
+    accelerator, devices, n_nodes, strategy
+        As Lightning's Trainer takes them; under torchrun they are read from its environment.
+    trainable
+        "all", "head", "last:N" (head and the last N blocks), or "lora:R" (head, and low-rank updates of rank R).
+    activation_checkpointing
+        Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time.
+    validate_every, patience
+        Steps between validations where validation cells are given, and validations without improvement after which
+        training stops; the best weights are kept. None for patience never stops early.
+    checkpoint_every
+        Steps between checkpoints where a run folder is given.
     seed
         Of the initialisation, the order of cells, the masks and dropout.
     """
 
     n_steps: int = 300
     tokens_per_step: int = 8192
+    accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_fraction: float = 0.1
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     clip_norm: float = 1.0
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     accelerator: str = "auto"
     devices: int | str = 1
+    n_nodes: int = 1
+    strategy: str = "auto"
+    trainable: str = "all"
+    activation_checkpointing: bool = False
+    validate_every: int = 50
+    patience: int | None = None
+    checkpoint_every: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n_steps < 1:
-            raise ValueError(f"FitConfig.n_steps is {self.n_steps}; it must be at least 1.")
-        if self.tokens_per_step < 1:
-            raise ValueError(f"FitConfig.tokens_per_step is {self.tokens_per_step}; it must be at least 1.")
+        for name in ("n_steps", "tokens_per_step", "accumulate", "n_nodes", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.learning_rate <= 0:
             raise ValueError(f"FitConfig.learning_rate is {self.learning_rate}; it must be positive.")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"FitConfig.warmup_fraction is {self.warmup_fraction}; it must be in [0, 1).")
+        for name, allowed in (("precision", get_args(Precision)), ("schedule", get_args(Schedule))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"FitConfig.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
 
     def replace(self, **changes: Any) -> FitConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FitConfig:
+        """Build from `to_dict`'s output; an unknown field is an error."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"FitConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        return cls(**values)

@@ -1,120 +1,222 @@
-"""`train`: run one stage of training on encoded cells."""
+"""`train`: run one stage of training on encoded cells, in memory or streamed."""
 
 from __future__ import annotations
 
 import logging
+import signal
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import lightning
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from scfm import objectives
-from scfm.data import CellBatch, TokenBudgetSampler
+from scfm.data import CellBatch, CellStream, TokenBudgetSampler
 from scfm.models.network import CellTransformer
-from scfm.train.callbacks import ProgressBar, StopOnNonFiniteLoss
+from scfm.train.callbacks import CleanStop, ProgressBar, StopOnNonFiniteLoss
+from scfm.train.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from scfm.train.config import FitConfig
 from scfm.train.module import TrainingModule
+from scfm.train.ranks import rank_and_world_size
+from scfm.train.steps import MemorySource, Steps
+from scfm.train.trainable import keep_activations, merge, recompute_blocks, set_trainable
 
-# (number of the step in the whole run, rows of its cells)
-StepRows = tuple[int, NDArray[np.int64]]
-
-
-@dataclass(frozen=True)
-class StepSampler(Sampler[StepRows]):
-    """Endless epochs of token-budget batches, numbered, so that a step's masks depend on its number alone."""
-
-    batches: TokenBudgetSampler
-    n_steps: int
-
-    def __iter__(self) -> Iterator[StepRows]:
-        step, epoch = 0, 0
-        while step < self.n_steps:
-            self.batches.set_epoch(epoch)
-            for rows in self.batches:
-                yield step, rows
-                step += 1
-                if step == self.n_steps:
-                    return
-            epoch += 1
-
-    def __len__(self) -> int:
-        return self.n_steps
-
-
-@dataclass(frozen=True)
-class StepDataset(Dataset[tuple[CellBatch, objectives.Targets]]):
-    """Encoded cells, handed out as the corrupted batch of a step."""
-
-    cells: CellBatch
-    objective: objectives.Objective
-    seed: int
-
-    def __getitem__(self, step_rows: StepRows) -> tuple[CellBatch, objectives.Targets]:
-        step, rows = step_rows
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return self.objective.corrupt(self.cells.select(rows), generator)
+logger = logging.getLogger(__name__)
 
 
 def train(
     network: CellTransformer,
     objective: objectives.Objective,
-    cells: CellBatch,
+    cells: CellBatch | CellStream,
     config: FitConfig,
     *,
     title: str,
+    validation: CellBatch | None = None,
+    run_dir: str | Path | None = None,
     progress: bool = True,
     callbacks: Sequence[lightning.Callback] = (),
-) -> list[float]:
-    """Train `network` in place on all of `cells`, and return the loss of every step.
+) -> TrainingModule:
+    """Train `network` in place.
 
-    With the same seed, machine and thread count the result is the same to the bit.
+    With the same seed, machine and thread count the result is the same to the bit, also of a run that was killed and
+    started again with the same `run_dir`.
+
+    Parameters
+    ----------
+    network, objective
+        What is trained, and on what.
+    cells
+        Encoded cells in memory, or a stream from files (of this rank).
+    config
+        All settings.
+    title
+        What the progress bar says.
+    validation
+        Cells to validate on every `config.validate_every` steps; the weights with the lowest loss are kept.
+    run_dir
+        Folder of checkpoints (`checkpoints/`) and logs (`metrics.csv`). A run that finds checkpoints there goes on from
+        the newest readable one.
+    callbacks
+        Lightning callbacks of the user.
+
+    Returns
+    -------
+    The Lightning module, with `losses` of every step and `validation_losses`.
+
+    Raises
+    ------
+    NonFiniteLossError
+        If the loss becomes NaN or infinite; names step and cells.
     """
-    lengths = cells.lengths_B.numpy()
-    sampler = StepSampler(
-        TokenBudgetSampler(lengths, max_tokens=config.tokens_per_step, seed=config.seed), config.n_steps
-    )
-    loader = DataLoader(StepDataset(cells, objective, config.seed), sampler=sampler, batch_size=None)
     module = TrainingModule(network, objective, config)
-    own_callbacks: list[lightning.Callback] = [StopOnNonFiniteLoss()]
-    if progress:
-        own_callbacks.append(ProgressBar(title))
-    with quiet_lightning(), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        trainer = lightning.Trainer(
-            max_steps=config.n_steps,
-            max_epochs=-1,
-            accelerator=config.accelerator,
-            devices=config.devices,
-            precision=config.precision,
-            gradient_clip_val=config.clip_norm,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            callbacks=[*own_callbacks, *callbacks],
-        )
+    n_trainable = set_trainable(network, config.trainable)
+    logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
+    if config.activation_checkpointing:
+        recompute_blocks(network)
+    stop, scratch = CleanStop(), tempfile.TemporaryDirectory()
+    resumed = None if run_dir is None else newest_checkpoint(Path(run_dir) / "checkpoints")
+    best = _keep_best(Path(scratch.name)) if validation is not None else None
+    own = [StopOnNonFiniteLoss(), stop, *([ProgressBar(title)] if progress else []), *_keepers(config, run_dir, best)]
+    with scratch, quiet_lightning(), _restored_interrupts(), torch.random.fork_rng():
+        trainer = _trainer(config, [*own, *callbacks], run_dir, validates=validation is not None)
+        loader = _loader(cells, objective, config, start=resumed[1] * config.accumulate if resumed else 0)
         network.train()
-        trainer.fit(module, loader)
+        try:
+            trainer.fit(
+                module,
+                loader,
+                None if validation is None else _validation_loader(validation, objective, config),
+                ckpt_path=resumed[0] if resumed else None,
+            )
+        except SystemExit:
+            if stop.stopped_at is None:
+                raise
+            warnings.warn(
+                f"Interrupted after {stop.stopped_at} of {config.n_steps} steps; the weights reached by then are kept.",
+                stacklevel=2,
+            )
+        if best is not None and best.best_model_path:
+            state = read_checkpoint(Path(best.best_model_path))["state_dict"]
+            network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})
+    merge(network)
+    keep_activations(network)
     network.eval()
-    return [float(loss) for loss in module.losses]
+    return module
+
+
+def _loader(
+    cells: CellBatch | CellStream, objective: objectives.Objective, config: FitConfig, start: int
+) -> DataLoader:
+    rank, world_size = rank_and_world_size(config)
+    if isinstance(cells, CellStream):
+        source: MemorySource | CellStream = cells
+    else:
+        sampler = TokenBudgetSampler(
+            cells.lengths_B.numpy(),
+            max_tokens=config.tokens_per_step,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        source = MemorySource(cells, sampler)
+    steps = Steps(source, objective, config.seed, stop=config.n_steps * config.accumulate, start=start, rank=rank)
+    return DataLoader(steps, batch_size=None)
+
+
+def _validation_loader(cells: CellBatch, objective: objectives.Objective, config: FitConfig) -> DataLoader:
+    """The same masks at every validation, so that losses compare."""
+    sampler = TokenBudgetSampler(cells.lengths_B.numpy(), max_tokens=config.tokens_per_step, shuffle=False)
+    n_batches = len(sampler)
+    batches = [
+        objective.corrupt(cells.select(rows), torch.Generator().manual_seed(i)) for i, rows in enumerate(sampler)
+    ]
+    assert len(batches) == n_batches
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def _keep_best(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder, "best", monitor="validation_loss", save_weights_only=True, enable_version_counter=False
+    )
+
+
+def _keepers(config: FitConfig, run_dir: str | Path | None, best: ModelCheckpoint | None) -> list[lightning.Callback]:
+    keepers: list[lightning.Callback] = [best] if best is not None else []
+    if best is not None and config.patience is not None:
+        keepers.append(EarlyStopping("validation_loss", patience=config.patience, check_finite=False))
+    if run_dir is not None:
+        folder = Path(run_dir) / "checkpoints"
+        # The last two: where the newest turns out damaged, the one before it serves.
+        keepers.append(
+            ModelCheckpoint(
+                folder, "{step}", monitor="step", mode="max", save_top_k=2, every_n_train_steps=config.checkpoint_every
+            )
+        )
+    return keepers
+
+
+def _trainer(
+    config: FitConfig, callbacks: list[Any], run_dir: str | Path | None, *, validates: bool
+) -> lightning.Trainer:
+    keeps = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return lightning.Trainer(
+        max_steps=config.n_steps,
+        max_epochs=-1,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.n_nodes,
+        strategy=config.strategy,
+        precision=config.precision,
+        gradient_clip_val=config.clip_norm,
+        accumulate_grad_batches=config.accumulate,
+        val_check_interval=config.validate_every * config.accumulate if validates else None,
+        num_sanity_val_steps=0,
+        logger=False if run_dir is None else CSVLogger(Path(run_dir), name="", version="logs"),
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=keeps,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+    )
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Leave Lightning's warnings about workers and its notes about devices out of a user's notebook."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
         warnings.filterwarnings("ignore", category=UserWarning, message=r".*does not have many workers.*")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for each, level in zip(loggers, levels):
+                each.setLevel(level)
+
+
+@contextmanager
+def _restored_interrupts() -> Iterator[None]:
+    """Give Ctrl-C its meaning back: Lightning ignores it for good after the first one."""
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+    except ValueError:
+        handler = None
+    try:
+        yield
+    finally:
+        if handler is not None:
+            try:
+                signal.signal(signal.SIGINT, handler)
+            except ValueError:  # not the main thread: then Lightning could not change it either
+                pass

@@ -1,0 +1,97 @@
+"""Which weights a fine-tuning may move, and whether activations are kept for it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from scfm.models.network import CellTransformer
+from scfm.nn.linear import Linear
+
+HEADS = ("class_head", "gene_head", "value_head", "value_from_cell_head")
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer plus a trainable update of rank r: W x + b + (alpha / r) B A x (LoRA, Hu et al. 2022).
+
+    B starts at zero, so that training starts from the layer as it was; alpha is 2 r.
+    """
+
+    def __init__(self, base: Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.empty(rank, base.in_features))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.scale = 2.0
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
+        return self.base(input) + self.scale * F.linear(F.linear(input, self.down), self.up)
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """The plain layer with the update added to its weights."""
+        self.base.weight += self.scale * self.up @ self.down
+        return self.base
+
+
+def set_trainable(network: CellTransformer, how: str) -> int:
+    """Freeze what `how` leaves out, and return the number of trainable parameters.
+
+    Parameters
+    ----------
+    network
+        Changed in place; call `merge` after training to undo what "lora:R" put in.
+    how
+        "all", "head", "last:N" or "lora:R".
+    """
+    kind, _, number = how.partition(":")
+    if kind not in ("all", "head", "last", "lora") or (kind in ("last", "lora")) != number.isdigit():
+        raise ValueError(f"`trainable` is {how!r}; choose 'all', 'head', 'last:N' (blocks) or 'lora:R' (rank).")
+    if kind == "last" and not 1 <= int(number) <= len(network.blocks):
+        raise ValueError(f"`trainable` is {how!r}; the network has {len(network.blocks)} blocks.")
+    for parameter in network.parameters():
+        parameter.requires_grad_(kind == "all")
+    heads = [head for name in HEADS if (head := getattr(network, name, None)) is not None]
+    free: list[nn.Module] = list(heads) if kind != "all" else []
+    if kind == "last":
+        free += list(network.blocks)[-int(number) :]
+    for module in free:
+        module.requires_grad_(True)
+    if kind == "lora":
+        _add_low_rank(network, int(number))
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def merge(network: CellTransformer) -> None:
+    """Fold low-rank updates into their layers and make every weight trainable again."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LowRankLinear):
+                setattr(parent, name, child.merged())
+    network.requires_grad_(True)
+
+
+def _add_low_rank(network: CellTransformer, rank: int) -> None:
+    for block in network.blocks:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Linear):
+                    setattr(parent, name, LowRankLinear(child, rank).to(child.weight.device))
+
+
+def recompute_blocks(network: CellTransformer) -> None:
+    """Let each block recompute its activations in the backward pass instead of keeping them."""
+    for block in network.blocks:
+        block.forward = partial(checkpoint, type(block).forward.__get__(block), use_reentrant=False)
+
+
+def keep_activations(network: CellTransformer) -> None:
+    """Undo `recompute_blocks`."""
+    for block in network.blocks:
+        block.__dict__.pop("forward", None)

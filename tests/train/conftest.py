@@ -1,0 +1,49 @@
+"""A tiny network and a few hundred short cells, so that training tests take a second."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scfm.data import CellBatch
+from scfm.models import CellTransformer, ModelConfig
+from scfm.objectives import Classification, MaskedGenes
+
+N_TOKENS = 40
+
+
+def make_cells(n_cells: int = 200, seed: int = 0) -> CellBatch:
+    generator = torch.Generator().manual_seed(seed)
+    lengths_B = torch.randint(3, 20, (n_cells,), generator=generator)
+    labels_B = torch.randint(0, 3, (n_cells,), generator=generator)
+    genes = [
+        torch.randperm(N_TOKENS // 2, generator=generator)[:length] + 2 + 6 * label
+        for length, label in zip(lengths_B.tolist(), labels_B.tolist())
+    ]
+    return CellBatch(
+        gene_ids_T=torch.cat(genes).int(),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths_B.cumsum(0)]),
+        cell_index_B=torch.arange(n_cells),
+        labels_B=labels_B,
+    )
+
+
+def make_network(seed: int = 0, **changes) -> CellTransformer:
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        n_tokens=N_TOKENS, d_model=32, n_heads=2, n_layers=2, d_ff=64, context_length=32, dropout=0.1, **changes
+    )
+    return CellTransformer(config, special_ids=(0, 1))
+
+
+@pytest.fixture
+def tiny():
+    network = make_network(n_classes=3)
+    return SimpleNamespace(
+        network=network,
+        cells=make_cells(),
+        masked=MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V),
+        classify=Classification(),
+        make_network=make_network,
+        make_cells=make_cells,
+    )
