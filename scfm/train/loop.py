@@ -7,7 +7,7 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,5 @@ def _restored_interrupts() -> Iterator[None]:
         yield
     finally:
         if handler is not None:
-            try:
+            with suppress(ValueError):  # not the main thread: then Lightning could not change it either
                 signal.signal(signal.SIGINT, handler)
-            except ValueError:  # not the main thread: then Lightning could not change it either
-                pass

@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ModelFileError, match="No space left on device.*run the same command again"):
+    with pytest.raises(ModelFileError, match=r"No space left on device.*run the same command again"):
         io.save_checkpoint({"global_step": 2}, path)
     assert read_checkpoint(path)["global_step"] == 1
     assert [each.name for each in tmp_path.iterdir()] == ["step=1.ckpt"]
@@ -265,5 +265,5 @@ def test_settings_survive_json_and_unknown_ones_do_not():
 
 def test_an_empty_batch_is_not_divided_by(tiny):
     empty = CellBatch(gene_ids_T=torch.zeros(0, dtype=torch.int32), cu_seqlens=torch.zeros(1, dtype=torch.int32))
-    inputs, targets = tiny.masked.corrupt(empty, torch.Generator())
+    _, targets = tiny.masked.corrupt(empty, torch.Generator())
     assert targets["token_N"].numel() == 0
