@@ -1,0 +1,34 @@
+"""`scfm fit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import scfm
+from scfm.cli import _files
+from scfm.cli._command import command_of
+
+
+@command_of(scfm.fit, leave_out={"key_added"})
+def fit(source: Path, target: Path, /, *, json: bool = False, **options: Any) -> None:
+    """Train a model on raw counts and save it; with labels, score it beside simple baselines.
+
+    Parameters
+    ----------
+    source
+        .h5ad or .zarr with raw counts.
+    target
+        Directory to save the model in.
+    json
+        Print the result as one JSON object instead of words.
+    """
+    model = scfm.fit(_files.read(source), **options)
+    model.save(target)
+    report = model.report() if "report" in model.history else None
+    facts: dict[str, Any] = {"model": target, "model_id": model.id, "n_parameters": model.n_parameters}
+    text = f"{model!r}\nsaved as {target}"
+    if report is not None:
+        facts["report"] = _files.records(report)
+        text = f"{report.round(3).to_string()}\n{text}"
+    _files.tell(facts, as_json=json, text=text)

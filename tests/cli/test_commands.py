@@ -1,0 +1,99 @@
+"""Each command does what the public function of its name does, and leaves whole files or none."""
+
+import importlib
+import inspect
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import scfm
+from scfm.cli._app import COMMANDS
+
+
+def test_doctor_names_the_active_backend_and_why(result):
+    facts = result("doctor")
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["attention"]["available"] == scfm.ops.extension_info()["available"]
+    assert facts["attention"]["reason"]
+    assert facts["encoder"]["available"] == scfm.data.host_info()["available"]
+
+
+def test_doctor_without_the_extension_says_so_in_words(command, monkeypatch):
+    from scfm.ops import extension
+
+    monkeypatch.setenv("SCFM_DISABLE_EXT", "1")
+    extension.load_extension.cache_clear()
+    code, out, _ = command("doctor")
+    extension.load_extension.cache_clear()
+    assert code == 0
+    assert "turned off by SCFM_DISABLE_EXT" in out
+    assert "plain torch" in out
+
+
+def test_embed_writes_what_the_function_computes(result, folder, cells, tmp_path):
+    result("embed", folder / "cells.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    expected = scfm.tl.embed(cells, scfm.load(folder / "model"), copy=True)
+    np.testing.assert_array_equal(written.obsm["X_scfm"], expected.obsm["X_scfm"])
+    assert written.uns["scfm"]["X_scfm"]["model_id"] == expected.uns["scfm"]["X_scfm"]["model_id"]
+    np.testing.assert_array_equal(written.X.toarray(), cells.X.toarray())
+
+
+def test_fit_saves_a_model_and_tells_the_scores(result, folder, tmp_path):
+    facts = result(
+        "fit", folder / "cells.h5ad", tmp_path / "model",
+        "--labels-key", "bulk_labels", "--n-steps", 2, "--seed", 3, "--no-progress",
+    )  # fmt: skip
+    model = scfm.load(tmp_path / "model")
+    assert model.id == facts["model_id"]
+    assert [row["method"] for row in facts["report"]] == list(model.report().index)
+    config = model.history["stages"][0]["config"]
+    assert (config["n_steps"], config["seed"]) == (2, 3)
+
+
+def test_annotate_writes_labels_and_confidence(result, folder, cells, tmp_path):
+    facts = result("annotate", folder / "cells.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    expected = scfm.tl.annotate(cells, scfm.load(folder / "model"), copy=True)
+    assert list(written.obs["scfm_label"]) == list(expected.obs["scfm_label"])
+    assert sum(facts["labels"].values()) == cells.n_obs
+
+
+def test_perturb_writes_the_table_of_the_function(result, folder, cells, tmp_path):
+    genes = ["CD74", "CST3"]
+    result(
+        "perturb", folder / "cells.h5ad", tmp_path / "out.csv", "--model", folder / "model",
+        "--genes", *genes, "--no-progress",
+    )  # fmt: skip
+    written = pd.read_csv(tmp_path / "out.csv", index_col=0)
+    expected = scfm.tl.perturb(cells, scfm.load(folder / "model"), genes=genes, progress=False)
+    assert list(written.index) == list(expected.index)
+    np.testing.assert_allclose(written["shift_mean"], expected["shift_mean"], rtol=1e-12)
+
+
+def test_check_fails_on_normalised_data_and_says_why(command, folder, cells, tmp_path):
+    good = command("check", folder / "cells.h5ad", "--model", folder / "model")
+    normalised = cells.copy()
+    normalised.X = normalised.X.log1p()
+    normalised.write_h5ad(tmp_path / "log.h5ad")
+    bad = command("check", tmp_path / "log.h5ad", "--model", folder / "model")
+    assert (good[0], bad[0]) == (0, 1)
+    assert "not ready" in bad[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(command, name):
+    code, out, _ = command(name, "--help")
+    assert code == 0
+    assert f"Example: scfm {name}" in out
+
+
+@pytest.mark.parametrize("name", set(COMMANDS) - {"doctor"})
+def test_every_option_is_described(name):
+    """What `--help` shows comes from docstrings: an option that is not documented there would show nothing."""
+    command = getattr(importlib.import_module(f"scfm.cli.{name}"), name)
+    for parameter in inspect.signature(command).parameters.values():
+        assert parameter.annotation.__metadata__[0].help, f"{name}: {parameter.name} is not described"
