@@ -78,7 +78,7 @@ class _Config:
             if field.name in taken:
                 continue
             text = f"{words.get(field.name, '')} [default: {field.default}]"
-            annotation = Annotated[hints[field.name] | None, Parameter(help=text, group=group, negative="")]
+            annotation = _optional(hints[field.name], Parameter(help=text, group=group, negative=""))
             options.append(
                 inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
             )
@@ -114,6 +114,10 @@ def _described(parameter: inspect.Parameter, words: str) -> Parameter:
         negative_iterable="",
         negative="" if off_by_default else None,
     )
+
+
+def _optional(kind: Any, option: Parameter) -> Any:
+    return Annotated[kind | None, option]
 
 
 def _dataclass_in(annotation: Any) -> type | None:

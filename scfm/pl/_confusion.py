@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import anndata
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from scfm.pl._figure import finish
+from scfm.pl._figure import axes_of, finish
 
 
 def confusion(
@@ -35,32 +34,48 @@ def confusion(
     Returns
     -------
     The axes.
+
+    Raises
+    ------
+    KeyError
+        If a column is missing.
+    ValueError
+        If no cell has both labels.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> ax = scfm.pl.confusion(adata, truth="bulk_labels", predicted="bulk_labels", show=False)
+    >>> ax.get_xlabel()
+    'predicted: bulk_labels'
     """
     if missing := [column for column in (truth, predicted) if column not in adata.obs]:
-        raise KeyError(f"`adata.obs` has no column {', '.join(map(repr, missing))}; run `scfm.tl.annotate` first.")
-    labelled = adata.obs[[truth, predicted]].dropna().astype(str)
-    names = sorted(set(labelled[truth]) | set(labelled[predicted]))
-    counts = pd.crosstab(labelled[truth], labelled[predicted]).reindex(index=names, columns=names, fill_value=0)
-    counts = counts.loc[counts.sum(axis=1) > 0]
-    shares = counts.div(counts.sum(axis=1), axis=0)
-    if ax is None:
-        side = 2.5 + 0.42 * len(names)
-        _, ax = plt.subplots(figsize=(side + 0.8, side))
-    drawn = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for row, column in zip(*counts.to_numpy().nonzero()):
-        dark = shares.iat[row, column] < 0.5
-        ax.text(
-            column,
-            row,
-            counts.iat[row, column],
-            ha="center",
-            va="center",
-            color="white" if dark else "black",
-            fontsize=8,
+        raise KeyError(
+            f"`adata.obs` has no column {', '.join(map(repr, missing))} ({', '.join(map(str, adata.obs))}). "
+            "Run `scfm.tl.annotate` first, or name another column."
         )
-    ax.set_xticks(range(counts.shape[1]), counts.columns, rotation=90)
-    ax.set_yticks(range(counts.shape[0]), counts.index)
-    ax.set(xlabel="predicted", ylabel="true")
+    counts = confusion_counts(adata.obs[truth], adata.obs[predicted])
+    if counts.empty:
+        raise ValueError(f"None of the {adata.n_obs} cells has both {truth!r} and {predicted!r}; choose other cells.")
+    shares = counts.div(counts.sum(axis=1), axis=0)
+    height = 1.4 + 0.34 * len(counts) + 0.07 * max(map(len, counts.columns))
+    ax = axes_of(ax, 3.2 + 0.38 * counts.shape[1], height)
+    drawn = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, column in zip(*counts.to_numpy().nonzero()):
+        color = "white" if shares.iloc[row, column] > 0.55 else "black"
+        ax.text(column, row, counts.iloc[row, column], ha="center", va="center", color=color, fontsize=8)
+    ax.set_xticks(range(counts.shape[1]), counts.columns, rotation=90, fontsize=8)
+    ax.set_yticks(range(counts.shape[0]), counts.index, fontsize=8)
+    ax.set(xlabel=f"predicted: {predicted}", ylabel=f"true: {truth}")
     ax.figure.colorbar(drawn, ax=ax, label="share of the true label", fraction=0.04)
-    finish(ax.figure, save=save, show=show)
+    finish(ax, save=save, show=show)
     return ax
+
+
+def confusion_counts(truth: pd.Series, predicted: pd.Series) -> pd.DataFrame:
+    """Cells by true (rows that occur) and predicted label (all names), both in the same order."""
+    both = pd.DataFrame({"truth": truth, "predicted": predicted}).dropna().astype(str)
+    names = sorted(set(both["truth"]) | set(both["predicted"]))
+    counts = pd.crosstab(both["truth"], both["predicted"]).reindex(index=names, columns=names, fill_value=0)
+    return counts.loc[counts.sum(axis=1) > 0]

@@ -1,21 +1,53 @@
-"""What every figure shares: finishing, saving, colours."""
+"""What every figure shares: axes, finishing, saving, colours."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
-# Okabe and Ito's eight, then Tol's muted set: distinguishable with the common colour-vision deficiencies.
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+
+# Okabe and Ito's eight, then eight of Tol's and others' that stay apart from them and from each other as eyes with
+# deuteranopia and protanopia see them (a test simulates it).
 COLORS = [
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
-    "#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB",
+    "#332288", "#7F0000", "#DDCC77", "#555555", "#999933", "#5D3A9B", "#6699CC", "#BBBBBB",
 ]  # fmt: skip
+UNLABELLED = "#DDDDDD"
+GREY = "#666666"
 
 
-def finish(figure: Figure, *, save: str | Path | None, show: bool | None) -> None:
+def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
+    """The given axes, or those of a new figure of this size in inches."""
+    if ax is not None:
+        return ax
+    _, made = plt.subplots(figsize=(width, height), layout="constrained")
+    return made
+
+
+def power_in_label(axis: Axis, label: str) -> None:
+    """Label an axis and put its power of ten into the label; matplotlib puts it where it covers other text."""
+    axis.set_major_formatter(ScalarFormatter(useOffset=False))
+    low, high = axis.get_view_interval()
+    largest = max(abs(low), abs(high))
+    power = 0 if largest == 0 else int(f"{largest:e}".partition("e")[2])
+    if -3 <= power <= 4:
+        axis.set_label_text(label)
+        return
+    axis.set_major_formatter(lambda value, _: f"{value / 10.0**power:g}")
+    axis.set_label_text(f"{label}  [$10^{{{power}}}$]")
+
+
+def finish(ax: Axes, *, save: str | Path | None, show: bool | None) -> None:
     """Write the figure to `save` if given, and show it unless `show` is False or it was saved."""
+    figure = ax.get_figure(root=True)
+    assert isinstance(figure, Figure)
     if save is not None:
         figure.savefig(save, dpi=150, bbox_inches="tight")
     if show or (show is None and save is None):

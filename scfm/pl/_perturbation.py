@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from scfm.pl._figure import COLORS, finish
+from scfm.pl._figure import COLORS, GREY, axes_of, finish, power_in_label
 
 
 def perturbation(
@@ -21,7 +20,7 @@ def perturbation(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Genes whose deletion moves cells most: mean shift with its standard error, and the number of cells.
+    """Genes whose perturbation moves cells most: mean shift with its standard error, and the number of cells.
 
     Parameters
     ----------
@@ -37,35 +36,34 @@ def perturbation(
     Returns
     -------
     The axes.
+
+    Raises
+    ------
+    ValueError
+        If no gene is expressed in `min_cells` cells.
+
+    Examples
+    --------
+    >>> import pandas as pd, scfm
+    >>> columns = {"n_cells": [9, 7], "shift_mean": [0.02, 0.01], "shift_sem": [0.003, 0.002]}
+    >>> ax = scfm.pl.perturbation(pd.DataFrame(columns, index=["CD74", "CST3"]), show=False)
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['CST3', 'CD74']
     """
     drawn = effects[effects["n_cells"] >= min_cells].nlargest(n_genes, "shift_mean")[::-1]
     if drawn.empty:
         raise ValueError(
             f"No gene of `effects` is expressed in {min_cells} cells or more; lower `min_cells` or perturb more cells."
         )
-    if ax is None:
-        _, ax = plt.subplots(figsize=(5.2, 1.2 + 0.24 * len(drawn)))
+    ax = axes_of(ax, 5.2, 1.0 + 0.22 * len(drawn))
     place = np.arange(len(drawn))
-    ax.errorbar(
-        drawn["shift_mean"], place, xerr=drawn["shift_sem"], fmt="o", color=COLORS[0], ecolor="#999999", ms=5, lw=1
-    )
-    for row, n_cells in zip(place, drawn["n_cells"]):
-        ax.annotate(
-            f"n={n_cells}",
-            (1, row),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
-            color="#666666",
-        )
-    ax.set_yticks(place, drawn.index)
-    ax.set(
-        xlabel="shift of the cell's embedding (1 - cosine), mean and standard error",
-        xlim=(0, None),
-        title="deleted gene",
-    )
+    error = drawn["shift_sem"].fillna(0)
+    ax.errorbar(drawn["shift_mean"], place, xerr=error, fmt="o", color=COLORS[0], ecolor="#999999", ms=5, lw=1)
+    for row, n_cells in enumerate(drawn["n_cells"]):
+        ax.text(1.01, row, f"{n_cells} cells", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
+    ax.set_yticks(place, drawn.index, fontsize=8)
+    ax.set(xlim=(0, None), ylabel="perturbed gene")
+    power_in_label(ax.xaxis, "shift of the embedding, 1 - cosine (mean, s.e.m.)")
     ax.grid(axis="x", alpha=0.3)
-    finish(ax.figure, save=save, show=show)
+    finish(ax, save=save, show=show)
     return ax

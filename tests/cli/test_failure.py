@@ -51,9 +51,14 @@ def test_output_of_another_kind_is_refused_before_work(command, folder, tmp_path
 def test_a_stopped_write_leaves_what_was_there(tmp_path):
     target = tmp_path / "out.csv"
     target.write_text("before")
-    with pytest.raises(KeyboardInterrupt), _files.whole(target) as beside:
-        beside.write_text("half")
-        raise KeyboardInterrupt
+
+    def stopped():
+        with _files.whole(target) as beside:
+            beside.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
 

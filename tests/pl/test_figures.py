@@ -1,0 +1,128 @@
+"""Figures show the numbers they were given, follow scanpy's conventions, and keep their text apart."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from sklearn.metrics import confusion_matrix
+
+import scfm
+from scfm.pl._figure import COLORS, UNLABELLED
+
+
+@pytest.fixture
+def adata():
+    cells = scfm.datasets.pbmc()
+    cells.obs["other"] = cells.obs["bulk_labels"].astype(str).where(cells.obs["S_score"] < 0, "CD34+")
+    return cells
+
+
+@pytest.fixture
+def effects():
+    genes = [f"GENE{number}" for number in range(30)]
+    shift = np.linspace(3e-5, 1e-6, 30)
+    return pd.DataFrame({"n_cells": 9, "shift_mean": shift, "shift_sem": shift / 9}, index=genes)
+
+
+def texts_that_overlap(figure):
+    """Pairs of visible texts whose boxes overlap, by the renderer: independent of how the figure was laid out."""
+    renderer = figure.canvas.get_renderer()
+    figure.draw(renderer)
+    drawn = [text for text in figure.findobj(plt.Text) if text.get_text().strip() and text.get_visible()]
+    boxes = [(text.get_text(), text.get_window_extent(renderer).shrunk(0.9, 0.8)) for text in drawn]
+    return [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[i + 1 :] if box.overlaps(other)]
+
+
+def test_embedding_draws_every_cell_in_the_colour_of_its_name(adata):
+    panel, other = scfm.pl.embedding(adata, color=["bulk_labels", "other"], show=False)
+    for ax, column in ((panel, "bulk_labels"), (other, "other")):
+        points = ax.collections[0]
+        order = np.lexsort(points.get_offsets().T)
+        names = adata.obs[column].astype(str).to_numpy()[np.lexsort(adata.obsm["X_umap"].T)]
+        colors = [to_hex(color) for color in points.get_facecolors()[order]]
+        shown = sorted(set(adata.obs["bulk_labels"].astype(str)))  # the names of both panels
+        assert colors == [COLORS[shown.index(name)].lower() for name in names]
+    assert texts_that_overlap(panel.figure) == []
+
+
+def test_embedding_has_one_legend_for_panels_with_the_same_names(adata):
+    adata.obs["again"] = adata.obs["bulk_labels"]
+    first, last = scfm.pl.embedding(adata, color=["bulk_labels", "again"], show=False)
+    assert first.get_legend() is None
+    assert len(last.get_legend().get_texts()) == 10
+
+
+def test_embedding_shows_unlabelled_cells_in_grey(adata):
+    adata.obs["other"] = adata.obs["other"].mask(adata.obs["other"] == "CD34+")
+    (ax,) = scfm.pl.embedding(adata, color="other", show=False)
+    colors = [to_hex(color) for color in ax.collections[0].get_facecolors()]
+    assert colors.count(UNLABELLED.lower()) == adata.obs["other"].isna().sum() > 0
+    assert ax.get_legend().get_texts()[-1].get_text() == "unlabelled"
+
+
+def test_numbers_get_a_colour_bar(adata):
+    (ax,) = scfm.pl.embedding(adata, color="S_score", show=False)
+    assert ax.get_legend() is None
+    assert len(ax.figure.axes) == 2
+
+
+def test_confusion_counts_as_scikit_learn(adata):
+    ax = scfm.pl.confusion(adata, truth="bulk_labels", predicted="other", show=False)
+    truth, predicted = adata.obs["bulk_labels"].astype(str), adata.obs["other"].astype(str)
+    expected = confusion_matrix(truth, predicted, labels=sorted(truth.unique()))
+    shown = np.zeros_like(expected)
+    for text in ax.texts:
+        column, row = map(int, text.get_position())
+        shown[row, column] = int(text.get_text())
+    np.testing.assert_array_equal(shown, expected)
+    np.testing.assert_allclose(ax.images[0].get_array(), expected / expected.sum(1, keepdims=True))
+    assert texts_that_overlap(ax.figure) == []
+
+
+def test_perturbation_ranks_genes_and_keeps_the_power_of_ten_clear_of_the_label(effects):
+    ax = scfm.pl.perturbation(effects.sample(frac=1, random_state=0), n_genes=5, show=False)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["GENE4", "GENE3", "GENE2", "GENE1", "GENE0"]
+    assert "10^{-5}" in ax.get_xlabel()
+    assert texts_that_overlap(ax.figure) == []
+
+
+def test_perturbation_leaves_out_genes_of_few_cells(effects):
+    effects.loc["GENE0", "n_cells"] = 2
+    ax = scfm.pl.perturbation(effects, n_genes=2, min_cells=3, show=False)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["GENE2", "GENE1"]
+    with pytest.raises(ValueError, match="lower `min_cells`"):
+        scfm.pl.perturbation(effects, min_cells=10, show=False)
+
+
+def test_ax_save_and_show(adata, effects, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
+    _, ax = plt.subplots()
+    assert scfm.pl.perturbation(effects, ax=ax, save=tmp_path / "figure.png") is ax
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert shown == []
+    scfm.pl.perturbation(effects)
+    assert shown == [True]
+    with pytest.raises(ValueError, match="`ax` takes one panel"):
+        scfm.pl.embedding(adata, color=["bulk_labels", "other"], ax=ax, show=False)
+
+
+def test_missing_columns_name_those_that_exist(adata):
+    with pytest.raises(KeyError, match="bulk_labels"):
+        scfm.pl.embedding(adata, color="celltype", show=False)
+    with pytest.raises(KeyError, match="neighbors"):
+        scfm.pl.embedding(adata, color="bulk_labels", basis="X_none", show=False)
+    with pytest.raises(KeyError, match=r"scfm\.tl\.annotate"):
+        scfm.pl.confusion(adata, truth="bulk_labels", show=False)
+
+
+def test_colours_differ_for_colour_blind_eyes():
+    """Simulated deuteranopia and protanopia (Vienot et al. 1999): all colours stay apart, and apart from the unlabelled grey."""
+    linear = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in [*COLORS, UNLABELLED]]) ** 2.2
+    deuteranopia = np.array([[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]])
+    protanopia = np.array([[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]])
+    for simulated in (deuteranopia, protanopia):
+        seen = np.clip(linear @ simulated.T, 0, 1) ** (1 / 2.2)
+        distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+        assert distance[~np.eye(len(seen), dtype=bool)].min() > 0.1
