@@ -1,11 +1,12 @@
 """The one network behind every family: embedding, blocks, heads, on packed cells."""
 
-# Axes: B cells, T packed tokens, N chosen tokens, D model width, V tokens of the vocabulary, C classes.
+# Axes: B cells, T packed tokens, N chosen tokens, D model width, V tokens of the vocabulary, C classes, S value buckets.
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 from scfm import ops
 from scfm.data.batch import CellBatch
 from scfm.models.config import ModelConfig
-from scfm.nn import Attention, Block, ClassHead, GeneHead, TokenEmbedding, ValueFromCellHead, ValueHead, pool_cells
+from scfm.models.decoder import Decoder
+from scfm.nn import Attention, BatchLabels, Block, GeneHead, TokenEmbedding, ValueFromCellHead, pool_cells
+from scfm.nn.block import unknown_tokens
+from scfm.nn.class_heads import MLPClassHead, make_class_head
 from scfm.nn.embedding import init_weights
+from scfm.nn.heads import VALUE_HEADS
 from scfm.ops.attention import Backend
 from scfm.vocab import Vocabulary
 
@@ -33,6 +38,8 @@ class CellTransformer(nn.Module):
     """
 
     is_gene_V: Tensor
+    calls_since_redraw: Tensor
+    class_head: Any  # None, or the kind of head that the configuration names
 
     def __init__(self, config: ModelConfig, special_ids: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -40,13 +47,22 @@ class CellTransformer(nn.Module):
         self.embedding = TokenEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.decoder = Decoder(config) if config.decoder_layers else None
         self.gene_head = GeneHead(config) if config.gene_head else None
-        self.value_head = ValueHead(config) if config.value_head else None
+        self.value_head = None if config.value_head == "none" else VALUE_HEADS[config.value_head](config)
         self.value_from_cell_head = ValueFromCellHead(config) if config.value_from_cell_head else None
-        self.class_head = ClassHead(config, config.n_classes) if config.n_classes else None
+        self.batch_labels = BatchLabels(config) if config.batch_labels else None
+        self.batch_head = (
+            MLPClassHead(config.d_model, config.n_batches, config.n_class_layers, nn.LeakyReLU)
+            if config.batch_head
+            else None
+        )
+        self.class_head = make_class_head(config) if config.n_classes else None
         is_gene_V = torch.ones(config.n_tokens, dtype=torch.bool)
         is_gene_V[list(special_ids)] = False
         self.register_buffer("is_gene_V", is_gene_V, persistent=False)
+        if config.attention == "linear" or config.decoder_layers:
+            self.register_buffer("calls_since_redraw", torch.tensor(0))
         self.apply(init_weights)
 
     @classmethod
@@ -55,11 +71,11 @@ class CellTransformer(nn.Module):
         genes = set(vocabulary.gene_ids.tolist())
         return cls(config, tuple(token for token in range(len(vocabulary)) if token not in genes))
 
-    def forward(self, cells: CellBatch, *, hidden_layer: int = -1) -> Tensor:
+    def forward(self, cells: CellBatch, *, hidden_layer: int = -1, first_BD: Tensor | None = None) -> Tensor:
         """States of all tokens after one layer, shape (T, D).
 
         `hidden_layer` indexes [input of the first block, output of block 1, ..., output of the last block] as Python
-        does. Blocks after the one asked for are not computed.
+        does. Blocks after the one asked for are not computed. `first_BD` replaces the input of each cell's first token.
         """
         n_states = self.config.n_layers + 1
         if not -n_states <= hidden_layer < n_states:
@@ -67,16 +83,29 @@ class CellTransformer(nn.Module):
                 f"`hidden_layer` is {hidden_layer}; a network of {self.config.n_layers} blocks has the hidden states "
                 f"{-n_states} to {n_states - 1}."
             )
-        return next(islice(self.hidden_states(cells), hidden_layer % n_states, None))
+        return next(islice(self.hidden_states(cells, first_BD), hidden_layer % n_states, None))
 
-    def hidden_states(self, cells: CellBatch) -> Iterator[Tensor]:
+    def hidden_states(self, cells: CellBatch, first_BD: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the input of the first block, then the output of each, every one of shape (T, D)."""
+        self._redraw_when_due()
         plan = self.plan(cells)
-        hidden_TD = self.embedding(cells.gene_ids_T, cells.values_T, cells.position_T())
+        hidden_TD = self.embed_tokens(cells, plan)
+        if first_BD is not None:
+            hidden_TD = hidden_TD.index_copy(0, cells.cu_seqlens[:-1].long(), first_BD.to(hidden_TD.dtype))
+        # The embedding may be kept in more digits than the blocks: values would lose theirs in bfloat16.
+        hidden_TD = hidden_TD.to(self.blocks[0].attention_norm.weight.dtype)  # type: ignore[union-attr,arg-type]
         yield hidden_TD
         for block in self.blocks:
             hidden_TD = block(hidden_TD, plan)
             yield self.norm(hidden_TD) if block is self.blocks[-1] else hidden_TD
+
+    def embed_tokens(self, cells: CellBatch, plan: ops.AttentionPlan) -> Tensor:
+        """Input of the first block, shape (T, D)."""
+        unknown_T = None if plan.n_known is None else unknown_tokens(plan).to(cells.device)
+        batch_ids_T = None if cells.batch_ids_B is None else cells.batch_ids_B[cells.cell_of_token_T()]
+        return self.embedding(
+            cells.gene_ids_T, cells.values_T, cells.position_T(), unknown_T=unknown_T, batch_ids_T=batch_ids_T
+        )
 
     def plan(self, cells: CellBatch) -> ops.AttentionPlan:
         """Lay out the attention of a batch once, for all layers."""
@@ -87,6 +116,21 @@ class CellTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
+
+    def value_states(self, cells: CellBatch) -> Tensor:
+        """States that the value head reads, shape (T, D): those of the last block, or the decoder's where there is one.
+
+        The encoder then sees the tokens with a value above 0 only, and the decoder every token of `cells`.
+        """
+        if self.decoder is None:
+            return self(cells)
+        if cells.values_T is None:
+            raise ValueError("This network embeds values, but the batch has none (`values_T` is None).")
+        visible_T = cells.values_T > 0
+        encoded_ND = self(visible_tokens(cells, visible_T))
+        hidden_TD = self.embedding.value(cells.values_T)  # type: ignore[misc]
+        hidden_TD = hidden_TD.index_copy(0, visible_T.nonzero().squeeze(1), encoded_ND.to(hidden_TD.dtype))
+        return self.decoder(hidden_TD + self.embedding.genes(cells.gene_ids_T), self.plan(cells))
 
     def embed_cells(self, cells: CellBatch, *, hidden_layer: int | None = None, pooling: str | None = None) -> Tensor:
         """One vector a cell, shape (B, D), as the configuration says unless told otherwise."""
@@ -103,22 +147,34 @@ class CellTransformer(nn.Module):
         """Logits of the gene at each chosen token, shape (N, V); the decoder is the gene embedding."""
         return self._head("gene_head")(hidden_ND, self.embedding.gene.weight)
 
-    def values(self, hidden_ND: Tensor) -> Tensor:
-        """Value at each chosen token, shape (N,)."""
-        return self._head("value_head")(hidden_ND)
+    def values(self, hidden_ND: Tensor, batch_ids_N: Tensor | None = None) -> Tensor:
+        """Value at each chosen token, shape (N,); with a bucket head the logits of its buckets, shape (N, S)."""
+        return self._head("value_head")(self.with_batch(hidden_ND, batch_ids_N))
 
-    def values_from_cells(self, cell_ND: Tensor, gene_ids_N: Tensor) -> Tensor:
+    def values_from_cells(self, cell_ND: Tensor, gene_ids_N: Tensor, batch_ids_N: Tensor | None = None) -> Tensor:
         """Value of each chosen gene from the embedding of its cell, shape (N,)."""
-        return self._head("value_from_cell_head")(cell_ND, self.embedding.genes(gene_ids_N))
+        genes_ND = self.embedding.genes(gene_ids_N)
+        return self._head("value_from_cell_head")(self.with_batch(cell_ND, batch_ids_N), genes_ND)
+
+    def with_batch(self, hidden_ND: Tensor, batch_ids_N: Tensor | None) -> Tensor:
+        """Put the embedding of the experimental batch beside each row, where the value heads read it."""
+        if self.batch_labels is None:
+            return hidden_ND
+        if batch_ids_N is None:
+            raise ValueError("The value heads of this network read the experimental batch; give `batch_ids_B`.")
+        return torch.cat([hidden_ND, self.batch_labels(batch_ids_N).to(hidden_ND.dtype)], -1)
 
     def class_logits(self, cells: CellBatch) -> Tensor:
-        """Logits of each cell's class, shape (B, C)."""
-        return self._head("class_head")(self.embed_cells(cells, hidden_layer=-1))
+        """Logits of each cell's class, shape (B, C); of each token's, shape (T, C), with a "token" head."""
+        head, kind = self._head("class_head"), self.config.class_head
+        if kind in ("token", "panel"):
+            return head(self(cells))
+        return head(self.embed_cells(cells, hidden_layer=-1, pooling="cls" if kind in ("pooler", "mlp") else None))
 
     def add_class_head(self, n_classes: int) -> None:
-        """Put a fresh classification head on the network, replacing one that is there."""
-        self.config = self.config.replace(n_classes=n_classes)
-        self.class_head = ClassHead(self.config, n_classes).to(self.embedding.gene.weight.device)
+        """Put a fresh classification head of our own kind on the network, replacing one that is there."""
+        self.config = self.config.replace(n_classes=n_classes, class_head="normalised")
+        self.class_head = make_class_head(self.config).to(self.embedding.gene.weight.device)
         self.class_head.apply(init_weights)
 
     def _head(self, name: str) -> nn.Module:
@@ -126,3 +182,27 @@ class CellTransformer(nn.Module):
         if head is None:
             raise ValueError(f"This network has no {name.replace('_', ' ')}; set it in its ModelConfig.")
         return head
+
+    def _redraw_when_due(self) -> None:
+        """Count training steps, and draw random features anew after every `redraw_interval` (Performer)."""
+        linear = [
+            module for module in self.modules() if isinstance(module, Attention) and module.projection_MK is not None
+        ]
+        if not self.training or not linear:
+            return
+        self.calls_since_redraw += 1
+        if int(self.calls_since_redraw) > self.config.redraw_interval:
+            self.calls_since_redraw.zero_()
+            for attention in linear:
+                attention.redraw_projection()
+
+
+def visible_tokens(cells: CellBatch, keep_T: Tensor) -> CellBatch:
+    """Leave tokens out of every cell; shape of `keep_T` (T,), bool."""
+    kept = torch.cat([keep_T.new_zeros(1, dtype=torch.int64), keep_T.long().cumsum(0)])
+    return cells.replace(
+        gene_ids_T=cells.gene_ids_T[keep_T],
+        values_T=None if cells.values_T is None else cells.values_T[keep_T],
+        cu_seqlens=kept[cells.cu_seqlens.long()].to(cells.cu_seqlens.dtype),
+        n_known=None,
+    )

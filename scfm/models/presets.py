@@ -31,7 +31,7 @@ SCGPT_WIRING: dict[str, Any] = {
     "dropout_in_feed_forward": True,
     "activation": "relu",
     "gene_head": False,
-    "value_head": True,
+    "value_head": "mlp",
     "pooling": "cls",
 }
 WIRING: dict[str, dict[str, Any]] = {"rank": GENEFORMER_WIRING, "bin": SCGPT_WIRING}

@@ -1,21 +1,25 @@
 """Building blocks of the network: embeddings, transformer block, pooling, heads."""
 
 from scfm.nn.block import Attention, Block, FeedForward
-from scfm.nn.embedding import ContinuousValueEmbedding, TokenEmbedding
-from scfm.nn.heads import ClassHead, GeneHead, ValueFromCellHead, ValueHead
+from scfm.nn.class_heads import ClassHead, make_class_head
+from scfm.nn.embedding import TokenEmbedding
+from scfm.nn.heads import BatchLabels, BucketHead, GeneHead, LinearValueHead, ValueFromCellHead, ValueHead
 from scfm.nn.linear import Linear
 from scfm.nn.pooling import pool_cells
 
 __all__ = [
     "Attention",
+    "BatchLabels",
     "Block",
+    "BucketHead",
     "ClassHead",
-    "ContinuousValueEmbedding",
     "FeedForward",
     "GeneHead",
     "Linear",
+    "LinearValueHead",
     "TokenEmbedding",
     "ValueFromCellHead",
     "ValueHead",
+    "make_class_head",
     "pool_cells",
 ]

@@ -1,12 +1,13 @@
 """The transformer block on packed cells."""
 
-# Axes: T packed tokens, H heads, D model width, K head width.
+# Axes: T packed tokens, H heads, D model width, K head width, M random features.
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention inside each cell; one projection makes queries, keys and values."""
+    """Multi-head self-attention inside each cell; one projection makes queries, keys and values.
+
+    With `attention="linear"` the softmax is replaced by random features (FAVOR+), whose projection is saved with the
+    weights.
+    """
+
+    projection_MK: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,15 +40,41 @@ class Attention(nn.Module):
         width = config.n_heads * config.d_head
         self.qkv = Linear(config.d_model, 3 * width, bias=config.qkv_bias)
         self.out = Linear(width, config.d_model)
+        self.skip_unknown_out = config.skip_unknown_out
         self.backend: Backend = "auto"
+        linear = config.attention == "linear"
+        projection_MK = ops.random_projection(config.n_random_features, config.d_head) if linear else None
+        self.register_buffer("projection_MK", projection_MK)
 
     def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan) -> Tensor:
         qkv_T3HK = self.qkv(hidden_TD).view(-1, 3, self.n_heads, self.d_head)
         query_THK, key_THK, value_THK = qkv_T3HK.unbind(1)
-        attended_THK = ops.attention(
-            query_THK, key_THK, value_THK, plan.cu_seqlens, n_known=plan.n_known, plan=plan, backend=self.backend
-        )
-        return self.out(attended_THK.flatten(1))
+        if self.projection_MK is not None:
+            attended_THK = ops.linear_attention(
+                query_THK, key_THK, value_THK, plan.cu_seqlens, self.projection_MK, plan=plan
+            )
+        else:
+            attended_THK = ops.attention(
+                query_THK, key_THK, value_THK, plan.cu_seqlens, n_known=plan.n_known, plan=plan, backend=self.backend
+            )
+        attended_TD = attended_THK.flatten(1)
+        if not self.skip_unknown_out or plan.n_known is None:
+            return self.out(attended_TD)
+        return torch.where(unknown_tokens(plan).to(hidden_TD.device)[:, None], attended_TD, self.out(attended_TD))
+
+    @torch.no_grad()
+    def redraw_projection(self) -> None:
+        """Draw the random features anew (linear attention only)."""
+        assert self.projection_MK is not None
+        self.projection_MK.copy_(ops.random_projection(*self.projection_MK.shape))
+
+
+def unknown_tokens(plan: ops.AttentionPlan) -> Tensor:
+    """Which tokens the generative mask calls unknown, shape (T,), bool, on the host."""
+    assert plan.n_known is not None
+    lengths_B, n_tokens = plan.cu_seqlens.diff(), int(plan.cu_seqlens[-1])
+    first_unknown_T = torch.repeat_interleave(plan.cu_seqlens[:-1] + plan.n_known, lengths_B, output_size=n_tokens)
+    return torch.arange(n_tokens) >= first_unknown_T
 
 
 class FeedForward(nn.Module):

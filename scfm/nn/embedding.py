@@ -1,6 +1,6 @@
 """From token ids and values to the states that enter the first block."""
 
-# Axes: T packed tokens, D model width.
+# Axes: B cells, T packed tokens, D model width.
 
 from __future__ import annotations
 
@@ -10,30 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scfm.nn.linear import Linear
+from scfm.nn.batch_norm import TokenBatchNorm
+from scfm.nn.values import VALUE_EMBEDDINGS
 
 if TYPE_CHECKING:
     from scfm.models.config import ModelConfig
 
-LARGEST_VALUE = 512.0  # scGPT clamps values here before the first linear layer
-
-
-class ContinuousValueEmbedding(nn.Module):
-    """scGPT's value encoder: Linear(1, D), ReLU, Linear(D, D), LayerNorm, dropout.
-
-    Masked (-1) and padding (-2) values go through the same layers, as published.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.linear1 = Linear(1, config.d_model)
-        self.linear2 = Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model)
-        self.dropout = config.dropout
-
-    def forward(self, values_T: Tensor) -> Tensor:
-        hidden_TD = F.relu(self.linear1(values_T.clamp(max=LARGEST_VALUE)[:, None]))
-        return F.dropout(self.norm(self.linear2(hidden_TD)), self.dropout, self.training)
+UNKNOWN_FLAG = 1  # row of the flag embedding that stands for "to be generated"; scGPT never uses row 0
 
 
 class TokenEmbedding(nn.Module):
@@ -42,14 +25,36 @@ class TokenEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gene = nn.Embedding(config.n_tokens, config.d_model, padding_idx=config.pad_id)
+        self.gene.weight.requires_grad_(config.train_gene_embedding)
         self.gene_norm = nn.LayerNorm(config.d_model) if config.gene_norm else None
         self.rank = nn.Embedding(config.context_length, config.d_model) if config.positions == "rank" else None
         self.token_type = nn.Embedding(config.n_token_types, config.d_model) if config.n_token_types else None
-        self.value = ContinuousValueEmbedding(config) if config.values == "continuous" else None
+        self.value = None if config.values == "none" else VALUE_EMBEDDINGS[config.values](config)
+        self.flag = nn.Embedding(2, config.d_model) if config.unknown_tokens == "flag" else None
+        self.batch_norm = None if config.batch_norm == "none" else TokenBatchNorm(config)
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.embedding_norm else None
         self.dropout = config.dropout if config.embedding_norm else 0.0
 
-    def forward(self, gene_ids_T: Tensor, values_T: Tensor | None, position_T: Tensor) -> Tensor:
+    def forward(
+        self,
+        gene_ids_T: Tensor,
+        values_T: Tensor | None,
+        position_T: Tensor,
+        *,
+        unknown_T: Tensor | None = None,
+        batch_ids_T: Tensor | None = None,
+    ) -> Tensor:
+        """States that enter the first block, shape (T, D).
+
+        Parameters
+        ----------
+        gene_ids_T, values_T, position_T
+            Token ids, values (None without), places in the cell; shape (T,).
+        unknown_T
+            Tokens to be generated, shape (T,), bool; with a flag embedding they get that in place of their value.
+        batch_ids_T
+            Experimental batch of each token, shape (T,), for domain-specific batch norm.
+        """
         hidden_TD = self.genes(gene_ids_T)
         if self.token_type is not None:
             hidden_TD = hidden_TD + self.token_type.weight[0]
@@ -58,7 +63,12 @@ class TokenEmbedding(nn.Module):
         if self.value is not None:
             if values_T is None:
                 raise ValueError("This network embeds values, but the batch has none (`values_T` is None).")
-            hidden_TD = hidden_TD + self.value(values_T)
+            value_TD = self.value(values_T)
+            if self.flag is not None and unknown_T is not None:
+                value_TD = torch.where(unknown_T[:, None], self.flag.weight[UNKNOWN_FLAG], value_TD)
+            hidden_TD = hidden_TD + value_TD
+        if self.batch_norm is not None:
+            hidden_TD = self.batch_norm(hidden_TD, batch_ids_T)
         if self.norm is not None:
             hidden_TD = self.norm(hidden_TD)
         return F.dropout(hidden_TD, self.dropout, self.training)

@@ -1,6 +1,6 @@
-"""What is read off the states: genes, values, classes."""
+"""What is read off the states: genes and values."""
 
-# Axes: B cells, T packed tokens, N chosen tokens, D model width, V tokens of the vocabulary, C classes.
+# Axes: N chosen tokens, D model width, V tokens of the vocabulary, S value buckets.
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scfm.nn.linear import Linear
+from scfm.nn.linear import Linear, linear
 
 if TYPE_CHECKING:
     from scfm.models.config import ModelConfig
@@ -27,22 +27,59 @@ class GeneHead(nn.Module):
 
     def forward(self, hidden_ND: Tensor, gene_weight_VD: Tensor) -> Tensor:
         """Logits over the vocabulary, shape (N, V)."""
-        return F.linear(self.norm(F.relu(self.transform(hidden_ND))), gene_weight_VD, self.bias)
+        return linear(self.norm(F.relu(self.transform(hidden_ND))), gene_weight_VD, self.bias)
+
+
+class ValueMLP(nn.Module):
+    """Three linear layers with leaky ReLU, one number out: scGPT's decoder of values, and of zero probabilities."""
+
+    def __init__(self, d_input: int, d_model: int) -> None:
+        super().__init__()
+        self.linear1 = Linear(d_input, d_model)
+        self.linear2 = Linear(d_model, d_model)
+        self.linear3 = Linear(d_model, 1)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """One number a row, shape (N,)."""
+        hidden_ND = F.leaky_relu(self.linear1(hidden_ND))
+        return self.linear3(F.leaky_relu(self.linear2(hidden_ND))).squeeze(-1)
 
 
 class ValueHead(nn.Module):
-    """Value of a token from its state (scGPT's GEP decoder): three linear layers with leaky ReLU."""
+    """Value of a token from its state (scGPT's GEP decoder); with `zero_head` also the logit of "not zero"."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.linear1 = Linear(config.d_model, config.d_model)
-        self.linear2 = Linear(config.d_model, config.d_model)
-        self.linear3 = Linear(config.d_model, 1)
+        self.value = ValueMLP(config.d_read, config.d_model)
+        self.nonzero = ValueMLP(config.d_read, config.d_model) if config.zero_head else None
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Predicted values, shape (N,)."""
-        hidden_ND = F.leaky_relu(self.linear1(hidden_ND))
-        return self.linear3(F.leaky_relu(self.linear2(hidden_ND))).squeeze(-1)
+        return self.value(hidden_ND)
+
+
+class LinearValueHead(nn.Module):
+    """Value of a token by one linear layer on its decoder state (scFoundation)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.value = Linear(config.decoder_config.d_model if config.decoder_layers else config.d_model, 1)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Predicted values, shape (N,)."""
+        return self.value(hidden_ND).squeeze(-1)
+
+
+class BucketHead(nn.Module):
+    """Bucket of a token by one linear layer on its state (scBERT)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.bucket = Linear(config.d_model, config.n_value_bins)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Logits over the buckets, shape (N, S)."""
+        return self.bucket(hidden_ND)
 
 
 class ValueFromCellHead(nn.Module):
@@ -51,41 +88,29 @@ class ValueFromCellHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.query = Linear(config.d_model, config.d_model)
-        self.weight = Linear(config.d_model, config.d_model, bias=False)
+        self.weight = Linear(config.d_model, config.d_read, bias=False)
+        self.nonzero = Linear(config.d_model, config.d_read) if config.zero_head else None
 
     def forward(self, cell_ND: Tensor, gene_ND: Tensor) -> Tensor:
         """Predicted values, shape (N,); row n pairs a gene's embedding with the embedding of its cell."""
         return (self.weight(torch.sigmoid(self.query(gene_ND))) * cell_ND).sum(-1)
 
+    def nonzero_logits(self, cell_ND: Tensor, gene_ND: Tensor) -> Tensor:
+        """Logits of "not zero", shape (N,)."""
+        assert self.nonzero is not None
+        return (self.nonzero(torch.sigmoid(self.query(gene_ND))) * cell_ND).sum(-1)
 
-class ClassHead(nn.Module):
-    """Class of a cell from its embedding: batch norm without a gain, dropout, one linear layer.
 
-    The mean of many token states varies little from cell to cell beside what all cells share. Without the norm a
-    small step of the network moves that shared part, and with it every logit.
-    """
+class BatchLabels(nn.Module):
+    """scGPT's embedding of the experimental batch, which its decoders read beside the state."""
 
-    def __init__(self, config: ModelConfig, n_classes: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dropout = config.class_dropout
-        self.norm = nn.BatchNorm1d(config.d_model, affine=False)
-        self.linear = Linear(config.d_model, n_classes)
+        self.embedding = nn.Embedding(config.n_batches, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, cell_BD: Tensor) -> Tensor:
-        """Logits, shape (B, C). In evaluation a cell's logits do not depend on the batch."""
-        return self.linear(F.dropout(self.norm(cell_BD), self.dropout, self.training))
+    def forward(self, batch_ids_N: Tensor) -> Tensor:
+        return self.norm(self.embedding(batch_ids_N))
 
-    @torch.no_grad()
-    def set_statistics(self, cell_BD: Tensor) -> None:
-        """Take mean and variance for evaluation from all training cells, shape (B, D)."""
-        mean_D, variance_D = self.norm.running_mean, self.norm.running_var
-        assert mean_D is not None
-        assert variance_D is not None
-        mean_D.copy_(cell_BD.mean(0))
-        variance_D.copy_(cell_BD.var(0, correction=0))
 
-    @torch.no_grad()
-    def set_linear_probe(self, weight_CD: Tensor, bias_C: Tensor) -> None:
-        """Start from a linear classifier fitted on the normalised embeddings of a frozen network."""
-        self.linear.weight.copy_(weight_CD)
-        self.linear.bias.copy_(bias_C)
+VALUE_HEADS: dict[str, type[nn.Module]] = {"mlp": ValueHead, "linear": LinearValueHead, "bucket": BucketHead}

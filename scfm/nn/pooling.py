@@ -20,7 +20,8 @@ def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = No
     keep_T
         Tokens that count, shape (T,), bool; None for all. Ignored by `"cls"`.
     how
-        `"mean"` or `"max"` over the kept tokens, `"cls"` for the state of each cell's first token.
+        `"mean"` or `"max"` over the kept tokens, `"cls"` for the state of each cell's first token, `"concat"` for
+        scFoundation's four in a row: last token (source depth), last but one (target depth), max, mean; width 4 D.
 
     Returns
     -------
@@ -28,12 +29,16 @@ def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = No
     """
     if how == "cls":
         return states_TD[cu_seqlens[:-1].long()]
+    if how == "concat":
+        last_B = cu_seqlens[1:].long() - 1
+        extremes = [pool_cells(states_TD, cu_seqlens, keep_T, how=part) for part in ("max", "mean")]
+        return torch.cat([states_TD[last_B], states_TD[last_B - 1], *extremes], -1)
     if how == "max":
         kept_TD = states_TD if keep_T is None else states_TD.masked_fill(~keep_T[:, None], -torch.inf)
         pooled_BD = torch.segment_reduce(kept_TD, "max", lengths=cu_seqlens.diff().long(), unsafe=True)
         return pooled_BD.masked_fill(pooled_BD.isneginf(), 0.0)
     if how != "mean":
-        raise ValueError(f"`how` is {how!r}; choose 'mean', 'max' or 'cls'.")
+        raise ValueError(f"`how` is {how!r}; choose 'mean', 'max', 'cls' or 'concat'.")
     return _mean(states_TD.float(), cu_seqlens.long(), keep_T)
 
 

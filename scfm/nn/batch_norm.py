@@ -1,0 +1,41 @@
+"""Batch norm of token states, one for all cells or one for each experimental batch."""
+
+# Axes: T packed tokens, D model width.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from scfm.models.config import ModelConfig
+
+EPS = 6.1e-5  # scGPT's
+
+
+class TokenBatchNorm(nn.Module):
+    """scGPT's batch norm on the summed embedding: "shared" (with gain), or "domain", one without gain for each batch.
+
+    Published code takes the statistics over padding too, and wants all cells of a training batch from one domain; here the
+    statistics are those of real tokens, and a training batch may mix domains, each normalised by its own tokens.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        domains = config.n_batches if config.batch_norm == "domain" else 1
+        shared = config.batch_norm == "shared"
+        self.norms = nn.ModuleList(nn.BatchNorm1d(config.d_model, eps=EPS, affine=shared) for _ in range(domains))
+
+    def forward(self, hidden_TD: Tensor, batch_ids_T: Tensor | None) -> Tensor:
+        if len(self.norms) == 1:
+            return self.norms[0](hidden_TD)
+        if batch_ids_T is None:
+            raise ValueError("This network normalises each experimental batch by itself; give `batch_ids_B`.")
+        output_TD = torch.empty_like(hidden_TD)
+        for domain, norm in enumerate(self.norms):
+            rows = (batch_ids_T == domain).nonzero().squeeze(1)
+            if rows.numel():
+                output_TD = output_TD.index_copy(0, rows, norm(hidden_TD[rows]))
+        return output_TD

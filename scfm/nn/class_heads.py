@@ -1,0 +1,125 @@
+"""Classes of cells, and of genes: our own head, and those of published classifiers."""
+
+# Axes: B cells, N rows, T packed tokens, P positions of a fixed panel, D model width, C classes.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scfm.nn.linear import Linear, linear
+
+if TYPE_CHECKING:
+    from scfm.models.config import ModelConfig
+
+
+class ClassHead(nn.Module):
+    """Class of a cell from its embedding: batch norm without a gain, dropout, one linear layer.
+
+    The mean of many token states varies little from cell to cell beside what all cells share. Without the norm a
+    small step of the network moves that shared part, and with it every logit.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.class_dropout
+        self.norm = nn.BatchNorm1d(config.d_model, affine=False)
+        self.linear = Linear(config.d_model, config.n_classes)
+
+    def forward(self, cell_BD: Tensor) -> Tensor:
+        """Logits, shape (B, C). In evaluation a cell's logits do not depend on the batch."""
+        return self.linear(F.dropout(self.norm(cell_BD), self.dropout, self.training))
+
+    @torch.no_grad()
+    def set_statistics(self, cell_BD: Tensor) -> None:
+        """Take mean and variance for evaluation from all training cells, shape (B, D)."""
+        mean_D, variance_D = self.norm.running_mean, self.norm.running_var
+        assert mean_D is not None
+        assert variance_D is not None
+        mean_D.copy_(cell_BD.mean(0))
+        variance_D.copy_(cell_BD.var(0, correction=0))
+
+    @torch.no_grad()
+    def set_linear_probe(self, weight_CD: Tensor, bias_C: Tensor) -> None:
+        """Start from a linear classifier fitted on the normalised embeddings of a frozen network."""
+        self.linear.weight.copy_(weight_CD)
+        self.linear.bias.copy_(bias_C)
+
+
+class PoolerClassHead(nn.Module):
+    """BERT's: tanh of a linear layer on the first token's state, dropout, one linear layer (Geneformer)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.class_dropout
+        self.pooler = Linear(config.d_model, config.d_model)
+        self.linear = Linear(config.d_model, config.n_classes)
+
+    def forward(self, cell_BD: Tensor) -> Tensor:
+        """Logits from the states of first tokens, shape (B, C)."""
+        return self.linear(F.dropout(torch.tanh(self.pooler(cell_BD)), self.dropout, self.training))
+
+
+class TokenClassHead(nn.Module):
+    """Class of a gene from its token's state: dropout, one linear layer (Geneformer's gene classifier)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.class_dropout
+        self.linear = Linear(config.d_model, config.n_classes)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Logits of each token, shape (N, C)."""
+        return self.linear(F.dropout(hidden_ND, self.dropout, self.training))
+
+
+class MLPClassHead(nn.Module):
+    """scGPT's: `n_layers - 1` times (linear, activation, layer norm), then a linear layer.
+
+    With leaky ReLU and batches for classes it is the discriminator that gradient reversal trains against.
+    """
+
+    def __init__(self, d_model: int, n_classes: int, n_layers: int, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(n_layers - 1):
+            layers += [Linear(d_model, d_model), activation(), nn.LayerNorm(d_model)]
+        self.layers = nn.Sequential(*layers)
+        self.linear = Linear(d_model, n_classes)
+
+    def forward(self, cell_BD: Tensor) -> Tensor:
+        """Logits, shape (B, C)."""
+        return self.linear(self.layers(cell_BD))
+
+
+class PanelClassHead(nn.Module):
+    """scBERT's: a 1 x D convolution over each position's state, then three linear layers with ReLU and dropout.
+
+    Every cell has the same `context_length` positions. Widths 512 and 128 are those of the published code.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_positions, self.dropout = config.context_length, config.class_dropout
+        self.convolution = nn.Conv2d(1, 1, (1, config.d_model))
+        self.linear1 = Linear(config.context_length, 512)
+        self.linear2 = Linear(512, 128)
+        self.linear3 = Linear(128, config.n_classes)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """Logits from all token states, shape (B, C)."""
+        weight_1D, bias_1 = self.convolution.weight.view(1, -1), self.convolution.bias
+        panel_BP = F.relu(linear(hidden_TD, weight_1D, bias_1)).view(-1, self.n_positions)
+        hidden_BD = F.dropout(F.relu(self.linear1(panel_BP)), self.dropout, self.training)
+        return self.linear3(F.dropout(F.relu(self.linear2(hidden_BD)), self.dropout, self.training))
+
+
+def make_class_head(config: ModelConfig) -> nn.Module:
+    """Build the head that `config.class_head` names, for `config.n_classes`."""
+    if config.class_head == "mlp":
+        return MLPClassHead(config.d_model, config.n_classes, config.n_class_layers)
+    heads = {"normalised": ClassHead, "pooler": PoolerClassHead, "token": TokenClassHead, "panel": PanelClassHead}
+    return heads[config.class_head](config)

@@ -1,0 +1,78 @@
+"""How the value beside a gene becomes a vector: one module a family."""
+
+# Axes: T packed tokens, D model width, S soft bins.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scfm.nn.linear import Linear
+
+if TYPE_CHECKING:
+    from scfm.models.config import ModelConfig
+
+LARGEST_VALUE = 512.0  # scGPT clamps values here before the first linear layer
+MASK_VALUE = -1.0  # of a hidden value, in every encoding but buckets, where it is the last bucket
+
+
+class ContinuousValueEmbedding(nn.Module):
+    """scGPT's value encoder: Linear(1, D), ReLU, Linear(D, D), LayerNorm, dropout.
+
+    Masked (-1) and padding (-2) values go through the same layers, as published.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear1 = Linear(1, config.d_model)
+        self.linear2 = Linear(config.d_model, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model)
+        self.dropout = config.dropout
+
+    def forward(self, values_T: Tensor) -> Tensor:
+        hidden_TD = F.relu(self.linear1(values_T.clamp(max=LARGEST_VALUE)[:, None]))
+        return F.dropout(self.norm(self.linear2(hidden_TD)), self.dropout, self.training)
+
+
+class BucketValueEmbedding(nn.Embedding):
+    """One vector a bucket (scBERT); the last bucket means "masked"."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.n_value_bins, config.d_model)
+
+    def forward(self, values_T: Tensor) -> Tensor:
+        return super().forward(values_T.long())
+
+
+class SoftBinValueEmbedding(nn.Module):
+    """scFoundation's soft look-up: a value is a learned mixture of `n_value_bins` vectors.
+
+    h = LeakyReLU_0.1(W1 v + b1), g = softmax(alpha h + W2 h + b2), embedding = g^T E. The mask value (-1) has a vector of
+    its own. `pad` is kept for the published format alone: padding is never computed.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear1 = Linear(1, config.n_value_bins)
+        self.linear2 = Linear(config.n_value_bins, config.n_value_bins)
+        self.bins = nn.Embedding(config.n_value_bins, config.d_model)
+        self.mask = nn.Embedding(1, config.d_model)
+        self.pad = nn.Embedding(1, config.d_model)
+        self.pad.weight.requires_grad_(False)
+        self.alpha = config.bin_alpha
+
+    def forward(self, values_T: Tensor) -> Tensor:
+        hidden_TS = F.leaky_relu(self.linear1(values_T[:, None]), 0.1)
+        mixture_TS = torch.softmax(self.alpha * hidden_TS + self.linear2(hidden_TS), -1)
+        embedded_TD = F.linear(mixture_TS, self.bins.weight.T)
+        return torch.where((values_T == MASK_VALUE)[:, None], self.mask.weight, embedded_TD)
+
+
+VALUE_EMBEDDINGS = {
+    "continuous": ContinuousValueEmbedding,
+    "bucket": BucketValueEmbedding,
+    "soft_bins": SoftBinValueEmbedding,
+}
