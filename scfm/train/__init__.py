@@ -3,6 +3,16 @@
 from scfm.train.config import FitConfig
 from scfm.train.loop import train
 from scfm.train.module import NonFiniteLossError, TrainingModule
+from scfm.train.pretrain import PretrainConfig, pretrain
 from scfm.train.trainable import merge, set_trainable
 
-__all__ = ["FitConfig", "NonFiniteLossError", "TrainingModule", "merge", "set_trainable", "train"]
+__all__ = [
+    "FitConfig",
+    "NonFiniteLossError",
+    "PretrainConfig",
+    "TrainingModule",
+    "merge",
+    "pretrain",
+    "set_trainable",
+    "train",
+]

@@ -7,7 +7,8 @@ import torch
 
 from scfm.data import CellBatch
 from scfm.models import CellTransformer, ModelConfig
-from scfm.objectives import Classification, MaskedGenes
+from scfm.objectives import Classification, MaskedGenes, Term
+from scfm.objectives.base import count_of
 
 N_TOKENS = 40
 
@@ -30,10 +31,28 @@ def make_cells(n_cells: int = 200, seed: int = 0) -> CellBatch:
 
 def make_network(seed: int = 0, **changes) -> CellTransformer:
     torch.manual_seed(seed)
-    config = ModelConfig(
-        n_tokens=N_TOKENS, d_model=32, n_heads=2, n_layers=2, d_ff=64, context_length=32, dropout=0.1, **changes
-    )
-    return CellTransformer(config, special_ids=(0, 1))
+    settings = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64, "context_length": 32, "dropout": 0.1, **changes}
+    return CellTransformer(ModelConfig(n_tokens=N_TOKENS, **settings), special_ids=(0, 1))
+
+
+class EveryThirdGene:
+    """Masks the genes whose id is a multiple of three: no randomness, so any way of batching asks the same."""
+
+    name = "every_third_gene"
+
+    def corrupt(self, cells, generator):
+        token_N = (cells.gene_ids_T % 3 == 0).nonzero().squeeze(1)
+        gene_ids_T = cells.gene_ids_T.clone()
+        gene_ids_T[token_N] = 1
+        return cells.replace(gene_ids_T=gene_ids_T), {
+            "token_N": token_N,
+            "gene_ids_N": cells.gene_ids_T[token_N].long(),
+        }
+
+    def loss(self, network, inputs, targets):
+        logits = network.gene_logits(network(inputs)[targets["token_N"]])
+        loss = torch.nn.functional.cross_entropy(logits, targets["gene_ids_N"], reduction="sum")
+        return {self.name: Term(loss, count_of(targets["gene_ids_N"]))}
 
 
 @pytest.fixture
@@ -44,6 +63,7 @@ def tiny():
         cells=make_cells(),
         masked=MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V),
         classify=Classification(),
+        every_third=EveryThirdGene(),
         make_network=make_network,
         make_cells=make_cells,
     )

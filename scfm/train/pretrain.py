@@ -1,0 +1,221 @@
+"""`pretrain`: self-supervised training over any number of files, larger than memory."""
+
+# Axes: B cells, V tokens of the vocabulary.
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+
+from scfm.data import CellBatch, CellStream
+from scfm.data.files import count_rows, open_counts
+from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, build_vocabulary
+from scfm.encoding.build import ENCODINGS
+from scfm.models import CellTransformer, Model
+from scfm.models.presets import own_preset
+from scfm.objectives import MaskedGenes, MaskedValues, Objective
+from scfm.train.config import FitConfig
+from scfm.train.loop import train
+from scfm.train.ranks import rank_and_world_size
+from scfm.train.writing import write_run
+
+MOST_CELLS_TO_LEARN_FROM = 50_000  # of medians: twelve bytes a non-zero count
+CHUNK_CELLS = 512  # neighbouring cells that are read together for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """What is pretrained, and how; the fields of the config file of `scfm pretrain`.
+
+    Attributes
+    ----------
+    preset
+        Size of the network: "small", "medium" or "large".
+    encoding
+        "rank" or "bin".
+    objective
+        "masked".
+    layer, gene_key, depth_key
+        Where the files keep counts, gene names and total counts; the same for all.
+    fit
+        Settings of training.
+    """
+
+    preset: str = "small"
+    encoding: str = "rank"
+    objective: str = "masked"
+    layer: str | None = None
+    gene_key: str | None = None
+    depth_key: str | None = None
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "fit": self.fit.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PretrainConfig:
+        """Build from a config file; an unknown field is an error."""
+        if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
+            raise ValueError(
+                f"The config has no field {', '.join(unknown)}; it has {', '.join(cls.__dataclass_fields__)}."
+            )
+        return cls(**{**values, "fit": FitConfig.from_dict(values.get("fit", {}))})
+
+
+def pretrain(
+    paths: Sequence[str | Path], out: str | Path, config: PretrainConfig | None = None, *, progress: bool = True
+) -> Model:
+    """Pretrain a model on raw counts in files; the files are streamed, never loaded whole.
+
+    Started again with the same `out`, it goes on from the newest readable checkpoint. Under torchrun every process
+    takes its part of the data, and the first one writes.
+
+    Parameters
+    ----------
+    paths
+        `.h5ad` files and `.zarr` folders with raw counts. The vocabulary is made of the genes that any of them expresses.
+    out
+        Folder to write: `model/`, `config.json`, `losses.csv`, `losses.png`, `README.md` (the model card), `checkpoints/`.
+    config
+        All settings; None for the defaults.
+    progress
+        Whether to show a progress bar.
+
+    Raises
+    ------
+    CountsError
+        If a file holds no raw counts.
+    ValueError
+        If `out` holds a run with other settings or data.
+    """
+    files, out, config = [Path(path) for path in paths], Path(out), config or PretrainConfig()
+    rank, world_size = rank_and_world_size(config.fit)
+    fingerprint = data_fingerprint(files)
+    _check_same_run(out, config, fingerprint)
+    encoding = learn_encoding(files, config)
+    network = _network(encoding, config)
+    stream = CellStream(
+        files,
+        encoding,
+        batch_cells=_cells_per_batch(files, encoding, config),
+        seed=config.fit.seed,
+        rank=rank,
+        world_size=world_size,
+        layer=config.layer,
+        gene_key=config.gene_key,
+        depth_key=config.depth_key,
+    )
+    objective = _objective(network, encoding)
+    module = train(network, objective, stream, config.fit, title="pretraining", run_dir=out, progress=progress)
+    losses = [float(loss) for loss in module.losses]
+    stage = {"name": "pretraining", "objective": objective.name, "config": config.to_dict(), "losses": losses}
+    model = Model(network, encoding, history={"stages": [stage], "data": fingerprint})
+    if rank == 0:
+        write_run(out, model, config.to_dict(), fingerprint, losses)
+    return model
+
+
+def learn_encoding(files: Sequence[Path], config: PretrainConfig) -> Encoding:
+    """Build one vocabulary over all files, and learn from cells spread evenly over them what the encoding needs."""
+    settings = EncodingConfig(**own_preset(config.preset, config.encoding).encoding)
+    found = [build_vocabulary(_open(path, config), settings, gene_key=config.gene_key) for path in files]
+    genes = list(dict.fromkeys(gene for each in found for gene in each.genes))
+    vocabulary = Vocabulary.from_genes(genes, special=list(found[0].special))
+    most = max(1, MOST_CELLS_TO_LEARN_FROM // len(files))
+    # Every file has columns of its own; the blocks are brought to those of the vocabulary.
+    every = GeneMap.from_names(list(vocabulary.genes), vocabulary)
+    return ENCODINGS[settings.kind].fit(_aligned_blocks(files, every, config, most), every, settings)
+
+
+def _aligned_blocks(
+    files: Sequence[Path], every: GeneMap, config: PretrainConfig, most: int
+) -> Iterator[tuple[sparse.csr_matrix, NDArray[np.float64]]]:
+    column_of_token = np.full(len(every.vocabulary), -1, dtype=np.int64)
+    column_of_token[every.token_ids] = np.arange(every.n_vars)
+    for path in files:
+        counts = _open(path, config)
+        genes = GeneMap.from_var(counts.var, every.vocabulary, gene_key=config.gene_key, min_coverage=0)
+        known = np.flatnonzero(genes.token_ids >= 0)
+        columns = column_of_token[genes.token_ids[known]]
+        select = sparse.csr_matrix(
+            (np.ones(len(known), np.float32), (known, columns)), shape=(counts.n_vars, every.n_vars)
+        )
+        chunks = np.arange(0, counts.n_obs, CHUNK_CELLS)
+        spread = np.linspace(0, len(chunks) - 1, num=min(len(chunks), max(1, most // CHUNK_CELLS)), dtype=int)
+        for start in chunks[spread].tolist():
+            for _, block, depth_B in counts.blocks(start=start, stop=min(counts.n_obs, start + CHUNK_CELLS)):
+                yield (block @ select).tocsr(), depth_B
+
+
+def _open(path: Path, config: PretrainConfig) -> Any:
+    return open_counts(path, layer=config.layer, depth_key=config.depth_key)
+
+
+def _network(encoding: Encoding, config: PretrainConfig) -> CellTransformer:
+    preset = own_preset(config.preset, config.encoding)
+    vocabulary = encoding.vocabulary
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.fit.seed)
+        return CellTransformer.for_vocabulary(
+            preset.model_config(n_tokens=len(vocabulary), pad_id=vocabulary.pad_id), vocabulary
+        )
+
+
+def _objective(network: CellTransformer, encoding: Encoding) -> Objective:
+    is_gene_V = network.is_gene_V.cpu()
+    if encoding.config.kind == "rank":
+        mask_id = encoding.vocabulary.mask_id
+        assert mask_id is not None  # built with one
+        return MaskedGenes(mask_id=mask_id, is_gene_V=is_gene_V)
+    return MaskedValues(is_gene_V=is_gene_V)
+
+
+def _cells_per_batch(files: Sequence[Path], encoding: Encoding, config: PretrainConfig) -> int:
+    """Cells whose tokens fill the budget, judged by the first cells of each file."""
+    firsts: list[CellBatch] = []
+    for path in files[:20]:
+        counts = _open(path, config)
+        genes = GeneMap.from_var(counts.var, encoding.vocabulary, gene_key=config.gene_key)
+        firsts += [
+            encoding.encode(block, genes, depth_B=depth_B)
+            for _, block, depth_B in counts.blocks(stop=min(256, counts.n_obs))
+        ]
+    mean_tokens = sum(each.n_tokens for each in firsts) / max(1, sum(each.n_cells for each in firsts))
+    return max(1, int(config.fit.tokens_per_step / max(1.0, mean_tokens)))
+
+
+def data_fingerprint(files: Sequence[Path]) -> dict[str, Any]:
+    """What tells data sets apart without reading them whole: names, numbers of cells, sizes, and a hash over them."""
+    entries = [
+        {"file": path.name, "n_obs": count_rows(path), "bytes": path.stat().st_size if path.is_file() else None}
+        for path in files
+    ]
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return {"sha256": digest, "files": entries, "n_obs": sum(entry["n_obs"] for entry in entries)}
+
+
+def _check_same_run(out: Path, config: PretrainConfig, fingerprint: dict[str, Any]) -> None:
+    """Refuse to go on in a folder that holds another run; note this one's settings where there is none."""
+    path = out / "config.json"
+    wanted = {"pretrain": config.to_dict(), "data": fingerprint["sha256"], "scfm_version": version("single-cell-fm")}
+    if path.exists():
+        there = json.loads(path.read_text())
+        differing = [key for key in ("pretrain", "data") if there.get(key) != wanted[key]]
+        if differing:
+            raise ValueError(
+                f"{out} holds a run with other {' and '.join('settings' if key == 'pretrain' else 'data' for key in differing)}. "
+                "Choose another output folder, or give the same settings and data to go on with that run."
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=1))

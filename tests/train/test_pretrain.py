@@ -1,0 +1,157 @@
+"""Pretraining from files: streams, resumes, refuses to mix runs, and is the same from two processes as from one."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import lightning
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+import scfm
+from scfm.data import TokenBudgetSampler
+from scfm.objectives import total
+from scfm.train import FitConfig, PretrainConfig, pretrain, train
+from scfm.train.module import TrainingModule, parameter_groups
+from scfm.train.pretrain import learn_encoding
+
+CONFIG = PretrainConfig(fit=FitConfig(n_steps=6, tokens_per_step=600, checkpoint_every=2, accelerator="cpu"))
+
+
+def write_file(path, genes, seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(rng.gamma(0.3, 3.0, len(genes)), (60, len(genes))).astype(np.float32)
+    counts[:, 0] = 1  # no empty cell
+    adata = anndata.AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(index=genes))
+    adata.write_h5ad(path)
+    return adata
+
+
+@pytest.fixture
+def files(tmp_path):
+    genes = [f"GENE{number}" for number in range(60)]
+    write_file(tmp_path / "a.h5ad", genes[:50], seed=0)
+    write_file(tmp_path / "b.h5ad", genes[10:], seed=1)
+    return [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+
+
+def test_it_leaves_a_model_and_a_record(files, tmp_path):
+    model = pretrain(files, tmp_path / "run", CONFIG, progress=False)
+    out = tmp_path / "run"
+    assert {"model", "config.json", "losses.csv", "losses.png", "README.md", "checkpoints"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert len(pd.read_csv(out / "losses.csv")) == 6
+    assert json.loads((out / "config.json").read_text())["pretrain"] == CONFIG.to_dict()
+    assert model.id in (out / "README.md").read_text()
+    assert scfm.load(out / "model").id == model.id
+
+
+def test_the_vocabulary_and_the_medians_span_all_files(files):
+    encoding = learn_encoding(files, CONFIG)
+    adatas = [anndata.read_h5ad(path) for path in files]
+    joined = anndata.concat(adatas, join="outer", fill_value=0, keys=["a", "b"], index_unique="-")
+    expected = scfm.encoding.make_encoding("rank", adata=joined)
+    assert set(encoding.vocabulary.genes) == set(expected.vocabulary.genes)
+    for gene in encoding.vocabulary.genes:
+        got, wanted = (each.medians[each.vocabulary.token_ids([gene])[0]] for each in (encoding, expected))
+        assert got == pytest.approx(wanted, rel=1e-6), gene
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch):
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise RuntimeError("power cut")
+
+    whole = pretrain(files, tmp_path / "whole", CONFIG, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setitem(pretrain.__globals__, "train", functools.partial(train, callbacks=[Stop()]))
+        with pytest.raises(RuntimeError, match="power cut"):
+            pretrain(files, tmp_path / "broken", CONFIG, progress=False)
+    resumed = pretrain(files, tmp_path / "broken", CONFIG, progress=False)
+    assert whole.id == resumed.id
+
+
+def test_a_folder_with_another_run_is_refused(files, tmp_path):
+    pretrain(files, tmp_path / "run", CONFIG, progress=False)
+    with pytest.raises(ValueError, match="other settings"):
+        pretrain(files, tmp_path / "run", PretrainConfig(fit=CONFIG.fit.replace(seed=1)), progress=False)
+    with pytest.raises(ValueError, match="other data"):
+        pretrain(files[:1], tmp_path / "run", CONFIG, progress=False)
+
+
+def test_config_files_are_checked():
+    assert PretrainConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+    with pytest.raises(ValueError, match="no field wings"):
+        PretrainConfig.from_dict({"wings": 2})
+
+
+WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import EveryThirdGene, make_cells, make_network
+import torch
+from scfm.train import FitConfig, train
+
+network = make_network(dropout=0.0)
+config = FitConfig(**{config!r})
+module = train(network, EveryThirdGene(), make_cells(), config, title="t", progress=False)
+if module.global_rank == 0:
+    torch.save(network.state_dict(), {out!r})
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_with_the_same_global_batch(tiny, tmp_path):
+    """The global batch of a step is the two ranks' batches, and loss denominators are summed over the ranks."""
+    config = FitConfig(n_steps=3, tokens_per_step=300, accelerator="cpu", devices=2, strategy="ddp")
+    out, script = tmp_path / "out.pt", tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out), config=config.to_dict()))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+               "--master-port", str(port), str(script)]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    network = tiny.make_network(dropout=0.0).train()
+    _train_on_joined_batches(network, tiny.every_third, tiny.cells, config, n_ranks=2)
+    parallel = torch.load(out, weights_only=True)
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(parallel[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def _train_on_joined_batches(network, objective, cells, config, n_ranks):
+    """A plain loop in one process over the union of what the ranks see."""
+    recipe = TrainingModule(network, objective, config)
+    optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate_at)
+    lengths = cells.lengths_B.numpy()
+    samplers = [
+        iter(
+            TokenBudgetSampler(
+                lengths, max_tokens=config.tokens_per_step, seed=config.seed, rank=rank, world_size=n_ranks
+            )
+        )
+        for rank in range(n_ranks)
+    ]
+    for _ in range(config.n_steps):
+        rows = np.concatenate([next(sampler) for sampler in samplers])
+        loss = total(objective.loss(network, *objective.corrupt(cells.select(rows), torch.Generator())))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        optimizer.step()
+        schedule.step()
