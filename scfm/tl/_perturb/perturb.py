@@ -1,0 +1,242 @@
+"""`scfm.tl.perturb`: what happens to a cell's embedding when genes are taken away, or turned up or down."""
+
+# Axes: B cells, V variants, M measures.
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from scfm.models.model import Model
+from scfm.tl._perturb.edits import Editor
+from scfm.tl._perturb.shifts import ShiftRecord, cosine_distance, goal_shift
+from scfm.tl._perturb.states import States, read_states
+from scfm.tl._perturb.statistics import describe, rank_sum
+from scfm.tl._perturb.stream import Checkpoint, Requests, VariantRunner
+from scfm.tl._perturb.variants import Genes, Perturbations, require_some
+from scfm.tl._record import record as note
+
+
+def perturb(
+    adata: anndata.AnnData,
+    model: Model,
+    *,
+    genes: Genes | None = None,
+    kind: str = "delete",
+    combine: int = 1,
+    quantile: float = 0.25,
+    positions: str = "shift",
+    groupby: str | None = None,
+    start: str | None = None,
+    goal: str | None = None,
+    null_genes: Genes | None = None,
+    n_bootstrap: int = 1000,
+    precision: str = "float32",
+    checkpoint: str | Path | None = None,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    key_added: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Perturb genes in silico and measure how far each cell's embedding moves, and whether toward a goal.
+
+    Variants are made and embedded some at a time, and equal ones once: memory grows neither with cells nor with their
+    product with genes.
+
+    Parameters
+    ----------
+    adata
+        Raw counts of the cells, n_obs cells by n_vars genes.
+    model
+        From `scfm.fit` or `scfm.load`.
+    genes
+        Each a name, or a list of names to perturb together; None for every gene that a cell expresses.
+    kind
+        "delete": the gene's token goes. "overexpress": the gene comes to the front of the ranks, or takes the cell's
+        largest value, also where it was not expressed. "inhibit", "activate": its rank or value moves down or up by
+        `quantile`. All but "overexpress" act only in cells that express all the genes perturbed together.
+    combine
+        Take all combinations of so many of `genes`.
+    quantile
+        Share of the cell's genes, or of its values, that "inhibit" and "activate" move a gene by.
+    positions
+        After a deletion under a rank encoding, later genes move up a rank ("shift", as published) or keep their
+        positions ("held").
+    groupby, start, goal
+        Column of `adata.obs`, the state whose cells are perturbed (None: all but the goal's), and the state whose mean
+        embedding they should approach.
+    null_genes
+        Genes to perturb in the same way as the null of the tests; None to test each perturbation against all others.
+    n_bootstrap
+        Resamples of cells behind the intervals; 0 for none.
+    precision
+        "float32", or "bfloat16", faster where the machine has it.
+    checkpoint
+        File to save to after every few thousand variants, and to continue from if it is there.
+    layer, gene_key
+        As in `scfm.tl.embed`.
+    key_added
+        Where the table goes in `adata.uns`; None for nowhere.
+    seed
+        Of the bootstrap, and of the sample of 512 cells that tests and intervals see where there are more.
+    progress
+        Whether to show a progress bar with the time left.
+
+    Returns
+    -------
+    A row a perturbation, genes perturbed together joined by "+", the largest mean shift first (toward the goal, if there
+    is one):
+
+    - `n_cells` it was done to
+    - `shift_mean`, `shift_std`, `shift_sem`, `shift_low`, `shift_high`: 1 - cosine similarity between a cell's embedding
+      before and after, from 0 (nothing) to 2; with its 95 % bootstrap interval over cells
+    - `goal_shift_...`: with `goal`, cos(after, goal) - cos(before, goal)
+    - `excess_...`: with combinations, the shift minus the sum of the shifts of the single genes in the same cell
+    - `null`, `null_mean`, `effect_size` (rank-biserial), `p_value` (rank-sum), `fdr` (Benjamini-Hochberg): of the goal
+      shift if there is a goal, else of the shift, against the null that `null` names
+
+    Raises
+    ------
+    VocabularyMismatchError
+        If a gene is not in the vocabulary, or no cell can be perturbed.
+    LabelsError
+        If `groupby`, `start` or `goal` does not fit `adata.obs`.
+
+    Notes
+    -----
+    Deletion, overexpression, goal-state shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). Tests
+    take cells as independent; where they come from few donors, p-values are too small.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()[:4]
+    >>> model = scfm.fit(scfm.datasets.pbmc(), config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> scfm.tl.perturb(adata, model, genes=["CD74", "CST3"], progress=False).index.name
+    'gene'
+    """
+    vocabulary = model.encoding.vocabulary
+    editor = Editor.of(model.encoding, kind, positions=positions, quantile=quantile)
+    asked = Perturbations.of(genes, vocabulary, combine=combine)
+    perturbations, null_rows = _with_null(asked, null_genes, model)
+    states = read_states(adata, model, groupby=groupby, start=start, goal=goal, layer=layer, gene_key=gene_key)
+    runner = VariantRunner(model, states.cells, perturbations, editor, precision)
+    shifts = ShiftRecord(_measures(states, perturbations), n_rows=len(perturbations.names), seed=seed)
+    saved = None
+    if checkpoint is not None:
+        settings = {"editor": editor, "perturbations": perturbations, "goal": states.goal_D, "seed": seed}
+        saved = Checkpoint.of(checkpoint, model, states.cells, precision=precision, **settings)
+    run(runner, states, shifts, checkpoint=saved, progress=progress)
+
+    table = tabulate(shifts, perturbations.names, null_rows=null_rows, n_bootstrap=n_bootstrap, seed=seed)
+    if null_rows is not None:
+        table = table[table.index.isin(asked.names)]
+    if key_added is not None:
+        adata.uns[key_added] = table.copy()
+        note(adata, model, key_added, kind=kind, groupby=groupby, start=start, goal=goal, positions=positions)
+    return table
+
+
+def _with_null(
+    asked: Perturbations, null_genes: Genes | None, model: Model
+) -> tuple[Perturbations, NDArray[np.int64] | None]:
+    """Append the null perturbations to those asked for; also their numbers."""
+    if null_genes is None:
+        return asked, None
+    null = Perturbations.of(null_genes, model.encoding.vocabulary)
+    if asked.tokens is None or null.tokens is None:
+        raise ValueError("`null_genes` is given without `genes`; name the genes to test against them.")
+    joined = dict(zip(asked.names, asked.tokens)) | dict(zip(null.names, null.tokens))
+    names = tuple(joined)
+    return Perturbations(tuple(joined.values()), names), np.array([names.index(name) for name in null.names])
+
+
+def _measures(states: States, perturbations: Perturbations) -> list[str]:
+    has_goal, combined = states.goal_D is not None, perturbations.has_combinations()
+    measures = ["shift"] + ["goal_shift"] * has_goal + ["excess"] * combined
+    return measures + ["goal_excess"] * (has_goal and combined)
+
+
+def run(
+    runner: VariantRunner,
+    states: States,
+    shifts: ShiftRecord,
+    *,
+    checkpoint: Checkpoint | None = None,
+    progress: bool = False,
+) -> None:
+    """Put the shifts of all variants into `shifts`."""
+    n_of_cell_B = np.array([runner.n_of_cell(cell) for cell in range(len(states.cells))], dtype=np.int64)
+    require_some(int(n_of_cell_B.sum()), runner.perturbations, len(states.cells))
+    first = 0 if checkpoint is None else checkpoint.load_into(shifts)
+    title = {"delete": "deleting", "overexpress": "overexpressing", "inhibit": "inhibiting", "activate": "activating"}
+    with tqdm(
+        total=int(n_of_cell_B.sum()),
+        initial=int(n_of_cell_B[:first].sum()),
+        desc=title[runner.editor.kind],
+        unit="variant",
+        disable=not progress,
+    ) as bar:
+        for start, stop, requests in runner.blocks(n_of_cell_B, first):
+            values_VM = measure(requests, states, shifts.measures, runner.perturbations)
+            wanted = requests.number_V >= 0
+            shifts.add(requests.number_V[wanted], requests.cell_V[wanted], values_VM[wanted])
+            if checkpoint is not None:
+                checkpoint.save(shifts, stop)
+            bar.update(int(n_of_cell_B[start:stop].sum()))
+
+
+def measure(
+    requests: Requests, states: States, measures: tuple[str, ...], perturbations: Perturbations
+) -> NDArray[np.float64]:
+    """Every measure of every variant, shape (V, M)."""
+    before_VD = states.original_BD[requests.cell_V]
+    after_VD = requests.embedding_SD[requests.slot_V]
+    found = {"shift": cosine_distance(before_VD, after_VD)}
+    if states.goal_D is not None:
+        found["goal_shift"] = goal_shift(before_VD, after_VD, states.goal_D)
+    for excess, base in (("excess", "shift"), ("goal_excess", "goal_shift")):
+        if excess in measures:
+            found[excess] = found[base] - _sum_of_singles(requests, found[base], perturbations)
+    return np.stack([found[name] for name in measures], 1).reshape(-1, len(measures))
+
+
+def _sum_of_singles(
+    requests: Requests, shift_V: NDArray[np.float64], perturbations: Perturbations
+) -> NDArray[np.float64]:
+    """For each combination the summed shifts of its genes alone; for a single its own shift, so that its excess is 0."""
+    assert perturbations.tokens is not None
+    sums_V = shift_V.copy()
+    singles = {
+        (cell, -1 - number): shift
+        for cell, number, shift in zip(requests.cell_V.tolist(), requests.number_V.tolist(), shift_V)
+        if number < 0
+    }
+    for place, (cell, number) in enumerate(zip(requests.cell_V.tolist(), requests.number_V.tolist())):
+        if number >= 0 and len(tokens := perturbations.tokens[number]) > 1:
+            sums_V[place] = sum(singles[cell, token] for token in tokens)
+    return sums_V
+
+
+def tabulate(
+    shifts: ShiftRecord,
+    names: tuple[str, ...],
+    *,
+    null_rows: NDArray[np.int64] | None = None,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Turn a record into the table that `perturb` returns."""
+    tested = "goal_shift" if "goal_shift" in shifts.measures else "shift"
+    parts = [pd.DataFrame({"n_cells": shifts.n_R[shifts.rows]})]
+    parts += [describe(shifts, name, n_bootstrap=n_bootstrap, seed=seed) for name in shifts.measures]
+    parts += [rank_sum(shifts, tested, null_rows=null_rows)]
+    table = pd.concat(parts, axis=1)
+    table.index = pd.Index([names[row] for row in shifts.rows], name="gene")
+    return table.sort_values(f"{tested}_mean", ascending=False, kind="stable")

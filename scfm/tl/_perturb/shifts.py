@@ -1,0 +1,122 @@
+"""How far cells move: cosine shifts, and their statistics gathered in memory that does not grow with cells."""
+
+# Axes: V variants, D model width, R rows (perturbations), M measures, K kept values of a row.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm.encoding.hashing import hash_pairs
+
+KEPT = 512  # values of a row that rank-sum tests and bootstraps see; a random sample where a row has more
+
+
+def unit(vectors_VD: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Vectors of length 1 in float64; zeros stay zeros."""
+    doubled = vectors_VD.astype(np.float64)
+    return doubled / np.maximum(np.linalg.norm(doubled, axis=-1, keepdims=True), 1e-300)
+
+
+def cosine_distance(before_VD: NDArray[np.floating], after_VD: NDArray[np.floating]) -> NDArray[np.float64]:
+    """1 - cosine similarity, shape (V,): half the squared distance of unit vectors in float64, exact for tiny shifts."""
+    return 0.5 * ((unit(before_VD) - unit(after_VD)) ** 2).sum(-1)
+
+
+def goal_shift(
+    before_VD: NDArray[np.floating], after_VD: NDArray[np.floating], goal_D: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """cos(after, goal) - cos(before, goal), shape (V,), as one product: exact for tiny shifts."""
+    return (unit(after_VD) - unit(before_VD)) @ unit(goal_D)
+
+
+class ShiftRecord:
+    """Counts, means, deviations and a bounded random sample of several measures a row.
+
+    Parameters
+    ----------
+    measures
+        Names of the measures.
+    seed
+        Of the sample. Which values are kept depends on seed, row and cell alone, not on the order they come in.
+    """
+
+    def __init__(self, measures: Sequence[str], *, n_rows: int, seed: int = 0) -> None:
+        self.measures = tuple(measures)
+        self.seed = seed
+        self.n_R = np.zeros(n_rows, dtype=np.int64)
+        self.mean_RM = np.zeros((n_rows, len(self.measures)))
+        self.squares_RM = np.zeros((n_rows, len(self.measures)))  # sums of squared deviations from the mean
+        self._kept: dict[int, tuple[NDArray[np.uint64], NDArray[np.float64]]] = {}
+
+    def add(self, row_V: NDArray[np.int64], cell_V: NDArray[np.int64], values_VM: NDArray[np.float64]) -> None:
+        """Add one line of values for each variant."""
+        order = np.argsort(row_V, kind="stable")
+        row_V, cell_V, values_VM = row_V[order], cell_V[order], values_VM[order]
+        rows, starts = np.unique(row_V, return_index=True)
+        for row, span_start, span_stop in zip(rows.tolist(), starts, [*starts[1:], len(row_V)]):
+            self._add_row(row, cell_V[span_start:span_stop], values_VM[span_start:span_stop])
+
+    def _add_row(self, row: int, cells: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        # Chan, Golub and LeVeque 1983: merging counts, means and sums of squares.
+        n_old, n_new = int(self.n_R[row]), len(values)
+        mean_new = values.mean(0)
+        step = mean_new - self.mean_RM[row]
+        total = n_old + n_new
+        self.squares_RM[row] += ((values - mean_new) ** 2).sum(0) + step**2 * n_old * n_new / total
+        self.mean_RM[row] += step * n_new / total
+        self.n_R[row] = total
+
+        keys = hash_pairs(self.seed, cells, np.full(n_new, row))
+        if row in self._kept:
+            keys = np.concatenate([self._kept[row][0], keys])
+            values = np.concatenate([self._kept[row][1], values])
+        if len(keys) > KEPT:
+            chosen = np.argpartition(keys, KEPT)[:KEPT]
+            keys, values = keys[chosen], values[chosen]
+        self._kept[row] = keys, values
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Rows that have values, ascending."""
+        return np.flatnonzero(self.n_R)
+
+    def values(self, row: int, measure: str) -> NDArray[np.float64]:
+        """Values of a row: all of them up to `KEPT`, else a random sample; in an order that does not depend on the run."""
+        keys, values = self._kept[row]
+        return values[np.argsort(keys, kind="stable"), self.measures.index(measure)]
+
+    def mean(self, measure: str) -> NDArray[np.float64]:
+        """Mean of each of `rows`."""
+        return self.mean_RM[self.rows, self.measures.index(measure)]
+
+    def std(self, measure: str) -> NDArray[np.float64]:
+        """Standard deviation of each of `rows`, NaN for those with one value."""
+        rows = self.rows
+        squares, freedom = self.squares_RM[rows, self.measures.index(measure)], self.n_R[rows] - 1
+        return np.where(freedom > 0, np.sqrt(squares / np.maximum(freedom, 1)), np.nan)
+
+    def to_arrays(self) -> dict[str, NDArray]:
+        """Everything, as arrays to save."""
+        rows = sorted(self._kept)
+        lengths = [len(self._kept[row][0]) for row in rows]
+        none = (np.zeros(0, np.uint64), np.zeros((0, len(self.measures))))
+        return {
+            "n": self.n_R,
+            "mean": self.mean_RM,
+            "squares": self.squares_RM,
+            "kept_rows": np.repeat(np.array(rows, dtype=np.int64), lengths),
+            "kept_keys": np.concatenate([none[0], *(self._kept[row][0] for row in rows)]),
+            "kept_values": np.concatenate([none[1], *(self._kept[row][1] for row in rows)]),
+        }
+
+    def set_arrays(self, arrays: Mapping[str, NDArray]) -> None:
+        """Continue from what `to_arrays` gave."""
+        self.n_R, self.mean_RM, self.squares_RM = (arrays[name].copy() for name in ("n", "mean", "squares"))
+        rows, starts = np.unique(arrays["kept_rows"], return_index=True)
+        self._kept = {
+            int(row): (arrays["kept_keys"][start:stop], arrays["kept_values"][start:stop])
+            for row, start, stop in zip(rows, starts, [*starts[1:], len(arrays["kept_rows"])])
+        }

@@ -1,0 +1,87 @@
+"""Cell states to start from and to head for."""
+
+# Axes: B cells, D model width.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import anndata
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm import pp
+from scfm.data import CellBatch
+from scfm.errors import LabelsError
+from scfm.models.model import Model
+
+
+@dataclass(frozen=True)
+class States:
+    """Cells to perturb, and where they should go.
+
+    Attributes
+    ----------
+    cells
+        The cells of the start state, encoded.
+    original_BD
+        Their embeddings.
+    goal_D
+        Mean embedding of the goal state's cells; None without a goal.
+    """
+
+    cells: CellBatch
+    original_BD: NDArray[np.float32]
+    goal_D: NDArray[np.float64] | None
+
+
+def read_states(
+    adata: anndata.AnnData,
+    model: Model,
+    *,
+    groupby: str | None,
+    start: str | None,
+    goal: str | None,
+    layer: str | None,
+    gene_key: str | None,
+) -> States:
+    """Encode and embed the start cells, and the mean of the goal cells.
+
+    Without `start`, all cells but those of the goal are perturbed; without `groupby`, all cells.
+    """
+    group_B = _groups(adata, groupby, {"start": start, "goal": goal})
+    chosen = np.ones(adata.n_obs, dtype=bool)
+    if group_B is not None and start is not None:
+        chosen = group_B == start
+    elif group_B is not None and goal is not None:
+        chosen = group_B != goal
+    if not chosen.any():
+        raise LabelsError(f"All cells are of the goal state {goal!r}; there are none to start from.")
+    cells = pp.encode(adata[chosen], model.encoding, layer=layer, gene_key=gene_key)
+    goal_D = None
+    if group_B is not None and goal is not None:
+        goal_cells = pp.encode(adata[group_B == goal], model.encoding, layer=layer, gene_key=gene_key)
+        goal_D = model.embed(goal_cells).mean(0, dtype=np.float64)
+    return States(cells, model.embed(cells), goal_D)
+
+
+def _groups(adata: anndata.AnnData, groupby: str | None, wanted: dict[str, str | None]) -> NDArray[np.object_] | None:
+    named = {role: state for role, state in wanted.items() if state is not None}
+    if groupby is None:
+        if named:
+            raise LabelsError(
+                f"{' and '.join(f'`{role}`' for role in named)} given without `groupby`; name the column."
+            )
+        return None
+    if not named:
+        raise LabelsError(
+            f"`groupby` is {groupby!r}, but neither `start` nor `goal` is given; name at least one state."
+        )
+    if groupby not in adata.obs:
+        raise LabelsError(f"`groupby` is {groupby!r}, which is not in `adata.obs` ({', '.join(adata.obs)}).")
+    group_B = adata.obs[groupby].astype(str).to_numpy(dtype=object)
+    for role, state in named.items():
+        if not (group_B == state).any():
+            shown = ", ".join(map(repr, sorted(set(group_B))[:10]))
+            raise LabelsError(f"`{role}` is {state!r}, but no cell of obs[{groupby!r}] is; there are {shown}.")
+    return group_B

@@ -1,0 +1,163 @@
+"""Runs variants through the model, a bounded number at a time, each distinct one once."""
+
+# Axes: B cells, V variants, D model width.
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scfm.data import CellBatch
+from scfm.models.model import TOKENS_PER_BATCH, Model
+from scfm.tl._perturb.edits import Editor, TokenCell
+from scfm.tl._perturb.shifts import ShiftRecord
+from scfm.tl._perturb.variants import Perturbations, cell_of, pack
+
+VARIANTS_PER_BLOCK = 4096  # of whole cells; what is in memory at once, and the grain at which a run can be resumed
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Variants of a block of cells: variant `slot_V` of cell `cell_V` is perturbation `number_V`; each (V,), int64.
+
+    A number of -1 - g stands for the single deletion (or other kind) of token g, needed beside a combination.
+    """
+
+    cell_V: NDArray[np.int64]
+    number_V: NDArray[np.int64]
+    slot_V: NDArray[np.int64]
+    embedding_SD: NDArray[np.float32]
+
+
+@dataclass
+class VariantRunner:
+    """Embeds variants; equal ones, whatever cell and perturbation they come from, are embedded once a block.
+
+    Attributes
+    ----------
+    precision
+        "float32", or "bfloat16" for autocast.
+    n_embedded
+        Variants that went through the network so far.
+    """
+
+    model: Model
+    cells: CellBatch
+    perturbations: Perturbations
+    editor: Editor
+    precision: str = "float32"
+    n_embedded: int = 0
+    _slots: dict[bytes, int] = field(default_factory=dict)
+    _pending: list[TokenCell] = field(default_factory=list)
+    _parts: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def n_of_cell(self, cell: int) -> int:
+        """How many perturbations can be done to a cell."""
+        tokens = cell_of(self.cells, cell)
+        expressed = self.editor.expressed(tokens)
+        return len(self.perturbations.of_cell(expressed, len(expressed), self.editor))
+
+    def blocks(self, n_of_cell_B: NDArray[np.int64], first: int = 0) -> Iterator[tuple[int, int, Requests]]:
+        """Yield (first cell, end, results) of runs of cells of about `VARIANTS_PER_BLOCK` variants."""
+        start = first
+        while start < len(n_of_cell_B):
+            upto = np.cumsum(n_of_cell_B[start:])
+            stop = start + max(1, int(np.searchsorted(upto, VARIANTS_PER_BLOCK, side="right")))
+            yield start, stop, self._run_block(start, stop)
+            start = stop
+
+    def _run_block(self, start: int, stop: int) -> Requests:
+        self._slots, self._pending, self._parts = {}, [], []
+        asked: list[tuple[int, int, int]] = []
+        singles_too = self.perturbations.has_combinations()
+        for cell in range(start, stop):
+            tokens = cell_of(self.cells, cell)
+            expressed = self.editor.expressed(tokens)
+            for number, genes in self.perturbations.of_cell(expressed, len(expressed), self.editor):
+                asked.append((cell, number, self._slot(self.editor.edit(tokens, genes))))
+                if singles_too and len(genes) > 1:
+                    for gene in genes:
+                        asked.append((cell, -1 - gene, self._slot(self.editor.edit(tokens, [gene]))))
+        self._flush()
+        cell_V, number_V, slot_V = np.array(asked, dtype=np.int64).reshape(-1, 3).T
+        parts = self._parts or [np.zeros((0, self.model.network.config.d_model), np.float32)]
+        return Requests(cell_V, number_V, slot_V, np.concatenate(parts))
+
+    def _slot(self, variant: TokenCell) -> int:
+        digest = variant.digest()
+        if digest not in self._slots:
+            self._slots[digest] = len(self._slots)
+            self._pending.append(variant)
+            if sum(map(len, self._pending)) >= TOKENS_PER_BATCH:
+                self._flush()
+        return self._slots[digest]
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._parts.append(embed_variants(self.model, pack(self._pending), precision=self.precision))
+            self.n_embedded += len(self._pending)
+            self._pending = []
+
+
+def embed_variants(model: Model, batch: CellBatch, *, precision: str = "float32") -> NDArray[np.float32]:
+    """Embedding of each cell of one batch, (V, D); like `Model.embed`, but keeps given places, and takes a precision."""
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"`precision` is {precision!r}; choose 'float32' or 'bfloat16'.")
+    model.network.eval()
+    device = model.device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return model.network.embed_cells(batch.to(device)).float().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that a run is continued from: arrays, and a fingerprint of everything that decides them."""
+
+    path: Path
+    fingerprint: str
+
+    @classmethod
+    def of(cls, path: str | Path, model: Model, cells: CellBatch, **settings: Any) -> Checkpoint:
+        digest = hashlib.sha256(model.id.encode())
+        digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
+        for tensor in (cells.gene_ids_T, cells.values_T, cells.cu_seqlens):
+            if tensor is not None:
+                digest.update(tensor.numpy().data)
+        return cls(Path(path), digest.hexdigest())
+
+    def save(self, record: ShiftRecord, next_cell: int) -> None:
+        """Write beside and rename, so that a stopped write leaves the last state."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        with beside.open("wb") as file:
+            state = {"fingerprint": np.array(self.fingerprint), "next_cell": np.array(next_cell)}
+            np.savez(file, allow_pickle=False, **state, **record.to_arrays())
+        beside.replace(self.path)
+
+    def load_into(self, record: ShiftRecord) -> int:
+        """Fill `record` with what was done, if anything was; return the next cell.
+
+        Raises
+        ------
+        ValueError
+            If the file comes from other cells, another model or other settings.
+        """
+        if not self.path.exists():
+            return 0
+        with np.load(self.path, allow_pickle=False) as arrays:
+            if str(arrays["fingerprint"]) != self.fingerprint:
+                raise ValueError(
+                    f"`checkpoint` {str(self.path)!r} was written by a run with other cells, another model or other "
+                    "settings. Remove the file, or give another path."
+                )
+            record.set_arrays(arrays)
+            return int(arrays["next_cell"])
