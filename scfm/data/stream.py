@@ -124,11 +124,9 @@ class CellStream(IterableDataset[CellBatch]):
     def seek(self, step: int) -> None:
         """Go to the batch that comes `step` batches after the first one of epoch 0; nothing is read on the way."""
         self.epoch, left = divmod(step, len(self))
-        for place, buffer in enumerate(self._buffers()):
-            if left < self._batches_of(buffer):
-                break
-            left -= self._batches_of(buffer)
-        self._next_buffer, self._next_batch = place, left
+        ends = np.cumsum([self._batches_of(buffer) for buffer in self._buffers()])
+        self._next_buffer = int(np.searchsorted(ends, left, side="right"))
+        self._next_batch = left - (int(ends[self._next_buffer - 1]) if self._next_buffer else 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "buffer": self._next_buffer, "batch": self._next_batch, "seed": self.seed}
@@ -156,7 +154,7 @@ class CellStream(IterableDataset[CellBatch]):
                 self._next_buffer = place
                 for number in range(skipped, len(batches)):
                     self._next_batch = number + 1
-                    yield cells.select(torch.from_numpy(batches[number]))
+                    yield cells.select(batches[number])
                 self._next_buffer, self._next_batch = place + step, 0
         self.epoch, self._next_buffer, self._next_batch = self.epoch + 1, 0, 0
 
