@@ -86,8 +86,9 @@ void order_by_score_as(const double* scores, const int32_t* tokens, size_t size,
     return static_cast<uint32_t>((most - std::bit_cast<uint64_t>(scores[i])) >> shift);
   });
   for (size_t i = 0; i < size; ++i) order[i] = place_of<Form>(entries[i]);
-  for (size_t begin = 0; begin < size;) {
-    size_t end = begin + 1;
+  for (size_t begin = 0; begin + 1 < size; ++begin) {
+    if (key_of<Form>(entries[begin + 1]) != key_of<Form>(entries[begin])) continue;
+    size_t end = begin + 2;
     while (end < size && key_of<Form>(entries[end]) == key_of<Form>(entries[begin])) ++end;
     if (end - begin > kLongRun) {
       std::sort(order + begin, order + end, before);
@@ -99,7 +100,7 @@ void order_by_score_as(const double* scores, const int32_t* tokens, size_t size,
         order[place] = moved;
       }
     }
-    begin = end;
+    begin = end - 1;
   }
 }
 
