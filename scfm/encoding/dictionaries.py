@@ -20,14 +20,15 @@ _SPECIAL_ROLES = {"<pad>": "pad", "<mask>": "mask", "<cls>": "cls", "<eos>": "eo
 
 
 def read_vocabulary(
-    path: str | Path, *, aliases: str | Path | None = None, add_special: Sequence[str] = ()
+    path: str | Path | Mapping[str, int], *, aliases: str | Path | None = None, add_special: Sequence[str] = ()
 ) -> Vocabulary:
     """Read a published vocabulary: Geneformer's token dictionary, scGPT's JSON, scFoundation's gene list, or our own.
 
     Parameters
     ----------
     path
-        JSON or pickle of token to id; or TSV or CSV with a header, tokens in the first column and ids in the second.
+        JSON or pickle of token to id; or TSV or CSV with a header, tokens in the first column and ids in the second; or
+        a mapping of token to id itself.
     aliases
         Table of other names (see `read_aliases`), such as Geneformer's name-to-id dictionary.
     add_special
@@ -39,15 +40,10 @@ def read_vocabulary(
     ModelFileError
         If the file is of no known form or unsafe, or its ids are not 0..n - 1.
     """
-    path = Path(path)
-    if path.suffix == ".json":
-        content = _read_json(path)
-        if "format_version" in content:
-            return Vocabulary.from_dict(content)
-        ids = content
-    else:
-        ids = _read_pickle(path) if _is_pickle(path) else dict(row[:2] for row in _read_rows(path))
-    tokens = _in_order(ids, path)
+    ids = path if isinstance(path, Mapping) else _read_ids(Path(path))
+    if "format_version" in ids:
+        return Vocabulary.from_dict(ids)
+    tokens = _in_order(ids, "The mapping" if isinstance(path, Mapping) else repr(str(path)))
     special = {role: token for token, role in _SPECIAL_ROLES.items() if token in ids}
     special |= {role: f"<{role}>" for role in add_special}
     tokens += [f"<{role}>" for role in add_special]
@@ -57,13 +53,20 @@ def read_vocabulary(
     return Vocabulary(tokens, special=special, aliases=read_aliases(aliases, vocabulary))
 
 
-def read_medians(path: str | Path, vocabulary: Vocabulary) -> NDArray[np.float64]:
+def _read_ids(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".json":
+        return _read_json(path)
+    return _read_pickle(path) if _is_pickle(path) else dict(row[:2] for row in _read_rows(path))
+
+
+def read_medians(path: str | Path | Mapping[str, float], vocabulary: Vocabulary) -> NDArray[np.float64]:
     """Read published medians as an array by token id, shape (len(vocabulary),), float64; NaN where there is none.
 
     Parameters
     ----------
     path
-        JSON or pickle of gene to median; or TSV or CSV with a header, genes in the first column and a column "median".
+        JSON or pickle of gene to median; or TSV or CSV with a header, genes in the first column and a column "median"; or
+        a mapping of gene to median itself.
     vocabulary
         Whose ids to use; genes outside it are left out.
 
@@ -72,25 +75,28 @@ def read_medians(path: str | Path, vocabulary: Vocabulary) -> NDArray[np.float64
     ModelFileError
         If the file is of no known form or unsafe, or no gene of the vocabulary has a median.
     """
-    path = Path(path)
-    if _is_pickle(path) or path.suffix == ".json":
-        table = _read_pickle(path) if _is_pickle(path) else _read_json(path)
-    else:
-        header = _header(path)
-        if "median" not in header:
-            raise ModelFileError(f"{str(path)!r} has no column 'median'; its columns are {header}.")
-        column = header.index("median")
-        table = {row[0]: row[column] for row in _read_rows(path) if row[column]}
+    source = "The mapping" if isinstance(path, Mapping) else repr(str(path))
+    table = path if isinstance(path, Mapping) else _read_median_table(Path(path))
     medians = np.full(len(vocabulary), np.nan)
     ids = vocabulary.token_ids(table)
     try:
         values = np.array([float(value) for value in table.values()])
     except (TypeError, ValueError) as error:
-        raise ModelFileError(f"{str(path)!r} holds medians that are no numbers ({error}).") from error
+        raise ModelFileError(f"{source} holds medians that are no numbers ({error}).") from error
     medians[ids[ids >= 0]] = values[ids >= 0]
     if np.isnan(medians[vocabulary.gene_ids]).all():
-        raise ModelFileError(f"{str(path)!r} has medians of {len(table)} genes, none of which is in {vocabulary}.")
+        raise ModelFileError(f"{source} has medians of {len(table)} genes, none of which is in {vocabulary}.")
     return medians
+
+
+def _read_median_table(path: Path) -> Mapping[str, Any]:
+    if _is_pickle(path) or path.suffix == ".json":
+        return _read_pickle(path) if _is_pickle(path) else _read_json(path)
+    header = _header(path)
+    if "median" not in header:
+        raise ModelFileError(f"{str(path)!r} has no column 'median'; its columns are {header}.")
+    column = header.index("median")
+    return {row[0]: row[column] for row in _read_rows(path) if row[column]}
 
 
 def read_aliases(path: str | Path, vocabulary: Vocabulary) -> dict[str, str]:
@@ -202,15 +208,15 @@ def _read_rows(path: Path, *, header: bool = True) -> list[list[str]]:
     return rows[1:] if header else rows
 
 
-def _in_order(ids: Mapping[str, Any], path: Path) -> list[str]:
+def _in_order(ids: Mapping[str, Any], source: str) -> list[str]:
     """Tokens by their ids, which must be 0..n - 1."""
     try:
         by_id = {int(place): token for token, place in ids.items()}
     except (TypeError, ValueError) as error:
-        raise ModelFileError(f"{str(path)!r} does not map tokens to whole numbers ({error}).") from error
+        raise ModelFileError(f"{source} does not map tokens to whole numbers ({error}).") from error
     if not by_id or len(by_id) < len(ids) or min(by_id) != 0 or max(by_id) != len(by_id) - 1:
         raise ModelFileError(
-            f"{str(path)!r} has {len(ids)} tokens with {len(by_id)} different ids, "
+            f"{source} has {len(ids)} tokens with {len(by_id)} different ids, "
             f"{min(by_id, default=None)}..{max(by_id, default=None)}; they must be 0..n - 1, each once."
         )
     return [by_id[place] for place in range(len(by_id))]

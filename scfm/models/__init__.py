@@ -1,8 +1,8 @@
 """The network, its configuration, and the models that users hold."""
 
 from scfm.models.config import ModelConfig
-from scfm.models.loading import load
+from scfm.models.loading import convert, load
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 
-__all__ = ["CellTransformer", "Model", "ModelConfig", "load"]
+__all__ = ["CellTransformer", "Model", "ModelConfig", "convert", "load"]

@@ -20,6 +20,7 @@ from scfm.models.network import CellTransformer
 
 if TYPE_CHECKING:
     import pandas as pd
+    from scipy.sparse import csr_matrix
 
     from scfm.encoding import Encoding
 
@@ -115,14 +116,47 @@ class Model:
             embedding_BD = embedding_BD / np.maximum(np.linalg.norm(embedding_BD, axis=1, keepdims=True), 1e-12)
         return embedding_BD
 
-    def predict_proba(self, cells: CellBatch) -> NDArray[np.float32]:
-        """Probability of each class for each encoded cell, shape (B, C), float32, in the order of `labels`."""
+    def class_features(self, cells: CellBatch) -> NDArray[np.float32]:
+        """What the class head reads of each encoded cell, shape (B, E), float32."""
+        self.require_labels()
+        return torch.cat([self.network.class_features(batch).float().cpu() for batch in self._batches(cells)]).numpy()
+
+    def predict_proba(
+        self, cells: CellBatch, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
+    ) -> NDArray[np.float32]:
+        """Probability of each class for each encoded cell, shape (B, C), float32, in the order of `labels`.
+
+        Parameters
+        ----------
+        cells
+            Encoded by the model's encoding.
+        expression_BV
+            log1p counts per 10,000 by token id (`scfm.data.token_expression`), shape (B, V). With it, the mean of
+            the transformer's probabilities and those of the model's linear gene classifier; without, the
+            transformer's alone.
+        calibrated
+            Whether probabilities are sharpened or softened by the temperature that fits the calibration cells.
+        """
         self.require_labels()
         parts = [torch.softmax(self.network.class_logits(batch).float(), -1).cpu() for batch in self._batches(cells)]
-        return torch.cat(parts).numpy() if parts else np.empty((0, len(self.labels)), np.float32)
+        proba_BC = torch.cat(parts).numpy() if parts else np.empty((0, len(self.labels)), np.float32)
+        member = "transformer"
+        if expression_BV is not None and (classifier := self.network.gene_classifier) is not None:
+            logits_BC = expression_BV @ classifier.weight_VC.cpu().numpy() + classifier.bias_C.cpu().numpy()
+            proba_BC = (proba_BC + torch.softmax(torch.from_numpy(logits_BC), -1).numpy()) / 2
+            member = "ensemble"
+        temperatures = self.history.get("calibration", {}).get("temperature", {})
+        if calibrated and member in temperatures:
+            log_proba_BC = torch.from_numpy(np.log(np.maximum(proba_BC, 1e-12)))
+            proba_BC = torch.softmax(log_proba_BC / temperatures[member], -1).numpy()
+        return proba_BC.astype(np.float32, copy=False)
 
     def require_labels(self) -> None:
-        """Raise `ModelTaskError` unless the model was fitted on labels."""
+        """Raise `ModelTaskError` unless the model tells classes of cells apart."""
+        if self.labels and self.network.config.class_head == "token":
+            raise ModelTaskError(
+                "This model tells classes of genes apart, not of cells. Its logits are `network.class_logits(cells)`, a row a token."
+            )
         if not self.labels:
             raise ModelTaskError(
                 "This model was not trained to annotate. Fit one with labels: `scfm.fit(adata, labels_key=...)`."

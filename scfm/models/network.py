@@ -15,7 +15,16 @@ from scfm import ops
 from scfm.data.batch import CellBatch
 from scfm.models.config import ModelConfig
 from scfm.models.decoder import Decoder
-from scfm.nn import Attention, BatchLabels, Block, GeneHead, TokenEmbedding, ValueFromCellHead, pool_cells
+from scfm.nn import (
+    Attention,
+    BatchLabels,
+    Block,
+    GeneClassifier,
+    GeneHead,
+    TokenEmbedding,
+    ValueFromCellHead,
+    pool_cells,
+)
 from scfm.nn.block import unknown_tokens
 from scfm.nn.class_heads import MLPClassHead, make_class_head
 from scfm.nn.embedding import init_weights
@@ -58,6 +67,7 @@ class CellTransformer(nn.Module):
             else None
         )
         self.class_head = make_class_head(config) if config.n_classes else None
+        self.gene_classifier = GeneClassifier(config) if config.gene_classifier else None
         is_gene_V = torch.ones(config.n_tokens, dtype=torch.bool)
         is_gene_V[list(special_ids)] = False
         self.register_buffer("is_gene_V", is_gene_V, persistent=False)
@@ -169,13 +179,22 @@ class CellTransformer(nn.Module):
         head, kind = self._head("class_head"), self.config.class_head
         if kind in ("token", "panel"):
             return head(self(cells))
-        return head(self.embed_cells(cells, hidden_layer=-1, pooling="cls" if kind in ("pooler", "mlp") else None))
+        return head(self.class_features(cells))
+
+    def class_features(self, cells: CellBatch) -> Tensor:
+        """What the class head reads of each cell: its embedding, or with a "layers" head those of all hidden states."""
+        kind = self.config.class_head
+        if kind == "layers":
+            return torch.cat([self.pool(hidden_TD, cells) for hidden_TD in self.hidden_states(cells)], -1)
+        return self.embed_cells(cells, hidden_layer=-1, pooling="cls" if kind in ("pooler", "mlp") else None)
 
     def add_class_head(self, n_classes: int) -> None:
-        """Put a fresh classification head of our own kind on the network, replacing one that is there."""
-        self.config = self.config.replace(n_classes=n_classes, class_head="normalised")
-        self.class_head = make_class_head(self.config).to(self.embedding.gene.weight.device)
+        """Put a fresh classification head of our own kind on the network, and a gene classifier beside it."""
+        device = self.embedding.gene.weight.device
+        self.config = self.config.replace(n_classes=n_classes, class_head="layers", gene_classifier=True)
+        self.class_head = make_class_head(self.config).to(device)
         self.class_head.apply(init_weights)
+        self.gene_classifier = GeneClassifier(self.config).to(device)
 
     def _head(self, name: str) -> nn.Module:
         head = getattr(self, name)

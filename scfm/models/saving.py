@@ -71,7 +71,7 @@ def _write(model: Model, folder: Path) -> None:
 def is_own_directory(path: Path) -> bool:
     """Whether `path` holds a model in our own format, of any version."""
     config = path / CONFIG
-    return config.is_file() and (path / WEIGHTS).is_file() and _read_json(config).get("format") == FORMAT
+    return config.is_file() and (path / WEIGHTS).is_file() and read_json(config).get("format") == FORMAT
 
 
 def load_own(path: Path) -> Model:
@@ -82,7 +82,7 @@ def load_own(path: Path) -> Model:
     ModelFileError
         If a file is missing, cut short, of a later format, or does not fit the others.
     """
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     if config.get("format_version", 0) > FORMAT_VERSION:
         raise ModelFileError(
             f"{path} has format version {config['format_version']}; this scfm reads up to {FORMAT_VERSION}. "
@@ -131,7 +131,7 @@ def load_weights(network: torch.nn.Module, state: dict[str, torch.Tensor], sourc
     network.load_state_dict(state)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:

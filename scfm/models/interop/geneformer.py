@@ -1,0 +1,203 @@
+"""Geneformer: a Hugging Face directory with BERT inside (V1, V2; pretrained, cell or gene classifier)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from scfm.encoding import EncodingConfig, make_encoding
+from scfm.errors import ModelFileError
+from scfm.models.config import ClassHeadKind, ModelConfig
+from scfm.models.interop.dictionaries import Source, find_medians, find_vocabulary, write_dictionaries
+from scfm.models.interop.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require, tied
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.models.presets import GENEFORMER_WIRING
+from scfm.models.saving import read_json, read_weights
+from scfm.vocab import Vocabulary
+
+NAME = "geneformer"
+WORDS = "bert.embeddings.word_embeddings.weight"
+ARCHITECTURES: dict[str, ClassHeadKind] = {
+    "BertForSequenceClassification": "pooler",
+    "BertForTokenClassification": "token",
+}
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a Hugging Face directory of a BERT."""
+    return (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == "bert"
+
+
+def read(path: Path, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
+    """Read a directory with `config.json` and `model.safetensors` or `pytorch_model.bin`; see `scfm.load`."""
+    bert = read_json(path / "config.json")
+    tokens = find_vocabulary(path, vocabulary)
+    if len(tokens) != bert.get("vocab_size"):
+        raise ModelFileError(
+            f"{path} was trained with {bert.get('vocab_size')} tokens, but the vocabulary has {len(tokens)}. "
+            "V1 goes with the gc30M dictionaries (25,426 tokens), V2 with gc95M (20,275)."
+        )
+    state = _read_state(path)
+    config = _model_config(bert, tokens, state, path)
+    encoding = make_encoding(
+        _encoding_config(config, tokens), vocabulary=tokens, medians=find_medians(path, medians, tokens)
+    )
+    network = CellTransformer.for_vocabulary(config, tokens)
+    unused = fill_network(
+        network, state, places(config), source=str(path), unused=_copies(state, config, path), strict=strict
+    )
+    labels = _labels(bert) if config.n_classes else ()
+    return Model(network, encoding, labels=labels, history={"published": {"family": NAME, "unused": unused}})
+
+
+def write(model: Model, path: Path) -> None:
+    """Write a directory that `transformers.AutoModelForMaskedLM` (or its classifiers) opens, with its dictionaries."""
+    config = model.network.config
+    require(config, {**_WIRED, "d_head": config.d_model // config.n_heads}, "Geneformer")
+    if config.n_classes and config.class_head not in ARCHITECTURES.values():
+        raise ModelFileError(
+            f"This model has a class head of kind {config.class_head!r}, which BERT's classifiers do not know. "
+            "Convert a model that was fitted without labels, or one with a 'pooler' or 'token' head."
+        )
+    state = read_network(model.network, places(config))
+    if not config.n_token_types:  # BERT always has the table; zeros leave the sum as it is
+        state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.d_model)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(_bert_config(model), indent=1))
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    write_dictionaries(model.encoding, path)
+
+
+_WIRED = {
+    name: value
+    for name, value in (GENEFORMER_WIRING | {"attention": "softmax", "qkv_bias": True, "gene_norm": False}).items()
+    if name not in ("pooling", "gene_head", "norm_eps")
+} | {"final_norm": False, "batch_norm": "none", "decoder_layers": 0, "dropout_in_feed_forward": False}
+
+
+def places(config: ModelConfig) -> list[Place]:
+    """Return where each tensor of `BertForMaskedLM` and of the two classifiers belongs."""
+    listed = [
+        place("embedding.gene.weight", WORDS),
+        place("embedding.rank.weight", "bert.embeddings.position_embeddings.weight"),
+        *pair("embedding.norm", "bert.embeddings.LayerNorm"),
+    ]
+    if config.n_token_types:
+        listed.append(place("embedding.token_type.weight", "bert.embeddings.token_type_embeddings.weight"))
+    for layer in range(config.n_layers):
+        ours, theirs = f"blocks.{layer}", f"bert.encoder.layer.{layer}"
+        for part in ("weight", "bias"):
+            attention = [f"{theirs}.attention.self.{name}.{part}" for name in ("query", "key", "value")]
+            listed.append(place(f"{ours}.attention.qkv.{part}", *attention))
+        listed += pair(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
+        listed += pair(f"{ours}.attention_norm", f"{theirs}.attention.output.LayerNorm")
+        listed += pair(f"{ours}.feed_forward.up", f"{theirs}.intermediate.dense")
+        listed += pair(f"{ours}.feed_forward.down", f"{theirs}.output.dense")
+        listed += pair(f"{ours}.feed_forward_norm", f"{theirs}.output.LayerNorm")
+    if config.gene_head:
+        listed.append(place("gene_head.bias", "cls.predictions.bias"))
+        listed += pair("gene_head.transform", "cls.predictions.transform.dense")
+        listed += pair("gene_head.norm", "cls.predictions.transform.LayerNorm")
+    if config.n_classes:
+        listed += pair("class_head.linear", "classifier")
+        listed += pair("class_head.pooler", "bert.pooler.dense") if config.class_head == "pooler" else []
+    return listed
+
+
+def _read_state(path: Path) -> State:
+    if (path / "model.safetensors").is_file():
+        return read_weights(path / "model.safetensors")
+    if (path / "pytorch_model.bin").is_file():
+        return read_torch(path / "pytorch_model.bin")
+    raise ModelFileError(f"{path} has neither model.safetensors nor pytorch_model.bin beside its config.json.")
+
+
+def _copies(state: State, config: ModelConfig, path: Path) -> dict[str, str]:
+    copies = tied(
+        state,
+        {"cls.predictions.decoder.weight": WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"},
+        str(path),
+    )
+    positions = state.get("bert.embeddings.position_ids")
+    if positions is not None and torch.equal(positions.flatten(), torch.arange(config.context_length)):
+        copies["bert.embeddings.position_ids"] = "the numbers from 0, which need no table"
+    return copies
+
+
+def _model_config(bert: Mapping[str, Any], vocabulary: Vocabulary, state: State, path: Path) -> ModelConfig:
+    wanted = {"hidden_act": "relu", "position_embedding_type": "absolute"}
+    for name, value in wanted.items():
+        if bert.get(name, value) != value:
+            raise ModelFileError(f"{path}: config.json has {name} {bert[name]!r}; Geneformer has {value!r}.")
+    head = "classifier.weight" in state
+    kind: ClassHeadKind = "pooler" if "bert.pooler.dense.weight" in state else "token"
+    try:
+        return ModelConfig(
+            **GENEFORMER_WIRING
+            | {
+                "n_tokens": bert["vocab_size"],
+                "pad_id": vocabulary.pad_id,
+                "context_length": bert["max_position_embeddings"],
+                "d_model": bert["hidden_size"],
+                "n_heads": bert["num_attention_heads"],
+                "n_layers": bert["num_hidden_layers"],
+                "d_ff": bert["intermediate_size"],
+                "dropout": bert.get("hidden_dropout_prob", 0.1),
+                "norm_eps": bert.get("layer_norm_eps", 1e-12),
+                "n_token_types": bert.get("type_vocab_size", 2),
+                "gene_head": not head,
+                "class_head": kind if head else "normalised",
+                "class_dropout": bert.get("classifier_dropout") or bert.get("hidden_dropout_prob", 0.1),
+                "n_classes": state["classifier.weight"].shape[0] if head else 0,
+                "pooling": "cls" if vocabulary.cls_id is not None else "mean",
+                "embedding_layer": -2,
+            }
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{path}: config.json does not describe a BERT ({error!r}).") from error
+
+
+def _encoding_config(config: ModelConfig, vocabulary: Vocabulary) -> EncodingConfig:
+    v2 = vocabulary.cls_id is not None
+    return EncodingConfig(
+        kind="rank",
+        context_length=config.context_length,
+        add_cls=v2,
+        add_eos=vocabulary.eos_id is not None,
+        duplicates="sum" if v2 else "error",
+    )
+
+
+def _labels(bert: Mapping[str, Any]) -> tuple[str, ...]:
+    names = bert.get("id2label") or {}
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def _bert_config(model: Model) -> dict[str, Any]:
+    config = model.network.config
+    kinds = {kind: name for name, kind in ARCHITECTURES.items()}
+    labels = {str(place): name for place, name in enumerate(model.labels)}
+    return {
+        "architectures": [kinds[config.class_head] if config.n_classes else "BertForMaskedLM"],
+        "model_type": "bert",
+        "vocab_size": config.n_tokens,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "intermediate_size": config.d_ff,
+        "hidden_act": "relu",
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "max_position_embeddings": config.context_length,
+        "type_vocab_size": config.n_token_types or 2,
+        "layer_norm_eps": config.norm_eps,
+        "pad_token_id": config.pad_id,
+        "tie_word_embeddings": True,
+        **({"id2label": labels, "label2id": {name: int(key) for key, name in labels.items()}} if labels else {}),
+    }

@@ -1,0 +1,45 @@
+"""Published names of a Performer, which scBERT is and scFoundation's decoder has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from scfm.models.interop.tensors import Place, pair, place, tied
+
+COUNTERS = ("calls_since_last_redraw", "proj_updater.calls_since_last_redraw")
+
+
+def block_places(n_layers: int, ours: str, theirs: str) -> list[Place]:
+    """Return where the tensors of every layer belong; `ours` and `theirs` are prefixes without a dot at the end."""
+    listed: list[Place] = []
+    for layer in range(n_layers):
+        block, attention, forward = (
+            f"{ours}.{layer}",
+            f"{theirs}.net.layers.{layer}.0",
+            f"{theirs}.net.layers.{layer}.1",
+        )
+        projections = [f"{attention}.fn.to_{name}.weight" for name in "qkv"]
+        listed.append(place(f"{block}.attention.qkv.weight", *projections))
+        listed.append(place(f"{block}.attention.projection_MK", f"{attention}.fn.fast_attention.projection_matrix"))
+        listed += pair(f"{block}.attention.out", f"{attention}.fn.to_out")
+        listed += pair(f"{block}.attention_norm", f"{attention}.norm")
+        listed += pair(f"{block}.feed_forward_norm", f"{forward}.norm")
+        listed += pair(f"{block}.feed_forward.up", f"{forward}.fn.fn.w1")
+        listed += pair(f"{block}.feed_forward.down", f"{forward}.fn.fn.w2")
+    return listed
+
+
+def counter_name(state: Mapping[str, Tensor], performer: str) -> str:
+    """Name under which this version of the package counts steps since the last redraw."""
+    return next(
+        (f"{performer}.{name}" for name in COUNTERS if f"{performer}.{name}" in state), f"{performer}.{COUNTERS[0]}"
+    )
+
+
+def registered_twice(state: Mapping[str, Tensor], performer: str, source: str) -> dict[str, str]:
+    """Account for layers that versions with a `proj_updater` list twice."""
+    prefix = f"{performer}.proj_updater.instance."
+    copies = {name: f"{performer}.net.{name.removeprefix(prefix)}" for name in state if name.startswith(prefix)}
+    return tied(state, copies, source)

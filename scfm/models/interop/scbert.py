@@ -1,0 +1,127 @@
+"""scBERT: one file, a dict with `model_state_dict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from scfm.encoding import EncodingConfig, make_encoding
+from scfm.errors import ModelFileError
+from scfm.models.config import ModelConfig
+from scfm.models.interop.dictionaries import Source, find_vocabulary
+from scfm.models.interop.performer import block_places, counter_name, registered_twice
+from scfm.models.interop.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.models.presets import SCBERT_WIRING
+from scfm.vocab import Vocabulary
+
+NAME = "scbert"
+STATE = "model_state_dict"
+PROJECTION = "performer.net.layers.0.0.fn.fast_attention.projection_matrix"
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a file of a dict with `model_state_dict`."""
+    return path.is_file() and _holds_state(read_torch(path))
+
+
+def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
+    """Read a `.pth` file, pretrained (`to_out` over buckets) or fine-tuned (convolution head); see `scfm.load`."""
+    state = read_torch(path)[STATE]
+    tokens = panel_vocabulary(find_vocabulary(path, vocabulary))
+    config = _model_config(state, tokens, path)
+    counter = counter_name(state, "performer")
+    network = CellTransformer.for_vocabulary(config, tokens)
+    unused = fill_network(
+        network,
+        state,
+        places(config, counter),
+        source=str(path),
+        unused=registered_twice(state, "performer", str(path)),
+        strict=strict,
+    )
+    encoding = make_encoding(EncodingConfig(kind="bucket", n_bins=config.n_value_bins - 1), vocabulary=tokens)
+    history = {"published": {"family": NAME, "unused": unused, "counter": counter}}
+    return Model(network, encoding, labels=tuple(map(str, range(config.n_classes))), history=history)
+
+
+def write(model: Model, path: Path) -> None:
+    """Write `{"model_state_dict": ...}` under the names that it was read with; the file holds no gene names."""
+    config, published = model.network.config, model.history.get("published", {})
+    require(config, {name: value for name, value in SCBERT_WIRING.items() if name not in _FREE}, "scBERT")
+    if config.n_classes and config.class_head != "panel":
+        raise ModelFileError(f"This model has a class head of kind {config.class_head!r}; scBERT's is a 'panel'.")
+    state = read_network(model.network, places(config, published.get("counter", counter_name({}, "performer"))))
+    for copy, reason in published.get("unused", {}).items():
+        if reason.startswith("a copy of "):
+            state[copy] = state[reason.removeprefix("a copy of ")]
+    torch.save({STATE: state}, path)
+
+
+_FREE = ("pooling", "train_gene_embedding", "value_head", "n_value_bins", "embedding_layer", "dropout")
+
+
+def places(config: ModelConfig, counter: str) -> list[Place]:
+    """Return where each tensor of scBERT's `PerformerLM` belongs."""
+    listed = [
+        place("embedding.gene.weight", "pos_emb.emb.weight"),
+        place("embedding.value.weight", "token_emb.weight"),
+        *block_places(config.n_layers, "blocks", "performer"),
+        *pair("norm", "norm"),
+        place("calls_since_redraw", counter),
+    ]
+    if config.value_head == "bucket":
+        listed += pair("value_head.bucket", "to_out")
+    if config.n_classes:
+        listed += pair("class_head.convolution", "to_out.conv1")
+        for number in (1, 2, 3):
+            listed += pair(f"class_head.linear{number}", f"to_out.fc{number}")
+    return listed
+
+
+def panel_vocabulary(vocabulary: Vocabulary) -> Vocabulary:
+    """Genes of the panel in their order, and the trailing position as the token of role "eos"."""
+    if vocabulary.eos_id is not None:
+        return vocabulary
+    return Vocabulary([*vocabulary.genes, "<eos>"], special={"eos": "<eos>"}, id_type=vocabulary.id_type)
+
+
+def _holds_state(content: object) -> bool:
+    return isinstance(content, dict) and isinstance(content.get(STATE), dict)
+
+
+def _model_config(state: State, vocabulary: Vocabulary, path: Path) -> ModelConfig:
+    try:
+        n_positions, d_model = state["pos_emb.emb.weight"].shape
+        n_features, head_width = state[PROJECTION].shape
+        width = state["performer.net.layers.0.0.fn.to_q.weight"].shape[0]
+        d_ff, n_buckets = state["performer.net.layers.0.1.fn.fn.w1.weight"].shape[0], state["token_emb.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ModelFileError(f"{path} is no scBERT: {error} is missing from {STATE!r}, or has other axes.") from error
+    if n_positions != len(vocabulary):
+        raise ModelFileError(
+            f"{path} has {n_positions} positions, but the vocabulary has {len(vocabulary)} tokens (a trailing one included). "
+            "Pass as `vocabulary=` the genes of the panel in the order of training."
+        )
+    n_layers = sum(name.startswith("performer.net.layers.") and name.endswith(".fn.to_q.weight") for name in state)
+    classes = state.get("to_out.fc3.weight")
+    return ModelConfig(
+        **SCBERT_WIRING
+        | {
+            "n_tokens": n_positions,
+            "pad_id": None,
+            "context_length": n_positions,
+            "d_model": d_model,
+            "n_heads": width // head_width,
+            "head_width": head_width,
+            "n_random_features": n_features,
+            "n_layers": n_layers,
+            "d_ff": d_ff,
+            "n_value_bins": n_buckets,
+            "value_head": "bucket" if classes is None else "none",
+            "class_head": "normalised" if classes is None else "panel",
+            "n_classes": 0 if classes is None else classes.shape[0],
+        }
+    )

@@ -1,0 +1,180 @@
+"""scFoundation: one file that holds several models, each with its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scfm.encoding import EncodingConfig, make_encoding
+from scfm.errors import ModelFileError
+from scfm.models.config import ModelConfig
+from scfm.models.interop.dictionaries import Source, find_vocabulary
+from scfm.models.interop.performer import block_places, counter_name, registered_twice
+from scfm.models.interop.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.models.presets import SCFOUNDATION_WIRING
+from scfm.vocab import Vocabulary
+
+NAME = "scfoundation"
+PARTS = ("cell", "rde", "gene")  # in the order of preference: the first is the one that embeddings are published with
+PREFIX = "model."
+PERFORMER = "decoder.performer"
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a file with a `cell`, `rde` or `gene` model."""
+    if not path.is_file():
+        return False
+    content = read_torch(path)
+    return isinstance(content, dict) and any(_is_part(content.get(part)) for part in PARTS)
+
+
+def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
+    """Read the file's `cell` model, or the first of `rde` and `gene` where it has none; see `scfm.load`."""
+    content = read_torch(path)
+    part = next(part for part in PARTS if _is_part(content.get(part)))
+    settings, source = content[part]["config"], f"{path} [{part!r}]"
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in content[part]["state_dict"].items()}
+    tokens = find_vocabulary(path, vocabulary, add_special=_missing_specials(vocabulary))
+    config = _model_config(settings, state, tokens, source)
+    counter = counter_name(state, PERFORMER)
+    network = CellTransformer.for_vocabulary(config, tokens)
+    unused = registered_twice(state, PERFORMER, source)
+    if counter not in state:  # versions that never redraw do not count
+        state[counter] = torch.tensor(0)
+    unused = fill_network(network, state, places(config, counter), source=source, unused=unused, strict=strict)
+    encoding = make_encoding(EncodingConfig(kind="continuous"), vocabulary=tokens)
+    stored = f"{PREFIX}{counter}" in content[part]["state_dict"]
+    published = {
+        "family": NAME,
+        "unused": unused,
+        "part": part,
+        "config": settings,
+        "counter": counter if stored else None,
+    }
+    return Model(network, encoding, history={"published": published})
+
+
+def write(model: Model, path: Path) -> None:
+    """Write the model as the part that it was read from ("cell" for our own)."""
+    config, published = model.network.config, model.history.get("published", {})
+    require(config, {name: value for name, value in SCFOUNDATION_WIRING.items() if name not in _FREE}, "scFoundation")
+    if config.n_classes:
+        raise ModelFileError("scFoundation has no class head. Convert a model that was fitted without labels.")
+    counter = published.get("counter", counter_name({}, PERFORMER))
+    state = read_network(model.network, places(config, counter or "counter"))
+    state.pop("counter", None)
+    for copy, reason in published.get("unused", {}).items():
+        if reason.startswith("a copy of "):
+            state[copy] = state[reason.removeprefix("a copy of ")]
+    named = {PREFIX + name: tensor for name, tensor in state.items()}
+    settings = published.get("config") or _settings(config)
+    torch.save({published.get("part", PARTS[0]): {"state_dict": named, "config": settings}}, path)
+
+
+_FREE = ("pooling", "n_value_bins", "bin_alpha", "embedding_layer", "dropout")
+
+
+def places(config: ModelConfig, counter: str) -> list[Place]:
+    """Return where each tensor of scFoundation's `MaeAutobin` belongs, without the prefix "model."."""
+    listed = [
+        place("embedding.gene.weight", "pos_emb.weight"),
+        *pair("embedding.value.linear1", "token_emb.mlp"),
+        *pair("embedding.value.linear2", "token_emb.mlp2"),
+        place("embedding.value.bins.weight", "token_emb.emb.weight"),
+        place("embedding.value.mask.weight", "token_emb.emb_mask.weight"),
+        place("embedding.value.pad.weight", "token_emb.emb_pad.weight"),
+    ]
+    for layer in range(config.n_layers):
+        ours, theirs = f"blocks.{layer}", f"encoder.transformer_encoder.{layer}"
+        for part in ("weight", "bias"):
+            listed.append(place(f"{ours}.attention.qkv.{part}", f"{theirs}.self_attn.in_proj_{part}"))
+        listed += pair(f"{ours}.attention.out", f"{theirs}.self_attn.out_proj")
+        listed += pair(f"{ours}.feed_forward.up", f"{theirs}.linear1")
+        listed += pair(f"{ours}.feed_forward.down", f"{theirs}.linear2")
+        listed += pair(f"{ours}.attention_norm", f"{theirs}.norm1")
+        listed += pair(f"{ours}.feed_forward_norm", f"{theirs}.norm2")
+    return [
+        *listed,
+        *pair("norm", "encoder.norm"),
+        *pair("decoder.project", "decoder_embed"),
+        *block_places(config.decoder_layers, "decoder.blocks", PERFORMER),
+        *pair("decoder.inner_norm", "decoder.norm"),
+        *pair("decoder.norm", "norm"),
+        *pair("value_head.value", "to_final"),
+        place("calls_since_redraw", counter),
+    ]
+
+
+def _is_part(content: object) -> bool:
+    return isinstance(content, dict) and {"state_dict", "config"} <= set(content)
+
+
+def _missing_specials(vocabulary: Source | None) -> tuple[str, ...]:
+    return () if isinstance(vocabulary, Vocabulary) else ("target_depth", "source_depth", "pad")
+
+
+def _model_config(settings: Mapping[str, Any], state: State, vocabulary: Vocabulary, source: str) -> ModelConfig:
+    try:
+        network = settings["model_config"]["mae_autobin"]
+        encoder, decoder = network["encoder"], network["decoder"]
+        n_positions = settings["dataset_config"]["rnaseq"]["seq_len"] + 1
+        projection = state[f"{PERFORMER}.net.layers.0.0.fn.fast_attention.projection_matrix"]
+        if n_positions != len(vocabulary):
+            raise ModelFileError(
+                f"{source} has {n_positions} positions (two read depths and padding included), but the vocabulary has "
+                f"{len(vocabulary)} tokens. Pass as `vocabulary=` the published list of 19,264 genes."
+            )
+        return ModelConfig(
+            **SCFOUNDATION_WIRING
+            | {
+                "n_tokens": n_positions,
+                "pad_id": None,
+                "context_length": n_positions - 1,
+                "d_model": encoder["hidden_dim"],
+                "n_layers": encoder["depth"],
+                "n_heads": encoder["heads"],
+                "d_ff": 4 * encoder["hidden_dim"],
+                "decoder_width": decoder["hidden_dim"],
+                "decoder_layers": decoder["depth"],
+                "decoder_heads": decoder["heads"],
+                "decoder_head_width": decoder["dim_head"],
+                "n_random_features": projection.shape[0],
+                "n_value_bins": network["bin_num"],
+                "bin_alpha": float(network["bin_alpha"]),
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise ModelFileError(f"{source} has no configuration of an scFoundation network ({error!r}).") from error
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    decoder = config.decoder_config
+    return {
+        "model_config": {
+            "mae_autobin": {
+                "encoder": {
+                    "module_type": "transformer",
+                    "hidden_dim": config.d_model,
+                    "depth": config.n_layers,
+                    "heads": config.n_heads,
+                    "dim_head": config.d_head,
+                },
+                "decoder": {
+                    "module_type": "performer",
+                    "hidden_dim": decoder.d_model,
+                    "depth": decoder.n_layers,
+                    "heads": decoder.n_heads,
+                    "dim_head": decoder.d_head,
+                },
+                "n_class": 1,
+                "bin_num": config.n_value_bins,
+                "bin_alpha": config.bin_alpha,
+            }
+        },
+        "dataset_config": {"rnaseq": {"seq_len": config.n_tokens - 1, "pad_token_id": 103, "mask_token_id": 102}},
+    }

@@ -1,0 +1,233 @@
+"""scGPT: a directory with `args.json`, `vocab.json` and a plain state dict."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scfm.encoding import EncodingConfig, make_encoding
+from scfm.errors import ModelFileError
+from scfm.models.config import ModelConfig
+from scfm.models.interop.dictionaries import Source, find_vocabulary
+from scfm.models.interop.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.models.presets import SCGPT_WIRING
+from scfm.models.saving import read_json
+from scfm.vocab import Vocabulary
+
+NAME = "scgpt"
+WEIGHTS = ("best_model.pt", "model.pt")
+FIRST_LAYER = "transformer_encoder.layers.0.self_attn"
+# Where the stacked projection of queries, keys and values stands, and the output projection beside it.
+QKV_LAYOUTS = ("Wqkv.", "_impl.Wqkv.", "in_proj_")
+OUT_LAYOUTS = ("out_proj", "_impl.out_proj")
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a directory with scGPT's `args.json`."""
+    return (path / "args.json").is_file()
+
+
+def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
+    """Read a directory with `args.json`, `vocab.json` and `best_model.pt`; see `scfm.load`."""
+    arguments = read_json(path / "args.json")
+    tokens = find_vocabulary(path, vocabulary)
+    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if weights is None:
+        raise ModelFileError(f"{path} has none of {', '.join(WEIGHTS)} beside its args.json.")
+    state = read_torch(weights)
+    if not isinstance(state, dict):
+        raise ModelFileError(f"{weights} holds a {type(state).__name__}, not a state dict.")
+    config = _model_config(arguments, tokens, state, path)
+    layout = _layout(state)
+    network = CellTransformer.for_vocabulary(config, tokens)
+    unused = fill_network(network, state, places(config, *layout), source=str(weights), strict=strict)
+    encoding = make_encoding(_encoding_config(arguments, config), vocabulary=tokens)
+    history = {"published": {"family": NAME, "unused": unused, "layout": list(layout), "arguments": arguments}}
+    return Model(network, encoding, labels=_labels(arguments, config), history=history)
+
+
+def write(model: Model, path: Path) -> None:
+    """Write a directory as scGPT does, with the attention keys as they were read (else torch's `in_proj_*`)."""
+    config, published = model.network.config, model.history.get("published", {})
+    wired = {name: SCGPT_WIRING[name] for name in _FIXED} | _PLAIN | {"d_head": config.d_model // config.n_heads}
+    require(config, wired, "scGPT")
+    if config.n_classes and config.class_head != "mlp":
+        raise ModelFileError(
+            f"This model has a class head of kind {config.class_head!r}, which scGPT does not know. "
+            "Convert a model that was fitted without labels, or one with an 'mlp' head."
+        )
+    layout = published.get("layout", ("in_proj_", "out_proj"))
+    path.mkdir(parents=True, exist_ok=True)
+    torch.save(read_network(model.network, places(config, *layout)), path / WEIGHTS[0])
+    arguments = published.get("arguments", {}) | _arguments(model)
+    (path / "args.json").write_text(json.dumps(arguments, indent=2))
+    tokens = model.encoding.vocabulary.tokens
+    (path / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
+
+
+_FIXED = (
+    "positions",
+    "values",
+    "norm",
+    "gene_norm",
+    "embedding_norm",
+    "dropout_in_feed_forward",
+    "activation",
+    "gene_head",
+)
+_PLAIN = {"value_head": "mlp", "attention": "softmax", "qkv_bias": True, "final_norm": False, "decoder_layers": 0}
+
+
+def places(config: ModelConfig, qkv: str, out: str) -> list[Place]:
+    """Return where each tensor of scGPT's `TransformerModel` belongs, for one layout of the attention keys."""
+    listed = [
+        place("embedding.gene.weight", "encoder.embedding.weight"),
+        *pair("embedding.gene_norm", "encoder.enc_norm"),
+        *(
+            entry
+            for part in ("linear1", "linear2", "norm")
+            for entry in pair(f"embedding.value.{part}", f"value_encoder.{part}")
+        ),
+    ]
+    for layer in range(config.n_layers):
+        ours, theirs = f"blocks.{layer}", f"transformer_encoder.layers.{layer}"
+        for part in ("weight", "bias"):
+            listed.append(place(f"{ours}.attention.qkv.{part}", f"{theirs}.self_attn.{qkv}{part}"))
+        listed += pair(f"{ours}.attention.out", f"{theirs}.self_attn.{out}")
+        listed += pair(f"{ours}.feed_forward.up", f"{theirs}.linear1")
+        listed += pair(f"{ours}.feed_forward.down", f"{theirs}.linear2")
+        listed += pair(f"{ours}.attention_norm", f"{theirs}.norm1")
+        listed += pair(f"{ours}.feed_forward_norm", f"{theirs}.norm2")
+    if config.unknown_tokens == "flag":
+        listed.append(place("embedding.flag.weight", "flag_encoder.weight"))
+    return listed + _batch_norm_places(config) + _head_places(config)
+
+
+def _batch_norm_places(config: ModelConfig) -> list[Place]:
+    statistics = ["running_mean", "running_var", "num_batches_tracked"]
+    if config.batch_norm == "shared":
+        return [place(f"embedding.batch_norm.norms.0.{name}", f"bn.{name}") for name in ["weight", "bias", *statistics]]
+    if config.batch_norm == "domain":
+        return [
+            place(f"embedding.batch_norm.norms.{domain}.{name}", f"dsbn.bns.{domain}.{name}")
+            for domain in range(config.n_batches)
+            for name in statistics
+        ]
+    return []
+
+
+def _head_places(config: ModelConfig) -> list[Place]:
+    listed: list[Place] = []
+    for number, place_of_linear in enumerate((0, 2, 4), start=1):
+        listed += pair(f"value_head.value.linear{number}", f"decoder.fc.{place_of_linear}")
+        listed += (
+            pair(f"value_head.nonzero.linear{number}", f"decoder.zero_logit.{place_of_linear}")
+            if config.zero_head
+            else []
+        )
+    if config.value_from_cell_head:
+        listed += pair("value_from_cell_head.query", "mvc_decoder.gene2query")
+        listed.append(place("value_from_cell_head.weight.weight", "mvc_decoder.W.weight"))
+        listed += pair("value_from_cell_head.nonzero", "mvc_decoder.W_zero_logit") if config.zero_head else []
+    if config.batch_labels:
+        listed += pair("batch_labels.norm", "batch_encoder.enc_norm")
+        listed.append(place("batch_labels.embedding.weight", "batch_encoder.embedding.weight"))
+    for present, ours, theirs in (
+        (config.n_classes, "class_head", "cls_decoder"),
+        (config.batch_head, "batch_head", "grad_reverse_discriminator"),
+    ):
+        if present:
+            for number in range(config.n_class_layers - 1):  # linear, activation, norm; the activation has no tensor
+                listed += pair(f"{ours}.layers.{3 * number}", f"{theirs}._decoder.{3 * number}")
+                listed += pair(f"{ours}.layers.{3 * number + 2}", f"{theirs}._decoder.{3 * number + 2}")
+            listed += pair(f"{ours}.linear", f"{theirs}.out_layer")
+    return listed
+
+
+def _layout(state: State) -> tuple[str, str]:
+    """Which of the published layouts the attention keys have; the newest torch's where none is found."""
+    qkv = next((name for name in QKV_LAYOUTS if f"{FIRST_LAYER}.{name}weight" in state), "in_proj_")
+    out = next((name for name in OUT_LAYOUTS if f"{FIRST_LAYER}.{name}.weight" in state), "out_proj")
+    return qkv, out
+
+
+def _model_config(arguments: Mapping[str, Any], vocabulary: Vocabulary, state: State, path: Path) -> ModelConfig:
+    if arguments.get("input_emb_style", "continuous") != "continuous":
+        raise ModelFileError(
+            f"{path}: args.json has input_emb_style {arguments['input_emb_style']!r}; only 'continuous' is supported."
+        )
+    domains = sum(bool(re.fullmatch(r"dsbn\.bns\.\d+\.running_mean", name)) for name in state)
+    batches = next((state[name].shape[0] for name in _BATCH_TENSORS if name in state), domains)
+    classes = state.get("cls_decoder.out_layer.weight")
+    try:
+        return ModelConfig(
+            **SCGPT_WIRING
+            | {
+                "n_tokens": len(vocabulary),
+                "pad_id": vocabulary.pad_id,
+                "context_length": arguments["max_seq_len"],
+                "d_model": arguments["embsize"],
+                "n_heads": arguments["nheads"],
+                "n_layers": arguments["nlayers"],
+                "d_ff": arguments["d_hid"],
+                "dropout": arguments["dropout"],
+                "unknown_tokens": "flag" if "flag_encoder.weight" in state else "value",
+                "batch_norm": "domain" if domains else "shared" if "bn.running_mean" in state else "none",
+                "n_batches": batches,
+                "zero_head": "decoder.zero_logit.0.weight" in state,
+                "value_from_cell_head": "mvc_decoder.gene2query.weight" in state,
+                "batch_labels": _BATCH_TENSORS[0] in state,
+                "batch_head": _BATCH_TENSORS[1] in state,
+                "class_head": "normalised" if classes is None else "mlp",
+                "n_classes": 0 if classes is None else classes.shape[0],
+                "n_class_layers": arguments.get("n_layers_cls", 3),
+            }
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{path}: args.json does not describe an scGPT network ({error!r}).") from error
+
+
+_BATCH_TENSORS = ("batch_encoder.embedding.weight", "grad_reverse_discriminator.out_layer.weight")
+
+
+def _encoding_config(arguments: Mapping[str, Any], config: ModelConfig) -> EncodingConfig:
+    return EncodingConfig(
+        kind="bin",
+        context_length=config.context_length,
+        add_cls=True,
+        n_bins=arguments.get("n_bins", 51),
+        cls_value=float(arguments.get("pad_value", -2)),
+    )
+
+
+def _labels(arguments: Mapping[str, Any], config: ModelConfig) -> tuple[str, ...]:
+    """Names of the classes; the pretrained decoder of one class says nothing, and published files keep no names."""
+    if config.n_classes < 2:
+        return ()
+    return tuple(arguments.get("labels") or map(str, range(config.n_classes)))
+
+
+def _arguments(model: Model) -> dict[str, Any]:
+    config, encoding = model.network.config, model.encoding.config
+    return {
+        "embsize": config.d_model,
+        "nheads": config.n_heads,
+        "d_hid": config.d_ff,
+        "nlayers": config.n_layers,
+        "n_layers_cls": config.n_class_layers,
+        "dropout": config.dropout,
+        "n_bins": encoding.n_bins,
+        "input_emb_style": "continuous",
+        "max_seq_len": config.context_length,
+        "pad_token": model.encoding.vocabulary.special.get("pad", "<pad>"),
+        "pad_value": int(encoding.cls_value),
+        "mask_value": -1,
+        **({"labels": list(model.labels)} if model.labels else {}),
+    }
