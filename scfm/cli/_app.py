@@ -27,7 +27,10 @@ COMMANDS = {
         "Train a model on raw counts; with labels, score it beside simple baselines.",
         "scfm fit pbmc.h5ad pbmc_model --labels-key cell_type",
     ),
-    "embed": ("Embed every cell.", "scfm embed pbmc.h5ad embedded.h5ad --model pbmc_model"),
+    "embed": (
+        "Embed every cell of one or many files; a stopped run goes on.",
+        "scfm embed donor1.h5ad donor2.h5ad embedded.h5ad --model pbmc_model",
+    ),
     "annotate": (
         "Give every cell the most probable of the labels that the model knows.",
         "scfm annotate new.h5ad labelled.h5ad --model pbmc_model",

@@ -10,26 +10,24 @@ from scfm.cli import _files
 from scfm.cli._command import command_of
 
 
-@command_of(scfm.tl.embed, leave_out={"copy"})
-def embed(source: Path, target: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
-    """Embed every cell.
+@command_of(scfm.tl.embed_files)
+def embed(*paths: Path, model: Path, json: bool = False, **options: Any) -> None:
+    """Embed every cell of one or many files; started again after a stop, it goes on where it was.
 
     Parameters
     ----------
-    source
-        .h5ad or .zarr with raw counts.
-    target
-        .h5ad or .zarr to write.
+    paths
+        One or many .h5ad or .zarr inputs with raw counts, and last the output, whose suffix names its form: .h5ad or
+        .zarr (the input with the embedding added; of several inputs obs and embedding), .parquet, .csv or .npy.
     model
         Directory of the model.
     json
         Print the result as one JSON object instead of words.
     """
-    _files.require_suffix(target, (".h5ad", ".zarr"))
-    adata = _files.read(source)
-    scfm.tl.embed(adata, scfm.load(model), **options)
-    _files.write(adata, target)
-    key = options.get("key_added", "X_scfm")
-    facts = {"output": target, "n_cells": adata.n_obs, "key": key, "width": adata.obsm[key].shape[1]}
-    text = f"{adata.n_obs:,} cells, width {facts['width']}, in obsm[{key!r}] of {target}"
-    _files.tell(facts, as_json=json, text=text)
+    if len(paths) < 2:
+        raise ValueError(
+            f"Name one or many inputs and then the output; there is only {paths[0] if paths else 'nothing'}."
+        )
+    *sources, target = paths
+    n_cells = scfm.tl.embed_files(sources, target, scfm.load(model), **options)
+    _files.tell({"output": target, "n_cells": n_cells}, as_json=json, text=f"{n_cells:,} cells written to {target}")

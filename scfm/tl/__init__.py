@@ -2,7 +2,8 @@
 
 from scfm.tl._annotate import annotate
 from scfm.tl._embed import embed
+from scfm.tl._embed_files import embed_files
 from scfm.tl._fit import fit
 from scfm.tl._perturb import perturb
 
-__all__ = ["annotate", "embed", "fit", "perturb"]
+__all__ = ["annotate", "embed", "embed_files", "fit", "perturb"]

@@ -12,8 +12,12 @@ from scfm.models.model import Model
 
 def record(adata: anndata.AnnData, model: Model, result: str, **settings: Any) -> None:
     """Note under `uns["scfm"][result]` the model's id, the version and the settings; survives `write_h5ad`."""
-    entry = {"model_id": model.id, "version": version("single-cell-fm")}
-    entry |= {key: value for key, value in settings.items() if value is not None}
     records = dict(adata.uns.get("scfm", {}))
-    records[result] = entry
+    records[result] = record_of(model, **settings)
     adata.uns["scfm"] = records
+
+
+def record_of(model: Model, **settings: Any) -> dict[str, Any]:
+    """What is remembered of a result: the model's id, the version and the settings that are not None."""
+    entry = {"model_id": model.id, "version": version("single-cell-fm")}
+    return entry | {key: value for key, value in settings.items() if value is not None}

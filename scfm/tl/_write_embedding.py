@@ -1,0 +1,120 @@
+"""An embedding of the cells of files, written in the form that a suffix names; whole or not at all."""
+
+# Axes: N cells of all files, D model width.
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+SUFFIXES = (".h5ad", ".zarr", ".parquet", ".npy", ".csv")
+
+
+def require_writable(out: Path, files: list[Path]) -> None:
+    """Refuse before any work what could not be written at its end."""
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"`out` is {out}, whose suffix says no form; end it in one of {', '.join(SUFFIXES)}.")
+    if out.resolve() in [path.resolve() for path in files]:
+        raise ValueError(f"`out` is {out}, which is an input. Name another file; inputs are never changed.")
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise ValueError("Writing .parquet needs pyarrow: pip install pyarrow. Or write .csv or .npy.") from error
+
+
+def write_embedding(
+    out: Path, files: list[Path], embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
+) -> None:
+    """Write the embedding of the cells of `files` beside `out`, then rename."""
+    beside = out.with_name(f".{out.stem}.part{out.suffix}")
+    _remove(beside)
+    try:
+        if out.suffix == ".npy":
+            np.save(beside, embedding_ND)
+        elif out.suffix in (".csv", ".parquet"):
+            _write_table(beside, files, embedding_ND)
+        elif len(files) == 1 and files[0].suffix == out.suffix:
+            _write_into_copy(beside, files[0], embedding_ND, key=key, record=record)
+        else:
+            _write_anndata(beside, files, embedding_ND, key=key, record=record)
+        if out.is_dir():
+            shutil.rmtree(out)
+        beside.replace(out)
+    finally:
+        _remove(beside)
+
+
+def read_obs(path: Path) -> pd.DataFrame:
+    """Read `obs` of a file, and nothing else."""
+    if path.suffix == ".zarr":
+        import zarr
+
+        return anndata.io.read_elem(zarr.open_group(path, mode="r")["obs"])
+    with h5py.File(path, "r") as file:
+        return anndata.io.read_elem(file["obs"])
+
+
+def _obs_of_all(files: list[Path]) -> pd.DataFrame:
+    """`obs` of all files; where there are several, the column `file` names the one that a cell is of."""
+    if len(files) == 1:
+        return read_obs(files[0])
+    return pd.concat([read_obs(path).assign(file=path.name) for path in files])
+
+
+def _write_table(path: Path, files: list[Path], embedding_ND: NDArray[np.float32]) -> None:
+    obs = _obs_of_all(files)
+    columns = [f"scfm_{place}" for place in range(embedding_ND.shape[1])]
+    table = pd.DataFrame(embedding_ND, index=obs.index, columns=columns)
+    if "file" in obs and len(files) > 1:
+        table.insert(0, "file", obs["file"])
+    table.to_parquet(path) if path.suffix == ".parquet" else table.to_csv(path)
+
+
+def _write_into_copy(
+    path: Path, source: Path, embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
+) -> None:
+    """Copy the file and add to the copy: the counts are never read."""
+    if path.suffix == ".zarr":
+        import zarr
+
+        shutil.copytree(source, path)
+        _add(zarr.open_group(path, mode="r+"), embedding_ND, key=key, record=record)
+        zarr.consolidate_metadata(path)
+    else:
+        shutil.copyfile(source, path)
+        with h5py.File(path, "r+") as file:
+            _add(file, embedding_ND, key=key, record=record)
+
+
+def _add(group: Any, embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]) -> None:
+    anndata.io.write_elem(group, f"obsm/{key}", np.asarray(embedding_ND))
+    records = anndata.io.read_elem(group["uns/scfm"]) if "uns/scfm" in group else {}
+    anndata.io.write_elem(group, "uns/scfm", {**records, key: record})
+
+
+def _write_anndata(
+    path: Path, files: list[Path], embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
+) -> None:
+    """Write an AnnData: of one file of the other kind with all it holds, of several with `obs` alone."""
+    if len(files) == 1:
+        source = files[0]
+        adata = anndata.read_zarr(source) if source.suffix == ".zarr" else anndata.read_h5ad(source)
+    else:
+        adata = anndata.AnnData(obs=_obs_of_all(files))
+    adata.obsm[key] = np.asarray(embedding_ND)
+    adata.uns["scfm"] = {**adata.uns.get("scfm", {}), key: record}
+    adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
