@@ -19,7 +19,8 @@ class FitConfig:
     n_steps
         Optimiser steps.
     tokens_per_step
-        Token budget of a batch on each device: batches are filled to a number of tokens, not of cells, so memory stays flat.
+        Token budget of a batch on each device: batches are filled to a number of tokens, not of cells, so memory stays
+        flat. None measures what a token costs and takes what fits into half of the free memory.
     accumulate
         Batches whose gradients are added before a step.
     learning_rate, weight_decay, warmup_fraction, schedule
@@ -44,7 +45,7 @@ class FitConfig:
     """
 
     n_steps: int = 300
-    tokens_per_step: int = 8192
+    tokens_per_step: int | None = 8192
     accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -64,9 +65,11 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "tokens_per_step", "accumulate", "n_nodes", "validate_every", "checkpoint_every"):
+        for name in ("n_steps", "accumulate", "n_nodes", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise ValueError(f"FitConfig.tokens_per_step is {self.tokens_per_step}; it must be at least 1, or None.")
         if self.learning_rate <= 0:
             raise ValueError(f"FitConfig.learning_rate is {self.learning_rate}; it must be positive.")
         if not 0 <= self.warmup_fraction < 1:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from scfm import objectives
 from scfm.data import CellBatch, CellStream, TokenBudgetSampler
 from scfm.models.network import CellTransformer
+from scfm.train.budget import choose_tokens_per_step, training_device
 from scfm.train.callbacks import CleanStop, ProgressBar, StopOnNonFiniteLoss
 from scfm.train.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from scfm.train.config import FitConfig
@@ -75,6 +76,10 @@ def train(
     NonFiniteLossError
         If the loss becomes NaN or infinite; names step and cells.
     """
+    if config.tokens_per_step is None and isinstance(cells, CellBatch):
+        config = config.replace(
+            tokens_per_step=choose_tokens_per_step(network, objective, cells, device=training_device(config))
+        )
     module = TrainingModule(network, objective, config)
     n_trainable = set_trainable(network, config.trainable)
     logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
@@ -115,9 +120,10 @@ def _loader(
     cells: CellBatch | CellStream, objective: objectives.Objective, config: FitConfig, start: int
 ) -> DataLoader:
     rank, world_size = rank_and_world_size(config)
-    if isinstance(cells, CellStream):
+    if isinstance(cells, CellStream):  # which cuts its own batches
         source: MemorySource | CellStream = cells
     else:
+        assert config.tokens_per_step is not None
         sampler = TokenBudgetSampler(
             cells.lengths_B.numpy(),
             max_tokens=config.tokens_per_step,
@@ -132,12 +138,11 @@ def _loader(
 
 def _validation_loader(cells: CellBatch, objective: objectives.Objective, config: FitConfig) -> DataLoader:
     """The same masks at every validation, so that losses compare."""
-    sampler = TokenBudgetSampler(cells.lengths_B.numpy(), max_tokens=config.tokens_per_step, shuffle=False)
-    n_batches = len(sampler)
+    sampler = TokenBudgetSampler(cells.lengths_B.numpy(), max_tokens=config.tokens_per_step or 8192, shuffle=False)
     batches = [
-        objective.corrupt(cells.select(rows), torch.Generator().manual_seed(i)) for i, rows in enumerate(sampler)
+        objective.corrupt(cells.select(rows), torch.Generator().manual_seed(number))
+        for number, rows in enumerate(sampler)
     ]
-    assert len(batches) == n_batches
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from scfm.encoding.build import ENCODINGS
 from scfm.models import CellTransformer, Model
 from scfm.models.presets import own_preset
 from scfm.objectives import MaskedGenes, MaskedValues, Objective
+from scfm.train.budget import choose_tokens_per_step, training_device
 from scfm.train.config import FitConfig
 from scfm.train.loop import train
 from scfm.train.ranks import rank_and_world_size
@@ -58,6 +59,11 @@ class PretrainConfig:
     gene_key: str | None = None
     depth_key: str | None = None
     fit: FitConfig = field(default_factory=FitConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        assert self.fit.tokens_per_step is not None  # filled in before it is asked for
+        return self.fit.tokens_per_step
 
     def to_dict(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "fit": self.fit.to_dict()}
@@ -101,13 +107,16 @@ def pretrain(
     files, out, config = [Path(path) for path in paths], Path(out), config or PretrainConfig()
     rank, world_size = rank_and_world_size(config.fit)
     fingerprint = data_fingerprint(files)
-    _check_same_run(out, config, fingerprint)
     encoding = learn_encoding(files, config)
     network = _network(encoding, config)
+    objective = _objective(network, encoding)
+    first = _first_cells(files, encoding, config)
+    config = _with_token_budget(config, out, network, objective, first)
+    _check_same_run(out, config, fingerprint)
     stream = CellStream(
         files,
         encoding,
-        batch_cells=_cells_per_batch(files, encoding, config),
+        batch_cells=max(1, int(config.tokens_per_step * first.n_cells / max(1, first.n_tokens))),
         seed=config.fit.seed,
         rank=rank,
         world_size=world_size,
@@ -115,7 +124,6 @@ def pretrain(
         gene_key=config.gene_key,
         depth_key=config.depth_key,
     )
-    objective = _objective(network, encoding)
     module = train(network, objective, stream, config.fit, title="pretraining", run_dir=out, progress=progress)
     losses = [float(loss) for loss in module.losses]
     stage = {"name": "pretraining", "objective": objective.name, "config": config.to_dict(), "losses": losses}
@@ -180,18 +188,29 @@ def _objective(network: CellTransformer, encoding: Encoding) -> Objective:
     return MaskedValues(is_gene_V=is_gene_V)
 
 
-def _cells_per_batch(files: Sequence[Path], encoding: Encoding, config: PretrainConfig) -> int:
-    """Cells whose tokens fill the budget, judged by the first cells of each file."""
+def _with_token_budget(
+    config: PretrainConfig, out: Path, network: CellTransformer, objective: Objective, cells: CellBatch
+) -> PretrainConfig:
+    """Fill in the token budget: as the run in `out` has it, or measured."""
+    if config.fit.tokens_per_step is not None:
+        return config
+    path = out / "config.json"
+    if path.exists():
+        tokens = json.loads(path.read_text())["pretrain"]["fit"]["tokens_per_step"]
+    else:
+        tokens = choose_tokens_per_step(network, objective, cells, device=training_device(config.fit))
+    return replace(config, fit=config.fit.replace(tokens_per_step=tokens))
+
+
+def _first_cells(files: Sequence[Path], encoding: Encoding, config: PretrainConfig) -> CellBatch:
+    """The first cells of each file, by which the sizes of batches are judged."""
     firsts: list[CellBatch] = []
     for path in files[:20]:
         counts = _open(path, config)
         genes = GeneMap.from_var(counts.var, encoding.vocabulary, gene_key=config.gene_key)
-        firsts += [
-            encoding.encode(block, genes, depth_B=depth_B)
-            for _, block, depth_B in counts.blocks(stop=min(256, counts.n_obs))
-        ]
-    mean_tokens = sum(each.n_tokens for each in firsts) / max(1, sum(each.n_cells for each in firsts))
-    return max(1, int(config.fit.tokens_per_step / max(1.0, mean_tokens)))
+        blocks = counts.blocks(stop=min(256, counts.n_obs))
+        firsts += [encoding.encode(block, genes, depth_B=depth_B) for _, block, depth_B in blocks]
+    return CellBatch.concat(firsts)
 
 
 def data_fingerprint(files: Sequence[Path]) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""A pretraining step beside transformers' BertForMaskedLM: same shape, same cells, same masks, same precision.
+
+    python benchmarks/train.py [--precision 32-true|bf16-mixed] [--rounds 5] [--csv FILE]
+
+Peers run in one process, interleaved; ratios of medians are printed. The peer pads to the longest cell of the batch, as
+published training code does; it is shown decoding every position, as `BertForMaskedLM` does, and decoding masked positions only. Its
+attention dropout is off (scfm has none), its hidden dropout as published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from scfm import objectives
+from scfm.data import CellBatch
+from scfm.models import CellTransformer, ModelConfig
+from scfm.objectives import MaskedGenes
+
+N_TOKENS, WIDTH, HEADS, LAYERS, FEED_FORWARD, CONTEXT = 25_426, 256, 4, 6, 512, 2048  # Geneformer V1-10M
+
+
+def make_cells(n_cells: int, seed: int) -> CellBatch:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(400, CONTEXT + 1, n_cells)
+    genes = [rng.choice(np.arange(2, N_TOKENS), length, replace=False) for length in lengths]
+    cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    return CellBatch(gene_ids_T=torch.from_numpy(np.concatenate(genes).astype(np.int32)), cu_seqlens=cu_seqlens)
+
+
+def pad(cells: CellBatch, values_T: torch.Tensor, fill: int) -> torch.Tensor:
+    parts = values_T.long().split(cells.lengths_B.tolist())
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=fill)
+
+
+def scfm_step(batches: list[CellBatch], autocast: Callable) -> Callable[[int], None]:
+    config = ModelConfig(
+        n_tokens=N_TOKENS, d_model=WIDTH, n_heads=HEADS, n_layers=LAYERS, d_ff=FEED_FORWARD, context_length=CONTEXT,
+        n_token_types=2, dropout=0.02,
+    )  # fmt: skip
+    network = CellTransformer(config, special_ids=(0, 1)).train()
+    objective = MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+    def step(number: int) -> None:
+        inputs, targets = objective.corrupt(batches[number], torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        with autocast():
+            loss = objectives.total(objective.loss(network, inputs, targets))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def transformers_step(batches: list[CellBatch], autocast: Callable, *, masked_only: bool) -> Callable[[int], None]:
+    config = BertConfig(
+        vocab_size=N_TOKENS, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=FEED_FORWARD, max_position_embeddings=CONTEXT, hidden_act="relu", hidden_dropout_prob=0.02,
+        attention_probs_dropout_prob=0.0, pad_token_id=0, attn_implementation="sdpa",
+    )  # fmt: skip
+    network = BertForMaskedLM(config).train()
+    is_gene_V = torch.ones(N_TOKENS, dtype=torch.bool)
+    is_gene_V[:2] = False
+    objective = MaskedGenes(mask_id=1, is_gene_V=is_gene_V)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+    def step(number: int) -> None:
+        cells = batches[number]
+        inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(number))
+        labels_T = torch.full((cells.n_tokens,), -100)
+        labels_T[targets["token_N"]] = targets["gene_ids_N"]
+        ids, labels = pad(cells, inputs.gene_ids_T, 0), pad(cells, labels_T, -100)
+        mask = pad(cells, torch.ones(cells.n_tokens), 0)
+        optimizer.zero_grad()
+        with autocast():
+            if masked_only:
+                hidden = network.bert(input_ids=ids, attention_mask=mask).last_hidden_state[labels != -100]
+                loss = torch.nn.functional.cross_entropy(network.cls(hidden).float(), labels[labels != -100])
+            else:
+                loss = network(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cells", type=int, default=4, help="cells of a batch")
+    parser.add_argument("--csv")
+    given = parser.parse_args()
+    enabled = given.precision == "bf16-mixed"
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+    batches = [make_cells(given.cells, seed) for seed in range(given.rounds + 1)]
+    torch.manual_seed(0)
+    peers = {
+        "scfm": scfm_step(batches, autocast),
+        "transformers, every position decoded": transformers_step(batches, autocast, masked_only=False),
+        "transformers, masked positions decoded": transformers_step(batches, autocast, masked_only=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    for number in range(given.rounds + 1):
+        for name, step in peers.items():
+            started = time.perf_counter()
+            step(number)
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - started)
+    n_cells, n_tokens = given.cells, statistics.mean(batch.n_tokens for batch in batches[1:])
+    rows = []
+    for name, times in seconds.items():
+        ratios = [theirs / ours for theirs, ours in zip(times, seconds["scfm"])]
+        rows.append({
+            "step": name, "cells/s": n_cells / statistics.median(times), "tokens/s": n_tokens / statistics.median(times),
+            "time over scfm's": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        })  # fmt: skip
+    table = pd.DataFrame(rows).set_index("step")
+    print(
+        f"{given.precision}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    )
+    print(table.round(2).to_string())
+    if given.csv:
+        table.to_csv(given.csv)
+
+
+if __name__ == "__main__":
+    main()
