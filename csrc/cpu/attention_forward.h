@@ -22,9 +22,9 @@ struct ForwardBuffers {
     key_rows = arena.take<uint32_t>(kKeys * words);
     key_panels = arena.take<uint32_t>(kKeys * words);
     value_panels = arena.take<uint32_t>(kKeys / Engine::kGroup * round_up(width, kPanel));
-    scores = arena.take<float>(Engine::kForwardRows * kKeys);
-    probs = Engine::kGroup == 1 ? reinterpret_cast<uint32_t*>(scores)
-                                : arena.take<uint32_t>(Engine::kForwardRows * kKeys / Engine::kGroup);
+    constexpr int64_t kTile = Engine::kForwardRows * kKeys * (Engine::kInSteps ? 2 : 1);
+    scores = arena.take<float>(kTile);
+    probs = Engine::kGroup == 1 ? reinterpret_cast<uint32_t*>(scores) : arena.take<uint32_t>(kTile / Engine::kGroup);
     out = arena.take<float>(rows * width);
     row_max = arena.take<float>(rows);
     row_sum = arena.take<float>(rows);
@@ -95,10 +95,65 @@ void add_own_key(const AttentionProblem& problem, int64_t token, int64_t head, i
     Vec::store(out + d, Vec::fma(Vec::load(out + d), shrink, Vec::mul(prob, Vec::load(value + d))));
 }
 
+// All rows of the task over one packed block of keys.
+template <class Engine>
+void attend(const ForwardBuffers<Engine>& buffers, int64_t n_rows, int64_t n_padded, int64_t n_keys, int64_t width,
+            float scale, bool biased) {
+  constexpr int64_t kKeys = Engine::kForwardKeys, kRows = Engine::kForwardRows, kKeyWords = kKeys / Engine::kGroup;
+  const int64_t words = width / Engine::kGroup;
+  const auto softmax = biased ? softmax_row<Engine, true> : softmax_row<Engine, false>;
+  for (int64_t row = 0; row < n_padded; row += kRows) {
+    const int64_t rows = smaller(kRows, n_padded - row), real_rows = smaller(kRows, n_rows - row);
+    float* out = buffers.out + row * width;
+    Engine::template gemm<false>(rows, n_keys, words, buffers.query + row * words, words, buffers.key_panels,
+                                 buffers.scores, kKeys);
+    for (int64_t i = 0; i < real_rows; i++)
+      softmax(buffers.scores + i * kKeys, n_keys, scale, buffers.bias, buffers.row_max[row + i],
+              buffers.row_sum[row + i], out + i * width, width, buffers.probs + i * kKeyWords);
+    Engine::template gemm<true>(rows, width, n_keys / Engine::kGroup, buffers.probs, kKeyWords, buffers.value_panels,
+                                out, width);
+  }
+}
+
+// The same with both products of neighbouring rows in flight while the vector unit works on the softmax of these rows:
+// turn t does the softmax of row block t, P V of block t - 1 and Q K^T of block t + 1.
+template <class Engine>
+void attend_in_steps(const ForwardBuffers<Engine>& buffers, int64_t n_rows, int64_t n_padded, int64_t n_keys,
+                     int64_t width, float scale, bool biased) {
+  constexpr int64_t kKeys = Engine::kForwardKeys, kRows = Engine::kForwardRows, kKeyWords = kKeys / Engine::kGroup;
+  const int64_t words = width / Engine::kGroup, blocks = (n_padded + kRows - 1) / kRows;
+  const auto softmax = biased ? softmax_row<Engine, true> : softmax_row<Engine, false>;
+  const auto rows_of = [=](int64_t block) {
+    return block < 0 || block >= blocks ? 0 : smaller(kRows, n_padded - block * kRows);
+  };
+  for (int64_t block = -1; block <= blocks; block++) {
+    const int64_t before = rows_of(block - 1), after = rows_of(block + 1), first = block * kRows;
+    const int64_t mix_steps = Engine::gemm_steps(before, width), score_steps = Engine::gemm_steps(after, n_keys);
+    const int64_t steps = mix_steps + score_steps, rows = smaller(rows_of(block), n_rows - first);
+    const int64_t even = (block & 1) * kRows * kKeys, odd = kRows * kKeys - even;
+    int64_t step = 0;
+    for (int64_t i = 0; i < rows || step < steps; i++) {
+      // Spread over the rows; what is left when there are no more rows follows at once.
+      for (const int64_t due = i < rows ? (i + 1) * steps / rows : steps; step < due; step++)
+        if (step < score_steps)
+          Engine::template gemm_step<false>(step, after, n_keys, words, buffers.query + (first + kRows) * words, words,
+                                            buffers.key_panels, buffers.scores + odd, kKeys);
+        else
+          Engine::template gemm_step<true>(step - score_steps, before, width, n_keys / Engine::kGroup,
+                                           buffers.probs + odd / Engine::kGroup, kKeyWords, buffers.value_panels,
+                                           buffers.out + (first - kRows) * width, width);
+      if (i < rows)
+        softmax(buffers.scores + even + i * kKeys, n_keys, scale, buffers.bias, buffers.row_max[first + i],
+                buffers.row_sum[first + i], buffers.out + (first + i) * width, width,
+                buffers.probs + (even + i * kKeys) / Engine::kGroup);
+    }
+  }
+}
+
 template <class Engine, class Source>
 void attention_forward(const AttentionProblem& problem, const AttentionTask& task, void* scratch) {
   using Element = typename Engine::Element;
-  constexpr int64_t kKeys = Engine::kForwardKeys, kRows = Engine::kForwardRows;
+  constexpr int64_t kKeys = Engine::kForwardKeys;
   [[maybe_unused]] const Engine engine;  // AMX sets up its tiles for the length of a task
   const int64_t n_rows = task.query_end - task.query_begin, n_padded = round_up(n_rows, Engine::kRowStep);
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
@@ -122,18 +177,10 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
     panels_of_rows(reinterpret_cast<const Element*>(buffers.key_rows), n_keys, width, buffers.value_panels);
     if (biased) copy_bias(problem.key_bias, task.key_begin + begin, task.head, n, n_keys, buffers.bias);
 
-    for (int64_t row = 0; row < n_padded; row += kRows) {
-      const int64_t rows = smaller(kRows, n_padded - row), real_rows = smaller(kRows, n_rows - row);
-      float* out = buffers.out + row * width;
-      Engine::template gemm<false>(rows, n_keys, words, buffers.query + row * words, words, buffers.key_panels,
-                                   buffers.scores, kKeys);
-      const auto softmax = biased ? softmax_row<Engine, true> : softmax_row<Engine, false>;
-      for (int64_t i = 0; i < real_rows; i++)
-        softmax(buffers.scores + i * kKeys, n_keys, scale, buffers.bias, buffers.row_max[row + i],
-                buffers.row_sum[row + i], out + i * width, width, buffers.probs + i * kKeys / Engine::kGroup);
-      Engine::template gemm<true>(rows, width, n_keys / Engine::kGroup, buffers.probs, kKeys / Engine::kGroup,
-                                  buffers.value_panels, out, width);
-    }
+    if constexpr (Engine::kInSteps)
+      attend_in_steps(buffers, n_rows, n_padded, n_keys, width, scale, biased);
+    else
+      attend(buffers, n_rows, n_padded, n_keys, width, scale, biased);
   }
 
   for (int64_t row = 0; row < n_rows; row++) {

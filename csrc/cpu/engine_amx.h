@@ -8,7 +8,7 @@ namespace {
 
 struct AmxEngine : BFloat16Base {
   static constexpr int64_t kRowStep = 16;  // rows of A are padded to a multiple of this
-  static constexpr int64_t kForwardRows = 32, kForwardKeys = 256, kBackwardKeys = 128;
+  static constexpr int64_t kForwardRows = 32, kForwardKeys = 128, kBackwardKeys = 128;
 
   // Every tile has full size: 16 rows of 64 bytes. A thread holds the tiles from one end of a task to the other.
   AmxEngine() {
@@ -29,25 +29,32 @@ struct AmxEngine : BFloat16Base {
   template <bool kAccumulate>
   static void gemm(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride,
                    const uint32_t* b, float* c, int64_t c_stride) {
+    for (int64_t step = 0; step < gemm_steps(rows, columns); step++)
+      gemm_step<kAccumulate>(step, rows, columns, words, a, a_stride, b, c, c_stride);
+  }
+
+  // The tile unit works while the vector unit goes on with other instructions. A product can therefore be asked for in
+  // steps, one block of 32 x 32 each, between which the caller does vector work that does not depend on it.
+  static constexpr bool kInSteps = true;
+  static int64_t gemm_steps(int64_t rows, int64_t columns) { return (rows + 31) / 32 * ((columns + 31) / 32); }
+
+  template <bool kAccumulate>
+  static void gemm_step(int64_t step, int64_t rows, int64_t columns, int64_t words, const uint32_t* a,
+                        int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride) {
+    const int64_t row_steps = (rows + 31) / 32, row = step % row_steps * 32, column = step / row_steps * 32;
+    const uint32_t *left = a + row * a_stride, *panel = b + column / kPanel * words * kPanel + column % kPanel;
+    float* to = c + row * c_stride + column;
+    const bool two_rows = row + 16 < rows, two_columns = column + 16 < columns;
     // The tile intrinsics of gcc 12 do not say that they read memory: without this, stores to the operands move past them.
     __asm__ volatile("" ::: "memory");
-    for (int64_t column = 0; column < columns; column += 32) {
-      const uint32_t* panel = b + column / kPanel * words * kPanel + column % kPanel;
-      const bool two_columns = column + 16 < columns;
-      for (int64_t row = 0; row < rows; row += 32) {
-        const uint32_t* left = a + row * a_stride;
-        float* to = c + row * c_stride + column;
-        const bool two_rows = row + 16 < rows;
-        if (two_rows && two_columns)
-          tiles<kAccumulate, true, true>(words, left, a_stride, panel, to, c_stride);
-        else if (two_rows)
-          tiles<kAccumulate, true, false>(words, left, a_stride, panel, to, c_stride);
-        else if (two_columns)
-          tiles<kAccumulate, false, true>(words, left, a_stride, panel, to, c_stride);
-        else
-          tiles<kAccumulate, false, false>(words, left, a_stride, panel, to, c_stride);
-      }
-    }
+    if (two_rows && two_columns)
+      tiles<kAccumulate, true, true>(words, left, a_stride, panel, to, c_stride);
+    else if (two_rows)
+      tiles<kAccumulate, true, false>(words, left, a_stride, panel, to, c_stride);
+    else if (two_columns)
+      tiles<kAccumulate, false, true>(words, left, a_stride, panel, to, c_stride);
+    else
+      tiles<kAccumulate, false, false>(words, left, a_stride, panel, to, c_stride);
     __asm__ volatile("" ::: "memory");
   }
 

@@ -46,6 +46,7 @@ struct BFloat16Dot {
 };
 
 struct BFloat16Engine : BFloat16Base {
+  static constexpr bool kInSteps = false;
   static constexpr int64_t kRowStep = 1;  // rows of A are padded to a multiple of this
   static constexpr int64_t kForwardRows = 24, kForwardKeys = 256, kBackwardKeys = 96;
 

@@ -15,6 +15,7 @@ struct FloatEngine {
   using Element = float;
   static constexpr int64_t kGroup = 1;      // elements in a 32-bit word
   static constexpr int64_t kWidthStep = 16;  // head widths are padded to a multiple of this
+  static constexpr bool kInSteps = false;     // see engine_amx.h
   static constexpr int64_t kRowStep = 1;    // rows of A likewise
   static constexpr int64_t kForwardRows = 48, kForwardKeys = 128, kBackwardKeys = 96;
 

@@ -45,7 +45,10 @@ inline auto& scalar_at(const Scalars& scalars, int64_t token, int64_t head) {
 
 template <class Element>
 inline void convert_row(const Element* from, int64_t n, Element* to) {
-  for (int64_t i = 0; i < n; i++) to[i] = from[i];
+  constexpr int64_t kChunk = 64 / static_cast<int64_t>(sizeof(Element));  // a size known to the compiler: no call, no loop
+  int64_t i = 0;
+  for (; i + kChunk <= n; i += kChunk) __builtin_memcpy(to + i, from + i, 64);
+  for (; i < n; i++) to[i] = from[i];
 }
 inline void convert_row(const BFloat16* from, int64_t n, float* to) { read_row(from, n, to); }
 inline void convert_row(const Half* from, int64_t n, float* to) { read_row(from, n, to); }
