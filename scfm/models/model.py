@@ -131,7 +131,7 @@ class Model:
         cells
             Encoded by the model's encoding.
         expression_BV
-            log1p counts per 10,000 by token id (`scfm.data.token_expression`), shape (B, V). With it, the mean of
+            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). With it, the mean of
             the transformer's probabilities and those of the model's linear gene classifier; without, the
             transformer's alone.
         calibrated
@@ -142,8 +142,8 @@ class Model:
         proba_BC = torch.cat(parts).numpy() if parts else np.empty((0, len(self.labels)), np.float32)
         member = "transformer"
         if expression_BV is not None and (classifier := self.network.gene_classifier) is not None:
-            logits_BC = expression_BV @ classifier.weight_VC.cpu().numpy() + classifier.bias_C.cpu().numpy()
-            proba_BC = (proba_BC + torch.softmax(torch.from_numpy(logits_BC), -1).numpy()) / 2
+            logits_BC = torch.from_numpy(classifier.logits(expression_BV))
+            proba_BC = (proba_BC + torch.softmax(logits_BC, -1).numpy()) / 2
             member = "ensemble"
         temperatures = self.history.get("calibration", {}).get("temperature", {})
         if calibrated and member in temperatures:
