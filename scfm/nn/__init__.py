@@ -1,7 +1,7 @@
 """Building blocks of the network: embeddings, transformer block, pooling, heads."""
 
 from scfm.nn.block import Attention, Block, FeedForward
-from scfm.nn.class_heads import ClassHead, make_class_head
+from scfm.nn.class_heads import ClassHead, GeneClassifier, make_class_head
 from scfm.nn.embedding import TokenEmbedding
 from scfm.nn.heads import BatchLabels, BucketHead, GeneHead, LinearValueHead, ValueFromCellHead, ValueHead
 from scfm.nn.linear import Linear
@@ -14,6 +14,7 @@ __all__ = [
     "BucketHead",
     "ClassHead",
     "FeedForward",
+    "GeneClassifier",
     "GeneHead",
     "Linear",
     "LinearValueHead",

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ClassHead(nn.Module):
-    """Class of a cell from its embedding: batch norm without a gain, dropout, one linear layer.
+    """Class of a cell from its embedding, or from those of all layers: batch norm without a gain, dropout, one linear layer.
 
     The mean of many token states varies little from cell to cell beside what all cells share. Without the norm a
     small step of the network moves that shared part, and with it every logit.
@@ -26,12 +28,19 @@ class ClassHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.class_dropout
-        self.norm = nn.BatchNorm1d(config.d_model, affine=False)
-        self.linear = Linear(config.d_model, config.n_classes)
+        width = config.d_model * (config.n_layers + 1 if config.class_head == "layers" else 1)
+        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.linear = Linear(width, config.n_classes)
 
     def forward(self, cell_BD: Tensor) -> Tensor:
         """Logits, shape (B, C). In evaluation a cell's logits do not depend on the batch."""
-        return self.linear(F.dropout(self.norm(cell_BD), self.dropout, self.training))
+        return self.linear(F.dropout(self._normalized(cell_BD), self.dropout, self.training))
+
+    def _normalized(self, cell_BD: Tensor) -> Tensor:
+        if cell_BD.shape[0] > 1:
+            return self.norm(cell_BD)
+        # One cell has no variance: the last batch of an epoch may hold a single one.
+        return F.batch_norm(cell_BD, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
 
     @torch.no_grad()
     def set_statistics(self, cell_BD: Tensor) -> None:
@@ -47,6 +56,25 @@ class ClassHead(nn.Module):
         """Start from a linear classifier fitted on the normalised embeddings of a frozen network."""
         self.linear.weight.copy_(weight_CD)
         self.linear.bias.copy_(bias_C)
+
+
+class GeneClassifier(nn.Module):
+    """A linear classifier of log1p counts per 10,000, kept beside the network so that both can vote.
+
+    Its weights are buffers: they are fitted once, by logistic regression, and no optimiser touches them.
+    """
+
+    weight_VC: Tensor
+    bias_C: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.register_buffer("weight_VC", torch.zeros(config.n_tokens, config.n_classes))
+        self.register_buffer("bias_C", torch.zeros(config.n_classes))
+
+    def logits(self, expression_BV: Any) -> NDArray[np.float32]:
+        """Logits, shape (B, C), from log1p counts per 10,000 by token id: a SciPy sparse or NumPy matrix, (B, V)."""
+        return expression_BV @ self.weight_VC.cpu().numpy() + self.bias_C.cpu().numpy()
 
 
 class PoolerClassHead(nn.Module):
@@ -121,5 +149,11 @@ def make_class_head(config: ModelConfig) -> nn.Module:
     """Build the head that `config.class_head` names, for `config.n_classes`."""
     if config.class_head == "mlp":
         return MLPClassHead(config.d_model, config.n_classes, config.n_class_layers)
-    heads = {"normalised": ClassHead, "pooler": PoolerClassHead, "token": TokenClassHead, "panel": PanelClassHead}
+    heads = {
+        "normalised": ClassHead,
+        "layers": ClassHead,
+        "pooler": PoolerClassHead,
+        "token": TokenClassHead,
+        "panel": PanelClassHead,
+    }
     return heads[config.class_head](config)

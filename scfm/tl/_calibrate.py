@@ -1,0 +1,77 @@
+"""How far a model's probabilities can be trusted: temperature, calibration error, distance to what it was trained on."""
+
+# Axes: B cells, V tokens of the vocabulary, E inputs of the class head, C classes.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from scfm.data import CellBatch
+from scfm.models.model import Model
+from scfm.tl._split import FitSplit
+
+FEWEST_CELLS = 10
+LARGEST_TEMPERATURE = 10.0
+USUAL_DISTANCE = 0.99  # quantile of the calibration cells
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was learned from cells that took no part in training.
+
+    Attributes
+    ----------
+    n_cells
+        Calibration cells; with fewer than `FEWEST_CELLS` temperatures stay at 1.
+    temperature
+        By which log-probabilities are divided: of the "transformer" alone, and of the "ensemble".
+    usual_distance
+        The distance to the training cells (see `distances`) that 99 of 100 calibration cells keep; None without cells.
+    """
+
+    n_cells: int
+    temperature: dict[str, float]
+    usual_distance: float | None
+
+
+def calibrate(model: Model, cells: CellBatch, expression_BV: sparse.csr_matrix, split: FitSplit) -> Calibration:
+    """Fit the temperatures on the calibration cells of `split` (Guo et al. 2017, arXiv:1706.04599)."""
+    assert split.labels is not None
+    rows = split.calibration
+    if not len(rows):
+        return Calibration(0, {"transformer": 1.0, "ensemble": 1.0}, None)
+    own, labels_B = cells.select(rows), split.labels.codes[rows]
+    votes = {
+        "transformer": model.predict_proba(own, calibrated=False),
+        "ensemble": model.predict_proba(own, expression_BV[rows], calibrated=False),
+    }
+    temperature = {name: fit_temperature(proba_BC, labels_B) for name, proba_BC in votes.items()}
+    return Calibration(len(rows), temperature, float(np.quantile(distances(model, own), USUAL_DISTANCE)))
+
+
+def fit_temperature(proba_BC: NDArray[np.floating], labels_B: NDArray[np.int64]) -> float:
+    """Temperature that makes the labels most likely; 1 where there are too few cells to tell."""
+    if len(labels_B) < FEWEST_CELLS:
+        return 1.0
+    log_proba_BC = np.log(np.maximum(proba_BC.astype(np.float64), 1e-12))
+
+    def surprise(log_temperature: float) -> float:
+        scaled_BC = log_softmax(log_proba_BC / np.exp(log_temperature), axis=1)
+        return -float(scaled_BC[np.arange(len(labels_B)), labels_B].mean())
+
+    bound = np.log(LARGEST_TEMPERATURE)
+    return float(np.exp(minimize_scalar(surprise, bounds=(-bound, bound), method="bounded").x))
+
+
+def distances(model: Model, cells: CellBatch) -> NDArray[np.float32]:
+    """How far each cell is from the training cells: root mean square of its class features in their deviations, (B,)."""
+    norm = model.network.class_head.norm
+    mean_E, variance_E = norm.running_mean.cpu().numpy(), norm.running_var.cpu().numpy()
+    z_BE = (model.class_features(cells) - mean_E) / np.sqrt(variance_E + norm.eps)
+    return np.sqrt((z_BE**2).mean(1))

@@ -1,0 +1,76 @@
+"""Which cells train, which calibrate, which test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scfm.data import split_cells
+from scfm.data.labels import Labels
+from scfm.errors import LabelsError
+
+CALIBRATION_FRACTION = 0.1
+FEWEST_TO_CALIBRATE = 5  # training cells that a class must have before one of them is set aside
+
+
+@dataclass(frozen=True)
+class FitSplit:
+    """Rows by the part they play: disjoint, ascending; `fitted` is training and unlabelled cells together.
+
+    A class of one labelled cell is trained on and never tested; one of fewer than `FEWEST_TO_CALIBRATE` training cells
+    has no calibration cell.
+    """
+
+    labels: Labels | None
+    train: NDArray[np.int64]
+    calibration: NDArray[np.int64]
+    test: NDArray[np.int64]
+    fitted: NDArray[np.int64]
+
+    def names(self, n_obs: int) -> pd.Categorical:
+        """Part of each cell, as `obs["scfm_split"]` holds it."""
+        parts = {"train": self.train, "calibration": self.calibration, "test": self.test}
+        part_B = np.full(n_obs, "unlabelled", dtype=object)
+        for name, rows in parts.items():
+            part_B[rows] = name
+        return pd.Categorical(part_B, categories=[*parts, "unlabelled"])
+
+
+def split_for_fit(
+    obs: pd.DataFrame, labels_key: str | None, batch_key: str | None, test_fraction: float, seed: int
+) -> FitSplit:
+    """Hold out test cells (whole batches with `batch_key`), and calibration cells from what remains."""
+    every = np.arange(len(obs))
+    if labels_key is None:
+        return FitSplit(None, every[:0], every[:0], every[:0], every)
+    labels = Labels.from_obs(obs, labels_key)
+    groups_B = None if batch_key is None else _groups(obs, batch_key)[labels.labelled]
+    parts = split_cells(labels=labels.codes[labels.labelled], groups=groups_B, test_fraction=test_fraction, seed=seed)
+    learn, test = labels.labelled[parts.train], labels.labelled[parts.test]
+    learn_labels = np.unique(labels.codes[learn])
+    if len(learn_labels) < len(labels.names):
+        lost = [name for code, name in enumerate(labels.names) if code not in learn_labels]
+        raise LabelsError(
+            f"Every cell of {', '.join(lost)} is in the batches that `batch_key={batch_key!r}` holds out, so no model can "
+            "learn of them. Choose another `seed`, a smaller `test_fraction`, or take these cells' labels away."
+        )
+    calibration = _set_aside(labels.codes, learn, seed)
+    held_out = np.union1d(calibration, test)
+    return FitSplit(labels, np.setdiff1d(learn, calibration), calibration, test, np.setdiff1d(every, held_out))
+
+
+def _groups(obs: pd.DataFrame, batch_key: str) -> NDArray[np.str_]:
+    if batch_key not in obs:
+        raise LabelsError(f"`batch_key` is {batch_key!r}, which is not in `adata.obs` ({', '.join(map(str, obs))}).")
+    return obs[batch_key].astype(str).to_numpy()
+
+
+def _set_aside(codes_B: NDArray[np.int64], learn: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    counts_C = np.bincount(codes_B[learn])
+    many = learn[counts_C[codes_B[learn]] >= FEWEST_TO_CALIBRATE]
+    if not len(many):
+        return many
+    return many[split_cells(labels=codes_B[many], test_fraction=CALIBRATION_FRACTION, seed=seed).test]
