@@ -116,7 +116,8 @@ def host_library() -> Library:
     import pybind11
 
     units = [Unit(source) for source in sorted((CSRC / "host").glob("*.cpp"))]
-    flags = ["-std=c++20", f"-isystem{pybind11.get_include()}", *python_includes()]
+    # No contraction: the compiled encoders give the bits of their NumPy twins on every machine.
+    flags = ["-std=c++20", "-ffp-contract=off", f"-isystem{pybind11.get_include()}", *python_includes()]
     return Library("scfm._host", units, flags)
 
 
