@@ -1,8 +1,9 @@
 """The network, its configuration, and the models that users hold."""
 
 from scfm.models.config import ModelConfig
+from scfm.models.generation import generate
 from scfm.models.loading import convert, load
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 
-__all__ = ["CellTransformer", "Model", "ModelConfig", "convert", "load"]
+__all__ = ["CellTransformer", "Model", "ModelConfig", "convert", "generate", "load"]

@@ -1,6 +1,6 @@
 """Masked objectives: guess the hidden gene (rank encodings) or its hidden value (value encodings)."""
 
-# Axes: T packed tokens, N masked tokens.
+# Axes: T packed tokens, N masked tokens, S buckets.
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
+from scfm.nn.values import MASK_VALUE
 from scfm.objectives.base import Loss, Targets, Term, count_of
-
-MASK_VALUE = -1.0  # scGPT's value of a masked token
+from scfm.objectives.values import value_terms
 
 
 def choose_tokens(eligible_T: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
@@ -62,24 +62,62 @@ class MaskedGenes:
 class MaskedValues:
     """Masked value regression (scGPT's GEP): the gene stays visible, its value becomes -1 and is to be guessed.
 
-    The loss is the squared error of the predicted value, averaged over the targets of the batch.
+    The loss is sum (pred - value)^2 / N over the N targets of the batch; `cell_weight` adds MVC, `zero_weight` the zero
+    probabilities, as `scfm.objectives.values.value_terms` says.
     """
 
     is_gene_V: Tensor
     mask_fraction: float = 0.4
+    cell_weight: float = 0.0
+    zero_weight: float = 0.0
     name: str = "masked_values"
 
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
-        if cells.values_T is None:
-            raise ValueError(
-                "Masked values need an encoding with values (bin or continuous); a rank encoding has none."
-            )
+        values_T = values_of(cells)
         token_N = choose_tokens(self.is_gene_V[cells.gene_ids_T.long()], self.mask_fraction, generator)
-        values_T = cells.values_T.clone()
-        values_T[token_N] = MASK_VALUE
-        return cells.replace(values_T=values_T), {"token_N": token_N, "values_N": cells.values_T[token_N]}
+        return (
+            cells.replace(values_T=values_T.index_fill(0, token_N, MASK_VALUE)),
+            {"token_N": token_N, "values_N": values_T[token_N]},
+        )
 
     def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
-        predicted_N = network.values(network(inputs)[targets["token_N"]]).float()
-        squared_error = F.mse_loss(predicted_N, targets["values_N"], reduction="sum")
-        return {"masked_values": Term(squared_error, count_of(targets["values_N"]))}
+        hidden_TD = network.value_states(inputs)
+        return value_terms(
+            network, hidden_TD, inputs, targets, cell_weight=self.cell_weight, zero_weight=self.zero_weight
+        )
+
+
+@dataclass(frozen=True)
+class MaskedBuckets:
+    """Masked bucket prediction (scBERT): guess the bucket of hidden genes among those that are expressed.
+
+    `mask_fraction` of the genes with a bucket above 0 are targets; of these 90 % become the mask bucket, 10 % stay. The loss is
+    the cross-entropy over buckets, averaged over the targets of the batch.
+    """
+
+    is_gene_V: Tensor
+    mask_bucket: int = 6
+    mask_fraction: float = 0.15
+    name: str = "masked_buckets"
+
+    def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
+        values_T = values_of(cells)
+        eligible_T = self.is_gene_V[cells.gene_ids_T.long()] & (values_T > 0)
+        token_N = choose_tokens(eligible_T, self.mask_fraction, generator)
+        hidden_N = token_N[torch.rand(token_N.shape[0], generator=generator) < 0.9]
+        inputs = cells.replace(values_T=values_T.index_fill(0, hidden_N, float(self.mask_bucket)))
+        return inputs, {"token_N": token_N, "buckets_N": values_T[token_N].long()}
+
+    def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
+        logits_NS = network.values(network(inputs)[targets["token_N"]]).float()
+        cross_entropy = F.cross_entropy(logits_NS, targets["buckets_N"], reduction="sum")
+        return {"masked_buckets": Term(cross_entropy, count_of(targets["buckets_N"]))}
+
+
+def values_of(cells: CellBatch) -> Tensor:
+    """Values of a batch that must have them, shape (T,)."""
+    if cells.values_T is None:
+        raise ValueError(
+            "This objective needs an encoding with values (bin, bucket or continuous); a rank encoding has none."
+        )
+    return cells.values_T

@@ -1,0 +1,87 @@
+"""Generative pretraining: from the genes that are known, all others at once (scGPT)."""
+
+# Axes: B cells, T packed tokens, N unknown tokens, D model width.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scfm.data.batch import CellBatch
+from scfm.models.network import CellTransformer
+from scfm.nn.values import MASK_VALUE
+from scfm.objectives.base import Loss, Targets, Term
+from scfm.objectives.masked import values_of
+from scfm.objectives.values import squared_error, value_terms
+
+
+@dataclass(frozen=True)
+class Generative:
+    """Known and unknown genes under the generative mask, with GEP and MVC losses on the unknown ones.
+
+    A share of each cell's genes, drawn for the batch from `unknown_shares`, becomes unknown: it moves behind the known
+    ones, its value is hidden, and no token but itself attends to it. Loss = GEP + `cell_weight` MVC (formulas in
+    `scfm.objectives.values`). With `second_pass` the network runs once more with the detached cell embedding as
+    the input of each cell's first token, and its GEP is added; published training does so after 1,000 steps.
+    """
+
+    is_gene_V: Tensor
+    unknown_shares: tuple[float, ...] = (0.25, 0.5, 0.75)
+    cell_weight: float = 1.0
+    second_pass: bool = False
+    name: str = "generative"
+
+    def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
+        values_of(cells)
+        share = self.unknown_shares[int(torch.randint(len(self.unknown_shares), (), generator=generator))]
+        unknown_T = draw_unknown(self.is_gene_V[cells.gene_ids_T.long()], cells, share, generator)
+        inputs, order_T = known_first(cells, unknown_T)
+        token_N = unknown_T[order_T].nonzero().squeeze(1)
+        values_T = values_of(inputs)
+        hidden = inputs.replace(values_T=values_T.index_fill(0, token_N, MASK_VALUE))
+        return hidden, {"token_N": token_N, "values_N": values_T[token_N]}
+
+    def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
+        hidden_TD = network(inputs)
+        loss = value_terms(network, hidden_TD, inputs, targets, cell_weight=self.cell_weight)
+        if self.second_pass:
+            loss["gep_from_cell"] = self._second_pass(
+                network, network.pool(hidden_TD, inputs).detach(), inputs, targets
+            )
+        return loss
+
+    def _second_pass(self, network: CellTransformer, cell_BD: Tensor, inputs: CellBatch, targets: Targets) -> Term:
+        token_N = targets["token_N"]
+        batch_ids_N = None if inputs.batch_ids_B is None else inputs.batch_ids_B[inputs.cell_of_token_T()[token_N]]
+        state_ND = network(inputs, first_BD=cell_BD)[token_N]
+        return squared_error(network.values(state_ND, batch_ids_N), targets["values_N"])
+
+
+def draw_unknown(is_gene_T: Tensor, cells: CellBatch, share: float, generator: torch.Generator) -> Tensor:
+    """Draw `round(share * genes)` genes of each cell, all but one at most, shape (T,), bool."""
+    cell_T = cells.cell_of_token_T()
+    genes_B = torch.zeros(len(cells), dtype=torch.int64).index_add(0, cell_T, is_gene_T.long())
+    wanted_B = torch.minimum((share * genes_B).round().long(), (genes_B - 1).clamp(min=0))
+    draw_T = torch.rand(cells.n_tokens, generator=generator).double().masked_fill(~is_gene_T, 2.0)
+    order_T = torch.argsort(cell_T + draw_T / 4)  # within each cell: genes by their draw, then specials
+    unknown_T = torch.zeros(cells.n_tokens, dtype=torch.bool)
+    unknown_T[order_T] = cells.position_T() < wanted_B[cell_T]
+    return unknown_T
+
+
+def known_first(cells: CellBatch, unknown_T: Tensor) -> tuple[CellBatch, Tensor]:
+    """Move unknown tokens behind the known ones of their cell, each in their order, and count the known.
+
+    Returns
+    -------
+    The reordered cells, and the old place of each token, shape (T,).
+    """
+    cell_T = cells.cell_of_token_T()
+    order_T = torch.argsort(2 * cell_T + unknown_T, stable=True)
+    known_B = torch.zeros(len(cells), dtype=torch.int64, device=cells.device).index_add(0, cell_T, (~unknown_T).long())
+    reordered = cells.replace(
+        gene_ids_T=cells.gene_ids_T[order_T], values_T=values_of(cells)[order_T], n_known=known_B.to(torch.int32)
+    )
+    return reordered, order_T

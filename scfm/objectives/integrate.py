@@ -1,0 +1,82 @@
+"""Integration of experimental batches: values, and cell embeddings that forget their batch (scGPT)."""
+
+# Axes: B cells, T packed tokens, D model width.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scfm.data.batch import CellBatch
+from scfm.models.network import CellTransformer
+from scfm.objectives.base import Loss, Targets, Term, count_of
+from scfm.objectives.masked import MaskedValues
+from scfm.objectives.values import value_terms
+
+
+@dataclass(frozen=True)
+class Integration:
+    """GEP + MVC + zero probabilities on masked values, ECS and DAR on cell embeddings.
+
+    ECS = mean over pairs of 1 - (relu(cos_ij) - beta)^2, cos_ii set to 0: similar cells are drawn together, others apart. DAR
+    = cross-entropy of each cell's batch by a discriminator that reads the embedding through gradient reversal. A term
+    with weight 0 is not computed. GEP and MVC are those of `MaskedValues`.
+    """
+
+    is_gene_V: Tensor
+    mask_fraction: float = 0.4
+    cell_weight: float = 1.0
+    zero_weight: float = 1.0
+    similarity_weight: float = 10.0
+    similarity_threshold: float = 0.8
+    batch_weight: float = 1.0
+    name: str = "integration"
+
+    def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
+        if self.batch_weight and cells.batch_ids_B is None:
+            raise ValueError("Integration needs the experimental batch of every cell (`batch_ids_B`).")
+        return MaskedValues(is_gene_V=self.is_gene_V, mask_fraction=self.mask_fraction).corrupt(cells, generator)
+
+    def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
+        hidden_TD = network(inputs)
+        loss = value_terms(
+            network, hidden_TD, inputs, targets, cell_weight=self.cell_weight, zero_weight=self.zero_weight
+        )
+        cell_BD = network.pool(hidden_TD, inputs).float()
+        if self.similarity_weight:
+            loss["similarity"] = elastic_similarity(cell_BD, self.similarity_threshold, self.similarity_weight)
+        if self.batch_weight:
+            assert network.batch_head is not None, "set `batch_head=True` and `n_batches` in the ModelConfig"
+            assert inputs.batch_ids_B is not None
+            logits = network.batch_head(reverse_gradient(cell_BD)).float()
+            cross_entropy = F.cross_entropy(logits, inputs.batch_ids_B, reduction="sum")
+            loss["batch"] = Term(cross_entropy, count_of(inputs.batch_ids_B), self.batch_weight)
+        return loss
+
+
+def elastic_similarity(cell_BD: Tensor, threshold: float, weight: float = 1.0) -> Term:
+    """Elastic cell similarity (ECS): 1 - (relu(cos_ij) - threshold)^2 over all pairs, cos_ii set to 0."""
+    unit_BD = F.normalize(cell_BD, dim=1)
+    cosine_BB = unit_BD @ unit_BD.T
+    cosine_BB = cosine_BB.masked_fill(torch.eye(len(cell_BD), dtype=torch.bool, device=cell_BD.device), 0.0)
+    pairs_BB = 1 - (F.relu(cosine_BB) - threshold) ** 2
+    return Term(pairs_BB.sum(), count_of(pairs_BB), weight)
+
+
+def reverse_gradient(tensor: Tensor) -> Tensor:
+    """Pass a tensor through, and its gradient back with the sign turned (Ganin et al. 2016)."""
+    return _ReverseGradient.apply(tensor)
+
+
+class _ReverseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return -grad[0]
