@@ -1,13 +1,21 @@
 """`scfm.tl.annotate`."""
 
+# Axes: B cells, C classes.
+
 from __future__ import annotations
 
 import anndata
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from scfm import pp
+from scfm.errors import LabelsError
 from scfm.models.model import Model
+from scfm.tl._calibrate import distances
 from scfm.tl._record import record
+
+UNASSIGNED = "unassigned"
 
 
 def annotate(
@@ -16,6 +24,9 @@ def annotate(
     *,
     layer: str | None = None,
     gene_key: str | None = None,
+    min_confidence: float = 0.0,
+    max_distance: float | None = None,
+    majority_key: str | None = None,
     key_added: str = "scfm",
     copy: bool = False,
 ) -> anndata.AnnData | None:
@@ -29,6 +40,15 @@ def annotate(
         Fitted with `labels_key=`.
     layer, gene_key
         As in `scfm.tl.embed`.
+    min_confidence
+        Cells whose most probable label is less probable than this become "unassigned".
+    max_distance
+        Cells further than this from the training cells become "unassigned". Distances are in standard deviations of the
+        training cells; `model.history["calibration"]["usual_distance"]` is the one that 99 of 100 held-out cells keep.
+        None rejects none.
+    majority_key
+        Column of `adata.obs` with clusters; every cell then gets the label that most cells of its cluster got, before
+        cells are rejected. Cells without a cluster (NaN) keep their own.
     key_added
         Prefix of what is written.
     copy
@@ -36,13 +56,16 @@ def annotate(
 
     Returns
     -------
-    None, or the copy. Writes `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (probability of that label,
-    0 to 1) and `obsm["<key>_proba"]`, shape (n_obs, n_labels), float32, its columns in the order of `model.labels`.
+    None, or the copy. Writes `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (calibrated probability of
+    the label, 0 to 1), with `max_distance` also `obs["<key>_distance"]`, and `obsm["<key>_proba"]`, shape
+    (n_obs, n_labels), float32, its columns in the order of `model.labels`.
 
     Raises
     ------
     ModelTaskError
         If the model was fitted without labels.
+    LabelsError
+        If `majority_key` is missing.
 
     Examples
     --------
@@ -54,10 +77,47 @@ def annotate(
     10
     """
     model.require_labels()
+    if majority_key is not None and majority_key not in adata.obs:
+        raise LabelsError(
+            f"`majority_key` is {majority_key!r}, which is not in `adata.obs` ({', '.join(map(str, adata.obs))})."
+        )
     adata = adata.copy() if copy else adata
-    proba_BC = model.predict_proba(pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key))
-    adata.obs[f"{key_added}_label"] = pd.Categorical.from_codes(proba_BC.argmax(1), categories=list(model.labels))
-    adata.obs[f"{key_added}_confidence"] = proba_BC.max(1)
+    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key)
+    proba_BC = model.predict_proba(cells, pp.log_expression(adata, model.encoding, layer=layer, gene_key=gene_key))
+    code_B = proba_BC.argmax(1)
+    if majority_key is not None:
+        code_B = _majority(code_B, adata.obs[majority_key])
+    confidence_B = proba_BC[np.arange(len(code_B)), code_B]
+    rejected_B = confidence_B < min_confidence
+    if max_distance is not None:
+        distance_B = distances(model, cells)
+        rejected_B |= distance_B > max_distance
+        adata.obs[f"{key_added}_distance"] = distance_B
+    rejects = min_confidence > 0 or max_distance is not None
+    names = [*model.labels, UNASSIGNED] if rejects and UNASSIGNED not in model.labels else list(model.labels)
+    code_B = np.where(rejected_B, names.index(UNASSIGNED), code_B) if rejects else code_B
+    adata.obs[f"{key_added}_label"] = pd.Categorical.from_codes(code_B, categories=names)
+    adata.obs[f"{key_added}_confidence"] = confidence_B
     adata.obsm[f"{key_added}_proba"] = proba_BC
-    record(adata, model, f"{key_added}_label", layer=layer, gene_key=gene_key, labels=list(model.labels))
+    record(
+        adata,
+        model,
+        f"{key_added}_label",
+        layer=layer,
+        gene_key=gene_key,
+        labels=list(model.labels),
+        min_confidence=min_confidence,
+        max_distance=max_distance,
+        majority_key=majority_key,
+    )
     return adata if copy else None
+
+
+def _majority(code_B: NDArray[np.int64], clusters: pd.Series) -> NDArray[np.int64]:
+    """Most frequent code of each cell's cluster; of equally frequent ones the first."""
+    voted_B = code_B.copy()
+    cluster_B = pd.factorize(clusters)[0]
+    for cluster in range(cluster_B.max() + 1):
+        members = cluster_B == cluster
+        voted_B[members] = np.bincount(code_B[members]).argmax()
+    return voted_B

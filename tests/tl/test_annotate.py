@@ -1,0 +1,86 @@
+"""`scfm.tl.annotate`: rejection, votes of clusters, calibration."""
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import MaxAbsScaler
+
+import scfm
+from scfm import baselines, pp
+from scfm.errors import LabelsError, ModelTaskError
+from scfm.tl._calibrate import fit_temperature
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    adata = scfm.datasets.pbmc()[:150].copy()
+    rare = adata.obs["bulk_labels"].value_counts()
+    adata = adata[adata.obs["bulk_labels"].isin(rare.index[rare >= 10]).to_numpy()].copy()
+    config = scfm.FitConfig(n_steps=1, tokens_per_step=2048)
+    return adata, scfm.fit(adata, labels_key="bulk_labels", config=config, progress=False)
+
+
+def test_labels_are_the_most_probable_and_probabilities_add_up(fitted):
+    adata, model = fitted
+    result = scfm.tl.annotate(adata, model, copy=True)
+    proba = result.obsm["scfm_proba"]
+    np.testing.assert_allclose(proba.sum(1), 1, rtol=1e-5)
+    assert list(result.obs["scfm_label"]) == [model.labels[place] for place in proba.argmax(1)]
+    assert "scfm_label" not in adata.obs
+
+
+def test_the_gene_vote_is_scikit_learns_balanced_logistic_regression(fitted):
+    adata, model = fitted
+    train = (adata.obs["scfm_split"] == "train").to_numpy()
+    expression = pp.log_expression(adata, model)
+    scaler = MaxAbsScaler().fit(expression[train])
+    regression = LogisticRegression(class_weight="balanced", max_iter=2000)
+    regression.fit(scaler.transform(expression[train]), adata.obs["bulk_labels"][train].astype(str))
+    expected = regression.predict_proba(scaler.transform(expression))
+    logits = model.network.gene_classifier.logits(expression)
+    assert tuple(regression.classes_) == model.labels
+    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-5)
+
+
+def test_unsure_and_distant_cells_are_unassigned(fitted):
+    adata, model = fitted
+    sure = scfm.tl.annotate(adata, model, min_confidence=0.8, copy=True)
+    unassigned = (sure.obs["scfm_label"] == "unassigned").to_numpy()
+    np.testing.assert_array_equal(unassigned, sure.obs["scfm_confidence"].to_numpy() < 0.8)
+    near = scfm.tl.annotate(adata, model, max_distance=0.0, copy=True)
+    assert (near.obs["scfm_label"] == "unassigned").all()
+    assert (near.obs["scfm_distance"] > 0).all()
+
+
+def test_clusters_vote_and_cells_without_one_keep_their_own(fitted):
+    adata, model = fitted
+    adata = adata.copy()
+    adata.obs["cluster"] = ["one"] * (adata.n_obs - 3) + [None] * 3
+    alone = scfm.tl.annotate(adata, model, copy=True).obs["scfm_label"].astype(str)
+    voted = scfm.tl.annotate(adata, model, majority_key="cluster", copy=True).obs["scfm_label"].astype(str)
+    assert set(voted[:-3]) == {alone[:-3].mode()[0]}
+    assert list(voted[-3:]) == list(alone[-3:])
+
+
+def test_what_is_missing_is_named(fitted):
+    adata, model = fitted
+    with pytest.raises(LabelsError, match="majority_key"):
+        scfm.tl.annotate(adata, model, majority_key="cluters")
+    unlabelled = scfm.fit(adata[:50].copy(), config=scfm.FitConfig(n_steps=1), progress=False)
+    with pytest.raises(ModelTaskError, match="not trained to annotate"):
+        scfm.tl.annotate(adata, unlabelled)
+
+
+def test_temperature_recovers_the_one_that_labels_were_drawn_with():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (20_000, 4))
+    labels = np.array([rng.choice(4, p=p) for p in softmax(logits, axis=1)])
+    assert fit_temperature(softmax(logits * 3, axis=1), labels) == pytest.approx(3, rel=0.05)
+    assert fit_temperature(softmax(logits[:5], axis=1), labels[:5]) == 1  # too few to tell
+
+
+def test_calibration_error_of_known_cases():
+    right = np.array([True] * 7 + [False] * 3)
+    assert baselines.expected_calibration_error(np.full(10, 0.7), right) == pytest.approx(0)
+    assert baselines.expected_calibration_error(np.full(10, 0.95), right) == pytest.approx(0.25)

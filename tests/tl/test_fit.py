@@ -1,0 +1,131 @@
+"""`scfm.fit`: repeatable, the same on every backend, strict about labels, its results survive a file."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import scfm
+from scfm.errors import LabelsError
+from scfm.tl._split import split_for_fit
+
+SHORT = scfm.FitConfig(n_steps=2, tokens_per_step=2048)
+
+
+@pytest.fixture(scope="module")
+def blood():
+    adata = scfm.datasets.pbmc()
+    common = adata.obs["bulk_labels"].isin(["CD14+ Monocyte", "CD19+ B", "Dendritic"])
+    return adata[common.to_numpy()][:160].copy()
+
+
+@pytest.fixture(scope="module")
+def fitted(blood):
+    adata = blood.copy()
+    return adata, scfm.fit(adata, labels_key="bulk_labels", config=SHORT, progress=False)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(blood, fitted):
+    adata, model = fitted
+    again = blood.copy()
+    assert scfm.fit(again, labels_key="bulk_labels", config=SHORT, progress=False).id == model.id
+    np.testing.assert_array_equal(again.obsm["X_scfm"], adata.obsm["X_scfm"])
+    other = scfm.fit(blood.copy(), labels_key="bulk_labels", config=SHORT.replace(seed=1), seed=1, progress=False)
+    assert other.id != model.id
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not scfm.ops.extension_info()["available"], reason="needs the compiled extension")
+def test_twenty_losses_agree_between_compiled_and_torch_attention(blood, monkeypatch):
+    from scfm.models.network import CellTransformer
+
+    config = scfm.FitConfig(n_steps=20, tokens_per_step=2048)
+    start = CellTransformer.__init__
+
+    def losses(backend):
+        def with_backend(network, *arguments, **named):
+            start(network, *arguments, **named)
+            network.set_attention_backend(backend)
+
+        monkeypatch.setattr(CellTransformer, "__init__", with_backend)
+        model = scfm.fit(blood.copy(), config=config, progress=False)
+        return np.array(model.history["stages"][0]["losses"])
+
+    compiled, reference = losses("fused"), losses("torch")
+    assert len(compiled) == 20
+    np.testing.assert_allclose(compiled, reference, rtol=1e-4)
+
+
+def test_cells_without_a_label_are_fitted_on_but_neither_trained_nor_tested(blood):
+    adata = blood.copy()
+    adata.obs["bulk_labels"] = adata.obs["bulk_labels"].astype(object)
+    adata.obs.iloc[:20, adata.obs.columns.get_loc("bulk_labels")] = np.nan
+    scfm.fit(adata, labels_key="bulk_labels", config=SHORT, progress=False)
+    assert (adata.obs["scfm_split"][:20] == "unlabelled").all()
+    assert not (adata.obs["scfm_split"][20:] == "unlabelled").any()
+    assert np.isfinite(adata.obsm["X_scfm"]).all()
+
+
+def test_a_missing_labels_key_is_named_with_the_nearest_one(blood):
+    with pytest.raises(LabelsError, match="Did you mean 'bulk_labels'"):
+        scfm.fit(blood.copy(), labels_key="bulk_label", progress=False)
+
+
+def test_results_survive_writing_and_reading(fitted, tmp_path):
+    adata, model = fitted
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    read = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    np.testing.assert_array_equal(read.obsm["X_scfm"], adata.obsm["X_scfm"])
+    assert read.uns["scfm"]["X_scfm"]["model_id"] == model.id
+    assert list(read.obs["scfm_split"]) == list(adata.obs["scfm_split"])
+
+
+def test_a_saved_model_predicts_the_same(fitted, tmp_path):
+    adata, model = fitted
+    model.save(tmp_path / "model")
+    loaded = scfm.load(tmp_path / "model")
+    before, after = (scfm.tl.annotate(adata, m, copy=True).obsm["scfm_proba"] for m in (model, loaded))
+    np.testing.assert_array_equal(after, before)
+    pd.testing.assert_frame_equal(loaded.report(), model.report())
+
+
+def test_the_report_holds_the_model_beside_baselines_and_says_who_saw_test_cells(fitted):
+    report = fitted[1].report()
+    assert {"scfm", "scfm, transformer alone", "majority class", "logistic regression (balanced)"} <= set(report.index)
+    transductive = report.index[report["setting"] == "transductive"]
+    assert list(transductive) == ["SVD-50 of all cells + logistic regression (balanced)"]
+    assert report[["accuracy", "macro_f1", "ece"]].apply(lambda column: column.between(0, 1).all()).all()
+
+
+def test_parts_are_disjoint_and_small_classes_follow_the_rule():
+    labels = ["many"] * 100 + ["few"] * 4 + ["one"] + [None] * 7
+    split = split_for_fit(pd.DataFrame({"type": labels}), "type", None, 0.2, seed=0)
+    parts = np.concatenate([split.train, split.calibration, split.test])
+    assert sorted(parts) == list(range(105))
+    assert sorted(np.concatenate([split.fitted, split.calibration, split.test])) == list(range(112))
+    assert set(split.calibration) <= set(range(100))  # too few of "few" and "one" remain
+    assert 104 in split.train
+
+
+def test_batches_are_held_out_whole():
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"type": rng.choice(["a", "b"], 200), "donor": rng.choice(list("uvwxy"), 200)})
+    split = split_for_fit(obs, "type", "donor", 0.2, seed=0)
+    held = set(obs["donor"].iloc[split.test])
+    assert held
+    assert not held & set(obs["donor"].iloc[np.concatenate([split.train, split.calibration])])
+
+
+def test_a_class_that_lives_in_held_out_batches_alone_is_an_error():
+    obs = pd.DataFrame({"type": ["a"] * 20 + ["b"] * 20 + ["c"] * 20, "donor": ["x"] * 20 + ["y"] * 20 + ["z"] * 20})
+    with pytest.raises(LabelsError, match="so no model can learn"):
+        split_for_fit(obs, "type", "donor", 0.3, seed=0)
+
+
+def test_training_randomness_leaves_the_global_generator_alone(blood):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    scfm.fit(blood[:60].copy(), config=SHORT, progress=False)
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
