@@ -8,7 +8,7 @@ import hashlib
 import html
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from scfm.encoding import Encoding
 
+Precision = Literal["fp32", "bf16"]
 TOKENS_PER_BATCH = 16_384  # of inference: large enough to fill the cores, small enough for a laptop's memory
 
 
@@ -104,22 +105,34 @@ class Model:
         return pd.DataFrame(self.history["report"]).set_index("method")
 
     def embed(
-        self, cells: CellBatch, *, hidden_layer: int | None = None, pooling: str | None = None
+        self,
+        cells: CellBatch,
+        *,
+        hidden_layer: int | None = None,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        precision: Precision = "fp32",
     ) -> NDArray[np.float32]:
-        """Embedding of each encoded cell, shape (B, D), float32. The same cell gets the same numbers in any company."""
+        """Embedding of each encoded cell, shape (B, D), float32. The same cell gets the same numbers in any company.
+
+        Arguments as in `scfm.tl.embed`; None for the model's own choice.
+        """
+        network, config = self.network_in(precision), self.network.config
         parts = [
-            self.network.embed_cells(batch, hidden_layer=hidden_layer, pooling=pooling).float().cpu()
-            for batch in self._batches(cells)
+            network.embed_cells(batch, hidden_layer=hidden_layer, pooling=pooling).float().cpu()
+            for batch in self.batches(cells)
         ]
-        embedding_BD = torch.cat(parts).numpy() if parts else np.empty((0, self.network.config.d_model), np.float32)
-        if self.network.config.normalize_embedding:
+        if not parts:
+            return np.empty((0, config.replace(pooling=pooling or config.pooling).d_embedding), np.float32)
+        embedding_BD = torch.cat(parts).numpy()
+        if config.normalize_embedding if normalize is None else normalize:
             embedding_BD = embedding_BD / np.maximum(np.linalg.norm(embedding_BD, axis=1, keepdims=True), 1e-12)
         return embedding_BD
 
     def class_features(self, cells: CellBatch) -> NDArray[np.float32]:
         """What the class head reads of each encoded cell, shape (B, E), float32."""
         self.require_labels()
-        return torch.cat([self.network.class_features(batch).float().cpu() for batch in self._batches(cells)]).numpy()
+        return torch.cat([self.network.class_features(batch).float().cpu() for batch in self.batches(cells)]).numpy()
 
     def predict_proba(
         self, cells: CellBatch, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
@@ -138,7 +151,7 @@ class Model:
             Whether probabilities are sharpened or softened by the temperature that fits the calibration cells.
         """
         self.require_labels()
-        parts = [torch.softmax(self.network.class_logits(batch).float(), -1).cpu() for batch in self._batches(cells)]
+        parts = [torch.softmax(self.network.class_logits(batch).float(), -1).cpu() for batch in self.batches(cells)]
         proba_BC = torch.cat(parts).numpy() if parts else np.empty((0, len(self.labels)), np.float32)
         member = "transformer"
         if expression_BV is not None and (classifier := self.network.gene_classifier) is not None:
@@ -151,6 +164,12 @@ class Model:
             proba_BC = torch.softmax(log_proba_BC / temperatures[member], -1).numpy()
         return proba_BC.astype(np.float32, copy=False)
 
+    def network_in(self, precision: Precision) -> CellTransformer:
+        """Return the network, for inference: itself ("fp32"), or a copy with its blocks in bfloat16 ("bf16")."""
+        if precision not in get_args(Precision):
+            raise ValueError(f"`precision` is {precision!r}; choose one of {', '.join(get_args(Precision))}.")
+        return self.network if precision == "fp32" else self.network.in_bfloat16()
+
     def require_labels(self) -> None:
         """Raise `ModelTaskError` unless the model tells classes of cells apart."""
         if self.labels and self.network.config.class_head == "token":
@@ -162,7 +181,7 @@ class Model:
                 "This model was not trained to annotate. Fit one with labels: `scfm.fit(adata, labels_key=...)`."
             )
 
-    def _batches(self, cells: CellBatch) -> Iterator[CellBatch]:
+    def batches(self, cells: CellBatch) -> Iterator[CellBatch]:
         """Cut cells into runs of at most `TOKENS_PER_BATCH` tokens, on the network's device, without gradients."""
         self.network.eval()
         with torch.inference_mode():

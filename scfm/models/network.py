@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -195,6 +196,13 @@ class CellTransformer(nn.Module):
         self.class_head = make_class_head(self.config).to(device)
         self.class_head.apply(init_weights)
         self.gene_classifier = GeneClassifier(self.config).to(device)
+
+    def in_bfloat16(self) -> CellTransformer:
+        """Copy for inference with the blocks in bfloat16. Embedding and heads keep their digits: values would lose theirs."""
+        copied = copy.deepcopy(self).eval()
+        copied.blocks.bfloat16()
+        copied.norm.bfloat16()
+        return copied
 
     def _head(self, name: str) -> nn.Module:
         head = getattr(self, name)

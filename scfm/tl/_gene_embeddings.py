@@ -1,0 +1,88 @@
+"""`scfm.tl.gene_embeddings`."""
+
+# Axes: T packed tokens, V tokens of the vocabulary, D model width.
+
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+
+from scfm import pp
+from scfm.data import CellBatch
+from scfm.models.model import Model, Precision
+
+
+def gene_embeddings(
+    adata: anndata.AnnData | None,
+    model: Model,
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    hidden_layer: int | None = None,
+    min_cells: int = 1,
+    precision: Precision = "fp32",
+) -> pd.DataFrame:
+    """Embed every gene: the mean of its token's state over the cells in which it is a token.
+
+    Parameters
+    ----------
+    adata
+        Raw counts, n_obs cells by n_vars genes; None for the genes' input embeddings, which know no cell.
+    model
+        From `scfm.fit` or `scfm.load`.
+    layer, gene_key
+        As in `scfm.tl.embed`.
+    hidden_layer
+        Hidden state to average, indexed as Python does; None for the family's: -2 for Geneformer, the decoder's states
+        for scFoundation.
+    min_cells
+        Genes that are tokens of fewer cells are left out.
+    precision
+        As in `scfm.tl.embed`.
+
+    Returns
+    -------
+    Data frame, a row a gene (as the vocabulary names it), a column a dimension, float32.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> model = scfm.fit(adata, config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> scfm.tl.gene_embeddings(adata, model, min_cells=10).shape[1]
+    128
+    """
+    vocabulary = model.encoding.vocabulary
+    gene_ids = torch.from_numpy(vocabulary.gene_ids).to(model.device)
+    if adata is None:
+        with torch.inference_mode():
+            embedding_GD = model.network.embedding.genes(gene_ids).float().cpu().numpy()
+        return pd.DataFrame(embedding_GD, index=pd.Index(vocabulary.genes, name="gene"))
+    encoding = model.encoding
+    if model.network.decoder is not None and hidden_layer is None:  # the decoder's states are of every gene
+        encoding = encoding.replace(include_zeros=True)
+    cells = pp.encode(adata, encoding, layer=layer, gene_key=gene_key)
+    sum_VD, count_V = _sums(model, cells, hidden_layer, precision)
+    kept = [gene for gene in vocabulary.gene_ids.tolist() if count_V[gene] >= max(min_cells, 1)]
+    mean_GD = (sum_VD[kept] / count_V[kept][:, None]).astype(np.float32)
+    return pd.DataFrame(mean_GD, index=pd.Index([vocabulary.tokens[gene] for gene in kept], name="gene"))
+
+
+def _sums(
+    model: Model, cells: CellBatch, hidden_layer: int | None, precision: Precision
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of each token's states, shape (V, D), float64, and how many there are, shape (V,)."""
+    network, n_tokens = model.network_in(precision), len(model.encoding.vocabulary)
+    layer = model.network.config.embedding_layer if hidden_layer is None else hidden_layer
+    sum_VD: torch.Tensor | None = None
+    for batch in model.batches(cells):
+        decoded = hidden_layer is None and network.decoder is not None
+        states_TD = network.value_states(batch) if decoded else network(batch, hidden_layer=layer)
+        if sum_VD is None:
+            sum_VD = torch.zeros(n_tokens, states_TD.shape[1], dtype=torch.float64)
+        sum_VD.index_add_(0, batch.gene_ids_T.long().cpu(), states_TD.double().cpu())
+    count_V = np.bincount(cells.gene_ids_T.numpy(), minlength=n_tokens)
+    assert sum_VD is not None, "pp.encode refuses an empty AnnData"
+    return sum_VD.numpy(), count_V
