@@ -3,7 +3,20 @@
 from scfm.tl._annotate import annotate
 from scfm.tl._embed import embed
 from scfm.tl._embed_files import embed_files
+from scfm.tl._evaluate import evaluate_annotation, summarize_scores
 from scfm.tl._fit import fit
+from scfm.tl._gene_embeddings import gene_embeddings
 from scfm.tl._perturb import perturb
+from scfm.tl._screen import screen
 
-__all__ = ["annotate", "embed", "embed_files", "fit", "perturb"]
+__all__ = [
+    "annotate",
+    "embed",
+    "embed_files",
+    "evaluate_annotation",
+    "fit",
+    "gene_embeddings",
+    "perturb",
+    "screen",
+    "summarize_scores",
+]

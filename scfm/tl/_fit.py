@@ -28,7 +28,7 @@ from scfm.train import FitConfig, train
 
 N_COMPONENTS = 50  # of the singular value decomposition that gene embeddings start from
 GENE_SCALE = 0.3  # root mean square of the loadings in the gene embedding
-FINE_TUNING_RATE = 1e-4
+FINE_TUNING_SHARE = 0.1  # of the learning rate: the probe that the head starts from is near its goal
 MOST_CELLS_FOR_SVD = 20_000
 
 
@@ -37,6 +37,7 @@ def fit(
     *,
     labels_key: str | None = None,
     batch_key: str | None = None,
+    test_key: str | None = None,
     encoding: str | EncodingConfig = "rank",
     objective: str = "masked",
     preset: str = "small",
@@ -63,6 +64,8 @@ def fit(
         Column of `adata.obs` with cell types. Cells without a label (NaN) take part in pretraining only.
     batch_key
         Column of `adata.obs` with donors or batches; then whole ones are held out instead of single cells.
+    test_key
+        Column of `adata.obs` that is True for the cells to hold out, instead of a random part.
     encoding
         "rank": genes in order of their expression over their usual one (Geneformer). "bin": genes with binned
         values (scGPT). Or all settings of an encoding.
@@ -78,7 +81,8 @@ def fit(
         Of the split, the initialisation, the order of cells, masks and dropout. The same seed gives the same model on
         one machine.
     config
-        Settings of training; by default they follow from the size of the data.
+        Settings of both stages of training, of which fine-tuning takes a tenth of the rate; by default they follow from
+        the size of the data.
     key_added
         Where the embedding goes in `adata.obsm`.
     progress
@@ -110,7 +114,7 @@ def fit(
         raise ValueError(f"`objective` is {objective!r}; choose 'masked'.")
     chosen = own_preset(preset, encoding if isinstance(encoding, str) else encoding.kind)
     settings = EncodingConfig(**chosen.encoding) if isinstance(encoding, str) else encoding
-    split = split_for_fit(adata.obs, labels_key, batch_key, test_fraction, seed)
+    split = split_for_fit(adata.obs, labels_key, batch_key, test_fraction, seed, test_key=test_key)
     fitted = make_encoding(settings, adata=adata[split.fitted], layer=layer, gene_key=gene_key)
     cells = pp.encode(adata, fitted, layer=layer, gene_key=gene_key)
     expression_BV = pp.log_expression(adata, fitted, layer=layer, gene_key=gene_key)
@@ -164,12 +168,6 @@ def default_config(n_cells: int, seed: int) -> FitConfig:
     return FitConfig(n_steps=int(np.clip(2 * np.sqrt(n_cells), 30, 4000)), seed=seed)
 
 
-def fine_tuning_config(n_cells: int, seed: int) -> FitConfig:
-    """Half as many steps, ten times as small: the probe that the head starts from is near its goal."""
-    stage = default_config(n_cells, seed)
-    return stage.replace(n_steps=max(15, stage.n_steps // 2), learning_rate=FINE_TUNING_RATE)
-
-
 def _fine_tune(
     model: Model,
     cells: CellBatch,
@@ -188,7 +186,10 @@ def _fine_tune(
     set_gene_classifier(network, expression_BV[split.train], labels_B)
     set_linear_probe(network, model.class_features(train_cells), labels_B, seed)
     objective = Classification(class_weights_C=class_weights(torch.from_numpy(labels_B), len(model.labels)))
-    stage = config or fine_tuning_config(len(split.train), seed)
+    stage = config or default_config(len(split.train), seed)
+    if config is None:
+        stage = stage.replace(n_steps=max(15, stage.n_steps // 2))
+    stage = stage.replace(learning_rate=FINE_TUNING_SHARE * stage.learning_rate)
     _run_stage(model, "fine-tuning", objective, train_cells, stage, progress)
     network.class_head.set_statistics(torch.from_numpy(model.class_features(train_cells)))
 

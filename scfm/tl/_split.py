@@ -40,32 +40,46 @@ class FitSplit:
 
 
 def split_for_fit(
-    obs: pd.DataFrame, labels_key: str | None, batch_key: str | None, test_fraction: float, seed: int
+    obs: pd.DataFrame,
+    labels_key: str | None,
+    batch_key: str | None,
+    test_fraction: float,
+    seed: int,
+    *,
+    test_key: str | None = None,
 ) -> FitSplit:
-    """Hold out test cells (whole batches with `batch_key`), and calibration cells from what remains."""
+    """Hold out test cells (those of `test_key`, or whole batches with `batch_key`), and calibration cells from the rest."""
     every = np.arange(len(obs))
     if labels_key is None:
         return FitSplit(None, every[:0], every[:0], every[:0], every)
     labels = Labels.from_obs(obs, labels_key)
-    groups_B = None if batch_key is None else _groups(obs, batch_key)[labels.labelled]
-    parts = split_cells(labels=labels.codes[labels.labelled], groups=groups_B, test_fraction=test_fraction, seed=seed)
-    learn, test = labels.labelled[parts.train], labels.labelled[parts.test]
+    if test_key is not None:
+        is_test_B = _column(obs, "test_key", test_key).to_numpy(dtype=bool)[labels.labelled]
+        learn, test = labels.labelled[~is_test_B], labels.labelled[is_test_B]
+    else:
+        groups_B = (
+            None if batch_key is None else _column(obs, "batch_key", batch_key).astype(str).to_numpy()[labels.labelled]
+        )
+        parts = split_cells(
+            labels=labels.codes[labels.labelled], groups=groups_B, test_fraction=test_fraction, seed=seed
+        )
+        learn, test = labels.labelled[parts.train], labels.labelled[parts.test]
     learn_labels = np.unique(labels.codes[learn])
     if len(learn_labels) < len(labels.names):
         lost = [name for code, name in enumerate(labels.names) if code not in learn_labels]
         raise LabelsError(
-            f"Every cell of {', '.join(lost)} is in the batches that `batch_key={batch_key!r}` holds out, so no model can "
-            "learn of them. Choose another `seed`, a smaller `test_fraction`, or take these cells' labels away."
+            f"Every cell of {', '.join(lost)} is held out by `{'test_key' if test_key else 'batch_key'}`, so no model can "
+            "learn of them. Choose another `seed` or other cells, or take these cells' labels away."
         )
     calibration = _set_aside(labels.codes, learn, seed)
     held_out = np.union1d(calibration, test)
     return FitSplit(labels, np.setdiff1d(learn, calibration), calibration, test, np.setdiff1d(every, held_out))
 
 
-def _groups(obs: pd.DataFrame, batch_key: str) -> NDArray[np.str_]:
-    if batch_key not in obs:
-        raise LabelsError(f"`batch_key` is {batch_key!r}, which is not in `adata.obs` ({', '.join(map(str, obs))}).")
-    return obs[batch_key].astype(str).to_numpy()
+def _column(obs: pd.DataFrame, argument: str, key: str) -> pd.Series:
+    if key not in obs:
+        raise LabelsError(f"`{argument}` is {key!r}, which is not in `adata.obs` ({', '.join(map(str, obs))}).")
+    return obs[key]
 
 
 def _set_aside(codes_B: NDArray[np.int64], learn: NDArray[np.int64], seed: int) -> NDArray[np.int64]:

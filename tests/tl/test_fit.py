@@ -129,3 +129,10 @@ def test_training_randomness_leaves_the_global_generator_alone(blood):
     torch.manual_seed(5)
     scfm.fit(blood[:60].copy(), config=SHORT, progress=False)
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_named_test_cells_are_the_ones_held_out(blood):
+    obs = blood.obs.assign(mine=np.arange(blood.n_obs) % 5 == 0)
+    split = split_for_fit(obs, "bulk_labels", None, 0.2, seed=0, test_key="mine")
+    np.testing.assert_array_equal(split.test, np.flatnonzero(obs["mine"]))
+    assert not set(split.test) & set(np.concatenate([split.train, split.calibration, split.fitted]))

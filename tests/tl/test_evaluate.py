@@ -1,0 +1,46 @@
+"""`scfm.tl.evaluate_annotation`: splits, hidden labels, and intervals over seeds."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import scfm
+from scfm.data.labels import Labels
+from scfm.tl import summarize_scores
+from scfm.tl._evaluate import _hide
+
+
+def test_a_share_of_labels_is_kept_and_test_cells_do_not_depend_on_it():
+    adata = scfm.datasets.pbmc()
+    labels = Labels.from_obs(adata.obs, "bulk_labels")
+    every = _hide(adata, labels, "bulk_labels", 1.0, 0.3, seed=0)
+    tenth = _hide(adata, labels, "bulk_labels", 0.1, 0.3, seed=0)
+    np.testing.assert_array_equal(every.obs["is_test"], tenth.obs["is_test"])
+    is_test = tenth.obs["is_test"].to_numpy()
+    assert tenth.obs["bulk_labels"][is_test].notna().all()
+    kept = tenth.obs["bulk_labels"][~is_test]
+    assert kept.notna().mean() == pytest.approx(0.1, abs=0.02)
+    assert kept.nunique() == 10  # no class loses its last cell
+    assert adata.obs["bulk_labels"].notna().all()
+
+
+def test_intervals_are_students():
+    scores = [0.7, 0.8, 0.9]
+    rows = pd.DataFrame({"method": "a", "setting": "inductive", "seed": [0, 1, 2], "accuracy": scores})
+    rows = rows.assign(macro_f1=0.5, balanced_accuracy=0.5, ece=0.1)
+    table = summarize_scores(rows)
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(scores), scale=stats.sem(scores))
+    assert table.loc["a", "accuracy"] == pytest.approx(0.8)
+    assert table.loc["a", "accuracy_interval"] == pytest.approx((high - low) / 2)
+
+
+@pytest.mark.slow
+def test_every_seed_is_scored_beside_baselines():
+    adata = scfm.datasets.pbmc()[:200].copy()
+    rare = adata.obs["bulk_labels"].value_counts()
+    adata = adata[adata.obs["bulk_labels"].isin(rare.index[rare >= 10]).to_numpy()].copy()
+    config = scfm.FitConfig(n_steps=1, tokens_per_step=1024)
+    rows = scfm.tl.evaluate_annotation(adata, labels_key="bulk_labels", seeds=[0, 1], config=config, progress=False)
+    assert (rows.groupby("seed")["method"].nunique() == rows["method"].nunique()).all()
+    assert "is_test" not in adata.obs
