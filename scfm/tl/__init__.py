@@ -6,6 +6,8 @@ from scfm.tl._embed_files import embed_files
 from scfm.tl._evaluate import evaluate_annotation, summarize_scores
 from scfm.tl._fit import fit
 from scfm.tl._gene_embeddings import gene_embeddings
+from scfm.tl._integrate import integrate
+from scfm.tl._map_reference import map_reference
 from scfm.tl._perturb import perturb
 from scfm.tl._screen import screen
 
@@ -16,6 +18,8 @@ __all__ = [
     "evaluate_annotation",
     "fit",
     "gene_embeddings",
+    "integrate",
+    "map_reference",
     "perturb",
     "screen",
     "summarize_scores",

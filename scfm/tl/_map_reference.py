@@ -1,0 +1,105 @@
+"""`scfm.tl.map_reference`."""
+
+# Axes: Q query cells, R reference cells, N neighbours, D model width, C classes.
+
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
+
+from scfm import pp
+from scfm.data.labels import Labels
+from scfm.errors import LabelsError
+from scfm.models.model import Model
+from scfm.tl._record import record
+
+
+def map_reference(
+    query: anndata.AnnData,
+    reference: anndata.AnnData,
+    model: Model,
+    *,
+    labels_key: str,
+    n_neighbors: int = 15,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    key_added: str = "scfm_mapped",
+    copy: bool = False,
+) -> anndata.AnnData | None:
+    """Give every query cell the label of its nearest reference cells in the model's embedding.
+
+    Embeddings are scaled by the mean and deviation of the reference, and compared by Euclidean distance; nearer
+    neighbours weigh more, by exp(-d^2 / 2s^2) with s the median distance of the cell's own neighbours.
+
+    Parameters
+    ----------
+    query, reference
+        Raw counts; their genes may differ, as long as the model knows them.
+    model
+        Any model; it need not have been fitted with labels.
+    labels_key
+        Column of `reference.obs` with labels. Reference cells without one (NaN) are not used.
+    n_neighbors
+        Reference cells to look at.
+    layer, gene_key
+        As in `scfm.tl.embed`, for both.
+    key_added
+        Prefix of what is written.
+    copy
+        Return a copy of `query` with the result instead of writing to it.
+
+    Returns
+    -------
+    None, or the copy. Writes to `query`: `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (weighted share of
+    the neighbours with that label, 0 to 1), `obs["<key>_distance"]` (mean distance to the neighbours, in deviations of the
+    reference), `obsm["<key>_neighbors"]` (rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64) and
+    `obsm["<key>_neighbor_distances"]`.
+
+    Raises
+    ------
+    LabelsError
+        If `labels_key` is missing, or fewer reference cells than neighbours have a label.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> model = scfm.fit(adata, config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> query = adata[:50].copy()
+    >>> scfm.tl.map_reference(query, adata[50:], model, labels_key="bulk_labels")
+    >>> query.obsm["scfm_mapped_neighbors"].shape
+    (50, 15)
+    """
+    labels = Labels.from_obs(reference.obs, labels_key)
+    if len(labels.labelled) < n_neighbors:
+        raise LabelsError(
+            f"`n_neighbors` is {n_neighbors}, and {len(labels.labelled)} reference cells have a label. Lower it."
+        )
+    query = query.copy() if copy else query
+    reference_RD, query_QD = (
+        model.embed(pp.encode(cells, model.encoding, layer=layer, gene_key=gene_key))
+        for cells in (reference[labels.labelled], query)
+    )
+    center_D, scale_D = reference_RD.mean(0), np.maximum(reference_RD.std(0), 1e-6)
+    found = NearestNeighbors(n_neighbors=n_neighbors).fit((reference_RD - center_D) / scale_D)
+    distance_QN, row_QN = found.kneighbors((query_QD - center_D) / scale_D)
+    share_QC = _shares(distance_QN, labels.codes[labels.labelled][row_QN], len(labels.names))
+    query.obs[f"{key_added}_label"] = pd.Categorical.from_codes(share_QC.argmax(1), categories=list(labels.names))
+    query.obs[f"{key_added}_confidence"] = share_QC.max(1)
+    query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / np.sqrt(len(scale_D))
+    query.obsm[f"{key_added}_neighbors"] = labels.labelled[row_QN]
+    query.obsm[f"{key_added}_neighbor_distances"] = (distance_QN / np.sqrt(len(scale_D))).astype(np.float32)
+    record(query, model, key_added, layer=layer, gene_key=gene_key, labels_key=labels_key, n_neighbors=n_neighbors)
+    return query if copy else None
+
+
+def _shares(distance_QN: NDArray[np.floating], code_QN: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
+    """Weighted share of each class among the neighbours, shape (Q, C)."""
+    width_Q1 = np.maximum(np.median(distance_QN, axis=1, keepdims=True), 1e-12)
+    weight_QN = np.exp(-0.5 * (distance_QN / width_Q1) ** 2)
+    share_QC = np.zeros((len(code_QN), n_classes))
+    np.add.at(share_QC, (np.arange(len(code_QN))[:, None], code_QN), weight_QN)
+    return share_QC / share_QC.sum(1, keepdims=True)
