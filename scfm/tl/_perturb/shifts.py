@@ -98,6 +98,22 @@ class ShiftRecord:
         squares, freedom = self.squares_RM[rows, self.measures.index(measure)], self.n_R[rows] - 1
         return np.where(freedom > 0, np.sqrt(squares / np.maximum(freedom, 1)), np.nan)
 
+    def only(self, measure: str) -> ShiftRecord:
+        """The same record with one measure."""
+        place = self.measures.index(measure)
+        part = ShiftRecord([measure], n_rows=len(self.n_R), seed=self.seed)
+        part.n_R = self.n_R
+        part.mean_RM, part.squares_RM = self.mean_RM[:, [place]], self.squares_RM[:, [place]]
+        part._kept = {row: (keys, values[:, [place]]) for row, (keys, values) in self._kept.items()}
+        return part
+
+    def renumbered(self, row_R: NDArray[np.int64], *, n_rows: int) -> ShiftRecord:
+        """The same record with row r called `row_R[r]`, of `n_rows`."""
+        moved = ShiftRecord(self.measures, n_rows=n_rows, seed=self.seed)
+        moved.n_R[row_R], moved.mean_RM[row_R], moved.squares_RM[row_R] = self.n_R, self.mean_RM, self.squares_RM
+        moved._kept = {int(row_R[row]): kept for row, kept in self._kept.items()}
+        return moved
+
     def to_arrays(self) -> dict[str, NDArray]:
         """Everything, as arrays to save."""
         rows = sorted(self._kept)

@@ -1,0 +1,78 @@
+"""The directions in which deletions move a model's cells: found once, saved with the model."""
+
+# Axes: B cells, V variants, D model width, R directions.
+
+from __future__ import annotations
+
+import base64
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scfm.data import CellBatch
+from scfm.models.model import Model
+from scfm.tl._perturb.edits import Editor
+from scfm.tl._perturb.stream import embed_variants
+from scfm.tl._perturb.variants import cell_of, pack
+from scfm.tl._screen.estimate import Estimator
+
+CALIBRATION_CELLS = 10
+GENES_PER_CELL = 64
+LONGEST_RUN = 8  # variants embedded at once
+
+_log = logging.getLogger(__name__)
+
+
+def projections(model: Model, cells: CellBatch, *, positions: str, n_projections: int, seed: int = 0) -> Tensor:
+    """Directions of a model, shape (D, n_projections), float32; from its history, or found now and put there.
+
+    `model.save` keeps them, base64 of little-endian float32 in `history["screen"]`.
+    """
+    weights = model.id
+    saved = model.history.get("screen", {}).get(positions)
+    if saved is None or saved["n_projections"] < n_projections or saved["model_id"] != weights:
+        directions_DR = principal_directions(model, cells, positions=positions, n_projections=n_projections, seed=seed)
+        content = base64.b64encode(np.ascontiguousarray(directions_DR, dtype="<f4").tobytes()).decode()
+        saved = {"n_projections": n_projections, "model_id": weights, "directions": content}
+        model.history.setdefault("screen", {})[positions] = saved
+    flat = np.frombuffer(base64.b64decode(saved["directions"]), dtype="<f4").astype(np.float32)
+    return torch.from_numpy(flat.reshape(-1, saved["n_projections"])[:, :n_projections].copy()).to(model.device)
+
+
+def principal_directions(
+    model: Model, cells: CellBatch, *, positions: str, n_projections: int, seed: int
+) -> NDArray[np.float64]:
+    """Main axes of what exact deletions do beyond their own share, in a few cells, shape (D, n_projections)."""
+    rng = np.random.default_rng(seed)
+    long_enough = np.flatnonzero(np.diff(cells.cu_seqlens.numpy()) > model.encoding.config.n_specials + 1)
+    chosen = np.sort(rng.choice(long_enough, min(CALIBRATION_CELLS, len(long_enough)), replace=False))
+    parts = [_beyond_own_share(model, cells, int(cell), positions, rng) for cell in chosen]
+    moved_VD = np.concatenate(parts)
+    _log.info("calibrated screen directions on %d deletions in %d cells", len(moved_VD), len(chosen))
+    values, vectors = np.linalg.eigh(moved_VD.T @ moved_VD)
+    return vectors[:, np.argsort(-values)[:n_projections]]
+
+
+def _beyond_own_share(
+    model: Model, cells: CellBatch, cell: int, positions: str, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    editor = Editor.of(model.encoding, "delete", positions=positions)
+    tokens = cell_of(cells, cell)
+    genes = editor.expressed(tokens)
+    genes = rng.choice(genes, min(GENES_PER_CELL, len(genes)), replace=False)
+    estimator = Estimator(model, cells.select([cell]), positions=positions)
+    variants = [editor.edit(tokens, [gene]) for gene in genes]
+    after_VD = np.concatenate(
+        [
+            embed_variants(model, pack(variants[start : start + LONGEST_RUN]))
+            for start in range(0, len(variants), LONGEST_RUN)
+        ]
+    )
+    place_of = {int(gene): place for place, gene in enumerate(tokens.gene_ids_N)}
+    own_VD = estimator.own_share()[[place_of[int(gene)] for gene in genes]].double().cpu().numpy()
+    moved_VD = after_VD.astype(np.float64) - estimator.mean_BD.double().cpu().numpy() - own_VD
+    # Cells weigh alike: a short cell moves more on each deletion than a long one.
+    return moved_VD / np.sqrt((moved_VD**2).sum() / len(moved_VD) + 1e-300)

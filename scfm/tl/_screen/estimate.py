@@ -1,0 +1,180 @@
+"""Where deleting each gene would move its cell's embedding: closed form in the softmax, first order elsewhere."""
+
+# Axes: B cells, T packed tokens, H heads, K head width, D model width, R directions.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfm import ops
+from scfm.data import CellBatch
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+
+
+@dataclass
+class Taps:
+    """What one forward pass leaves behind: of each layer queries, keys and values, and attention outputs; ranks."""
+
+    qkv: list[Tensor] = field(default_factory=list)
+    attended: list[Tensor] = field(default_factory=list)
+    rank: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def tapped(network: CellTransformer) -> Iterator[Taps]:
+    """Record `Taps` of the forward passes inside the block."""
+    taps = Taps()
+
+    def keep_output(kept: list[Tensor]) -> Any:
+        return lambda module, inputs, output: kept.append(output)
+
+    hooks = []
+    for block in network.blocks:
+        attention: Any = block.attention
+        hooks.append(attention.qkv.register_forward_hook(keep_output(taps.qkv)))
+        hooks.append(attention.out.register_forward_pre_hook(lambda module, inputs: taps.attended.append(inputs[0])))
+    if network.embedding.rank is not None:
+        hooks.append(network.embedding.rank.register_forward_hook(keep_output(taps.rank)))
+    try:
+        yield taps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Estimator:
+    """Deletion effects of all genes of one batch of cells.
+
+    With m the mean of a cell's N gene states h, deleting gene g moves m by
+
+    - its own share, (m - h_g) / (N - 1), in all dimensions, and
+    - N / (N - 1) times, for each direction r: over layers, heads and queries i, a_ig / (1 - a_ig) G_i . (o_i - v_g), the
+      softmax without key g, with G the gradient of r . m at the attention outputs; and over later genes j, X_j . (P_{j-1} -
+      P_j), the ranks that move up, with X the gradient at the rank embeddings.
+
+    Where the embedding is the `cls` state there is no own share and no factor.
+
+    Attributes
+    ----------
+    mean_BD
+        Embeddings of the cells.
+    """
+
+    def __init__(self, model: Model, cells: CellBatch, *, positions: str = "shift") -> None:
+        self.network = model.network.eval()
+        self.cells = cells.to(model.device)
+        self.positions = positions
+        config = self.network.config
+        with torch.enable_grad(), tapped(self.network) as taps:
+            self.states_TD = self.network(self.cells, hidden_layer=config.embedding_layer)
+        self.taps = taps
+        with torch.no_grad():
+            self.mean_BD = self.network.pool(self.states_TD.detach(), self.cells)
+        self.cell_T = self.cells.cell_of_token_T()
+        self.is_gene_T = self.network.is_gene_V[self.cells.gene_ids_T.long()]
+        self.n_genes_B = torch.zeros(len(cells), device=model.device).index_add_(0, self.cell_T, self.is_gene_T.float())
+        self._attention = [self._attend(qkv) for qkv in taps.qkv[: self._n_layers]]
+
+    @property
+    def _n_layers(self) -> int:
+        """Layers below the embedding; the last one run may be one that the embedding does not need."""
+        config = self.network.config
+        return config.embedding_layer % (config.n_layers + 1)
+
+    def _attend(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        config = self.network.config
+        with torch.no_grad():
+            q, k, v = qkv.detach().view(-1, 3, config.n_heads, config.d_head).unbind(1)
+            out, lse = ops.attention(q, k, v, self.cells.cu_seqlens, return_lse=True)
+        return q, k, v, out, lse
+
+    def own_share(self) -> Tensor:
+        """(m - h_g) / (N - 1) of each token, shape (T, D); zeros where the embedding is the `cls` state."""
+        if self.network.config.pooling == "cls":
+            return torch.zeros_like(self.states_TD)
+        others_T1 = (self.n_genes_B - 1).clamp(min=1)[self.cell_T, None]
+        return (self.mean_BD[self.cell_T] - self.states_TD.detach()) / others_T1
+
+    def along(self, direction_BD: Tensor) -> Tensor:
+        """Effect of each deletion along its cell's direction, without the own share, shape (T,), float64."""
+        gradients = self._backward(direction_BD)
+        effect_T = torch.zeros(self.cells.n_tokens, dtype=torch.float64, device=self.cells.device)
+        for (q, k, v, out, lse), gradient in zip(self._attention, gradients):
+            effects_TH = ops.deletion_effects(q, k, v, self.cells.cu_seqlens, gradient.view(q.shape), out=out, lse=lse)
+            effect_T += effects_TH.sum(1, dtype=torch.float64)
+        if self.taps.rank and self.positions == "shift":
+            effect_T += self._rank_effect(gradients[-1])
+        if self.network.config.pooling == "cls":
+            return effect_T
+        return effect_T * (self.n_genes_B / (self.n_genes_B - 1).clamp(min=1)).double()[self.cell_T]
+
+    def _backward(self, direction_BD: Tensor) -> list[Tensor]:
+        """Gradients of direction . m at the attention outputs, and, under a rank encoding, at the rank embeddings."""
+        if self.network.config.pooling == "cls":
+            cotangent_TD = torch.zeros_like(self.states_TD)
+            cotangent_TD[self.cells.cu_seqlens[:-1].long()] = direction_BD.to(cotangent_TD.dtype)
+        else:
+            weight_T = self.is_gene_T / self.n_genes_B.clamp(min=1)[self.cell_T]
+            cotangent_TD = direction_BD.to(self.states_TD.dtype)[self.cell_T] * weight_T[:, None]
+        inputs = [*self.taps.attended[: self._n_layers], *self.taps.rank]
+        return list(torch.autograd.grad(self.states_TD, inputs, cotangent_TD, retain_graph=True))
+
+    def _rank_effect(self, gradient_TD: Tensor) -> Tensor:
+        """Sum over later tokens j of X_j . (P_{j-1} - P_j), shape (T,), float64."""
+        rank = self.network.embedding.rank
+        assert rank is not None
+        position_T = self.cells.position_T()
+        with torch.no_grad():
+            step_TD = rank.weight[(position_T - 1).clamp(min=0)] - rank.weight[position_T]
+            moved_T = (gradient_TD * step_TD).sum(1, dtype=torch.float64)
+            upto_T = moved_T.cumsum(0)
+            return upto_T[self.cells.cu_seqlens[1:].long() - 1][self.cell_T] - upto_T
+
+    def displacement(self, projections_DR: Tensor) -> Tensor:
+        """Estimated move of the embedding on each deletion, shape (T, D), float64."""
+        moved_TD = self.own_share().double()
+        for direction_D in projections_DR.T:
+            effect_T = self.along(direction_D.expand(len(self.cells), -1))
+            moved_TD += effect_T[:, None] * direction_D.double()
+        return moved_TD
+
+    def shift(self, projections_DR: Tensor) -> Tensor:
+        """Estimated 1 - cosine of each deletion, shape (T,), float64."""
+        before_TD = self.mean_BD.double()[self.cell_T]
+        after_TD = before_TD + self.displacement(projections_DR)
+        unit = torch.nn.functional.normalize
+        return 0.5 * (unit(before_TD, dim=1) - unit(after_TD, dim=1)).square().sum(1)
+
+    def goal_shift(self, goal_D: Tensor) -> Tensor:
+        """Estimated change of the cosine with a goal on each deletion, shape (T,), float64: one backward pass."""
+        mean_BD, goal_D = self.mean_BD.double(), goal_D.double()
+        length_B1 = mean_BD.norm(dim=1, keepdim=True)
+        unit_BD, goal_D = mean_BD / length_B1, goal_D / goal_D.norm()
+        direction_BD = (goal_D - (unit_BD @ goal_D)[:, None] * unit_BD) / length_B1
+        own_T = (self.own_share().double() * direction_BD[self.cell_T]).sum(1)
+        # Gradients are linear in the direction; one of length 1 keeps them inside float32's range.
+        scale_B1 = direction_BD.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        return own_T + self.along(direction_BD / scale_B1) * scale_B1[self.cell_T, 0]
+
+
+def require_screenable(model: Model) -> None:
+    """Raise `ValueError` for networks and encodings that the estimator does not describe."""
+    config = model.network.config
+    obstacle = None
+    if config.pooling not in ("mean", "cls"):
+        obstacle = f"the embedding is pooled by {config.pooling!r}, not by 'mean' or 'cls'"
+    elif getattr(config, "attention", "softmax") != "softmax":
+        obstacle = "attention is linear, so that there is no softmax to take a key out of"
+    elif model.encoding.config.include_zeros:
+        obstacle = "unexpressed genes have tokens, so that a deletion changes a value and removes no token"
+    elif config.embedding_layer % (config.n_layers + 1) == 0:
+        obstacle = "the embedding is made of the input of the first block, which no other gene reaches"
+    if obstacle:
+        raise ValueError(f"`screen` cannot serve this model: {obstacle}. Use `scfm.tl.perturb`.")

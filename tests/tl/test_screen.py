@@ -1,0 +1,150 @@
+"""`scfm.tl.screen`. Oracles: exact deletions, dense attention matrices in float64, simulated errors."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+import scfm
+from scfm.tl._screen import calibrate
+from scfm.tl._screen.estimate import Estimator
+from scfm.tl._screen.recall import recall_estimate
+
+N_CELLS = 3
+
+
+@pytest.fixture(scope="module")
+def adata():
+    return scfm.datasets.pbmc()
+
+
+@pytest.fixture(scope="module", params=["rank", "bin"])
+def model(request, adata):
+    """Trained for a moment: on random weights every deletion does the same."""
+    config = scfm.FitConfig(n_steps=40, tokens_per_step=2048)
+    return scfm.fit(adata.copy(), encoding=request.param, config=config, progress=False)
+
+
+def test_held_estimates_rank_genes_as_exact_deletion_does(adata, model):
+    exact = scfm.tl.perturb(adata[:N_CELLS], model, positions="held", n_bootstrap=0, progress=False)
+    # A `cls` embedding has no own share: all that is known of a deletion lies in the projections.
+    n_projections = 8 if model.network.config.pooling == "mean" else 64
+    table = scfm.tl.screen(
+        adata[:N_CELLS], model, positions="held", n_verify=0, n_bootstrap=0, n_projections=n_projections, progress=False
+    )
+    assert set(table.index) == set(exact.index)
+    rank = spearmanr(table.loc[exact.index, "estimate_mean"], exact["shift_mean"]).statistic
+    by_place = spearmanr(-table.loc[exact.index, "rank_only"], exact["shift_mean"]).statistic
+    assert rank > 0.95
+    assert rank > by_place
+    assert len(set(exact.index[:50]) & set(table.index[:75])) >= 45
+    assert not table["exact"].any()
+
+
+def test_goal_estimates_rank_genes_as_exact_deletion_does(adata, model):
+    state = {"groupby": "bulk_labels", "start": "Dendritic", "goal": "CD19+ B"}
+    some = adata[[*np.flatnonzero(adata.obs["bulk_labels"] == "Dendritic")[:N_CELLS],
+                  *np.flatnonzero(adata.obs["bulk_labels"] == "CD19+ B")[:10]]]  # fmt: skip
+    exact = scfm.tl.perturb(some, model, **state, positions="held", n_bootstrap=0, progress=False)
+    table = scfm.tl.screen(some, model, **state, positions="held", n_verify=0, n_bootstrap=0, progress=False)
+    joined = table.loc[exact.index, "estimate_mean"]
+    assert spearmanr(joined, exact["goal_shift_mean"]).statistic > 0.95
+    # Not only the order: the size too, but for the few genes whose deletion is no small step.
+    assert np.median(joined / exact["goal_shift_mean"]) == pytest.approx(1, abs=0.15)
+
+
+def test_best_rows_are_exact_and_marked(adata, model):
+    table = scfm.tl.screen(adata[:N_CELLS], model, n_verify=10, n_check=5, n_bootstrap=0, progress=False)
+    exact = scfm.tl.perturb(adata[:N_CELLS], model, genes=table.index[table["exact"]], n_bootstrap=0, progress=False)
+    assert table["exact"].sum() == 15
+    pd.testing.assert_series_equal(table.loc[exact.index, "shift_mean"], exact["shift_mean"], rtol=1e-3)
+    rest = table[~table["exact"]]
+    pd.testing.assert_series_equal(rest["shift_mean"], rest["estimate_mean"], check_names=False)
+    assert 0 <= table.attrs["recall_estimate"] <= 1
+    assert 0 <= table.attrs["rank_only_recall"] <= 1
+
+
+def test_directions_are_saved_with_the_model(adata, model, tmp_path, monkeypatch):
+    before = scfm.tl.screen(adata[:N_CELLS], model, n_verify=0, n_bootstrap=0, progress=False)
+    model.save(tmp_path / "model")
+    monkeypatch.setattr(calibrate, "principal_directions", lambda *_, **__: pytest.fail("calibrated again"))
+    after = scfm.tl.screen(adata[:N_CELLS], scfm.load(tmp_path / "model"), n_verify=0, n_bootstrap=0, progress=False)
+    pd.testing.assert_frame_equal(before, after)
+
+
+def test_a_cell_gets_the_same_estimates_in_any_company(adata, model):
+    cells = scfm.pp.encode(adata[:N_CELLS], model)
+    direction = torch.linspace(-1, 1, model.network.config.d_model)
+    alone = Estimator(model, cells.select([1])).along(direction[None])
+    together = Estimator(model, cells.select([0, 1, 2])).along(direction.expand(3, -1))
+    bounds = cells.cu_seqlens.tolist()
+    torch.testing.assert_close(together[bounds[1] : bounds[2]], alone, rtol=1e-4, atol=1e-9)
+
+
+def test_the_effect_along_a_direction_is_the_closed_form(adata):
+    """Oracle: whole attention matrices in float64, gradients by autograd, loops over keys and later genes."""
+    torch.manual_seed(0)
+    model = scfm.fit(adata.copy(), config=scfm.FitConfig(n_steps=2, tokens_per_step=2048), progress=False)
+    model.network.double()
+    network, config = model.network, model.network.config
+    cells = scfm.pp.encode(adata[:1], model)
+    n_tokens = cells.n_tokens
+    direction = torch.randn(config.d_model, dtype=torch.float64)
+
+    rank = network.embedding.rank(torch.arange(n_tokens)).detach().requires_grad_()
+    hidden = network.embedding.norm(network.embedding.genes(cells.gene_ids_T) + rank)
+    kept = []
+    for block in network.blocks:
+        q, k, v = block.attention.qkv(hidden).view(n_tokens, 3, config.n_heads, config.d_head).unbind(1)
+        probs = torch.softmax(torch.einsum("ihk,jhk->hij", q, k) * config.d_head**-0.5, -1)
+        out = torch.einsum("hij,jhk->ihk", probs, v)
+        kept.append((probs, v, out))
+        hidden = block.attention_norm(hidden + block.attention.out(out.flatten(1)))
+        hidden = block.feed_forward_norm(hidden + block.feed_forward(hidden))
+    value = hidden.mean(0) @ direction
+    *grads, grad_rank = torch.autograd.grad(value, [out for _, _, out in kept] + [rank])
+    expected = torch.zeros(n_tokens, dtype=torch.float64)
+    for gene in range(n_tokens):
+        others = torch.arange(n_tokens) != gene
+        for (probs, v, out), grad in zip(kept, grads):
+            weight = (probs[:, others, gene] / (1 - probs[:, others, gene])).T
+            expected[gene] += (weight[..., None] * grad[others] * (out[others] - v[gene])).sum()
+        for later in range(gene + 1, n_tokens):
+            expected[gene] += grad_rank[later] @ (network.embedding.rank.weight[later - 1] - rank[later])
+    expected *= n_tokens / (n_tokens - 1)
+    found = Estimator(model, cells).along(direction[None])
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-12)
+
+
+def test_recall_estimate_is_right_on_average():
+    """Simulation: effects are log-normal, estimates carry log-normal errors; 50 wanted, 75 verified, 20 checked."""
+    rng = np.random.default_rng(0)
+    predicted, true = [], []
+    for _ in range(40):
+        exact = np.exp(rng.normal(0, 1, 800))
+        estimate = exact * np.exp(rng.normal(0, 0.4, 800))
+        order = np.argsort(-estimate)
+        best, rest = order[:75], order[75:]
+        checked = rng.choice(rest, 20, replace=False)
+        predicted.append(
+            recall_estimate(
+                exact_V=exact[best], estimate_V=estimate[best], exact_C=exact[checked],
+                estimate_C=estimate[checked], estimate_U=estimate[rest], n_top=50,
+            )
+        )  # fmt: skip
+        true.append(np.isin(np.argsort(-exact)[:50], best).mean())
+    assert np.mean(predicted) == pytest.approx(np.mean(true), abs=0.04)
+    assert 0.6 < np.mean(true) < 0.98  # the case is neither hopeless nor trivial
+
+
+def test_models_that_the_estimate_does_not_describe_are_refused(adata, model):
+    changed = (
+        scfm.Model(model.network, model.encoding.replace(include_zeros=True))
+        if model.encoding.config.has_values
+        else None
+    )
+    if changed is None:
+        pytest.skip("rank encodings have no zeros")
+    with pytest.raises(ValueError, match=r"removes no token.*scfm\.tl\.perturb"):
+        scfm.tl.screen(adata[:2], changed, progress=False)
