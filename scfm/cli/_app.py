@@ -27,6 +27,14 @@ COMMANDS = {
         "Train a model on raw counts; with labels, score it beside simple baselines.",
         "scfm fit pbmc.h5ad pbmc_model --labels-key cell_type",
     ),
+    "tokenize": (
+        "Encode files once, for many epochs over the same tokens.",
+        "scfm tokenize donor1.h5ad donor2.h5ad tokens --model pbmc_model",
+    ),
+    "pretrain": (
+        "Train on files larger than memory; started again, it goes on where it was.",
+        "scfm pretrain donor1.h5ad donor2.h5ad run --preset small --n-steps 10000",
+    ),
     "embed": (
         "Embed every cell of one or many files; a stopped run goes on.",
         "scfm embed donor1.h5ad donor2.h5ad embedded.h5ad --model pbmc_model",
@@ -38,6 +46,14 @@ COMMANDS = {
     "perturb": (
         "Perturb genes in silico and rank them by how far the cells move.",
         "scfm perturb b_cells.h5ad effects.csv --model pbmc_model --genes CD74 CST3",
+    ),
+    "screen": (
+        "Estimate the effect of deleting every gene, and verify the largest exactly.",
+        "scfm screen b_cells.h5ad screen.csv --model pbmc_model",
+    ),
+    "convert": (
+        "Read a model in one format and write it in another.",
+        "scfm convert Geneformer-V1-10M my_model --vocabulary tokens.pkl --medians medians.pkl",
     ),
 }
 

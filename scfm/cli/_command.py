@@ -38,19 +38,21 @@ def command_of(
         own = [p for p in _parameters(command) if p.kind is not p.VAR_KEYWORD]
         without = {parameter.name for parameter in own} | set(leave_out)
         taken = [p for p in _parameters(function) if p.kind is p.KEYWORD_ONLY and p.name not in without]
-        config = next((_Config.of(p) for p in taken if _dataclass_in(p.annotation)), None)
-        options = own + [p for p in taken if config is None or p.name != config.name]
-        fields = [] if config is None else config.options({p.name for p in options})
+        configs = [_Config.of(p) for p in taken if _dataclass_in(p.annotation)]
+        options = own + [p for p in taken if not _dataclass_in(p.annotation)]
+        named = {p.name for p in options}
+        fields = {config.name: config.options(named) for config in configs}
+        every = [*options, *(field for some in fields.values() for field in some)]
 
         @functools.wraps(command)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if config is not None:
-                kwargs = config.gather(kwargs, {field.name for field in fields})
+            for config in configs:
+                kwargs = config.gather(kwargs, {field.name for field in fields[config.name]})
             return command(*args, **kwargs)
 
         del run.__wrapped__  # the command's own signature lacks the options
-        run.__signature__ = inspect.Signature([*options, *fields])  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*options, *fields]}
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         return run
 
     return decorate
@@ -71,11 +73,11 @@ class _Config:
 
     def options(self, taken: Collection[str]) -> list[inspect.Parameter]:
         """One keyword-only parameter for each field that is not `taken`, None by default."""
-        group = Group(f"{self.kind.__name__} (all from the size of the data, unless one is given)", sort_key=1)
+        group = Group(f"{self.kind.__name__} (where none is given, the function's own choice)", sort_key=1)
         hints, words = get_type_hints(self.kind), parameter_help(self.kind)
         options = []
         for field in dataclasses.fields(self.kind):
-            if field.name in taken:
+            if field.name in taken or _dataclass_in(hints[field.name]):
                 continue
             text = f"{words.get(field.name, '')} [default: {field.default}]"
             annotation = _optional(hints[field.name], Parameter(help=text, group=group, negative=""))

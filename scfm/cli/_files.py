@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,3 +69,12 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A table as JSON-able rows; NaN becomes null."""
     rows: list[dict[str, Any]] = json.loads(table.reset_index().to_json(orient="records", double_precision=15))
     return rows
+
+
+def inputs_and_output(paths: Sequence[Path]) -> Sequence[Path]:
+    """Paths of a command that takes one or many inputs and then an output, as `cp` does."""
+    if len(paths) < 2:
+        raise ValueError(
+            f"Name one or many inputs and then the output; there is only {paths[0] if paths else 'nothing'}."
+        )
+    return paths

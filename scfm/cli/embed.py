@@ -24,10 +24,6 @@ def embed(*paths: Path, model: Path, json: bool = False, **options: Any) -> None
     json
         Print the result as one JSON object instead of words.
     """
-    if len(paths) < 2:
-        raise ValueError(
-            f"Name one or many inputs and then the output; there is only {paths[0] if paths else 'nothing'}."
-        )
-    *sources, target = paths
+    *sources, target = _files.inputs_and_output(paths)
     n_cells = scfm.tl.embed_files(sources, target, scfm.load(model), **options)
     _files.tell({"output": target, "n_cells": n_cells}, as_json=json, text=f"{n_cells:,} cells written to {target}")

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -84,6 +85,48 @@ def test_check_fails_on_normalised_data_and_says_why(command, folder, cells, tmp
     assert "not ready" in bad[1]
 
 
+def test_tokenize_writes_the_tokens_of_the_models_encoding(result, folder, cells, tmp_path):
+    facts = result("tokenize", folder / "cells.h5ad", tmp_path / "tokens", "--model", folder / "model")
+    encoding = scfm.load(folder / "model").encoding
+    expected = scfm.pp.encode(cells, encoding)
+    store = scfm.data.TokenStore(tmp_path / "tokens")
+    store.require_encoding(encoding)
+    assert (facts["n_cells"], facts["n_tokens"]) == (expected.n_cells, expected.n_tokens)
+    assert torch.equal(store[range(len(store))].gene_ids_T, expected.gene_ids_T)
+
+
+def test_pretrain_takes_options_or_a_config_file_not_both(command, folder, tmp_path):
+    arguments = ["pretrain", folder / "cells.h5ad", tmp_path / "run", "--no-progress"]
+    code, _, err = command(*arguments, "--n-steps", 2, "--tokens-per-step", 2000, "--encoding", "bin")
+    assert code == 0, err
+    model = scfm.load(tmp_path / "run" / "model")
+    assert len(model.history["stages"][0]["losses"]) == 2
+    assert model.encoding.config.kind == "bin"
+    config = tmp_path / "run" / "config.json"
+    assert command(*arguments, "--config-file", config, "--n-steps", 3)[0] == 1
+
+
+def test_convert_writes_what_transformers_opens(result, cells, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = scfm.FitConfig(n_steps=1)
+    scfm.fit(cells.copy(), config=config, progress=False).save(tmp_path / "ours")
+    result("convert", tmp_path / "ours", tmp_path / "theirs", "--to", "geneformer")
+    bert = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs")
+    assert bert.config.vocab_size == len(scfm.load(tmp_path / "ours").encoding.vocabulary)
+
+
+def test_screen_writes_the_table_of_the_function(result, folder, cells, tmp_path):
+    cells[:6].write_h5ad(tmp_path / "few.h5ad")
+    settings = {"n_verify": 3, "n_check": 2, "n_bootstrap": 0, "progress": False}
+    result(
+        "screen", tmp_path / "few.h5ad", tmp_path / "out.csv", "--model", folder / "model",
+        "--n-verify", 3, "--n-check", 2, "--n-bootstrap", 0, "--no-progress",
+    )  # fmt: skip
+    written = pd.read_csv(tmp_path / "out.csv", index_col=0)
+    expected = scfm.tl.screen(cells[:6].copy(), scfm.load(folder / "model"), **settings)
+    assert list(written.index) == list(expected.index)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_an_example(command, name):
     code, out, _ = command(name, "--help")
@@ -97,3 +140,8 @@ def test_every_option_is_described(name):
     command = getattr(importlib.import_module(f"scfm.cli.{name}"), name)
     for parameter in inspect.signature(command).parameters.values():
         assert parameter.annotation.__metadata__[0].help, f"{name}: {parameter.name} is not described"
+
+
+def test_the_documentation_has_the_example_of_every_command():
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    assert [example for _, example in COMMANDS.values() if f"`{example}`" not in page] == []

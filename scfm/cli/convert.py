@@ -1,0 +1,52 @@
+"""`scfm convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from scfm.cli import _files
+from scfm.cli._command import command_of
+from scfm.models import convert as convert_model
+
+Format = Literal["scfm", "geneformer", "scgpt", "scbert", "scfoundation"]
+
+
+@command_of(convert_model)
+def convert(
+    source: Path,
+    target: Path,
+    /,
+    *,
+    to: Format | None = None,
+    vocabulary: Path | None = None,
+    medians: Path | None = None,
+    strict: bool = True,
+    json: bool = False,
+    **options: Any,
+) -> None:
+    """Read a model in one format and write it in another.
+
+    Parameters
+    ----------
+    source
+        A saved scfm model, or a published checkpoint.
+    target
+        Directory or file to write.
+    to
+        Format to write. By default a published checkpoint becomes ours, one of ours that of its family.
+    vocabulary
+        For published checkpoints without one beside them: the published pickle, our JSON, or a TSV.
+    medians
+        For Geneformer: the published pickle or a JSON of gene to median.
+    strict
+        Refuse a checkpoint with tensors that are missing, unknown or misshapen; otherwise load what fits, and warn.
+    json
+        Print the result as one JSON object instead of words.
+    """
+    model = convert_model(source, target, to=to, vocabulary=vocabulary, medians=medians, strict=strict, **options)
+    unused = model.history.get("published", {}).get("unused", {})
+    text = f"{model!r}\nwritten to {target}"
+    if unused:
+        text += f"\nnot used ({len(unused)} tensors): {', '.join(unused)}"
+    _files.tell({"output": target, "model_id": model.id, "unused": unused}, as_json=json, text=text)

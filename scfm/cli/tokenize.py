@@ -1,0 +1,40 @@
+"""`scfm tokenize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+import scfm
+from scfm.cli import _files
+from scfm.cli._command import command_of
+from scfm.data import CellStream, TokenStore
+
+BATCH_CELLS = 1024
+
+
+@command_of(scfm.pp.encode, leave_out={"empty", "rng", "backend"})
+def tokenize(*paths: Path, model: Path, overwrite: bool = False, json: bool = False, **options: Any) -> None:
+    """Encode the cells of one or many files once, for many epochs over the same tokens.
+
+    Parameters
+    ----------
+    paths
+        One or many .h5ad or .zarr inputs with raw counts, and last the folder to write: a token store, cells in the
+        order of the files.
+    model
+        Directory of the model whose encoding is used.
+    overwrite
+        Replace a token store of this name.
+    json
+        Print the result as one JSON object instead of words.
+    """
+    *sources, target = _files.inputs_and_output(paths)
+    encoding = scfm.load(model).encoding
+    stream = CellStream(sources, encoding, batch_cells=BATCH_CELLS, shuffle=False, **options)
+    TokenStore.write(target, tqdm(stream, desc="encoding", unit="batch"), encoding, overwrite=overwrite)
+    store = TokenStore(target)
+    facts = {"output": target, "n_cells": len(store), "n_tokens": store.info["n_tokens"]}
+    _files.tell(facts, as_json=json, text=f"{len(store):,} cells, {facts['n_tokens']:,} tokens written to {target}")
