@@ -3,5 +3,7 @@
 from scfm.pl._confusion import confusion
 from scfm.pl._embedding import embedding
 from scfm.pl._perturbation import perturbation
+from scfm.pl._report import report
+from scfm.pl._training import training
 
-__all__ = ["confusion", "embedding", "perturbation"]
+__all__ = ["confusion", "embedding", "perturbation", "report", "training"]

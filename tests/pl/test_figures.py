@@ -126,3 +126,32 @@ def test_colours_differ_for_colour_blind_eyes():
         seen = np.clip(linear @ simulated.T, 0, 1) ** (1 / 2.2)
         distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
         assert distance[~np.eye(len(seen), dtype=bool)].min() > 0.1
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    cells = scfm.datasets.pbmc()[:60].copy()
+    return scfm.fit(cells, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=3), progress=False)
+
+
+def test_report_draws_each_method_and_marks_the_model(fitted):
+    ax = scfm.pl.report(fitted, show=False)
+    table = fitted.report()["macro_f1"].sort_values(kind="stable")
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(table.index)
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], table)
+    marked = [name for name, bar in zip(table.index, ax.patches) if to_hex(bar.get_facecolor()) == COLORS[0].lower()]
+    assert marked == [name for name in table.index if name.startswith("scfm")] != []
+    assert texts_that_overlap(ax.figure) == []
+    with pytest.raises(KeyError, match="macro_f1"):
+        scfm.pl.report(fitted, score="f1", show=False)
+
+
+def test_training_draws_the_losses_of_every_stage(fitted):
+    ax = scfm.pl.training(fitted, smoothing=1, show=False)
+    drawn = {line.get_label(): line for line in ax.lines}
+    start = 0
+    for stage in fitted.history["stages"]:
+        np.testing.assert_allclose(drawn[stage["name"]].get_ydata(), stage["losses"])
+        np.testing.assert_array_equal(drawn[stage["name"]].get_xdata(), start + 1 + np.arange(len(stage["losses"])))
+        start += len(stage["losses"])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["pretraining", "fine-tuning"]
