@@ -19,7 +19,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
@@ -124,3 +124,12 @@ def expected_calibration_error(
         for place in np.unique(bin_B)
     ]
     return float(sum(gaps))
+
+
+def smooth_over_neighbors(expression_BG: sparse.csr_matrix, n_neighbors: int, seed: int = 0) -> NDArray[np.float32]:
+    """Mean log-expression of each cell's nearest neighbours on 50 components, itself among them; dense, shape (B, G)."""
+    n_cells, n_genes = expression_BG.shape
+    n_neighbors = min(n_neighbors, n_cells)
+    components_BR = _svd(n_cells, n_genes, seed).fit_transform(expression_BG)
+    graph_BB = NearestNeighbors(n_neighbors=n_neighbors).fit(components_BR).kneighbors_graph(components_BR)
+    return np.asarray((graph_BB @ expression_BG).toarray() / n_neighbors, dtype=np.float32)

@@ -1,26 +1,34 @@
 """Tools: what is computed with a model, written to AnnData or returned as a table."""
 
 from scfm.tl._annotate import annotate
+from scfm.tl._denoise import denoise, evaluate_denoising
 from scfm.tl._embed import embed
 from scfm.tl._embed_files import embed_files
 from scfm.tl._evaluate import evaluate_annotation, summarize_scores
 from scfm.tl._fit import fit
 from scfm.tl._gene_embeddings import gene_embeddings
+from scfm.tl._gene_network import gene_network
 from scfm.tl._integrate import integrate
 from scfm.tl._map_reference import map_reference
 from scfm.tl._perturb import perturb
+from scfm.tl._predict import predict_perturbation, score_perturbation_prediction
 from scfm.tl._screen import screen
 
 __all__ = [
     "annotate",
+    "denoise",
     "embed",
     "embed_files",
     "evaluate_annotation",
+    "evaluate_denoising",
     "fit",
     "gene_embeddings",
+    "gene_network",
     "integrate",
     "map_reference",
     "perturb",
+    "predict_perturbation",
+    "score_perturbation_prediction",
     "screen",
     "summarize_scores",
 ]

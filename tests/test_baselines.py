@@ -1,0 +1,57 @@
+"""The baselines: what they see, and the scores they are given."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from scfm import baselines
+
+
+def test_log_normalize_is_scanpys():
+    import anndata
+    import scanpy as sc
+
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(1, (30, 20)).astype(np.float32))
+    adata = anndata.AnnData(counts.copy())
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    np.testing.assert_allclose(baselines.log_normalize(counts).toarray(), adata.X.toarray(), rtol=1e-5)
+    half_seen = baselines.log_normalize(counts, depth_B=2 * np.asarray(counts.sum(1)).ravel())
+    np.testing.assert_allclose(np.expm1(half_seen.toarray()).sum(1), 5e3, rtol=1e-4)
+
+
+def test_macro_f1_counts_classes_that_occur_in_the_truth():
+    scored = baselines.scores(["a", "a", "b", "b"], ["a", "a", "b", "c"])
+    assert scored["accuracy"] == pytest.approx(3 / 4)
+    assert scored["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
+    assert scored["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
+
+
+@pytest.fixture
+def cells():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 3, 150)
+    means = rng.gamma(1, 2, (3, 30))
+    return baselines.log_normalize(sp.csr_matrix(rng.poisson(means[codes]).astype(np.float32))), codes
+
+
+def test_only_the_transductive_row_depends_on_test_cells(cells):
+    expression, codes = cells
+    learn, test = np.arange(100), np.arange(100, 150)
+    names = np.array(["x", "y", "z"])
+    table = baselines.score_annotation_baselines(expression, names, codes, learn=learn, test=test)
+    assert table.loc["logistic regression (balanced)", "accuracy"] > 0.9
+    assert table.loc["majority class", "accuracy"] == np.mean(codes[test] == np.bincount(codes[learn]).argmax())
+    assert (table["setting"] == "transductive").sum() == 1
+
+
+def test_labels_of_test_cells_are_not_read(cells):
+    expression, codes = cells
+    learn, test = np.arange(100), np.arange(100, 150)
+    names = np.array(["x", "y", "z"])
+    true = baselines.score_annotation_baselines(expression, names, codes, learn=learn, test=test)
+    turned = np.where(np.arange(150) < 100, codes, (codes + 1) % 3)
+    wrong = baselines.score_annotation_baselines(expression, names, turned, learn=learn, test=test)
+    # The same predictions against other labels: what was right is wrong.
+    assert (true["accuracy"] + wrong["accuracy"] <= 1 + 1e-12).all()
+    assert wrong.loc["logistic regression (balanced)", "accuracy"] < 0.1

@@ -1,0 +1,74 @@
+"""`scfm.tl.denoise`: predictions follow their genes, and stand beside no change and smoothing."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+import scfm
+from scfm import baselines
+from scfm.encoding import make_encoding
+from scfm.errors import ModelTaskError
+from scfm.models.config import ModelConfig
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.models.presets import SCFOUNDATION_WIRING
+from scfm.tl._denoise import evaluate_denoising, thin_counts
+
+
+@pytest.fixture(scope="module")
+def blood():
+    return scfm.datasets.pbmc()[:20, :60].copy()
+
+
+@pytest.fixture(scope="module")
+def model(blood):
+    encoding = make_encoding("continuous", adata=blood)
+    shape = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16, "context_length": 80, "decoder_layers": 1}
+    decoder = {"decoder_width": 16, "decoder_heads": 2, "decoder_head_width": 8, "n_random_features": 8}
+    config = ModelConfig(**{**SCFOUNDATION_WIRING, **shape, **decoder}, n_tokens=len(encoding.vocabulary))
+    torch.manual_seed(0)
+    return Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
+
+
+def test_predictions_follow_the_genes_when_columns_are_shuffled(blood, model):
+    order = np.random.default_rng(0).permutation(blood.n_vars)
+    plain = scfm.tl.denoise(blood, model, copy=True).layers["scfm_denoised"]
+    shuffled = scfm.tl.denoise(blood[:, order].copy(), model, copy=True).layers["scfm_denoised"]
+    known = ~np.isnan(plain).any(0)
+    assert known.sum() == model.encoding.vocabulary.n_genes
+    assert (plain[:, known] >= 0).all()
+    np.testing.assert_array_equal(shuffled, plain[:, order])
+
+
+def test_asking_for_more_depth_changes_the_prediction(blood, model):
+    shallow, deep = (
+        scfm.tl.denoise(blood, model, target_depth=depth, copy=True).layers["scfm_denoised"] for depth in (1e2, 1e6)
+    )
+    assert not np.allclose(shallow, deep, equal_nan=True, atol=1e-7)
+
+
+def test_models_without_read_depth_are_refused(blood):
+    ranked = scfm.fit(blood.copy(), config=scfm.FitConfig(n_steps=1), progress=False)
+    with pytest.raises(ModelTaskError, match="rank encoding"):
+        scfm.tl.denoise(blood, ranked)
+
+
+def test_thinning_keeps_the_rate_and_never_adds():
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(20, (50, 40)).astype(np.float32))
+    thinned = thin_counts(counts, 0.25)
+    assert thinned.sum() / counts.sum() == pytest.approx(0.25, abs=0.01)
+    assert ((counts - thinned).toarray() >= 0).all()
+
+
+def test_smoothing_over_one_neighbour_changes_nothing_and_over_all_gives_the_mean():
+    expression = sp.csr_matrix(np.random.default_rng(0).random((12, 8)).astype(np.float32))
+    np.testing.assert_allclose(baselines.smooth_over_neighbors(expression, 1), expression.toarray(), rtol=1e-6)
+    mean = np.broadcast_to(expression.toarray().mean(0), (12, 8))
+    np.testing.assert_allclose(baselines.smooth_over_neighbors(expression, 12), mean, rtol=1e-5)
+
+
+def test_scores_stand_beside_their_baselines(blood, model):
+    table = evaluate_denoising(blood, model, rate=0.5)
+    assert list(table.index) == ["scfm", "no change", "mean of 15 nearest neighbours"]
+    assert np.isfinite(table.to_numpy()).all()
