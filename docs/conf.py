@@ -1,4 +1,4 @@
-"""Sphinx: `python -m sphinx -W docs docs/_build`, or `make docs`."""
+"""Sphinx: `python -m sphinx -W docs docs/_build/html`, or `make docs`."""
 
 import shutil
 import warnings
@@ -18,7 +18,7 @@ for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
 
 project = "scfm"
 author = "The scfm developers"
-copyright = "the scfm developers"
+project_copyright = "the scfm developers"
 version = release = installed_version("single-cell-fm")
 
 extensions = [
@@ -28,7 +28,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "images"]
+exclude_patterns = ["_build", "images", "jupyter_execute"]
 templates_path = ["_templates"]
 
 autosummary_generate = True
