@@ -40,8 +40,8 @@ def recall_estimate(
     Notes
     -----
     Counting hits among a few random genes has no power. Instead the errors of the random genes are pooled with those of the
-    lower half of the verified, and each unverified gene gets the probability that such an error lifts it above the
-    `n_top`-th best; the sum is the number missed.
+    lower half of the verified, and each unverified gene gets the probability that such an error lifts it above a verified one.
+    Going down the verified, the sum of these probabilities and the number passed reach `n_top` where the best end.
     """
     n_top = min(n_top, len(exact_V))
     if n_top == 0 or not len(estimate_U):
@@ -49,12 +49,14 @@ def recall_estimate(
     lower = np.argsort(-estimate_V, kind="stable")[len(estimate_V) // 2 :]
     exact = np.concatenate([exact_C, exact_V[lower]])
     estimate = np.concatenate([estimate_C, estimate_V[lower]])
-    threshold = np.sort(exact_V)[-n_top]
     if ratios:
-        tiny = 1e-300
-        errors = np.log(np.maximum(exact, tiny)) - np.log(np.maximum(estimate, tiny))
-        needed_U = np.log(max(threshold, tiny)) - np.log(np.maximum(estimate_U, tiny))
-    else:
-        errors, needed_U = exact - estimate, threshold - estimate_U
-    missed = 1 - np.searchsorted(np.sort(errors), needed_U, side="right") / len(errors)
-    return float(n_top / (n_top + missed.sum()))
+        exact, estimate, exact_V, estimate_U = (
+            np.log(np.maximum(x, 1e-300)) for x in (exact, estimate, exact_V, estimate_U)
+        )
+    errors = np.sort(exact - estimate)
+    for found, threshold in enumerate(-np.sort(-exact_V)[:n_top], start=1):
+        # How many unverified genes an error from the pool lifts above this verified one.
+        missed = (1 - np.searchsorted(errors, threshold - estimate_U, side="right") / len(errors)).sum()
+        if found + missed >= n_top:
+            break
+    return float(found / n_top)

@@ -1,0 +1,230 @@
+"""`scfm.tl.gene_network`: which genes of a group of cells look at, or move, which."""
+
+# Axes: B cells, G genes of the network, P pairs of tokens, T packed tokens.
+
+from __future__ import annotations
+
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import sparse, stats
+from tqdm.auto import tqdm
+
+from scfm import ops, pp
+from scfm.data import CellBatch, CountMatrix
+from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
+from scfm.tl._perturb.edits import Editor
+from scfm.tl._perturb.shifts import cosine_distance
+from scfm.tl._perturb.variants import cell_of, pack
+from scfm.tl._screen.estimate import tapped
+
+N_GENES = 50  # of the network, where none are named
+
+
+def gene_network(
+    adata: anndata.AnnData,
+    model: Model,
+    *,
+    genes: list[str] | None = None,
+    kind: str = "attention",
+    hidden_layer: int = -1,
+    n_shuffles: int = 5,
+    min_cells: int = 5,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    key_added: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Weigh the edges between genes in a group of cells, and test them against cells with shuffled counts.
+
+    Parameters
+    ----------
+    adata
+        Raw counts of the group, n_obs cells by n_vars genes.
+    model
+        From `scfm.fit` or `scfm.load`.
+    genes
+        Genes of the network; None for the 50 that most cells express.
+    kind
+        "attention": how much the target's token looks at the source's, over heads, times the number of tokens (1 is
+        attention at random). "deletion": 1 - cosine of the target's state before and after the source is deleted.
+    hidden_layer
+        Layer whose attention, or whose states, are read; -1 for the last.
+    n_shuffles
+        Shuffled copies of the cells behind the null: each gene's counts are dealt anew among the cells.
+    min_cells
+        Edges between genes that fewer cells express together are left out.
+    layer, gene_key
+        As in `scfm.tl.embed`.
+    key_added
+        Where the table goes in `adata.uns`; None for nowhere.
+    seed
+        Of the shuffles.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    A row an edge, the most surprising first: `source`, `target`, `n_cells`, `weight` (mean over cells), `null` in words,
+    `null_mean`, `null_std` (between shuffles and edges of the same source), `z`, `p_value` (normal, two-sided), `fdr`.
+
+    Notes
+    -----
+    Only pairs of the chosen genes are ever computed: memory goes with their number squared, not with a cell's length
+    squared. An edge says that two genes matter to each other in the model, not that one regulates the other.
+    """
+    if kind not in ("attention", "deletion"):
+        raise ValueError(f"`kind` is {kind!r}; choose 'attention' or 'deletion'.")
+    if n_shuffles < 2:
+        raise ValueError(f"`n_shuffles` is {n_shuffles}; a null needs at least 2.")
+    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, empty="keep")
+    tokens = _tokens(genes, cells, model)
+    measure = attention_edges if kind == "attention" else deletion_edges
+    rng = np.random.default_rng(seed)
+    with tqdm(total=1 + n_shuffles, desc=f"{kind} edges", unit="pass", disable=not progress) as bar:
+        weight_GG, n_GG = measure(model, cells, tokens, hidden_layer)
+        bar.update()
+        nulls = []
+        for _ in range(n_shuffles):
+            shuffled = pp.encode(shuffle_counts(adata, rng, layer), model.encoding, gene_key=gene_key, empty="keep")
+            nulls.append(measure(model, shuffled, tokens, hidden_layer)[0])
+            bar.update()
+    table = _edges(weight_GG, n_GG, np.stack(nulls), [model.encoding.vocabulary.tokens[t] for t in tokens], min_cells)
+    if key_added is not None:
+        adata.uns[key_added] = table.copy()
+    return table
+
+
+def _tokens(genes: list[str] | None, cells: CellBatch, model: Model) -> NDArray[np.int64]:
+    vocabulary = model.encoding.vocabulary
+    if genes is not None:
+        return np.unique(vocabulary.require(genes)).astype(np.int64)
+    counts = np.bincount(cells.gene_ids_T.numpy(), minlength=len(vocabulary))
+    common = vocabulary.gene_ids[np.argsort(-counts[vocabulary.gene_ids], kind="stable")]
+    return np.sort(common[:N_GENES]).astype(np.int64)
+
+
+def shuffle_counts(adata: anndata.AnnData, rng: np.random.Generator, layer: str | None) -> anndata.AnnData:
+    """Deal each gene's counts anew among the cells: genes keep their distributions and lose what ties them together."""
+    matrix = CountMatrix.from_adata(adata, layer=layer)
+    counts = sparse.vstack([block for _, block, _ in matrix.blocks()]).tocsc().copy()
+    for column in range(counts.shape[1]):
+        span = slice(counts.indptr[column], counts.indptr[column + 1])
+        counts.indices[span] = rng.choice(counts.shape[0], span.stop - span.start, replace=False)
+    counts.has_sorted_indices = False
+    return anndata.AnnData(counts.tocsr(), var=matrix.var.copy())
+
+
+Edges = tuple[NDArray[np.float64], NDArray[np.int64]]
+
+
+def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
+    """Mean attention of target (column) to source (row) times the cell's tokens, (G, G), and cells with both."""
+    network, config = model.network.eval(), model.network.config
+    if getattr(config, "attention", "softmax") != "softmax":
+        raise ValueError('This model has linear attention, which has no scores. Use `kind="deletion"`.')
+    total_GG, n_GG = np.zeros((len(tokens),) * 2), np.zeros((len(tokens),) * 2, dtype=np.int64)
+    for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
+        batch = cells.select(torch.arange(rows.start, rows.stop))
+        source_P, target_P, pairs_P2 = _pairs(batch, tokens)
+        if not len(source_P):
+            continue
+        with torch.inference_mode(), tapped(network) as taps:
+            network(batch.to(model.device), hidden_layer=-1)
+            q, k, _ = taps.qkv[hidden_layer].view(-1, 3, config.n_heads, config.d_head).unbind(1)
+            probs_P = ops.attention_scores(
+                q, k, batch.cu_seqlens, pairs=torch.from_numpy(pairs_P2).to(model.device), head_mean=True
+            )
+        length_P = batch.lengths_B.numpy()[batch.cell_of_token_T().numpy()[pairs_P2[:, 0]]]
+        np.add.at(total_GG, (source_P, target_P), probs_P.cpu().numpy().astype(np.float64) * length_P)
+        np.add.at(n_GG, (source_P, target_P), 1)
+    return total_GG / np.maximum(n_GG, 1), n_GG
+
+
+def _pairs(
+    batch: CellBatch, tokens: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Source and target gene numbers, and (target, source) token places, of all pairs in the same cell."""
+    ids_T = batch.gene_ids_T.numpy()
+    place_T = np.searchsorted(tokens, ids_T).clip(max=len(tokens) - 1)
+    chosen_T = np.flatnonzero(tokens[place_T] == ids_T)
+    values_T = batch.values_T
+    if values_T is not None:
+        chosen_T = chosen_T[values_T.numpy()[chosen_T] > 0]
+    cell_T = batch.cell_of_token_T().numpy()[chosen_T]
+    found: list[NDArray[np.int64]] = []
+    for places in np.split(chosen_T, np.flatnonzero(np.diff(cell_T)) + 1):
+        target, source = np.meshgrid(places, places, indexing="ij")
+        other = target != source
+        found.append(np.stack([target[other], source[other]], 1))
+    pairs_P2 = np.concatenate(found) if found else np.zeros((0, 2), dtype=np.int64)
+    return place_T[pairs_P2[:, 1]], place_T[pairs_P2[:, 0]], pairs_P2
+
+
+def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
+    """Mean shift of the target's state (column) when the source (row) is deleted, (G, G), and cells with both."""
+    editor = Editor.of(model.encoding, "delete")
+    total_GG, n_GG = np.zeros((len(tokens),) * 2), np.zeros((len(tokens),) * 2, dtype=np.int64)
+    for number in range(len(cells)):
+        cell = cell_of(cells, number)
+        present = np.intersect1d(editor.expressed(cell), tokens).tolist()
+        if len(present) < 2:
+            continue
+        variants = [cell, *(editor.edit(cell, [gene]) for gene in present)]
+        states = _states_of(model, variants, present, hidden_layer)
+        rows = np.searchsorted(tokens, present)
+        for source, after in enumerate(states[1:]):
+            # The deleted gene has no state afterwards.
+            targets = [place for place in range(len(present)) if place != source]
+            shift = cosine_distance(states[0][targets], after[targets])
+            total_GG[rows[source], rows[targets]] += shift
+            n_GG[rows[source], rows[targets]] += 1
+    return total_GG / np.maximum(n_GG, 1), n_GG
+
+
+def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer: int) -> list[NDArray[np.float32]]:
+    """States of the given genes in each variant of a cell, (genes, D); zeros where a gene is not there."""
+    found = []
+    per_batch = max(1, TOKENS_PER_BATCH // len(variants[0]))
+    for start in range(0, len(variants), per_batch):
+        part = variants[start : start + per_batch]
+        with torch.inference_mode():
+            states_TD = model.network(pack(part).to(model.device), hidden_layer=hidden_layer).float().cpu().numpy()
+        first = 0
+        for variant in part:
+            place_of = {int(gene): place for place, gene in enumerate(variant.gene_ids_N)}
+            states = np.zeros((len(genes), states_TD.shape[1]), np.float32)
+            for row, gene in enumerate(genes):
+                if gene in place_of:
+                    states[row] = states_TD[first + place_of[gene]]
+            found.append(states)
+            first += len(variant)
+    return found
+
+
+def _edges(
+    weight_GG: NDArray[np.float64],
+    n_GG: NDArray[np.int64],
+    null_SGG: NDArray[np.float64],
+    names: list[str],
+    min_cells: int,
+) -> pd.DataFrame:
+    # Few shuffles say little of one edge's spread: it is pooled over the edges of a source.
+    null_GG = null_SGG.mean(0)
+    std_G1 = np.sqrt(np.maximum(null_SGG.var(0, ddof=1).mean(1, keepdims=True), 1e-300))
+    kept = (n_GG >= min_cells) & ~np.eye(len(names), dtype=bool)
+    source, target = np.nonzero(kept)
+    spread = np.broadcast_to(std_G1, weight_GG.shape)[kept]
+    table = pd.DataFrame({"source": np.array(names)[source], "target": np.array(names)[target], "n_cells": n_GG[kept]})
+    table["weight"], table["null"] = weight_GG[kept], f"{len(null_SGG)} shuffles of each gene's counts among the cells"
+    table["null_mean"], table["null_std"] = null_GG[kept], spread
+    # The mean of few shuffles is itself uncertain.
+    table["z"] = (table["weight"] - table["null_mean"]) / (spread * np.sqrt(1 + 1 / len(null_SGG)))
+    table["p_value"] = 2 * stats.norm.sf(table["z"].abs())
+    table["fdr"] = stats.false_discovery_control(table["p_value"]) if len(table) else []
+    return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)

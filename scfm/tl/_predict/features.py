@@ -1,0 +1,73 @@
+"""What a model knows of a gene as a target: where control cells move without it."""
+
+# Axes: N tokens of one cell, F features.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm.data import CellBatch
+from scfm.models.model import TOKENS_PER_BATCH, Model
+from scfm.tl._perturb.edits import Editor, TokenCell
+from scfm.tl._perturb.stream import embed_variants
+from scfm.tl._perturb.variants import cell_of, pack
+
+
+def target_features(model: Model, cells: CellBatch, genes: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Mean move of the cells' embeddings when each gene is deleted, (F,), standardised over genes, then of length 1.
+
+    A gene that a cell does not express is put into it first, as its weakest gene: the perturbed gene is always in the input.
+    Genes that the vocabulary does not know get zeros, the mean.
+    """
+    tokens = model.encoding.vocabulary.token_ids(genes)
+    known = [gene for gene, token in zip(genes, tokens) if token >= 0]
+    raw = [_features(model, cells, int(token)) for token in tokens if token >= 0]
+    if not raw:
+        return {gene: np.zeros(1) for gene in genes}
+    raw_PF = np.stack(raw)
+    scaled_PF = (raw_PF - raw_PF.mean(0)) / np.maximum(raw_PF.std(0), 1e-12)
+    scaled_PF /= np.maximum(np.linalg.norm(scaled_PF, axis=1, keepdims=True), 1e-12)
+    found = dict(zip(known, scaled_PF))
+    return {gene: found.get(gene, np.zeros(raw_PF.shape[1])) for gene in genes}
+
+
+def _features(model: Model, cells: CellBatch, token: int) -> NDArray[np.float64]:
+    editor = Editor.of(model.encoding, "delete")
+    present = [with_gene(cell_of(cells, cell), token, editor) for cell in range(len(cells))]
+    absent = [editor.edit(cell, [token]) for cell in present]
+    return (_embeddings(model, absent) - _embeddings(model, present)).mean(0)
+
+
+def with_gene(cell: TokenCell, token: int, editor: Editor) -> TokenCell:
+    """The cell, with the gene as its weakest if it was not expressed."""
+    if token in editor.expressed(cell):
+        return cell
+    stop = len(cell) - editor.n_back
+    if editor.context_length is not None and len(cell) >= editor.context_length:
+        cell = _drop(cell, stop - 1)
+        stop -= 1
+    if cell.values_N is None:
+        return TokenCell(np.insert(cell.gene_ids_N, stop, token))
+    values = cell.values_N.copy()
+    genes = values[editor.n_front : stop]
+    weakest = genes[genes > 0].min() if (genes > 0).any() else np.float32(1)
+    if editor.keeps_zeros:
+        return TokenCell(cell.gene_ids_N, np.where(cell.gene_ids_N == token, weakest, values))
+    place = editor.n_front + int(np.searchsorted(cell.gene_ids_N[editor.n_front : stop], token))
+    return TokenCell(np.insert(cell.gene_ids_N, place, token), np.insert(values, place, weakest))
+
+
+def _drop(cell: TokenCell, place: int) -> TokenCell:
+    values = None if cell.values_N is None else np.delete(cell.values_N, place)
+    return TokenCell(np.delete(cell.gene_ids_N, place), values)
+
+
+def _embeddings(model: Model, variants: list[TokenCell]) -> NDArray[np.float64]:
+    per_batch = max(1, TOKENS_PER_BATCH // max(map(len, variants)))
+    parts = [
+        embed_variants(model, pack(variants[start : start + per_batch])) for start in range(0, len(variants), per_batch)
+    ]
+    return np.concatenate(parts).astype(np.float64)
