@@ -43,7 +43,17 @@ def _linear_in_row_blocks(input_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | 
     for start in range(0, n_rows, block):
         rows_ND = input_ND[start : start + block]
         n_filled = rows_ND.shape[0]
-        if n_filled < block:
-            rows_ND = F.pad(rows_ND, (0, 0, 0, block - n_filled))
-        output_NE[start : start + n_filled] = F.linear(rows_ND, weight_ED, bias_E)[:n_filled]
+        if n_filled == block:
+            _multiply(rows_ND, weight_ED, bias_E, output_NE[start : start + block])
+        else:
+            filled_NE = input_ND.new_empty(block, weight_ED.shape[0])
+            _multiply(F.pad(rows_ND, (0, 0, 0, block - n_filled)), weight_ED, bias_E, filled_NE)
+            output_NE[start:] = filled_NE[:n_filled]
     return output_NE
+
+
+def _multiply(rows_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, out_NE: Tensor) -> None:
+    if bias_E is None:
+        torch.mm(rows_ND, weight_ED.T, out=out_NE)
+    else:
+        torch.addmm(bias_E, rows_ND, weight_ED.T, out=out_NE)

@@ -49,6 +49,7 @@ def close(ours, theirs, atol=1e-5):
 
 
 def scbert_file(path, **options):
+    torch.manual_seed(0)
     peer = published.shaken(performer.ScBert(len(GENES) + 1, **options))
     torch.save({"epoch": 3, "model_state_dict": peer.state_dict()}, path)
     return peer
@@ -118,6 +119,7 @@ SETTINGS = {
 
 
 def scfoundation_file(path, part="cell"):
+    torch.manual_seed(0)
     peer = published.shaken(performer.ScFoundation(N_POSITIONS))
     state = {f"model.{name}": tensor for name, tensor in peer.state_dict().items()}
     torch.save({part: {"state_dict": state, "config": SETTINGS}}, path)

@@ -1,0 +1,129 @@
+"""Embedding cells beside transformers' BertForMaskedLM with SDPA: Geneformer V1-10M, same weights, same cells.
+
+    python benchmarks/embed.py [--cells 48] [--rounds 3] [--clock wall|cpu] [--csv FILE]
+
+Lengths run from 400 to 2,048 tokens. The peer pads each of its batches of 12 cells, sorted by length, as published code does. Peers
+run in one process and take turns; the table shows the median of the rounds, and ratios of medians. `--clock cpu` counts the seconds
+of one thread's work instead of those on the wall, for machines that others use at the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import BertConfig, BertModel
+from transformers import BertForMaskedLM as Bert
+
+import scfm
+from scfm.data import CellBatch
+from scfm.models import Model
+from scfm.models.presets import preset
+
+PEER_BATCH = 12
+
+
+def make_models(folder: Path) -> tuple[BertModel, Model]:
+    """A Geneformer V1-10M with random weights, written by transformers and read by both."""
+    n_tokens = preset("geneformer-v1-10m").n_tokens
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=n_tokens, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512,
+        max_position_embeddings=2048, hidden_act="relu", hidden_dropout_prob=0.02, pad_token_id=0,
+    )  # fmt: skip
+    Bert(config).save_pretrained(folder)
+    genes = [f"ENSG{place:011d}" for place in range(n_tokens - 2)]
+    vocabulary = {token: place for place, token in enumerate(["<pad>", "<mask>", *genes])}
+    model = scfm.load(folder, vocabulary=vocabulary, medians=dict.fromkeys(genes, 1.0))
+    return BertModel.from_pretrained(folder, attn_implementation="sdpa", add_pooling_layer=False).eval(), model
+
+
+def make_cells(n_cells: int, n_tokens: int) -> CellBatch:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(400, 2049, n_cells)
+    genes = [rng.choice(np.arange(2, n_tokens), length, replace=False) for length in lengths]
+    cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+    return CellBatch(gene_ids_T=torch.from_numpy(np.concatenate(genes).astype(np.int32)), cu_seqlens=cu_seqlens)
+
+
+@torch.inference_mode()
+def embed_with_transformers(bert: BertModel, cells: CellBatch) -> np.ndarray:
+    """Mean over tokens of the second-to-last hidden state, as Geneformer's code computes it."""
+    ids = cells.gene_ids_T.long().split(cells.lengths_B.tolist())
+    order = np.argsort([-len(cell) for cell in ids])
+    embedding_BD = np.empty((len(ids), bert.config.hidden_size), np.float32)
+    for start in range(0, len(order), PEER_BATCH):
+        rows = order[start : start + PEER_BATCH]
+        padded_BL = torch.nn.utils.rnn.pad_sequence([ids[row] for row in rows], batch_first=True)
+        mask_BL = (padded_BL != 0).long()
+        output = bert(input_ids=padded_BL, attention_mask=mask_BL, output_hidden_states=True)
+        state_BLD = output.hidden_states[-2].float() * mask_BL[..., None]
+        embedding_BD[rows] = (state_BLD.sum(1) / mask_BL.sum(1, keepdim=True)).numpy()
+    return embedding_BD
+
+
+def autocast(bert: BertModel, cells: CellBatch) -> np.ndarray:
+    with torch.autocast("cpu", torch.bfloat16):
+        return embed_with_transformers(bert, cells)
+
+
+def cosine(a_BD: np.ndarray, b_BD: np.ndarray) -> float:
+    norms = np.linalg.norm(a_BD, axis=1) * np.linalg.norm(b_BD, axis=1)
+    return float(((a_BD * b_BD).sum(1) / norms).min())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cells", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    clock = time.perf_counter
+    if options.clock == "cpu":
+        torch.set_num_threads(1)
+        clock = time.process_time
+    with tempfile.TemporaryDirectory() as folder:
+        bert, model = make_models(Path(folder))
+    cells = make_cells(options.cells, len(model.encoding.vocabulary))
+    methods: dict[str, Callable[[], np.ndarray]] = {
+        "transformers SDPA, fp32": lambda: embed_with_transformers(bert, cells),
+        "transformers SDPA, bf16 autocast": lambda: autocast(bert, cells),
+        "scfm, fp32": lambda: model.embed(cells),
+        "scfm, bf16": lambda: model.embed(cells, precision="bf16"),
+    }
+    results = {name: method() for name, method in methods.items()}  # warms up
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(options.rounds):
+        for name, method in methods.items():
+            start = clock()
+            method()
+            seconds[name].append(clock() - start)
+    rates = {name: options.cells / statistics.median(times) for name, times in seconds.items()}
+    reference = next(iter(methods))
+    rows = [
+        {
+            "method": name,
+            "cells/s": rates[name],
+            "times transformers fp32": rates[name] / rates[reference],
+            "lowest cosine": cosine(results[name], results[reference]),
+            "largest difference": float(np.abs(results[name] - results[reference]).max()),
+        }
+        for name in methods
+    ]
+    table = pd.DataFrame(rows).set_index("method")
+    print(f"{options.cells} cells, {cells.n_tokens:,} tokens, {torch.get_num_threads()} threads, {options.clock} clock")
+    print(table.to_string(float_format=lambda number: f"{number:.6g}"))
+    if options.csv:
+        table.to_csv(options.csv)
+
+
+if __name__ == "__main__":
+    main()

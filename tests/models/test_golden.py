@@ -1,0 +1,45 @@
+"""Files of every past format version stay readable, and mean what they meant."""
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import scfm
+
+GOLDEN = Path(__file__).with_name("golden")
+# First three columns of the embeddings, and probabilities of the first class, as the version that wrote the file gave them.
+EMBEDDING = [
+    [0.10018, -0.24988, -0.04906],
+    [0.11989, -0.12404, -0.06712],
+    [0.09694, -0.08204, -0.0025],
+    [0.13126, -0.32998, 0.03379],
+]
+PROBABILITY = [0.50299, 0.49955, 0.50021, 0.50293]
+
+
+@pytest.fixture
+def adata():
+    counts = np.random.default_rng(0).poisson(1.0, (4, 40)).astype(np.float32)
+    genes = pd.DataFrame(index=[f"GENE{place}" for place in range(40)])
+    return anndata.AnnData(sparse.csr_matrix(counts), var=genes)
+
+
+def test_format_1_is_read_and_gives_the_same_numbers(adata):
+    model = scfm.load(GOLDEN / "format_1")
+    assert model.labels == ("A", "B")
+    assert model.history["preset"] == "golden"
+    cells = scfm.pp.encode(adata, model)
+    assert cells.gene_ids_T[:8].tolist() == [5, 6, 13, 17, 9, 12, 2, 14]
+    np.testing.assert_allclose(model.embed(cells)[:, :3], EMBEDDING, atol=2e-5)
+    np.testing.assert_allclose(model.predict_proba(cells)[:, 0], PROBABILITY, atol=2e-5)
+
+
+def test_what_was_read_can_be_written_again(adata, tmp_path):
+    model = scfm.load(GOLDEN / "format_1")
+    model.save(tmp_path / "again")
+    again, cells = scfm.load(tmp_path / "again"), scfm.pp.encode(adata, model)
+    assert np.array_equal(again.embed(cells), model.embed(cells))
