@@ -18,8 +18,14 @@ from scfm.ops.attention import Backend
 if TYPE_CHECKING:
     from scfm.models.config import ModelConfig
 
+
+def _relu(inner_TD: Tensor) -> Tensor:
+    """ReLU; in place at inference, where nobody else holds what it reads."""
+    return F.relu(inner_TD) if torch.is_grad_enabled() else F.relu_(inner_TD)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
+    "relu": _relu,
     "gelu": F.gelu,
     "leaky_relu": F.leaky_relu,
 }

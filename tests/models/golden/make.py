@@ -19,4 +19,3 @@ config = ModelConfig(
 network = CellTransformer.for_vocabulary(config, vocabulary)
 model = Model(network, encoding, labels=("A", "B"), history={"preset": "golden"})
 model.save(Path(__file__).with_name("format_1"))
-print(model.id)
