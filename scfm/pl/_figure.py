@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
@@ -42,6 +43,13 @@ def power_in_label(axis: Axis, label: str) -> None:
         return
     axis.set_major_formatter(lambda value, _: f"{value / 10.0**power:g}")
     axis.set_label_text(f"{label}  [$10^{{{power}}}$]")
+
+
+def measure_of(effects: pd.DataFrame) -> tuple[str, str]:
+    """Column prefix of what a table of perturbations ranks by, and its words for an axis."""
+    if "goal_shift_mean" in effects:
+        return "goal_shift", "shift toward the goal, change of cosine"
+    return "shift", "shift of the embedding, 1 - cosine"
 
 
 def finish(ax: Axes, *, save: str | Path | None, show: bool | None) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from scfm.pl._figure import COLORS, GREY, axes_of, finish, power_in_label
+from scfm.pl._figure import COLORS, GREY, axes_of, finish, measure_of, power_in_label
 
 
 def perturbation(
@@ -25,7 +25,7 @@ def perturbation(
     Parameters
     ----------
     effects
-        What `scfm.tl.perturb` returned.
+        What `scfm.tl.perturb` returned; with a goal, shifts toward it are drawn.
     n_genes
         How many genes to draw.
     min_cells
@@ -50,20 +50,23 @@ def perturbation(
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['CST3', 'CD74']
     """
-    drawn = effects[effects["n_cells"] >= min_cells].nlargest(n_genes, "shift_mean")[::-1]
+    measure, words = measure_of(effects)
+    drawn = effects[effects["n_cells"] >= min_cells].nlargest(n_genes, f"{measure}_mean")[::-1]
     if drawn.empty:
         raise ValueError(
             f"No gene of `effects` is expressed in {min_cells} cells or more; lower `min_cells` or perturb more cells."
         )
     ax = axes_of(ax, 5.2, 1.0 + 0.22 * len(drawn))
     place = np.arange(len(drawn))
-    error = drawn["shift_sem"].fillna(0)
-    ax.errorbar(drawn["shift_mean"], place, xerr=error, fmt="o", color=COLORS[0], ecolor="#999999", ms=5, lw=1)
+    error = drawn[f"{measure}_sem"].fillna(0)
+    ax.errorbar(drawn[f"{measure}_mean"], place, xerr=error, fmt="o", color=COLORS[0], ecolor="#999999", ms=5, lw=1)
     for row, n_cells in enumerate(drawn["n_cells"]):
         ax.text(1.01, row, f"{n_cells} cells", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
     ax.set_yticks(place, drawn.index, fontsize=8)
-    ax.set(xlim=(0, None), ylabel="perturbed gene")
-    power_in_label(ax.xaxis, "shift of the embedding, 1 - cosine (mean, s.e.m.)")
+    ax.set_ylabel("perturbed gene")
+    if measure == "shift":
+        ax.set_xlim(0, None)
+    power_in_label(ax.xaxis, f"{words} (mean, s.e.m.)")
     ax.grid(axis="x", alpha=0.3)
     finish(ax, save=save, show=show)
     return ax

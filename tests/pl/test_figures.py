@@ -155,3 +155,37 @@ def test_training_draws_the_losses_of_every_stage(fitted):
         np.testing.assert_array_equal(drawn[stage["name"]].get_xdata(), start + 1 + np.arange(len(stage["losses"])))
         start += len(stage["losses"])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["pretraining", "fine-tuning"]
+
+
+def test_volcano_colours_and_names_what_is_sure(effects):
+    effects["fdr"] = [1e-4, 0.05, 0.051, *[0.9] * 26, np.nan]
+    ax = scfm.pl.volcano(effects, max_fdr=0.05, show=False)
+    grey, coloured = ax.collections
+    assert len(coloured.get_offsets()) == 2  # 0.05 itself counts
+    assert len(grey.get_offsets()) == 27  # the untested one is not drawn
+    assert [text.get_text() for text in ax.texts] == ["GENE0", "GENE1"]
+    np.testing.assert_allclose(coloured.get_offsets()[0], [effects["shift_mean"].iloc[0], 4])
+    with pytest.raises(ValueError, match="false discovery rate"):
+        scfm.pl.volcano(effects.drop(columns="fdr"), show=False)
+
+
+def test_screen_draws_estimate_against_exact_for_verified_genes_only(effects):
+    effects["estimate_mean"] = effects["shift_mean"] * 1.1
+    effects["exact"] = np.arange(30) < 7
+    effects.attrs["recall_estimate"] = 0.96
+    ax = scfm.pl.screen(effects, n_names=2, show=False)
+    np.testing.assert_allclose(
+        ax.collections[0].get_offsets(), effects.loc[effects["exact"], ["estimate_mean", "shift_mean"]]
+    )
+    assert "96%" in ax.get_title()
+    assert texts_that_overlap(ax.figure) == []
+    with pytest.raises(ValueError, match="n_verify"):
+        scfm.pl.screen(effects.assign(exact=False), show=False)
+
+
+def test_perturbation_with_a_goal_draws_shifts_toward_it(effects):
+    toward = effects.rename(columns=lambda name: name.replace("shift", "goal_shift"))
+    toward["shift_mean"] = 1.0
+    ax = scfm.pl.perturbation(toward, n_genes=1, show=False)
+    assert "goal" in ax.get_xlabel()
+    np.testing.assert_allclose(np.asarray(ax.lines[0].get_xdata(), float), toward["goal_shift_mean"].max())

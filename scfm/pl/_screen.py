@@ -1,0 +1,66 @@
+"""`scfm.pl.screen`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from scfm.pl._figure import COLORS, GREY, axes_of, finish, measure_of, power_in_label
+
+
+def screen(
+    table: pd.DataFrame,
+    *,
+    n_names: int = 8,
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes:
+    """Estimated against exact effect of the genes that a screen deleted exactly: how far its ranking can be trusted.
+
+    Parameters
+    ----------
+    table
+        What `scfm.tl.screen` returned.
+    n_names
+        How many genes to name, the largest exact effects first.
+    ax, show, save
+        As in `scfm.pl.embedding`.
+
+    Returns
+    -------
+    The axes; on the dashed line estimate and exact value agree. The title has the estimated recall, if the table has it.
+
+    Raises
+    ------
+    ValueError
+        If no gene was deleted exactly.
+
+    Examples
+    --------
+    >>> import pandas as pd, scfm
+    >>> columns = {"shift_mean": [0.02, 0.01], "estimate_mean": [0.018, 0.012], "exact": [True, True]}
+    >>> ax = scfm.pl.screen(pd.DataFrame(columns, index=["CD74", "CST3"]), show=False)
+    >>> [text.get_text() for text in ax.texts]
+    ['CD74', 'CST3']
+    """
+    measure, words = measure_of(table)
+    exact = table[table["exact"]] if "exact" in table else table[:0]
+    if exact.empty:
+        raise ValueError("No gene of `table` was deleted exactly; run `scfm.tl.screen` with `n_verify` above 0.")
+    mean = exact[f"{measure}_mean"]
+    ax = axes_of(ax, 4.6, 4.2)
+    ax.scatter(exact["estimate_mean"], mean, s=16, color=COLORS[0], linewidths=0)
+    low, high = min(exact["estimate_mean"].min(), mean.min()), max(exact["estimate_mean"].max(), mean.max())
+    ax.plot([low, high], [low, high], color=GREY, lw=0.8, ls="--")
+    for gene in mean.nlargest(n_names).index:
+        place = (exact.loc[gene, "estimate_mean"], mean[gene])
+        ax.annotate(str(gene), place, (3, 3), textcoords="offset points", fontsize=7)
+    if (recall := table.attrs.get("recall_estimate")) is not None:
+        ax.set_title(f"{len(exact)} of {len(table)} genes exact; estimated recall {recall:.0%}", fontsize=9)
+    power_in_label(ax.xaxis, f"estimated {words}")
+    power_in_label(ax.yaxis, f"exact {words}")
+    finish(ax, save=save, show=show)
+    return ax
