@@ -8,6 +8,7 @@ from scfm.tl._evaluate import evaluate_annotation, summarize_scores
 from scfm.tl._fit import fit
 from scfm.tl._gene_embeddings import gene_embeddings
 from scfm.tl._gene_network import gene_network
+from scfm.tl._genes import classify_genes, similar_genes
 from scfm.tl._integrate import integrate
 from scfm.tl._map_reference import map_reference
 from scfm.tl._perturb import perturb
@@ -16,6 +17,7 @@ from scfm.tl._screen import screen
 
 __all__ = [
     "annotate",
+    "classify_genes",
     "denoise",
     "embed",
     "embed_files",
@@ -30,5 +32,6 @@ __all__ = [
     "predict_perturbation",
     "score_perturbation_prediction",
     "screen",
+    "similar_genes",
     "summarize_scores",
 ]
