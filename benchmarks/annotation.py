@@ -55,7 +55,6 @@ def main() -> None:
     done = (
         pd.read_csv(options.out) if options.out.exists() else pd.DataFrame(columns=["data", "seed", "label_fraction"])
     )
-    encoding = scfm.encoding.EncodingConfig(kind="rank", context_length=CONTEXT_LENGTH)
     for seed, name, fraction in itertools.product(range(options.seeds), options.data, options.fractions):
         if ((done["data"] == name) & (done["seed"] == seed) & (done["label_fraction"] == fraction)).any():
             continue
@@ -65,7 +64,7 @@ def main() -> None:
             labels_key=LABELS[name],
             seeds=[seed],
             label_fraction=fraction,
-            encoding=encoding,
+            context_length=CONTEXT_LENGTH,
             config=scfm.FitConfig(n_steps=options.steps, seed=seed),
             progress=False,
         ).assign(data=name, seconds=time.perf_counter() - started)

@@ -45,7 +45,8 @@ def fit(
     labels_key: str | None = None,
     batch_key: str | None = None,
     test_key: str | None = None,
-    encoding: str | EncodingConfig = "rank",
+    encoding: str = "rank",
+    context_length: int | None = None,
     objective: str = "masked",
     preset: str = "small",
     layer: str | None = None,
@@ -75,7 +76,9 @@ def fit(
         Column of `adata.obs` that is True for the cells to hold out, instead of a random part.
     encoding
         "rank": genes in order of their expression over their usual one (Geneformer). "bin": genes with binned
-        values (scGPT). Or all settings of an encoding.
+        values (scGPT).
+    context_length
+        Most tokens of a cell; None for the preset's own, 1,024. Attention costs its square.
     objective
         "masked": guess hidden genes (rank) or hidden values (bin).
     preset
@@ -119,8 +122,9 @@ def fit(
     """
     if objective != "masked":
         raise ValueError(f"`objective` is {objective!r}; choose 'masked'.")
-    chosen = own_preset(preset, encoding if isinstance(encoding, str) else encoding.kind)
-    settings = EncodingConfig(**chosen.encoding) if isinstance(encoding, str) else encoding
+    chosen = own_preset(preset, encoding)
+    settings = EncodingConfig(**chosen.encoding)
+    settings = settings if context_length is None else settings.replace(context_length=context_length)
     split = split_for_fit(adata.obs, labels_key, batch_key, test_fraction, seed, test_key=test_key)
     fitted = make_encoding(settings, adata=adata[split.fitted], layer=layer, gene_key=gene_key)
     cells = pp.encode(adata, fitted, layer=layer, gene_key=gene_key)
