@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from scfm.models.network import CellTransformer
 from scfm.nn.linear import Linear
 
-HEADS = ("class_head", "gene_head", "value_head", "value_from_cell_head")
+HEADS = ("class_head", "gene_head", "value_head", "value_from_cell_head", "batch_head", "batch_labels")
 
 
 class LowRankLinear(nn.Module):
