@@ -38,6 +38,10 @@ tests: install
 tests-without-extension: install
 	SCFM_DISABLE_EXT=1 $(PYTEST) -m "not slow"
 
+docs: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]" --no-build-isolation
+	$(BIN)/python -m sphinx -W docs docs/_build/html
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
 	find scfm -name '*.so' -delete
