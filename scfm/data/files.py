@@ -37,7 +37,9 @@ def open_counts(path: str | Path, *, layer: str | None = None, depth_key: str | 
     if layer == "raw" and where not in group:
         where, var_where = "raw/X", "raw/var"
     if where not in group:
-        raise CountsError(f"{str(path)!r} has no {where!r}; it has {sorted(group)}, layers {sorted(group.get('layers', {}))}.")
+        raise CountsError(
+            f"{str(path)!r} has no {where!r}; it has {sorted(group)}, layers {sorted(group.get('layers', {}))}."
+        )
     if depth_key is None and "uns/scfm/depth_key" in group:
         depth_key = str(anndata.io.read_elem(group["uns/scfm/depth_key"]))
     if depth_key is not None and f"obs/{depth_key}" not in group:
