@@ -1,6 +1,6 @@
 """Starting points: gene embeddings from a singular value decomposition, a class head from a linear probe."""
 
-# Axes: B cells, V tokens of the vocabulary, D model width, E inputs of the class head, R components, C classes, M votes.
+# Axes: B cells, V tokens of the vocabulary, D model width, E inputs of the class head, R components, C classes.
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
 from scfm.data.splits import split_cells
 from scfm.models.network import CellTransformer
-from scfm.nn import GeneClassifier
 
 PROBE_INVERSE_PENALTIES = (
     0.1,
@@ -24,18 +23,14 @@ PROBE_INVERSE_PENALTIES = (
 )  # scikit-learn's C; the best on a part of the training cells is taken
 
 
-def gene_components(expression_BV: sparse.csr_matrix, n_components: int, seed: int = 0) -> NDArray[np.float64]:
-    """Right singular vectors of the cells-by-genes matrix, shape (R, V)."""
-    n_components = min(n_components, *(size - 1 for size in expression_BV.shape))
-    return TruncatedSVD(n_components, random_state=seed).fit(expression_BV).components_.astype(np.float64)
-
-
-def gene_loadings(components_RV: NDArray[np.float64]) -> torch.Tensor:
-    """Make gene vectors of singular vectors, shape (V, R), float32, each column of root mean square 1.
+def gene_loadings(expression_BV: sparse.csr_matrix, n_components: int, seed: int = 0) -> torch.Tensor:
+    """Right singular vectors of the cells-by-genes matrix, shape (V, R), float32, each column of root mean square 1.
 
     Large loadings are drawn in (the signed square root is taken), so that a few marker genes do not use up the scale.
     """
-    loadings_VR = components_RV.T
+    n_components = min(n_components, *(size - 1 for size in expression_BV.shape))
+    svd = TruncatedSVD(n_components, random_state=seed).fit(expression_BV)
+    loadings_VR = svd.components_.T
     scaled_VR = loadings_VR / np.sqrt((loadings_VR**2).mean(0, keepdims=True) + 1e-12)
     return torch.from_numpy(np.sign(scaled_VR) * np.sqrt(np.abs(scaled_VR))).float()
 
@@ -93,75 +88,27 @@ def best_inverse_penalty(features_BE: NDArray[np.float64], labels_B: NDArray[np.
 
 @torch.no_grad()
 def set_gene_classifier(
-    network: CellTransformer,
-    expression_BV: sparse.csr_matrix,
-    features_BE: NDArray[np.float32],
-    labels_B: NDArray[np.int64],
-    components_RV: NDArray[np.float64],
-    seed: int = 0,
+    network: CellTransformer, expression_BV: sparse.csr_matrix, labels_B: NDArray[np.int64]
 ) -> None:
-    """Fit balanced logistic regressions on genes and on components, and choose how much each vote counts.
+    """Fit a balanced logistic regression on log-expression and keep it beside the class head.
 
-    The shares are those under which a fifth of the training cells, left out of the fits that are compared, is most likely; the
-    class head's part is played by a probe on its features.
+    Each gene is scaled to a largest value of 1, as in the baseline of that name.
 
     Parameters
     ----------
     network
         With a gene classifier.
-    expression_BV, features_BE
-        log1p counts per 10,000 of the training cells by token id, and what the class head reads of them.
+    expression_BV
+        log1p counts per 10,000 of the training cells by token id, shape (B, V).
     labels_B
         Their classes, shape (B,), int64.
-    components_RV
-        Right singular vectors of the cells, labelled or not.
-    seed
-        Of the split.
     """
     classifier = network.gene_classifier
     assert classifier is not None
-    parts = split_cells(labels=labels_B, test_fraction=0.2, seed=seed)
-    learn, check = parts.train, parts.test
-    normalized_BE = StandardScaler().fit_transform(features_BE.astype(np.float64))
-    penalty = best_inverse_penalty(normalized_BE, labels_B, seed)
-    probe = _balanced(penalty).fit(normalized_BE[learn], labels_B[learn])
-    _set_linear(classifier, expression_BV[learn], labels_B[learn], components_RV)
-    votes_MBC = np.concatenate(
-        [probe.predict_proba(normalized_BE[check])[None], classifier.probabilities(expression_BV[check])]
-    )
-    shares_M = mixture_shares(votes_MBC[:, np.arange(len(check)), labels_B[check]])
-    _set_linear(classifier, expression_BV, labels_B, components_RV)
-    classifier.share_M.copy_(torch.from_numpy(shares_M))
-
-
-def mixture_shares(likelihood_MB: NDArray[np.floating], n_prior: float = 5.0) -> NDArray[np.float64]:
-    """Shares under which a mixture makes the labels most likely, shape (M,), sum 1; by expectation maximisation.
-
-    `n_prior` cells a vote are added as its own, so that few cells leave the shares near equal.
-    """
-    share_M = np.full(len(likelihood_MB), 1 / len(likelihood_MB))
-    for _ in range(100):
-        joint_MB = share_M[:, None] * np.maximum(likelihood_MB, 1e-12)
-        share_M = (joint_MB / joint_MB.sum(0)).sum(1) + n_prior
-        share_M /= share_M.sum()
-    return share_M
-
-
-def _set_linear(
-    classifier: GeneClassifier,
-    expression_BV: sparse.csr_matrix,
-    labels_B: NDArray[np.int64],
-    components_RV: NDArray[np.float64],
-) -> None:
-    largest = MaxAbsScaler().fit(expression_BV)
-    gene_CV, gene_bias_C = weights_of(_balanced(1.0).fit(largest.transform(expression_BV), labels_B))
-    scores_BR = expression_BV @ components_RV.T
-    scaler = StandardScaler().fit(scores_BR)
-    component_CR, component_bias_C = weights_of(_balanced(1.0).fit(scaler.transform(scores_BR), labels_B))
-    component_CR = component_CR / scaler.scale_
-    weight_LVC = np.stack([(gene_CV / largest.scale_).T, (component_CR @ components_RV).T])
-    classifier.weight_LVC.copy_(torch.from_numpy(weight_LVC))
-    classifier.bias_LC.copy_(torch.from_numpy(np.stack([gene_bias_C, component_bias_C - component_CR @ scaler.mean_])))
+    scaler = MaxAbsScaler().fit(expression_BV)
+    weight_CV, bias_C = weights_of(_balanced(1.0).fit(scaler.transform(expression_BV), labels_B))
+    classifier.weight_VC.copy_(torch.from_numpy((weight_CV / scaler.scale_).T))
+    classifier.bias_C.copy_(torch.from_numpy(bias_C))
 
 
 def weights_of(regression: LogisticRegression) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

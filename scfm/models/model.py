@@ -144,8 +144,8 @@ class Model:
         cells
             Encoded by the model's encoding.
         expression_BV
-            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). With it, the weighted
-            mean of the transformer's probabilities and those of the model's linear classifiers of genes; without, the
+            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). With it, the mean of
+            the transformer's probabilities and those of the model's linear gene classifier; without, the
             transformer's alone.
         calibrated
             Whether probabilities are sharpened or softened by the temperature that fits the calibration cells.
@@ -155,7 +155,8 @@ class Model:
         proba_BC = torch.cat(parts).numpy() if parts else np.empty((0, len(self.labels)), np.float32)
         member = "transformer"
         if expression_BV is not None and (classifier := self.network.gene_classifier) is not None:
-            proba_BC = classifier.vote(proba_BC, expression_BV)
+            logits_BC = torch.from_numpy(classifier.logits(expression_BV))
+            proba_BC = (proba_BC + torch.softmax(logits_BC, -1).numpy()) / 2
             member = "ensemble"
         temperatures = self.history.get("calibration", {}).get("temperature", {})
         if calibrated and member in temperatures:

@@ -10,19 +10,12 @@ from typing import Any
 import anndata
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm import pp
 from scfm.data import CellBatch
 from scfm.encoding import Encoding, EncodingConfig, make_encoding
-from scfm.models.initialize import (
-    gene_components,
-    gene_loadings,
-    set_gene_classifier,
-    set_gene_embeddings,
-    set_linear_probe,
-)
+from scfm.models.initialize import gene_loadings, set_gene_classifier, set_gene_embeddings, set_linear_probe
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import own_preset
@@ -62,7 +55,7 @@ def fit(
     With labels, a part of the labelled cells is held out from everything that is fitted (vocabulary, medians,
     pretraining, classification), and the model is scored on it beside simple baselines: `model.report()`. A tenth of
     the rest is held out from the same, to fit the temperature that calibrates probabilities. Labels are told by the
-    mean of three votes: the transformer's, and two linear classifiers' of genes and of components.
+    mean of two votes: the transformer's, and a linear classifier's of log-expression.
 
     Parameters
     ----------
@@ -130,14 +123,13 @@ def fit(
     cells = pp.encode(adata, fitted, layer=layer, gene_key=gene_key)
     expression_BV = pp.log_expression(adata, fitted, layer=layer, gene_key=gene_key)
     network = _start(chosen.model_config(**_of_encoding(fitted)), fitted, seed)
-    components_RV = _components(expression_BV[split.fitted], seed)
-    set_gene_embeddings(network, gene_loadings(components_RV), scale=GENE_SCALE)
+    set_gene_embeddings(network, _loadings(expression_BV[split.fitted], seed), scale=GENE_SCALE)
     model = Model(network, fitted, history={"preset": chosen.name, "seed": seed})
 
     stage = config or default_config(len(split.fitted), seed)
     _run_stage(model, "pretraining", _pretraining(network, fitted), cells.select(split.fitted), stage, progress)
     if split.labels is not None:
-        _fine_tune(model, cells, expression_BV, components_RV, split, config, seed, progress)
+        _fine_tune(model, cells, expression_BV, split, config, seed, progress)
         model.history["calibration"] = asdict(calibrate(model, cells, expression_BV, split))
         model.history["report"] = score_annotation(model, adata, cells, expression_BV, split, layer, seed)
         adata.obs["scfm_split"] = split.names(adata.n_obs)
@@ -160,11 +152,11 @@ def _of_encoding(encoding: Encoding) -> dict[str, Any]:
     )
 
 
-def _components(expression_BV: sparse.csr_matrix, seed: int) -> NDArray[np.float64]:
+def _loadings(expression_BV: sparse.csr_matrix, seed: int) -> torch.Tensor:
     if expression_BV.shape[0] > MOST_CELLS_FOR_SVD:
         chosen = np.random.default_rng(seed).choice(expression_BV.shape[0], MOST_CELLS_FOR_SVD, replace=False)
         expression_BV = expression_BV[np.sort(chosen)]
-    return gene_components(expression_BV, N_COMPONENTS, seed)
+    return gene_loadings(expression_BV, N_COMPONENTS, seed)
 
 
 def _pretraining(network: CellTransformer, encoding: Encoding) -> Objective:
@@ -184,21 +176,19 @@ def _fine_tune(
     model: Model,
     cells: CellBatch,
     expression_BV: sparse.csr_matrix,
-    components_RV: NDArray[np.float64],
     split: FitSplit,
     config: FitConfig | None,
     seed: int,
     progress: bool,
 ) -> None:
-    """Fit all voters on the training cells: the transformer, from a linear probe, and the gene classifiers."""
+    """Fit both voters on the training cells: the transformer, from a linear probe, and the gene classifier."""
     assert split.labels is not None
     network, labels_B = model.network, split.labels.codes[split.train]
     train_cells = cells.select(split.train).replace(labels_B=torch.from_numpy(labels_B))
     model.labels = split.labels.names
     network.add_class_head(len(model.labels))
-    features_BE = model.class_features(train_cells)
-    set_gene_classifier(network, expression_BV[split.train], features_BE, labels_B, components_RV, seed)
-    set_linear_probe(network, features_BE, labels_B, seed)
+    set_gene_classifier(network, expression_BV[split.train], labels_B)
+    set_linear_probe(network, model.class_features(train_cells), labels_B, seed)
     objective = Classification(class_weights_C=class_weights(torch.from_numpy(labels_B), len(model.labels)))
     stage = config or default_config(len(split.train), seed)
     if config is None:

@@ -9,7 +9,6 @@ from sklearn.preprocessing import MaxAbsScaler
 import scfm
 from scfm import baselines, pp
 from scfm.errors import LabelsError, ModelTaskError
-from scfm.models.initialize import mixture_shares
 from scfm.tl._calibrate import fit_temperature
 
 
@@ -39,9 +38,9 @@ def test_the_gene_vote_is_scikit_learns_balanced_logistic_regression(fitted):
     regression = LogisticRegression(class_weight="balanced", max_iter=2000)
     regression.fit(scaler.transform(expression[train]), adata.obs["bulk_labels"][train].astype(str))
     expected = regression.predict_proba(scaler.transform(expression))
-    by_genes = model.network.gene_classifier.probabilities(expression)[0]
+    logits = model.network.gene_classifier.logits(expression)
     assert tuple(regression.classes_) == model.labels
-    np.testing.assert_allclose(by_genes, expected, atol=1e-5)
+    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-5)
 
 
 def test_unsure_and_distant_cells_are_unassigned(fitted):
@@ -85,22 +84,3 @@ def test_calibration_error_of_known_cases():
     right = np.array([True] * 7 + [False] * 3)
     assert baselines.expected_calibration_error(np.full(10, 0.7), right) == pytest.approx(0)
     assert baselines.expected_calibration_error(np.full(10, 0.95), right) == pytest.approx(0.25)
-
-
-def test_shares_of_votes_follow_likelihood_and_few_cells_leave_them_even():
-    sharp, blunt = np.full(1000, 0.9), np.full(1000, 0.1)
-    shares = mixture_shares(np.stack([sharp, blunt]))
-    assert shares[0] > 0.95
-    assert shares.sum() == pytest.approx(1)
-    np.testing.assert_allclose(mixture_shares(np.stack([sharp, blunt])[:, :1]), 0.5, atol=0.1)
-
-
-def test_what_the_model_says_is_the_shared_mean_of_its_votes(fitted):
-    adata, model = fitted
-    cells, expression = pp.encode(adata, model), pp.log_expression(adata, model)
-    head = model.predict_proba(cells, calibrated=False)
-    classifier = model.network.gene_classifier
-    genes, components = classifier.probabilities(expression)
-    shares = classifier.share_M.numpy()
-    expected = shares[0] * head + shares[1] * genes + shares[2] * components
-    np.testing.assert_allclose(model.predict_proba(cells, expression, calibrated=False), expected, atol=1e-6)
