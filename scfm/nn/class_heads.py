@@ -1,6 +1,6 @@
 """Classes of cells, and of genes: our own head, and those of published classifiers."""
 
-# Axes: B cells, N rows, V tokens of the vocabulary, L linear classifiers, M = L + 1 votes, T packed tokens, P positions of a fixed panel, D model width, C classes.
+# Axes: B cells, N rows, V tokens of the vocabulary, T packed tokens, P positions of a fixed panel, D model width, C classes.
 
 from __future__ import annotations
 
@@ -59,32 +59,22 @@ class ClassHead(nn.Module):
 
 
 class GeneClassifier(nn.Module):
-    """Linear classifiers of log1p counts per 10,000, kept beside the network so that all can vote.
+    """A linear classifier of log1p counts per 10,000, kept beside the network so that both can vote.
 
-    The first reads genes, the second components, which comes to one weight a gene too. `share_M` is how much the class
-    head's vote counts, and those of the two. All are buffers: they are fitted once, and no optimiser touches them.
+    Its weights are buffers: they are fitted once, by logistic regression, and no optimiser touches them.
     """
 
-    weight_LVC: Tensor
-    bias_LC: Tensor
-    share_M: Tensor
+    weight_VC: Tensor
+    bias_C: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.register_buffer("weight_LVC", torch.zeros(2, config.n_tokens, config.n_classes))
-        self.register_buffer("bias_LC", torch.zeros(2, config.n_classes))
-        self.register_buffer("share_M", torch.tensor([1.0, 0.0, 0.0]))
+        self.register_buffer("weight_VC", torch.zeros(config.n_tokens, config.n_classes))
+        self.register_buffer("bias_C", torch.zeros(config.n_classes))
 
-    def probabilities(self, expression_BV: Any) -> NDArray[np.float32]:
-        """Probabilities, shape (2, B, C), from log1p counts by token id: a SciPy sparse or NumPy matrix, (B, V)."""
-        logits = [expression_BV @ weight_VC for weight_VC in self.weight_LVC.cpu().numpy()]
-        logits_LBC = torch.from_numpy(np.stack(logits)) + self.bias_LC.cpu()[:, None]
-        return torch.softmax(logits_LBC, -1).numpy()
-
-    def vote(self, head_BC: NDArray[np.float32], expression_BV: Any) -> NDArray[np.float32]:
-        """Mean of the class head's probabilities and the classifiers' own, by their shares, shape (B, C)."""
-        votes_MBC = np.concatenate([head_BC[None], self.probabilities(expression_BV)])
-        return np.tensordot(self.share_M.cpu().numpy(), votes_MBC, axes=1)
+    def logits(self, expression_BV: Any) -> NDArray[np.float32]:
+        """Logits, shape (B, C), from log1p counts per 10,000 by token id: a SciPy sparse or NumPy matrix, (B, V)."""
+        return expression_BV @ self.weight_VC.cpu().numpy() + self.bias_C.cpu().numpy()
 
 
 class PoolerClassHead(nn.Module):
