@@ -45,6 +45,10 @@ def main(folder: Path) -> None:
 
     adata.write_h5ad(folder / "pbmc.h5ad")
     print(report.round(3).to_string())
+    if better := report.index[report["above_scfm"]].tolist():
+        print(f"\nOn these cells {' and '.join(better)} scored a higher macro-F1 than the model.")
+    else:
+        print("\nOn these cells no baseline scored a higher macro-F1 than the model.")
     print(f"\nWritten to {folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
