@@ -25,7 +25,7 @@ def toy_model(adata, kind, **encoding):
     fitted = make_encoding(EncodingConfig(kind=kind, **encoding), adata=adata)
     torch.manual_seed(0)
     config = scfm.ModelConfig(
-        **{**WIRING[kind], "pooling": "mean", "gene_head": False, "value_head": False},
+        **{**WIRING[kind], "pooling": "mean", "gene_head": False, "value_head": "none"},
         n_tokens=len(fitted.vocabulary), context_length=1024, d_model=32, n_heads=2, n_layers=2, d_ff=48,
     )  # fmt: skip
     network = CellTransformer.for_vocabulary(config, fitted.vocabulary)
