@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/
 # One process a core, each with one thread: threads of several processes would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: install demo test lint tests tests-without-extension docs clean
+.PHONY: install demo test lint tests tests-without-extension sanitize docs clean
 
 install: .venv/.installed
 
@@ -37,6 +37,10 @@ tests: install
 # What needs the extension skips itself; the rest must hold in pure torch and NumPy.
 tests-without-extension: install
 	SCFM_DISABLE_EXT=1 $(PYTEST) -m "not slow"
+
+# The kernels built again with the address and undefined-behaviour sanitizers.
+sanitize: install
+	SCFM_TEST_SANITIZERS=1 $(BIN)/python -m pytest -q tests/ops/test_sanitizers.py
 
 docs: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]" --no-build-isolation

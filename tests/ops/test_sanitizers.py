@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("SCFM_TEST_SANITIZERS" not in os.environ, reason="takes long: `make sanitize` runs it")
 @pytest.mark.skipif(not ops.extension_info()["available"], reason="needs the compiled extension")
 @pytest.mark.skipif(shutil.which("gcc") is None or not (ROOT / "csrc").is_dir(), reason="needs gcc and the sources")
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
