@@ -21,7 +21,7 @@ def execute(path: Path, *, seconds_per_cell: int = 600) -> nbformat.NotebookNode
     kernels = KernelSpecManager(kernel_dirs=[])  # leaves the native one: ipykernel of this environment
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, km=manager, timeout=seconds_per_cell, resources=resources).execute()
+    NotebookClient(notebook, km=manager, timeout=seconds_per_cell, startup_timeout=300, resources=resources).execute()
     return notebook
 
 
