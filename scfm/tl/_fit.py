@@ -19,12 +19,13 @@ from scfm.models.initialize import gene_loadings, set_gene_classifier, set_gene_
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import own_preset
-from scfm.objectives import Classification, MaskedGenes, MaskedValues, Objective, class_weights
+from scfm.objectives import Classification, Objective, class_weights
 from scfm.tl._calibrate import calibrate
 from scfm.tl._record import record
 from scfm.tl._score import score_annotation
 from scfm.tl._split import FitSplit, split_for_fit
 from scfm.train import FitConfig, train
+from scfm.train.pretrain import masked_objective
 
 N_COMPONENTS = 50  # of the singular value decomposition that gene embeddings start from
 GENE_SCALE = 0.3  # root mean square of the loadings in the gene embedding
@@ -127,7 +128,7 @@ def fit(
     model = Model(network, fitted, history={"preset": chosen.name, "seed": seed})
 
     stage = config or default_config(len(split.fitted), seed)
-    _run_stage(model, "pretraining", _pretraining(network, fitted), cells.select(split.fitted), stage, progress)
+    _run_stage(model, "pretraining", masked_objective(network, fitted), cells.select(split.fitted), stage, progress)
     if split.labels is not None:
         _fine_tune(model, cells, expression_BV, split, config, seed, progress)
         model.history["calibration"] = asdict(calibrate(model, cells, expression_BV, split))
@@ -157,14 +158,6 @@ def _loadings(expression_BV: sparse.csr_matrix, seed: int) -> torch.Tensor:
         chosen = np.random.default_rng(seed).choice(expression_BV.shape[0], MOST_CELLS_FOR_SVD, replace=False)
         expression_BV = expression_BV[np.sort(chosen)]
     return gene_loadings(expression_BV, N_COMPONENTS, seed)
-
-
-def _pretraining(network: CellTransformer, encoding: Encoding) -> Objective:
-    if encoding.config.kind == "rank":
-        mask_id = encoding.vocabulary.mask_id
-        assert mask_id is not None  # built with one
-        return MaskedGenes(mask_id=mask_id, is_gene_V=network.is_gene_V.cpu())
-    return MaskedValues(is_gene_V=network.is_gene_V.cpu())
 
 
 def default_config(n_cells: int, seed: int) -> FitConfig:

@@ -109,7 +109,7 @@ def pretrain(
     fingerprint = data_fingerprint(files)
     encoding = learn_encoding(files, config)
     network = _network(encoding, config)
-    objective = _objective(network, encoding)
+    objective = masked_objective(network, encoding)
     first = _first_cells(files, encoding, config)
     config = _with_token_budget(config, out, network, objective, first)
     _check_same_run(out, config, fingerprint)
@@ -179,7 +179,8 @@ def _network(encoding: Encoding, config: PretrainConfig) -> CellTransformer:
         )
 
 
-def _objective(network: CellTransformer, encoding: Encoding) -> Objective:
+def masked_objective(network: CellTransformer, encoding: Encoding) -> Objective:
+    """Masked genes for rank encodings, masked values for the others."""
     is_gene_V = network.is_gene_V.cpu()
     if encoding.config.kind == "rank":
         mask_id = encoding.vocabulary.mask_id
