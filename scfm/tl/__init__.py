@@ -1,19 +1,26 @@
 """Tools: what is computed with a model, written to AnnData or returned as a table."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from scfm.tl._annotate import annotate
 from scfm.tl._denoise import denoise, evaluate_denoising
 from scfm.tl._embed import embed
 from scfm.tl._embed_files import embed_files
-from scfm.tl._evaluate import evaluate_annotation, summarize_scores
-from scfm.tl._fit import fit
 from scfm.tl._gene_embeddings import gene_embeddings
 from scfm.tl._gene_network import gene_network
 from scfm.tl._genes import classify_genes, similar_genes
-from scfm.tl._integrate import integrate
 from scfm.tl._map_reference import map_reference
 from scfm.tl._perturb import perturb
 from scfm.tl._predict import predict_perturbation, score_perturbation_prediction
 from scfm.tl._screen import screen
+
+if TYPE_CHECKING:
+    from scfm.tl._evaluate import evaluate_annotation, summarize_scores
+    from scfm.tl._fit import fit
+    from scfm.tl._integrate import integrate
 
 __all__ = [
     "annotate",
@@ -35,3 +42,22 @@ __all__ = [
     "similar_genes",
     "summarize_scores",
 ]
+
+# What trains loads Lightning, which takes seconds; what only applies a model is not to wait for it.
+_TRAINING = {
+    "evaluate_annotation": "scfm.tl._evaluate",
+    "fit": "scfm.tl._fit",
+    "integrate": "scfm.tl._integrate",
+    "summarize_scores": "scfm.tl._evaluate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f"module 'scfm.tl' has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(_TRAINING[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
