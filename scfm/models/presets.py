@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,7 @@ WIRING: dict[str, dict[str, Any]] = {
     "bin": SCGPT_WIRING | {"normalize_embedding": False, "value_from_cell_head": False},
 }
 
+OBJECTIVES = ("masked", "generative")  # what a user can ask for; each family has its own way of masking
 SIZES: dict[str, dict[str, int]] = {
     "small": {"d_model": 128, "n_heads": 4, "n_layers": 3, "d_ff": 256},
     "medium": {"d_model": 256, "n_heads": 8, "n_layers": 6, "d_ff": 512},
@@ -122,6 +123,27 @@ class Preset:
             raise ValueError(f"The preset {self.name!r} has no vocabulary of its own; pass `n_tokens`.")
         pad_id = self.pad_id if pad_id is None else pad_id
         return ModelConfig(**{**self.network, "n_tokens": n_tokens, "pad_id": pad_id, **changes})
+
+    def for_objective(self, objective: str) -> Preset:
+        """Return the preset as it is pretrained on "masked" or "generative".
+
+        Raises
+        ------
+        ValueError
+            If the objective is another, or generative for an encoding that is not bin.
+        """
+        if objective not in OBJECTIVES:
+            raise ValueError(f"`objective` is {objective!r}; choose one of {', '.join(OBJECTIVES)}.")
+        kind = self.encoding["kind"]
+        if objective == "masked":
+            masked = {"rank": "masked_genes", "bin": "masked_values", "bucket": "masked_buckets"}
+            return replace(self, objective=masked.get(kind, self.objective))
+        if kind != "bin":
+            raise ValueError(
+                f"`objective` is 'generative' and the encoding {kind!r}: generation predicts binned values, which this "
+                "encoding has not. Choose encoding='bin' (preset 'scgpt-human' has it), or objective='masked'."
+            )
+        return replace(self, objective="generative", network={**self.network, "value_from_cell_head": True})
 
     def n_parameters(self, n_tokens: int | None = None) -> int:
         """Count the network's parameters without allocating them."""
@@ -245,8 +267,37 @@ def preset(name: str) -> Preset:
     """One preset by its name; `table()` lists them."""
     named = {entry.name: entry for entry in presets()}
     if name not in named:
-        raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(named)}.")
+        raise ValueError(f"`preset` is {name!r}; choose one of {', '.join([*SIZES, *named])}.")
     return named[name]
+
+
+def choose_preset(name: str, *, encoding: str | None = None, objective: str | None = None) -> Preset:
+    """Find a preset by what a user says of it.
+
+    Parameters
+    ----------
+    name
+        One of our sizes ("small", "medium", "large"), or the name of any preset.
+    encoding
+        "rank" or "bin" for one of our sizes, None for rank; of other presets their own, or None.
+    objective
+        "masked" or "generative"; None for the preset's own.
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset, or its encoding is another, or does not serve the objective.
+    """
+    if name in SIZES:
+        found = own_preset(name, encoding or "rank")
+    else:
+        found = preset(name)
+        if encoding not in (None, found.encoding["kind"]):
+            raise ValueError(
+                f"`encoding` is {encoding!r}, but the preset {name!r} has {found.encoding['kind']!r}. Leave it out, or "
+                f"choose one of the sizes {', '.join(SIZES)}, which can have either."
+            )
+    return found if objective is None else found.for_objective(objective)
 
 
 def table(*, n_genes: int = 20_000) -> pd.DataFrame:

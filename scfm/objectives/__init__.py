@@ -1,6 +1,7 @@
 """Training objectives: each corrupts a batch and scores the network's answer."""
 
-from scfm.objectives.base import Loss, Objective, Targets, Term, total
+from scfm.objectives.base import Loss, Objective, Targets, Term, at_step, total
+from scfm.objectives.choose import make_objective
 from scfm.objectives.classify import Classification, class_weights
 from scfm.objectives.generative import Generative
 from scfm.objectives.integrate import Integration
@@ -19,6 +20,8 @@ __all__ = [
     "ReadDepth",
     "Targets",
     "Term",
+    "at_step",
     "class_weights",
+    "make_objective",
     "total",
 ]

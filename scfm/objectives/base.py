@@ -36,7 +36,10 @@ def total(loss: Loss) -> Tensor:
 
 
 class Objective(Protocol):
-    """A training objective. To add one, write these two methods in a file of its own."""
+    """A training objective. To add one, write these two methods in a file of its own.
+
+    One that changes in the course of a run also has `at_step(step)`, which returns it as it is at an optimiser step.
+    """
 
     @property
     def name(self) -> str: ...
@@ -48,6 +51,12 @@ class Objective(Protocol):
     def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
         """Run the network and score its answer."""
         ...
+
+
+def at_step(objective: Objective, step: int) -> Objective:
+    """Return the objective as it is at an optimiser step: itself, unless it has an `at_step` that says otherwise."""
+    change = getattr(objective, "at_step", None)
+    return objective if change is None else change(step)
 
 
 def count_of(tensor: Tensor) -> Tensor:

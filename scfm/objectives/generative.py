@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,14 +24,21 @@ class Generative:
     A share of each cell's genes, drawn for the batch from `unknown_shares`, becomes unknown: it moves behind the known
     ones, its value is hidden, and no token but itself attends to it. Loss = GEP + `cell_weight` MVC (formulas in
     `scfm.objectives.values`). With `second_pass` the network runs once more with the detached cell embedding as
-    the input of each cell's first token, and its GEP is added; published training does so after 1,000 steps.
+    the input of each cell's first token, and its GEP is added; in training also without it from the step
+    `second_pass_from` on (published: after 1,000 steps), where the loss of a run therefore rises.
     """
 
     is_gene_V: Tensor
     unknown_shares: tuple[float, ...] = (0.25, 0.5, 0.75)
     cell_weight: float = 1.0
     second_pass: bool = False
+    second_pass_from: int | None = None
     name: str = "generative"
+
+    def at_step(self, step: int) -> Generative:
+        """Turn the second pass on once its step has come."""
+        due = self.second_pass_from is not None and step >= self.second_pass_from
+        return replace(self, second_pass=True) if due else self
 
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
         values_of(cells)

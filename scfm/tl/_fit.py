@@ -19,13 +19,12 @@ from scfm.models.initialize import gene_loadings, set_gene_classifier, set_gene_
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import own_preset
-from scfm.objectives import Classification, Objective, class_weights
+from scfm.objectives import Classification, Objective, class_weights, make_objective
 from scfm.tl._calibrate import calibrate
 from scfm.tl._record import record
 from scfm.tl._score import score_annotation
 from scfm.tl._split import FitSplit, split_for_fit
 from scfm.train import FitConfig, train
-from scfm.train.pretrain import masked_objective
 
 N_COMPONENTS = 50  # of the singular value decomposition that gene embeddings start from
 GENE_SCALE = 0.3  # root mean square of the loadings in the gene embedding
@@ -74,7 +73,8 @@ def fit(
     context_length
         Most tokens of a cell; None for the preset's own, 1,024. Attention costs its square.
     objective
-        "masked": guess hidden genes (rank) or hidden values (bin).
+        "masked": guess hidden genes (rank) or hidden values (bin). "generative": from known genes the values of all
+        others (bin; scGPT).
     preset
         Size of the network: "small", "medium" or "large".
     layer, gene_key
@@ -114,9 +114,7 @@ def fit(
     >>> adata.obsm["X_scfm"].shape
     (700, 128)
     """
-    if objective != "masked":
-        raise ValueError(f"`objective` is {objective!r}; choose 'masked'.")
-    chosen = own_preset(preset, encoding)
+    chosen = own_preset(preset, encoding).for_objective(objective)
     settings = EncodingConfig(**chosen.encoding)
     settings = settings if context_length is None else settings.replace(context_length=context_length)
     split = split_for_fit(adata.obs, labels_key, batch_key, test_fraction, seed, test_key=test_key)
@@ -128,7 +126,14 @@ def fit(
     model = Model(network, fitted, history={"preset": chosen.name, "seed": seed})
 
     stage = config or default_config(len(split.fitted), seed)
-    _run_stage(model, "pretraining", masked_objective(network, fitted), cells.select(split.fitted), stage, progress)
+    _run_stage(
+        model,
+        "pretraining",
+        make_objective(chosen.objective, network, fitted),
+        cells.select(split.fitted),
+        stage,
+        progress,
+    )
     if split.labels is not None:
         _fine_tune(model, cells, expression_BV, split, config, seed, progress)
         model.history["calibration"] = asdict(calibrate(model, cells, expression_BV, split))

@@ -37,7 +37,8 @@ class TrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: tuple[CellBatch, objectives.Targets], batch_index: int) -> Tensor:
         inputs, targets = batch
-        loss = objectives.total(self._over_ranks(self.objective.loss(self.network, inputs, targets)))
+        objective = objectives.at_step(self.objective, self.trainer.global_step)
+        loss = objectives.total(self._over_ranks(objective.loss(self.network, inputs, targets)))
         self.losses.append(loss.detach())
         self.cells_seen += len(inputs)
         return loss

@@ -22,8 +22,8 @@ from scfm.data.files import count_rows, open_counts
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, build_vocabulary
 from scfm.encoding.build import ENCODINGS
 from scfm.models import CellTransformer, Model
-from scfm.models.presets import own_preset
-from scfm.objectives import MaskedGenes, MaskedValues, Objective
+from scfm.models.presets import Preset, choose_preset
+from scfm.objectives import Objective, make_objective
 from scfm.train.budget import choose_tokens_per_step, training_device
 from scfm.train.config import FitConfig
 from scfm.train.loop import train
@@ -41,11 +41,13 @@ class PretrainConfig:
     Attributes
     ----------
     preset
-        Size of the network: "small", "medium" or "large".
+        Size of the network ("small", "medium" or "large"), or the shape and encoding of a published one, trained from
+        scratch: "geneformer-v1-10m", "scgpt-human" and others that `scfm.models.presets.table()` lists.
     encoding
-        "rank" or "bin".
+        "rank" or "bin" for one of our sizes (None: rank); a published preset has its own.
     objective
-        "masked".
+        "masked": guess hidden genes (rank) or hidden values. "generative": from known genes the values of all others
+        (bin; scGPT). None: the preset's own.
     layer, gene_key, depth_key
         Where the files keep counts, gene names and total counts; the same for all.
     fit
@@ -53,12 +55,21 @@ class PretrainConfig:
     """
 
     preset: str = "small"
-    encoding: str = "rank"
-    objective: str = "masked"
+    encoding: str | None = None
+    objective: str | None = None
     layer: str | None = None
     gene_key: str | None = None
     depth_key: str | None = None
     fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        chosen = self.chosen_preset  # refuses what does not go together
+        object.__setattr__(self, "encoding", chosen.encoding["kind"])
+        object.__setattr__(self, "objective", "generative" if chosen.objective == "generative" else "masked")
+
+    @property
+    def chosen_preset(self) -> Preset:
+        return choose_preset(self.preset, encoding=self.encoding, objective=self.objective)
 
     @property
     def tokens_per_step(self) -> int:
@@ -70,7 +81,8 @@ class PretrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PretrainConfig:
-        """Build from a config file; an unknown field is an error."""
+        """Build from a config file, also one that a run wrote; an unknown field is an error."""
+        values = values.get("pretrain", values)
         if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
             raise ValueError(
                 f"The config has no field {', '.join(unknown)}; it has {', '.join(cls.__dataclass_fields__)}."
@@ -109,7 +121,7 @@ def pretrain(
     fingerprint = data_fingerprint(files)
     encoding = learn_encoding(files, config)
     network = _network(encoding, config)
-    objective = masked_objective(network, encoding)
+    objective = make_objective(config.chosen_preset.objective, network, encoding)
     first = _first_cells(files, encoding, config)
     config = _with_token_budget(config, out, network, objective, first)
     _check_same_run(out, config, fingerprint)
@@ -127,6 +139,8 @@ def pretrain(
     module = train(network, objective, stream, config.fit, title="pretraining", run_dir=out, progress=progress)
     losses = [float(loss) for loss in module.losses]
     stage = {"name": "pretraining", "objective": objective.name, "config": config.to_dict(), "losses": losses}
+    if encoding.config.kind == "continuous":  # its encoder reads expressed genes only; zeros were for the decoder
+        encoding = encoding.replace(include_zeros=False)
     model = Model(network, encoding, history={"stages": [stage], "data": fingerprint})
     if rank == 0:
         write_run(out, model, config.to_dict(), fingerprint, losses)
@@ -135,7 +149,8 @@ def pretrain(
 
 def learn_encoding(files: Sequence[Path], config: PretrainConfig) -> Encoding:
     """Build one vocabulary over all files, and learn from cells spread evenly over them what the encoding needs."""
-    settings = EncodingConfig(**own_preset(config.preset, config.encoding).encoding)
+    preset = config.chosen_preset
+    settings = EncodingConfig(**preset.encoding, include_zeros=True if preset.objective == "read_depth" else None)
     found = [build_vocabulary(_open(path, config), settings, gene_key=config.gene_key) for path in files]
     genes = list(dict.fromkeys(gene for each in found for gene in each.genes))
     vocabulary = Vocabulary.from_genes(genes, special=list(found[0].special))
@@ -170,23 +185,12 @@ def _open(path: Path, config: PretrainConfig) -> Any:
 
 
 def _network(encoding: Encoding, config: PretrainConfig) -> CellTransformer:
-    preset = own_preset(config.preset, config.encoding)
     vocabulary = encoding.vocabulary
+    model_config = config.chosen_preset.model_config(n_tokens=len(vocabulary), pad_id=vocabulary.pad_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.fit.seed)
-        return CellTransformer.for_vocabulary(
-            preset.model_config(n_tokens=len(vocabulary), pad_id=vocabulary.pad_id), vocabulary
-        )
-
-
-def masked_objective(network: CellTransformer, encoding: Encoding) -> Objective:
-    """Masked genes for rank encodings, masked values for the others."""
-    is_gene_V = network.is_gene_V.cpu()
-    if encoding.config.kind == "rank":
-        mask_id = encoding.vocabulary.mask_id
-        assert mask_id is not None  # built with one
-        return MaskedGenes(mask_id=mask_id, is_gene_V=is_gene_V)
-    return MaskedValues(is_gene_V=is_gene_V)
+        # A gene embedding that a family freezes was trained elsewhere (scBERT: gene2vec); here it starts from nothing.
+        return CellTransformer.for_vocabulary(model_config.replace(train_gene_embedding=True), vocabulary)
 
 
 def _with_token_budget(

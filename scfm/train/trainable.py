@@ -63,6 +63,7 @@ def set_trainable(network: CellTransformer, how: str) -> int:
         free += list(network.blocks)[-int(number) :]
     for module in free:
         module.requires_grad_(True)
+    _freeze_as_configured(network)
     if kind == "lora":
         _add_low_rank(network, int(number))
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
@@ -75,6 +76,15 @@ def merge(network: CellTransformer) -> None:
             if isinstance(child, LowRankLinear):
                 setattr(parent, name, child.merged())
     network.requires_grad_(True)
+    _freeze_as_configured(network)
+
+
+def _freeze_as_configured(network: CellTransformer) -> None:
+    """Keep still what the family never trains: scBERT's gene embedding, scFoundation's vector of padding."""
+    if not network.config.train_gene_embedding:
+        network.embedding.gene.requires_grad_(False)
+    if (padding := getattr(network.embedding.value, "pad", None)) is not None:
+        padding.requires_grad_(False)
 
 
 def _add_low_rank(network: CellTransformer, rank: int) -> None:

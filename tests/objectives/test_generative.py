@@ -6,7 +6,7 @@ import torch
 from scfm.data import CellBatch
 from scfm.models import generate
 from scfm.models.network import visible_tokens
-from scfm.objectives import Generative
+from scfm.objectives import Generative, MaskedValues, at_step
 
 
 def test_known_tokens_come_first_and_nothing_is_lost(cells, is_gene_V):
@@ -60,6 +60,15 @@ def test_the_second_pass_starts_from_the_detached_cell_embedding(cells, is_gene_
         hidden_TD = block(hidden_TD, plan)
     expected = ((network.values(hidden_TD[token_N]) - targets["values_N"]) ** 2).mean()
     torch.testing.assert_close(loss["gep_from_cell"].mean, expected)
+
+
+def test_the_second_pass_comes_at_its_step(is_gene_V):
+    late = Generative(is_gene_V=is_gene_V, second_pass_from=1000)
+    assert not at_step(late, 999).second_pass
+    assert at_step(late, 1000).second_pass
+    assert not at_step(Generative(is_gene_V=is_gene_V), 10**6).second_pass
+    masked = MaskedValues(is_gene_V=is_gene_V)
+    assert at_step(masked, 1000) is masked
 
 
 def test_skipping_the_output_projection_changes_unknown_tokens_as_published(cells, is_gene_V, make_network, generator):

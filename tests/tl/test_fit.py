@@ -8,6 +8,7 @@ import torch
 
 import scfm
 from scfm.errors import LabelsError
+from scfm.models import generate
 from scfm.tl._split import split_for_fit
 
 SHORT = scfm.FitConfig(n_steps=2, tokens_per_step=2048)
@@ -33,6 +34,25 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(blood, fitt
     np.testing.assert_array_equal(again.obsm["X_scfm"], adata.obsm["X_scfm"])
     other = scfm.fit(blood.copy(), labels_key="bulk_labels", config=SHORT.replace(seed=1), seed=1, progress=False)
     assert other.id != model.id
+
+
+def test_generative_pretraining_leaves_a_model_that_generates(blood):
+    config = SHORT.replace(n_steps=3)
+    model, plain = (
+        scfm.fit(blood[:60].copy(), encoding="bin", objective=objective, config=config, progress=False)
+        for objective in ("generative", "masked")
+    )
+    assert model.history["stages"][0]["objective"] == "generative"
+    assert model.history["stages"][0]["losses"] != plain.history["stages"][0]["losses"]
+    prompt = scfm.pp.encode(blood[:2], model.encoding)
+    values = generate(model.network, prompt, prompt.replace(values_T=None), n_steps=2)
+    assert values.shape == (prompt.n_tokens,)
+    assert bool(values.isfinite().all())
+
+
+def test_generation_from_ranks_is_refused(blood):
+    with pytest.raises(ValueError, match=r"'rank'.*encoding='bin'"):
+        scfm.fit(blood.copy(), objective="generative")
 
 
 @pytest.mark.slow

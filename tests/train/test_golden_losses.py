@@ -13,18 +13,18 @@ from scfm import pp
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.models import CellTransformer, ModelConfig
 from scfm.models.presets import GENEFORMER_WIRING, SCGPT_WIRING
-from scfm.objectives import Classification, MaskedGenes, MaskedValues
+from scfm.objectives import Classification, Generative, MaskedGenes, MaskedValues
 from scfm.train import FitConfig, train
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-OBJECTIVES = ("masked_genes", "masked_values", "classification")
+OBJECTIVES = ("masked_genes", "masked_values", "generative", "classification")
 CONFIG = FitConfig(n_steps=20, tokens_per_step=1500, accelerator="cpu")
 
 
 def twenty_losses(name: str) -> list[float]:
     import torch
 
-    kind = "bin" if name == "masked_values" else "rank"
+    kind = "bin" if name in ("masked_values", "generative") else "rank"
     adata = scfm.datasets.pbmc()[::7].copy()
     encoding = make_encoding(EncodingConfig(kind=kind, context_length=128), adata=adata)
     labels = torch.from_numpy(adata.obs["bulk_labels"].cat.codes.to_numpy().astype("int64"))
@@ -39,6 +39,7 @@ def twenty_losses(name: str) -> list[float]:
     objective = {
         "masked_genes": MaskedGenes(mask_id=vocabulary.mask_id, is_gene_V=network.is_gene_V),
         "masked_values": MaskedValues(is_gene_V=network.is_gene_V),
+        "generative": Generative(is_gene_V=network.is_gene_V, second_pass_from=15),
         "classification": Classification(),
     }[name]
     module = train(network, objective, cells, CONFIG, title=name, progress=False)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -18,6 +19,7 @@ from scipy import sparse
 
 import scfm
 from scfm.data import TokenBudgetSampler
+from scfm.models import presets
 from scfm.objectives import total
 from scfm.train import FitConfig, PretrainConfig, pretrain, train
 from scfm.train.module import TrainingModule, parameter_groups
@@ -66,18 +68,21 @@ def test_the_vocabulary_and_the_medians_span_all_files(files):
         assert got == pytest.approx(wanted, rel=1e-6), gene
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"encoding": "bin", "objective": "generative"}])
+def test_a_stopped_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch, changes):
+    config = replace(CONFIG, **changes)
+
     class Stop(lightning.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 5:
                 raise RuntimeError("power cut")
 
-    whole = pretrain(files, tmp_path / "whole", CONFIG, progress=False)
+    whole = pretrain(files, tmp_path / "whole", config, progress=False)
     with monkeypatch.context() as patch:
         patch.setitem(pretrain.__globals__, "train", functools.partial(train, callbacks=[Stop()]))
         with pytest.raises(RuntimeError, match="power cut"):
-            pretrain(files, tmp_path / "broken", CONFIG, progress=False)
-    resumed = pretrain(files, tmp_path / "broken", CONFIG, progress=False)
+            pretrain(files, tmp_path / "broken", config, progress=False)
+    resumed = pretrain(files, tmp_path / "broken", config, progress=False)
     assert whole.id == resumed.id
 
 
@@ -87,6 +92,58 @@ def test_a_folder_with_another_run_is_refused(files, tmp_path):
         pretrain(files, tmp_path / "run", PretrainConfig(fit=CONFIG.fit.replace(seed=1)), progress=False)
     with pytest.raises(ValueError, match="other data"):
         pretrain(files[:1], tmp_path / "run", CONFIG, progress=False)
+
+
+def test_the_config_that_a_run_writes_runs_it_again(files, tmp_path):
+    model = pretrain(files, tmp_path / "run", CONFIG, progress=False)
+    again = PretrainConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
+    assert again == CONFIG
+    assert pretrain(files, tmp_path / "again", again, progress=False).id == model.id
+
+
+# Each family's shape with one thin layer, so that a step takes a moment.
+THIN = {"n_layers": 1, "d_model": 16, "n_heads": 2, "head_width": None, "d_ff": 16}
+
+
+@pytest.mark.parametrize(
+    ("preset", "objective", "expected"),
+    [
+        ("geneformer-v1-10m", None, "masked_genes"),
+        ("scgpt-human", None, "generative"),
+        ("scgpt-human", "masked", "masked_values"),
+        ("scbert", None, "masked_buckets"),
+        ("scfoundation", None, "read_depth"),
+    ],
+)
+def test_a_published_shape_is_pretrained_in_its_own_way(files, tmp_path, monkeypatch, preset, objective, expected):
+    decoder = {"decoder_layers": 1, "decoder_width": 16, "decoder_heads": 2, "decoder_head_width": 8}
+    thin = [
+        replace(each, network={**each.network, **THIN, **(decoder if each.family == "scfoundation" else {})})
+        for each in presets.PUBLISHED
+    ]
+    monkeypatch.setattr(presets, "PUBLISHED", tuple(thin))
+    config = PretrainConfig(preset=preset, objective=objective, fit=CONFIG.fit.replace(n_steps=2))
+    model = pretrain(files, tmp_path / "run", config, progress=False)
+    assert model.history["stages"][0]["objective"] == expected
+    loaded = scfm.load(tmp_path / "run" / "model")
+    embedding = scfm.tl.embed(anndata.read_h5ad(files[0]), loaded, copy=True).obsm["X_scfm"]
+    assert embedding.shape == (60, loaded.network.config.d_embedding)
+    assert np.isfinite(embedding).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"objective": "generative"}, "encoding='bin'"),
+        ({"objective": "generative", "preset": "geneformer-v1-10m"}, "encoding='bin'"),
+        ({"preset": "tiny"}, "choose one of small"),
+        ({"preset": "scbert", "encoding": "rank"}, "has 'bucket'"),
+        ({"objective": "causal"}, "choose one of masked, generative"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        PretrainConfig(**wrong)
 
 
 def test_config_files_are_checked():

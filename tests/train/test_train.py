@@ -15,6 +15,8 @@ import torch
 
 from scfm.data import CellBatch
 from scfm.errors import ModelFileError
+from scfm.models.presets import SCGPT_WIRING
+from scfm.objectives import Generative
 from scfm.train import FitConfig, NonFiniteLossError, merge, set_trainable, train
 from scfm.train.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 
@@ -77,6 +79,31 @@ def test_a_broken_run_resumes_to_the_same_bits(tiny, tmp_path, accumulate):
     got = train(resumed, tiny.masked, tiny.cells, config, title="t", run_dir=tmp_path / "broken", progress=False)
     assert same(weights(whole), weights(resumed))
     assert torch.equal(torch.stack(expected.losses), torch.stack(got.losses))
+
+
+def test_the_objective_changes_at_its_step_also_in_a_resumed_run(tiny, tmp_path):
+    """Generative training whose second pass comes at step 6, broken at 10: the same losses as in one go."""
+    config = CONFIG.replace(checkpoint_every=4)
+    wiring = {**SCGPT_WIRING, "pooling": "mean"}
+    cells = tiny.cells.replace(values_T=(tiny.cells.gene_ids_T % 7).float())
+
+    def run(name, *callbacks):
+        network = tiny.make_network(**wiring)
+        objective = Generative(is_gene_V=network.is_gene_V, second_pass_from=6)
+        module = train(network, objective, cells, config, title="t", run_dir=tmp_path / name, progress=False,
+                       callbacks=callbacks)  # fmt: skip
+        return torch.stack(module.losses), weights(network)
+
+    whole = run("whole")
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("broken", StopAt(10))
+    resumed = run("broken")
+    assert torch.equal(whole[0], resumed[0])
+    assert same(whole[1], resumed[1])
+    without = tiny.make_network(**wiring)
+    one_pass = train(without, Generative(is_gene_V=without.is_gene_V), cells, config, title="t", progress=False)
+    agree = [bool(torch.equal(a, b)) for a, b in zip(whole[0], one_pass.losses)]
+    assert agree == [True] * 6 + [False] * 6
 
 
 KILLED = """
@@ -203,6 +230,15 @@ def test_only_what_is_trainable_moves(tiny, how):
     assert blocks == {"all": {"0", "1"}, "head": set(), "last:1": {"1"}, "lora:4": {"0", "1"}}[how]
     assert any(name.startswith("embedding.") for name in moved) == (how == "all")
     assert all(parameter.requires_grad for parameter in tiny.network.parameters())
+
+
+def test_a_gene_embedding_that_the_family_freezes_stays_frozen(tiny):
+    network = tiny.make_network(n_classes=3, train_gene_embedding=False)
+    before = weights(network)
+    train(network, tiny.classify, tiny.cells, CONFIG, title="t", progress=False)
+    assert torch.equal(network.embedding.gene.weight, before["embedding.gene.weight"])
+    assert not torch.equal(network.embedding.rank.weight, before["embedding.rank.weight"])
+    assert not network.embedding.gene.weight.requires_grad
 
 
 def test_low_rank_updates_start_as_nothing_and_merge_exactly(tiny):
