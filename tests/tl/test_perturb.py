@@ -13,11 +13,12 @@ from scfm.errors import LabelsError, VocabularyMismatchError
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import WIRING
+from scfm.tl._perturb.deletions import embed_deletions, shares_first_layer
 from scfm.tl._perturb.edits import Editor, TokenCell
 from scfm.tl._perturb.shifts import KEPT, ShiftRecord, cosine_distance, goal_shift
 from scfm.tl._perturb.statistics import bootstrap_interval, rank_sum
-from scfm.tl._perturb.stream import VariantRunner
-from scfm.tl._perturb.variants import Perturbations
+from scfm.tl._perturb.stream import VariantRunner, embed_variants
+from scfm.tl._perturb.variants import Perturbations, cell_of
 
 
 def toy_model(adata, kind, **encoding):
@@ -94,6 +95,43 @@ def test_deletions_agree_with_a_plain_loop(cells, kind):
             assert table.loc[gene, "shift_std"] == pytest.approx(np.std(shifts, ddof=1), rel=1e-3, abs=1e-9)
     assert table["shift_mean"].is_monotonic_decreasing
     assert table.index.name == "gene"
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize(("kind", "positions"), [("rank", "shift"), ("rank", "held"), ("bin", "shift")])
+def test_deletions_that_share_their_first_layer_are_the_plain_ones(cells, kind, positions, pooling, norm):
+    """Oracle: every variant on its own. Runs of several lengths, the last of them shorter."""
+    model = toy_model(cells, kind, add_cls=True)
+    config = model.network.config.replace(norm=norm, final_norm=norm == "pre", pooling=pooling)
+    network = CellTransformer.for_vocabulary(config, model.encoding.vocabulary).eval()
+    editor = Editor.of(model.encoding, "delete", positions=positions)
+    encoded = scfm.pp.encode(cells, model)
+    for number in (0, int(encoded.lengths_B.argmax())):
+        cell = cell_of(encoded, number)
+        one_by_one = [editor.edit(cell, [gene]) for gene in editor.expressed(cell)]
+        expected = np.concatenate([embed_variants(network, [variant]) for variant in one_by_one])
+        found = embed_deletions(network, cell, editor).numpy()
+        np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+    assert shares_first_layer(network, editor)
+
+
+def test_tables_are_the_same_with_and_without_a_shared_first_layer(cells, rank_model, monkeypatch):
+    twice = anndata.concat([cells, cells[:3]], index_unique="-")
+    plain = scfm.tl.perturb(twice, rank_model, progress=False)
+    monkeypatch.setattr("scfm.tl._perturb.stream.SHORTEST_CELL", 8)  # some cells of each kind, some of them equal
+    shared = scfm.tl.perturb(twice, rank_model, progress=False)
+    pd.testing.assert_frame_equal(shared.sort_index(), plain.sort_index(), rtol=1e-3, atol=1e-9)
+
+
+def test_bfloat16_is_near_float32(cells, rank_model):
+    """Cells before and after in the same precision: else every shift would be the rounding of the weights."""
+    single, half = (scfm.tl.perturb(cells, rank_model, precision=name, progress=False) for name in ("fp32", "bf16"))
+    ratio = half.loc[single.index, "shift_mean"] / single["shift_mean"]
+    assert ratio.median() == pytest.approx(1, abs=0.05)
+    assert stats.spearmanr(half.loc[single.index, "shift_mean"], single["shift_mean"]).statistic > 0.97
+    with pytest.raises(ValueError, match="`precision` is 'half'"):
+        scfm.tl.perturb(cells, rank_model, precision="half", progress=False)
 
 
 def test_held_deletion_keeps_the_ranks_of_later_genes(cells, rank_model):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scfm import pp
 from scfm.data import CellBatch
 from scfm.errors import LabelsError
-from scfm.models.model import Model
+from scfm.models.model import Model, Precision
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def read_states(
     goal: str | None,
     layer: str | None,
     gene_key: str | None,
+    precision: Precision = "fp32",
 ) -> States:
     """Encode and embed the start cells, and the mean of the goal cells.
 
@@ -61,8 +62,8 @@ def read_states(
     goal_D = None
     if group_B is not None and goal is not None:
         goal_cells = pp.encode(adata[group_B == goal], model.encoding, layer=layer, gene_key=gene_key)
-        goal_D = model.embed(goal_cells).mean(0, dtype=np.float64)
-    return States(cells, model.embed(cells), goal_D)
+        goal_D = model.embed(goal_cells, precision=precision).mean(0, dtype=np.float64)
+    return States(cells, model.embed(cells, precision=precision), goal_D)
 
 
 def _groups(adata: anndata.AnnData, groupby: str | None, wanted: dict[str, str | None]) -> NDArray[np.object_] | None:

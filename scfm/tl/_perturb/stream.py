@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from scfm.data import CellBatch
-from scfm.models.model import TOKENS_PER_BATCH, Model
+from scfm.models.model import TOKENS_PER_BATCH, Model, Precision, runs_of_tokens
+from scfm.models.network import CellTransformer
+from scfm.tl._perturb.deletions import SHORTEST_CELL, embed_deletions, shares_first_layer
 from scfm.tl._perturb.edits import Editor, TokenCell
 from scfm.tl._perturb.shifts import ShiftRecord
 from scfm.tl._perturb.variants import Perturbations, cell_of, pack
@@ -45,7 +47,7 @@ class VariantRunner:
     Attributes
     ----------
     precision
-        "float32", or "bfloat16" for autocast.
+        "fp32", or "bf16" for blocks in bfloat16.
     n_embedded
         Variants that went through the network so far.
     """
@@ -54,11 +56,16 @@ class VariantRunner:
     cells: CellBatch
     perturbations: Perturbations
     editor: Editor
-    precision: str = "float32"
+    precision: Precision = "fp32"
     n_embedded: int = 0
     _slots: dict[bytes, int] = field(default_factory=dict)
     _pending: list[TokenCell] = field(default_factory=list)
+    _n_pending_tokens: int = 0
     _parts: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._network = self.model.network_in(self.precision).eval()
+        self._of_all_genes = self.perturbations.tokens is None and shares_first_layer(self._network, self.editor)
 
     def n_of_cell(self, cell: int) -> int:
         """How many perturbations can be done to a cell."""
@@ -76,12 +83,16 @@ class VariantRunner:
             start = stop
 
     def _run_block(self, start: int, stop: int) -> Requests:
-        self._slots, self._pending, self._parts = {}, [], []
+        self._slots, self._pending, self._n_pending_tokens, self._parts = {}, [], 0, []
         asked: list[tuple[int, int, int]] = []
         singles_too = self.perturbations.has_combinations()
         for cell in range(start, stop):
             tokens = cell_of(self.cells, cell)
             expressed = self.editor.expressed(tokens)
+            if self._of_all_genes and len(expressed) >= SHORTEST_CELL:
+                first = self._slots_of_all_genes(tokens, len(expressed))
+                asked += [(cell, gene, first + place) for place, gene in enumerate(expressed.tolist())]
+                continue
             for number, genes in self.perturbations.of_cell(expressed, len(expressed), self.editor):
                 asked.append((cell, number, self._slot(self.editor.edit(tokens, genes))))
                 if singles_too and len(genes) > 1:
@@ -89,33 +100,50 @@ class VariantRunner:
                         asked.append((cell, -1 - gene, self._slot(self.editor.edit(tokens, [gene]))))
         self._flush()
         cell_V, number_V, slot_V = np.array(asked, dtype=np.int64).reshape(-1, 3).T
-        parts = self._parts or [np.zeros((0, self.model.network.config.d_model), np.float32)]
+        parts = self._parts or [np.zeros((0, self.model.network.config.d_embedding), np.float32)]
         return Requests(cell_V, number_V, slot_V, np.concatenate(parts))
 
     def _slot(self, variant: TokenCell) -> int:
         digest = variant.digest()
         if digest not in self._slots:
-            self._slots[digest] = len(self._slots)
+            self._slots[digest] = self._n_slots
             self._pending.append(variant)
-            if sum(map(len, self._pending)) >= TOKENS_PER_BATCH:
+            self._n_pending_tokens += len(variant)
+            if self._n_pending_tokens >= TOKENS_PER_BATCH:
                 self._flush()
         return self._slots[digest]
 
+    def _slots_of_all_genes(self, cell: TokenCell, n_genes: int) -> int:
+        """Embed the deletions of all genes of a cell, unless an equal cell has been; the first of their slots."""
+        digest = cell.digest()
+        if digest not in self._slots:
+            self._flush()  # slots are counted in the order of the parts
+            self._slots[digest] = self._n_slots
+            self._parts.append(embed_deletions(self._network, cell, self.editor).cpu().numpy())
+            self.n_embedded += n_genes
+        return self._slots[digest]
+
+    @property
+    def _n_slots(self) -> int:
+        return sum(map(len, self._parts)) + len(self._pending)
+
     def _flush(self) -> None:
         if self._pending:
-            self._parts.append(embed_variants(self.model, pack(self._pending), precision=self.precision))
+            self._parts.append(embed_variants(self._network, self._pending))
             self.n_embedded += len(self._pending)
-            self._pending = []
+            self._pending, self._n_pending_tokens = [], 0
 
 
-def embed_variants(model: Model, batch: CellBatch, *, precision: str = "float32") -> NDArray[np.float32]:
-    """Embedding of each cell of one batch, (V, D); like `Model.embed`, but keeps given places, and takes a precision."""
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"`precision` is {precision!r}; choose 'float32' or 'bfloat16'.")
-    model.network.eval()
-    device = model.device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return model.network.embed_cells(batch.to(device)).float().cpu().numpy()
+def embed_variants(network: CellTransformer, variants: Sequence[TokenCell]) -> NDArray[np.float32]:
+    """Embedding of each variant, (V, D), float32; as many at a time as `TOKENS_PER_BATCH` allows."""
+    network.eval()
+    device = network.is_gene_V.device
+    lengths = np.cumsum([0, *map(len, variants)])
+    parts = [np.zeros((0, network.config.d_embedding), np.float32)]
+    with torch.inference_mode():
+        for rows in runs_of_tokens(lengths, TOKENS_PER_BATCH):
+            parts.append(network.embed_cells(pack(variants[rows]).to(device)).float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)

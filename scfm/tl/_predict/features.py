@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm.data import CellBatch
-from scfm.models.model import TOKENS_PER_BATCH, Model
+from scfm.models.model import Model
 from scfm.tl._perturb.edits import Editor, TokenCell
 from scfm.tl._perturb.stream import embed_variants
-from scfm.tl._perturb.variants import cell_of, pack
+from scfm.tl._perturb.variants import cell_of
 
 
 def target_features(model: Model, cells: CellBatch, genes: Sequence[str]) -> dict[str, NDArray[np.float64]]:
@@ -38,7 +38,8 @@ def _features(model: Model, cells: CellBatch, token: int) -> NDArray[np.float64]
     editor = Editor.of(model.encoding, "delete")
     present = [with_gene(cell_of(cells, cell), token, editor) for cell in range(len(cells))]
     absent = [editor.edit(cell, [token]) for cell in present]
-    return (_embeddings(model, absent) - _embeddings(model, present)).mean(0)
+    moved_BD = embed_variants(model.network, absent) - embed_variants(model.network, present)
+    return moved_BD.mean(0, dtype=np.float64)
 
 
 def with_gene(cell: TokenCell, token: int, editor: Editor) -> TokenCell:
@@ -63,11 +64,3 @@ def with_gene(cell: TokenCell, token: int, editor: Editor) -> TokenCell:
 def _drop(cell: TokenCell, place: int) -> TokenCell:
     values = None if cell.values_N is None else np.delete(cell.values_N, place)
     return TokenCell(np.delete(cell.gene_ids_N, place), values)
-
-
-def _embeddings(model: Model, variants: list[TokenCell]) -> NDArray[np.float64]:
-    per_batch = max(1, TOKENS_PER_BATCH // max(map(len, variants)))
-    parts = [
-        embed_variants(model, pack(variants[start : start + per_batch])) for start in range(0, len(variants), per_batch)
-    ]
-    return np.concatenate(parts).astype(np.float64)

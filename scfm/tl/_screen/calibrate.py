@@ -16,12 +16,11 @@ from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.tl._perturb.edits import Editor
 from scfm.tl._perturb.stream import embed_variants
-from scfm.tl._perturb.variants import cell_of, pack
+from scfm.tl._perturb.variants import cell_of
 from scfm.tl._screen.estimate import Estimator
 
 CALIBRATION_CELLS = 10
 GENES_PER_CELL = 64
-LONGEST_RUN = 8  # variants embedded at once
 
 _log = logging.getLogger(__name__)
 
@@ -65,12 +64,7 @@ def _beyond_own_share(
     genes = rng.choice(genes, min(GENES_PER_CELL, len(genes)), replace=False)
     estimator = Estimator(model, cells.select([cell]), positions=positions)
     variants = [editor.edit(tokens, [gene]) for gene in genes]
-    after_VD = np.concatenate(
-        [
-            embed_variants(model, pack(variants[start : start + LONGEST_RUN]))
-            for start in range(0, len(variants), LONGEST_RUN)
-        ]
-    )
+    after_VD = embed_variants(model.network, variants)
     place_of = {int(gene): place for place, gene in enumerate(tokens.gene_ids_N)}
     own_VD = estimator.own_share()[[place_of[int(gene)] for gene in genes]].double().cpu().numpy()
     moved_VD = after_VD.astype(np.float64) - estimator.mean_BD.double().cpu().numpy() - own_VD
