@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scfm import ops
+from scfm.nn.dropout import add_dropped, dropout
 from scfm.nn.linear import Linear
 from scfm.ops.attention import Backend
 
@@ -92,7 +93,7 @@ class FeedForward(nn.Module):
         self.dropout = config.dropout if config.dropout_in_feed_forward else 0.0
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        inner = F.dropout(self.activation(self.up(hidden_TD)), self.dropout, self.training)
+        inner = dropout(self.activation(self.up(hidden_TD)), self.dropout, self.training)
         return self.down(inner)
 
 
@@ -110,10 +111,10 @@ class Block(nn.Module):
 
     def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan) -> Tensor:
         if self.norm_first:
-            hidden_TD = hidden_TD + self._drop(self.attention(self.attention_norm(hidden_TD), plan))
-            return hidden_TD + self._drop(self.feed_forward(self.feed_forward_norm(hidden_TD)))
-        hidden_TD = self.attention_norm(hidden_TD + self._drop(self.attention(hidden_TD, plan)))
-        return self.feed_forward_norm(hidden_TD + self._drop(self.feed_forward(hidden_TD)))
+            hidden_TD = self._add(hidden_TD, self.attention(self.attention_norm(hidden_TD), plan))
+            return self._add(hidden_TD, self.feed_forward(self.feed_forward_norm(hidden_TD)))
+        hidden_TD = self.attention_norm(self._add(hidden_TD, self.attention(hidden_TD, plan)))
+        return self.feed_forward_norm(self._add(hidden_TD, self.feed_forward(hidden_TD)))
 
-    def _drop(self, hidden_TD: Tensor) -> Tensor:
-        return F.dropout(hidden_TD, self.dropout, self.training)
+    def _add(self, hidden_TD: Tensor, update_TD: Tensor) -> Tensor:
+        return add_dropped(hidden_TD, update_TD, self.dropout, self.training)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from torch.nn import functional as F
 from scfm.nn.linear import Linear, linear
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
     from scfm.models.config import ModelConfig
+
+LARGEST_SCALED = 10.0  # most deviations that a gene counts for in the gene classifier
 
 
 class ClassHead(nn.Module):
@@ -59,22 +63,32 @@ class ClassHead(nn.Module):
 
 
 class GeneClassifier(nn.Module):
-    """A linear classifier of log1p counts per 10,000, kept beside the network so that both can vote.
+    """A linear classifier of scaled log1p counts per 10,000, kept beside the network so that both can vote.
 
-    Its weights are buffers: they are fitted once, by logistic regression, and no optimiser touches them.
+    Each gene is multiplied by its scale and cut off at `LARGEST_SCALED`, so that a gene of few cells cannot decide alone. What is
+    saved are buffers: they are fitted once, by logistic regression, and no optimiser touches them.
     """
 
+    scale_V: Tensor
     weight_VC: Tensor
     bias_C: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.register_buffer("scale_V", torch.ones(config.n_tokens))
         self.register_buffer("weight_VC", torch.zeros(config.n_tokens, config.n_classes))
         self.register_buffer("bias_C", torch.zeros(config.n_classes))
 
-    def logits(self, expression_BV: Any) -> NDArray[np.float32]:
-        """Logits, shape (B, C), from log1p counts per 10,000 by token id: a SciPy sparse or NumPy matrix, (B, V)."""
-        return expression_BV @ self.weight_VC.cpu().numpy() + self.bias_C.cpu().numpy()
+    def scaled(self, expression_BV: csr_matrix) -> csr_matrix:
+        """Scale and cut off log1p counts per 10,000 by token id, shape (B, V)."""
+        scaled_BV = expression_BV.astype(np.float32, copy=True)
+        scaled_BV.data *= self.scale_V.cpu().numpy()[scaled_BV.indices]
+        np.minimum(scaled_BV.data, LARGEST_SCALED, out=scaled_BV.data)
+        return scaled_BV
+
+    def logits(self, expression_BV: csr_matrix) -> NDArray[np.float32]:
+        """Logits, shape (B, C), from log1p counts per 10,000 by token id, shape (B, V)."""
+        return self.scaled(expression_BV) @ self.weight_VC.cpu().numpy() + self.bias_C.cpu().numpy()
 
 
 class PoolerClassHead(nn.Module):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from scfm.nn.batch_norm import TokenBatchNorm
+from scfm.nn.dropout import dropout
 from scfm.nn.values import VALUE_EMBEDDINGS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class TokenEmbedding(nn.Module):
             hidden_TD = self.batch_norm(hidden_TD, batch_ids_T)
         if self.norm is not None:
             hidden_TD = self.norm(hidden_TD)
-        return F.dropout(hidden_TD, self.dropout, self.training)
+        return dropout(hidden_TD, self.dropout, self.training)
 
     def genes(self, gene_ids_T: Tensor) -> Tensor:
         """Embeddings of genes alone, without rank or value, shape (T, D)."""

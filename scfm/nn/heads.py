@@ -27,7 +27,11 @@ class GeneHead(nn.Module):
 
     def forward(self, hidden_ND: Tensor, gene_weight_VD: Tensor) -> Tensor:
         """Logits over the vocabulary, shape (N, V)."""
-        return linear(self.norm(F.relu(self.transform(hidden_ND))), gene_weight_VD, self.bias)
+        return linear(self.transformed(hidden_ND), gene_weight_VD, self.bias)
+
+    def transformed(self, hidden_ND: Tensor) -> Tensor:
+        """What the decoder reads, shape (N, D)."""
+        return self.norm(F.relu(self.transform(hidden_ND)))
 
 
 class ValueMLP(nn.Module):

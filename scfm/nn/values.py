@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scfm.nn.dropout import dropout
 from scfm.nn.linear import Linear
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class ContinuousValueEmbedding(nn.Module):
 
     def forward(self, values_T: Tensor) -> Tensor:
         hidden_TD = F.relu(self.linear1(values_T.clamp(max=LARGEST_VALUE)[:, None]))
-        return F.dropout(self.norm(self.linear2(hidden_TD)), self.dropout, self.training)
+        return dropout(self.norm(self.linear2(hidden_TD)), self.dropout, self.training)
 
 
 class BucketValueEmbedding(nn.Embedding):

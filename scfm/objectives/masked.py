@@ -14,6 +14,7 @@ from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.nn.values import MASK_VALUE
 from scfm.objectives.base import Loss, Targets, Term, count_of
+from scfm.objectives.cross_entropy import linear_cross_entropy
 from scfm.objectives.values import value_terms
 
 
@@ -53,8 +54,12 @@ class MaskedGenes:
 
     def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
         hidden_ND = network(inputs)[targets["token_N"]]
-        logits_NV = network.gene_logits(hidden_ND).float()
-        cross_entropy = F.cross_entropy(logits_NV, targets["gene_ids_N"], reduction="sum")
+        head, genes = network.gene_head, network.embedding.gene
+        if head is None:
+            raise ValueError("This network has no gene head; set `gene_head=True` in its ModelConfig.")
+        cross_entropy = linear_cross_entropy(
+            head.transformed(hidden_ND), genes.weight, head.bias, targets["gene_ids_N"]
+        )
         return {"masked_genes": Term(cross_entropy, count_of(targets["gene_ids_N"]))}
 
 
