@@ -163,7 +163,7 @@ class BinEncoder {
       binner_.prepare(selector_, scores, cell.size, max_genes_);
     } else {
       draw_scores(work, row);
-      selector_.prepare(work.scores.data(), cell.size, max_genes_);
+      selector_.prepare_even(work.scores.data(), cell.size, max_genes_);
       scores = work.scores.data();
     }
     size_t kept = 0;

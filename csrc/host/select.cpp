@@ -43,11 +43,30 @@ void Selector::prepare(const double* scores, size_t size, size_t most) {
     return;
   }
   sorted_.assign(scores, scores + size);
-  const auto nth = sorted_.begin() + static_cast<std::ptrdiff_t>(most - 1);
+  choose(0, most);
+}
+
+void Selector::prepare_even(const double* scores, size_t size, size_t most) {
+  // A bucket holds a thousandth of the scores; only the one in which the last of the best lies is looked into.
+  constexpr size_t n_buckets = 1024;
+  uint32_t counts[n_buckets] = {};
+  const auto bucket_of = [&](double score) { return static_cast<size_t>(static_cast<int>(score * n_buckets)); };
+  for (size_t i = 0; i < size; ++i) ++counts[bucket_of(scores[i])];
+  size_t bucket = n_buckets - 1, above = 0;
+  while (above + counts[bucket] < most) above += counts[bucket--];
+  sorted_.clear();
+  for (size_t i = 0; i < size; ++i) {
+    if (bucket_of(scores[i]) == bucket) sorted_.push_back(scores[i]);
+  }
+  choose(above, most);
+}
+
+void Selector::choose(size_t above, size_t most) {
+  const auto nth = sorted_.begin() + static_cast<std::ptrdiff_t>(most - above - 1);
   std::nth_element(sorted_.begin(), nth, sorted_.end(), std::greater<>());
   least_ = *nth;
-  const auto above = std::count_if(sorted_.begin(), nth, [this](double score) { return score > least_; });
-  ties_left_ = most - static_cast<size_t>(above);
+  above += static_cast<size_t>(std::count_if(sorted_.begin(), nth, [this](double score) { return score > least_; }));
+  ties_left_ = most - above;
 }
 
 }  // namespace scfm::host

@@ -58,6 +58,9 @@ class Selector {
   // The same from a tally of the scores, of which `largest` is the largest.
   void prepare(const Tally& tally, size_t largest, size_t most);
 
+  // The same for scores that are spread evenly over [0, 1), without sorting them.
+  void prepare_even(const double* scores, size_t size, size_t most);
+
   // Whether the next score, asked in the order of the list, is kept.
   bool keeps(double score) {
     const bool tie = score == least_;
@@ -67,6 +70,9 @@ class Selector {
   }
 
  private:
+  // Finds the last of the best among `sorted_`; `above` scores that are better lie outside it.
+  void choose(size_t above, size_t most);
+
   Tally tally_;
   std::vector<double> sorted_;
   double least_ = 0;
