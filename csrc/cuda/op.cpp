@@ -1,0 +1,305 @@
+// The attention operators on CUDA tensors: checks, workspace and tile lists. Schemas as in ../attention.cpp, boundaries on
+// the host; LibTorch stable ABI only. Built with SCFM_EMULATE for the tests, the same operators run on the emulated machine.
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "place.h"
+#include "tile_list.h"
+
+namespace scfm::cuda {
+
+const AttentionKernels* attention_kernels(Dtype dtype, int64_t head_width) {
+  switch (head_width) {
+    case 32: return attention_kernels_d32(dtype);
+    case 64: return attention_kernels_d64(dtype);
+    case 128: return attention_kernels_d128(dtype);
+    default: return nullptr;
+  }
+}
+
+namespace {
+
+struct DeviceTiles {
+  Tensor tensor;
+  int32_t n_query_tiles, n_key_tiles;
+};
+
+bool same(const Cells& a, const Cells& b) {
+  return a.query == b.query && a.key == b.key && a.n_known == b.n_known && a.n_known.empty() == b.n_known.empty();
+}
+
+// Tile lists of the last few batches, on their devices: every layer of a model asks for the same one. Lists are looked up
+// by the boundaries themselves and by stream, so that none is used before its copy has arrived.
+class TileCache {
+ public:
+  DeviceTiles get(const Cells& cells, const Here& here, const Tensor& like, const Tensor& host_like) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const Entry& entry : entries_)
+      if (entry.device == here.device() && entry.stream == here.stream() && same(entry.cells, cells)) return entry.tiles;
+    const TileList list = list_tiles(cells);
+    const auto n = static_cast<int64_t>(list.tiles.size());
+    Tensor host = torch::stable::new_empty(host_like, {n, 8}, ScalarType::Int);
+    if (n > 0) std::memcpy(host.mutable_data_ptr(), list.tiles.data(), list.tiles.size() * sizeof(Tile));
+    DeviceTiles tiles{torch::stable::to(host, like.device(), /*non_blocking=*/true), list.n_query_tiles, list.n_key_tiles};
+    if (entries_.size() == kKept) entries_.erase(entries_.begin());
+    entries_.push_back({here.device(), here.stream(), cells, tiles});
+    return tiles;
+  }
+
+ private:
+  struct Entry {
+    int64_t device;
+    void* stream;
+    Cells cells;
+    DeviceTiles tiles;
+  };
+  static constexpr size_t kKept = 8;
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+};
+
+// Never destroyed: at exit torch may be gone before this library.
+TileCache& tile_cache() {
+  static TileCache& cache = *new TileCache;
+  return cache;
+}
+
+void check_tokens(const Tensor& tensor, const Tensor& like, int64_t n_tokens, const char* name) {
+  STD_TORCH_CHECK(is_in_place(tensor), "attention: `", name, "` must be ", kPlaceName, ".");
+  check_shape(tensor, like, n_tokens, name);
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "attention: the CUDA kernels serve bfloat16 and float16.");
+  return type == ScalarType::Half ? Dtype::kHalf : Dtype::kBFloat16;
+}
+
+// The kernels copy 16 bytes at a time: what lies off that raster is copied first.
+Tensor on_raster(const Tensor& tensor) {
+  const bool fits = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(0) % 8 == 0 &&
+                    tensor.stride(1) % 8 == 0;
+  if (fits || tensor.numel() == 0) return tensor;
+  Tensor copy = torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+// Tensors of one call: keeps what the kernels use alive, and builds the problem from it.
+class Call {
+ public:
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, const std::optional<Tensor>& cu_seqlens_k,
+       const std::optional<Tensor>& n_known, const std::optional<Tensor>& key_bias, double scale)
+      : here_(q), q_(q), n_keys_(k.size(0)) {
+    check_tokens(q, q, q.size(0), "q");
+    check_tokens(k, q, k.size(0), "k");
+    check_tokens(v, q, k.size(0), "v");
+    kernels_ = attention_kernels(dtype_of(q), q.size(2));
+    STD_TORCH_CHECK(kernels_ != nullptr, "attention: the head width is ", q.size(2),
+                    "; the CUDA kernels serve 32, 64 and 128.");
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    STD_TORCH_CHECK(q.size(0) <= kMost && k.size(0) <= kMost, "attention: more than 2^31 - 1 tokens in one call.");
+    const Cells cells = cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known);
+    n_cells_ = static_cast<int64_t>(cells.query.size()) - 1;
+    const DeviceTiles tiles = tile_cache().get(cells, here_, q, cu_seqlens);
+    problem_.query_tiles = static_cast<const Tile*>(read(tiles.tensor).const_data_ptr());
+    problem_.key_tiles = problem_.query_tiles + tiles.n_query_tiles;
+    problem_.n_query_tiles = tiles.n_query_tiles;
+    problem_.n_key_tiles = tiles.n_key_tiles;
+    problem_.keys_are_queries = cells.keys_are_queries;
+    problem_.n_heads = static_cast<int32_t>(q.size(1));
+    problem_.n_queries = q.size(0);
+    problem_.scale = static_cast<float>(scale);
+    problem_.q = read_tokens(q);
+    problem_.k = read_tokens(k);
+    problem_.v = read_tokens(v);
+    problem_.key_bias = read_scalars(key_bias, n_keys_, "key_bias");
+  }
+
+  Problem& problem() { return problem_; }
+  const AttentionKernels& kernels() const { return *kernels_; }
+  void* stream() const { return here_.stream(); }
+
+  Tokens read_tokens(const Tensor& tensor) {
+    const Tensor& kept = read(on_raster(tensor));
+    return {const_cast<void*>(kept.const_data_ptr()), kept.stride(0), kept.stride(1)};
+  }
+
+  Scalars read_scalars(const std::optional<Tensor>& t, int64_t n_tokens, const char* name) {
+    if (!t) return {nullptr, 0, 0};
+    STD_TORCH_CHECK(is_in_place(*t) && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == n_tokens &&
+                        t->size(1) == q_.size(1),
+                    "attention: `", name, "` must be float32 of shape (", n_tokens, ", ", q_.size(1), ") ", kPlaceName, ".");
+    const Tensor& kept = read(*t);
+    // A tensor without elements has no address, but it is there.
+    static float none;
+    auto* data = const_cast<float*>(static_cast<const float*>(kept.const_data_ptr()));
+    return {data == nullptr ? &none : data, kept.stride(0), kept.stride(1)};
+  }
+
+  Tensor new_tokens(int64_t n_tokens, Tokens& view) {
+    Tensor tensor = write(torch::stable::new_empty(q_, {n_tokens, q_.size(1), q_.size(2)}));
+    view = {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1)};
+    return tensor;
+  }
+
+  Tensor new_scalars(int64_t n_tokens, Scalars& view) {
+    Tensor tensor = write(torch::stable::new_empty(q_, {n_tokens, q_.size(1)}, ScalarType::Float));
+    view = {static_cast<float*>(tensor.mutable_data_ptr()), tensor.stride(0), tensor.stride(1)};
+    return tensor;
+  }
+
+  // What the kernels of the backward and of the key sums tell each other.
+  void add_workspace(bool gradients) {
+    const int64_t n_queries = q_.size(0), n_heads = q_.size(1);
+    problem_.row_lse = workspace(n_heads * n_queries);
+    problem_.row_delta = workspace(n_heads * n_queries);
+    if (!gradients) return;
+    problem_.grad_q_sum = workspace(n_queries * n_heads * q_.size(2));
+    if (q_.scalar_type() != ScalarType::Half) return;
+    problem_.bounds = workspace(4 * n_cells_ * n_heads);
+    torch::stable::zero_(kept_.back());
+  }
+
+  static void check(const char* error) {
+    STD_TORCH_CHECK(error == nullptr, "attention: a CUDA kernel could not run: ", error == nullptr ? "" : error);
+  }
+
+ private:
+  const Tensor& read(const Tensor& tensor) {
+    allow(tensor, false);
+    return kept_.emplace_back(tensor);
+  }
+  Tensor& write(const Tensor& tensor) {
+    allow(tensor, true);
+    poison(kept_.emplace_back(tensor));
+    return kept_.back();
+  }
+  float* workspace(int64_t n) {
+    return static_cast<float*>(write(torch::stable::new_empty(q_, {n}, ScalarType::Float)).mutable_data_ptr());
+  }
+
+  Here here_;
+  Tensor q_;
+  int64_t n_keys_, n_cells_ = 0;
+  Problem problem_{};
+  const AttentionKernels* kernels_ = nullptr;
+  std::vector<Tensor> kept_;
+};
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                             std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known,
+                                             std::optional<Tensor> key_bias, double scale) {
+  Call call(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale);
+  Tensor out = call.new_tokens(q.size(0), call.problem().out);
+  Tensor lse = call.new_scalars(q.size(0), call.problem().lse);
+  Call::check(call.kernels().forward(call.problem(), call.stream()));
+  return {out, lse};
+}
+
+// Autograd may hand over an expanded gradient, whose strides are all zero.
+Tensor dense_rows(const Tensor& tensor) {
+  return tensor.dim() == 3 && tensor.size(2) > 1 && tensor.stride(2) != 1 ? torch::stable::contiguous(tensor) : tensor;
+}
+
+template <bool kDeterministic>
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens, std::optional<Tensor> cu_seqlens_k,
+    std::optional<Tensor> n_known, std::optional<Tensor> key_bias, double scale) {
+  Call call(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale);
+  Problem& problem = call.problem();
+  const Tensor grad = dense_rows(grad_out);
+  check_tokens(grad, q, q.size(0), "grad_out");
+  check_tokens(out, q, q.size(0), "out");
+  problem.grad_out = call.read_tokens(grad);
+  problem.out = call.read_tokens(out);
+  problem.lse = call.read_scalars(lse, q.size(0), "lse");
+  problem.grad_lse = call.read_scalars(grad_lse, q.size(0), "grad_lse");
+  Tensor grad_q = call.new_tokens(q.size(0), problem.grad_q);
+  Tensor grad_k = call.new_tokens(k.size(0), problem.grad_k), grad_v = call.new_tokens(k.size(0), problem.grad_v);
+  Scalars none;
+  Tensor grad_bias = call.new_scalars(key_bias ? k.size(0) : 0, key_bias ? problem.key_sums : none);
+  call.add_workspace(true);
+  Call::check(call.kernels().backward(problem, kDeterministic, call.stream()));
+  return {grad_q, grad_k, grad_v, grad_bias};
+}
+
+Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& cu_seqlens,
+                             std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known,
+                             std::optional<Tensor> key_bias, double scale) {
+  Call call(q, k, k, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale);
+  call.problem().lse = call.read_scalars(lse, q.size(0), "lse");
+  Tensor sums = call.new_scalars(k.size(0), call.problem().key_sums);
+  call.add_workspace(false);
+  Call::check(call.kernels().column_sums(call.problem(), call.stream()));
+  return sums;
+}
+
+Tensor attention_deletion_effects(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+                                  std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known,
+                                  std::optional<Tensor> key_bias, double scale) {
+  Call call(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale);
+  Problem& problem = call.problem();
+  const Tensor grad = dense_rows(grad_out);
+  check_tokens(grad, q, q.size(0), "grad_out");
+  check_tokens(out, q, q.size(0), "out");
+  problem.grad_out = call.read_tokens(grad);
+  problem.out = call.read_tokens(out);
+  problem.lse = call.read_scalars(lse, q.size(0), "lse");
+  Tensor effects = call.new_scalars(k.size(0), problem.key_sums);
+  call.add_workspace(false);
+  Call::check(call.kernels().deletion_effects(problem, call.stream()));
+  return effects;
+}
+
+}  // namespace
+}  // namespace scfm::cuda
+
+#define SCFM_BACKWARD_ARGUMENTS                                                                             \
+  "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "              \
+  "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) -> (Tensor, Tensor, Tensor, " \
+  "Tensor)"
+
+#ifdef SCFM_EMULATE
+#define SCFM_LIBRARY scfm_emulated
+#define SCFM_KEY CPU
+STABLE_TORCH_LIBRARY_FRAGMENT(scfm_emulated, m) {
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, "
+      "Tensor? key_bias, float scale) -> (Tensor, Tensor)");
+  m.def("attention_backward" SCFM_BACKWARD_ARGUMENTS);
+  m.def("attention_backward_deterministic" SCFM_BACKWARD_ARGUMENTS);
+  m.def(
+      "attention_column_sums(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, "
+      "Tensor? key_bias, float scale) -> Tensor");
+  m.def(
+      "attention_deletion_effects(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) -> Tensor");
+}
+#else
+#define SCFM_LIBRARY scfm
+#define SCFM_KEY CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(scfm, m) { m.def("attention_backward_deterministic" SCFM_BACKWARD_ARGUMENTS); }
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(SCFM_LIBRARY, SCFM_KEY, m) {
+  m.impl("attention_forward", TORCH_BOX(&scfm::cuda::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&scfm::cuda::attention_backward<false>));
+  m.impl("attention_backward_deterministic", TORCH_BOX(&scfm::cuda::attention_backward<true>));
+  m.impl("attention_column_sums", TORCH_BOX(&scfm::cuda::attention_column_sums));
+  m.impl("attention_deletion_effects", TORCH_BOX(&scfm::cuda::attention_deletion_effects));
+}
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() { return PyModule_Create(&module); }
