@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from cyclopts import App, CycloptsError
 
@@ -16,43 +16,65 @@ from scfm.errors import ScfmError
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-# Name to what it does and an example; a command's module is imported when the command is run.
+
+class Command(NamedTuple):
+    """What `--help` says of a command; its module is imported when it is run."""
+
+    purpose: str
+    usage: str
+    example: str
+
+
+# In the order of a first walk through them.
 COMMANDS = {
-    "doctor": ("Show versions, the device, and which compiled kernels are active, and why.", "scfm doctor"),
-    "check": (
+    "doctor": Command(
+        "Show versions, the device, and which compiled kernels are active, and why.",
+        "",
+        "scfm doctor",
+    ),
+    "check": Command(
         "Say what a model would make of a data set: counts, genes, memory, time.",
+        "DATA --model MODEL",
         "scfm check new.h5ad --model pbmc_model",
     ),
-    "fit": (
+    "fit": Command(
         "Train a model on raw counts; with labels, score it beside simple baselines.",
+        "DATA MODEL [--labels-key COLUMN]",
         "scfm fit pbmc.h5ad pbmc_model --labels-key cell_type",
     ),
-    "tokenize": (
-        "Encode files once, for many epochs over the same tokens.",
-        "scfm tokenize donor1.h5ad donor2.h5ad tokens --model pbmc_model",
-    ),
-    "pretrain": (
-        "Train on files larger than memory; started again, it goes on where it was.",
-        "scfm pretrain donor1.h5ad donor2.h5ad run --preset small --n-steps 10000",
-    ),
-    "embed": (
-        "Embed every cell of one or many files; a stopped run goes on.",
-        "scfm embed donor1.h5ad donor2.h5ad embedded.h5ad --model pbmc_model",
-    ),
-    "annotate": (
+    "annotate": Command(
         "Give every cell the most probable of the labels that the model knows.",
+        "DATA OUTPUT --model MODEL",
         "scfm annotate new.h5ad labelled.h5ad --model pbmc_model",
     ),
-    "perturb": (
+    "embed": Command(
+        "Embed every cell of one or many files; a stopped run goes on.",
+        "DATA [DATA ...] OUTPUT --model MODEL",
+        "scfm embed donor1.h5ad donor2.h5ad embedded.h5ad --model pbmc_model",
+    ),
+    "perturb": Command(
         "Perturb genes in silico and rank them by how far the cells move.",
+        "DATA TABLE --model MODEL [--genes GENE ...]",
         "scfm perturb b_cells.h5ad effects.csv --model pbmc_model --genes CD74 CST3",
     ),
-    "screen": (
+    "screen": Command(
         "Estimate the effect of deleting every gene, and verify the largest exactly.",
+        "DATA TABLE --model MODEL",
         "scfm screen b_cells.h5ad screen.csv --model pbmc_model",
     ),
-    "convert": (
+    "tokenize": Command(
+        "Encode files once, for many epochs over the same tokens.",
+        "DATA [DATA ...] STORE --model MODEL",
+        "scfm tokenize donor1.h5ad donor2.h5ad tokens --model pbmc_model",
+    ),
+    "pretrain": Command(
+        "Train on files larger than memory; started again, it goes on where it was.",
+        "DATA [DATA ...] RUN",
+        "scfm pretrain donor1.h5ad donor2.h5ad run --preset small --n-steps 10000",
+    ),
+    "convert": Command(
         "Read a model in one format and write it in another.",
+        "MODEL OUTPUT [--to FORMAT]",
         "scfm convert Geneformer-V1-10M my_model --vocabulary tokens.pkl --medians medians.pkl",
     ),
 }
@@ -68,8 +90,15 @@ def build_app() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for name, (purpose, example) in COMMANDS.items():
-        app.command(f"scfm.cli.{name}:{name}", name=name, help=purpose, help_epilogue=f"Example: {example}")
+    for place, (name, command) in enumerate(COMMANDS.items()):
+        app.command(
+            f"scfm.cli.{name}:{name}",
+            name=name,
+            help=command.purpose,
+            usage=f"Usage: scfm {name} {command.usage}".strip() + " [OPTIONS]",
+            help_epilogue=f"Example: {command.example}",
+            sort_key=place,
+        )
     return app
 
 
@@ -88,7 +117,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("scfm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ScfmError, ValueError, KeyError, OSError) as error:
+    except Exception as error:
         if os.environ.get("SCFM_TRACEBACK", "0") not in ("", "0"):
             raise
         print(f"scfm: {_message(error)}", file=sys.stderr)
@@ -97,7 +126,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _message(error: Exception) -> str:
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    """What a user is told: our own words as they are, and where to look for what nobody foresaw."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, (ScfmError, ValueError, LookupError, OSError)):
+        return text
+    return f"{text} ({type(error).__name__}; SCFM_TRACEBACK=1 shows where)"
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

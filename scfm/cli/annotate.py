@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import scfm
+from scfm._output import require_writable
 from scfm.cli import _files
 from scfm.cli._command import command_of
 
@@ -25,7 +26,7 @@ def annotate(source: Path, target: Path, /, *, model: Path, json: bool = False, 
     json
         Print the result as one JSON object instead of words.
     """
-    _files.require_suffix(target, (".h5ad", ".zarr"))
+    require_writable(target, (".h5ad", ".zarr"), inputs=[source])
     adata = _files.read(source)
     scfm.tl.annotate(adata, scfm.load(model), **options)
     _files.write(adata, target)

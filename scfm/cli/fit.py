@@ -8,6 +8,7 @@ from typing import Any
 import scfm
 from scfm.cli import _files
 from scfm.cli._command import command_of
+from scfm.models.saving import require_replaceable
 
 
 @command_of(scfm.fit, leave_out={"key_added"})
@@ -19,10 +20,11 @@ def fit(source: Path, target: Path, /, *, json: bool = False, **options: Any) ->
     source
         .h5ad or .zarr with raw counts.
     target
-        Directory to save the model in.
+        Directory to save the model in; a model that is there is replaced.
     json
         Print the result as one JSON object instead of words.
     """
+    require_replaceable(target)
     model = scfm.fit(_files.read(source), **options)
     model.save(target)
     report = model.report() if "report" in model.history else None

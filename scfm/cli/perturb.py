@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import scfm
-from scfm.cli import _files
 from scfm.cli._command import command_of
-
-SHOWN_ROWS = 10
+from scfm.cli._effects import rank_genes
 
 
 @command_of(scfm.tl.perturb)
@@ -27,9 +26,5 @@ def perturb(source: Path, target: Path, /, *, model: Path, json: bool = False, *
     json
         Print the result as one JSON object instead of words.
     """
-    _files.require_suffix(target, (".csv", ".parquet"))
-    effects = scfm.tl.perturb(_files.read(source), scfm.load(model), **options)
-    _files.write_table(effects, target)
-    top = effects.head(SHOWN_ROWS)
-    facts = {"output": target, "n_genes": len(effects), "top": _files.records(top)}
-    _files.tell(facts, as_json=json, text=f"{top.to_string(float_format='{:.3g}'.format)}\nwritten to {target}")
+    ranking = partial(scfm.tl.perturb, **options)
+    rank_genes(ranking, source, target, model=model, as_json=json)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import scfm
-from scfm.cli import _files
 from scfm.cli._command import command_of
-from scfm.cli.perturb import SHOWN_ROWS
+from scfm.cli._effects import rank_genes
 
 
 @command_of(scfm.tl.screen, leave_out={"key_added"})
@@ -26,9 +26,5 @@ def screen(source: Path, target: Path, /, *, model: Path, json: bool = False, **
     json
         Print the result as one JSON object instead of words.
     """
-    _files.require_suffix(target, (".csv", ".parquet"))
-    effects = scfm.tl.screen(_files.read(source), scfm.load(model), **options)
-    _files.write_table(effects, target)
-    top = effects.head(SHOWN_ROWS)
-    facts = {"output": target, "n_genes": len(effects), "top": _files.records(top)}
-    _files.tell(facts, as_json=json, text=f"{top.to_string(float_format='{:.3g}'.format)}\nwritten to {target}")
+    ranking = partial(scfm.tl.screen, **options)
+    rank_genes(ranking, source, target, model=model, as_json=json)

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import scfm
+from scfm._output import require_folder
 from scfm.cli import _files
 from scfm.cli._command import command_of
 from scfm.data import CellStream, TokenStore
@@ -32,6 +33,9 @@ def tokenize(*paths: Path, model: Path, overwrite: bool = False, json: bool = Fa
         Print the result as one JSON object instead of words.
     """
     *sources, target = _files.inputs_and_output(paths)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists. Choose another name, or pass --overwrite to replace a token store.")
+    require_folder(target.parent)
     encoding = scfm.load(model).encoding
     stream = CellStream(sources, encoding, batch_cells=BATCH_CELLS, shuffle=False, **options)
     TokenStore.write(target, tqdm(stream, desc="encoding", unit="batch"), encoding, overwrite=overwrite)

@@ -28,17 +28,20 @@ def open_counts(path: str | Path, *, layer: str | None = None, depth_key: str | 
     ------
     CountsError
         If the file has no such matrix or column.
+    OSError
+        If the file is missing, cut short, or no AnnData.
     """
     import anndata
 
     path = Path(path)
-    group = _open_group(path)
+    group = open_group(path)
     where, var_where = ("X", "var") if layer is None else (f"layers/{layer}", "var")
     if layer == "raw" and where not in group:
         where, var_where = "raw/X", "raw/var"
     if where not in group:
+        layers = ", ".join(sorted(group.get("layers", {}))) or "none"
         raise CountsError(
-            f"{str(path)!r} has no {where!r}; it has {sorted(group)}, layers {sorted(group.get('layers', {}))}."
+            f"{path} has no {where}, where counts were to be. Layers: {layers}; raw: {'there' if 'raw/X' in group else 'none'}."
         )
     if depth_key is None and "uns/scfm/depth_key" in group:
         depth_key = str(anndata.io.read_elem(group["uns/scfm/depth_key"]))
@@ -49,12 +52,20 @@ def open_counts(path: str | Path, *, layer: str | None = None, depth_key: str | 
         var=anndata.io.read_elem(group[var_where]),
         depth=None if depth_key is None else np.asarray(anndata.io.read_elem(group[f"obs/{depth_key}"])),
         name=f"{path.name}:{where}",
+        elsewhere=_other_matrices(group, where),
     )
+
+
+def _other_matrices(group: Any, where: str) -> dict[str, Any]:
+    """Every other matrix of the file, under the argument that names it: where counts may be found instead."""
+    places = {"X": "layer=None (X)", **{f"layers/{name}": f'layer="{name}"' for name in group.get("layers", {})}}
+    places["raw/X"] = 'layer="raw"'
+    return {words: _Unopened(group[place]) for place, words in places.items() if place in group and place != where}
 
 
 def count_rows(path: str | Path) -> int:
     """Number of cells in a file, without opening more of it than the names' shape."""
-    obs = _open_group(Path(path))["obs"]
+    obs = open_group(Path(path))["obs"]
     return int(obs[obs.attrs.get("_index", "_index")].shape[0])
 
 
@@ -84,16 +95,58 @@ class FileCsr:
         return block
 
 
-def _open_group(path: Path) -> Any:
-    if path.suffix == ".zarr":
-        import zarr
+class _Unopened:
+    """A matrix on disk of which nothing is read before it is asked for."""
 
+    def __init__(self, element: Any) -> None:
+        self._element = element
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return _matrix(self._element).shape
+
+    def __getitem__(self, rows: slice) -> Any:
+        return _matrix(self._element)[rows]
+
+
+def open_group(path: Path) -> Any:
+    """Open a `.h5ad` file (h5py) or a `.zarr` folder (zarr) for reading.
+
+    Raises
+    ------
+    OSError
+        If it is missing, cut short, or holds no AnnData.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}.")
+    group = _open_zarr(path) if path.suffix == ".zarr" else _open_hdf5(path)
+    if missing := [part for part in ("obs", "var") if part not in group]:
+        raise OSError(f"{path} holds no AnnData: it has no {' and no '.join(missing)}. Write it with `write_h5ad`.")
+    return group
+
+
+def _open_zarr(path: Path) -> Any:
+    import zarr
+
+    try:
         return zarr.open_group(path, mode="r")
+    except FileNotFoundError as error:  # what zarr raises for a folder of another kind
+        raise OSError(f"{path} is not a .zarr folder. Write it with `adata.write_zarr`.") from error
+
+
+def _open_hdf5(path: Path) -> Any:
     import h5py
 
-    if not path.exists():
-        raise FileNotFoundError(f"{str(path)!r} does not exist.")
-    return h5py.File(path, "r")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not an .h5ad file; a .zarr folder is named so.")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise PermissionError(f"{path} cannot be read: permission denied.") from error
+        if "truncated" in str(error):
+            raise OSError(f"{path} is cut short: its end is missing. Copy or download it again.") from error
+        raise OSError(f"{path} cannot be read as an .h5ad file ({error}).") from error
 
 
 def _matrix(element: Any) -> Any:

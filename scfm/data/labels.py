@@ -43,7 +43,7 @@ class Labels:
             )
             raise LabelsError(f"`labels_key` is {key!r}, which is not in `adata.obs`. {hint}")
         column = obs[key]
-        if pd.api.types.is_float_dtype(column.dtype) and column.nunique() > 100:
+        if pd.api.types.is_float_dtype(column.dtype) and column.nunique() > min(100, column.count() / 2):
             raise LabelsError(
                 f"`adata.obs[{key!r}]` holds {column.nunique()} different fractional numbers, which is a measurement "
                 "and not a label. Give a column of cell types."

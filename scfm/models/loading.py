@@ -55,6 +55,8 @@ def load(
         raise ModelFileError(
             f"There is no {path}. Give a directory that `model.save` wrote, or a published checkpoint."
         )
+    if path.suffix in (".h5ad", ".zarr"):
+        raise ModelFileError(f"{path} holds cells, not a model. Give a directory that `model.save` wrote.")
     if is_own_directory(path):
         if vocabulary is not None or medians is not None:
             raise ModelFileError(

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from scfm._output import require_folder
 from scfm.encoding import encoding_from_dict
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
@@ -29,10 +30,7 @@ CONFIG, VOCABULARY, WEIGHTS, ARRAYS = "config.json", "vocabulary.json", "weights
 
 def save(model: Model, path: Path) -> None:
     """Write `model` as the directory `path`, replacing a model that is there; see `Model.save`."""
-    if path.exists() and not is_own_directory(path):
-        raise ModelFileError(
-            f"{path} exists and is not a saved scfm model, so it is not overwritten. Choose another path, or remove it."
-        )
+    require_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     beside.mkdir()
@@ -47,6 +45,15 @@ def save(model: Model, path: Path) -> None:
             beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise `ModelFileError` if a model cannot, or should not, be saved as `path`: ask before the training, not after."""
+    if path.exists() and not is_own_directory(path):
+        raise ModelFileError(
+            f"{path} exists and is not a saved scfm model, so it is not overwritten. Choose another path, or remove it."
+        )
+    require_folder(path.parent)
 
 
 def _write(model: Model, folder: Path) -> None:
@@ -71,7 +78,7 @@ def _write(model: Model, folder: Path) -> None:
 def is_own_directory(path: Path) -> bool:
     """Whether `path` holds a model in our own format, of any version."""
     config = path / CONFIG
-    return config.is_file() and (path / WEIGHTS).is_file() and read_json(config).get("format") == FORMAT
+    return config.is_file() and read_json(config).get("format") == FORMAT
 
 
 def load_own(path: Path) -> Model:
@@ -93,11 +100,15 @@ def load_own(path: Path) -> Model:
         vocabulary = Vocabulary.from_json(path / VOCABULARY)
         arrays = load_arrays(path / ARRAYS) if (path / ARRAYS).is_file() else {}
         encoding = encoding_from_dict(config["encoding"], vocabulary, arrays)
-    except (KeyError, TypeError, ValueError, SafetensorError, FileNotFoundError) as error:
-        raise ModelFileError(f"{path} is damaged or incomplete: {error}. Save the model again.") from error
+        labels, history = tuple(config["labels"]), dict(config["history"])
+    except KeyError as error:
+        raise ModelFileError(f"{path / CONFIG} has no entry {error}. It is damaged; save the model again.") from error
+    except (TypeError, ValueError, SafetensorError, OSError) as error:
+        what = str(error).rstrip(".")
+        raise ModelFileError(f"{path} is damaged or incomplete: {what}. Save the model again.") from error
     network = CellTransformer.for_vocabulary(network_config, vocabulary)
     load_weights(network, read_weights(path / WEIGHTS), str(path))
-    return Model(network, encoding, labels=tuple(config["labels"]), history=config["history"])
+    return Model(network, encoding, labels=labels, history=history)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

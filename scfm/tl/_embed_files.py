@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from scfm._output import require_writable
 from scfm.data import open_counts
 from scfm.data.files import count_rows
 from scfm.models.model import Model
 from scfm.pp._encode import gene_map, refuse_empty
 from scfm.tl._record import record_of
-from scfm.tl._write_embedding import read_obs, require_writable, write_embedding
+from scfm.tl._write_embedding import SUFFIXES, read_obs, write_embedding
 
 BLOCK_CELLS = 1024  # cells between two notes of the progress; seconds of work on a CPU
 
@@ -67,7 +68,9 @@ def embed_files(
     CountsError, VocabularyMismatchError, EmptyCellError
         As in `scfm.tl.embed`.
     ValueError
-        If `out` has another suffix, or is one of the inputs.
+        If `out` has another suffix, is one of the inputs, or is a folder that is no .zarr.
+    OSError
+        If an input is missing, cut short or of another kind, or `out` cannot be written.
 
     Examples
     --------
@@ -82,11 +85,11 @@ def embed_files(
     (700, 128)
     """
     files, out = [Path(path) for path in paths], Path(out)
-    require_writable(out, files)
+    require_writable(out, SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     how: dict[str, Any] = {"hidden_layer": hidden_layer, "pooling": pooling}
-    job = {"model_id": model.id, "files": [_identity(path) for path in files], **where, **how}
     rows = [count_rows(path) for path in files]
+    job = {"model_id": model.id, "files": [_identity(path) for path in files], **where, **how}
     part = _Part(out.with_name(out.name + ".part"), job, (sum(rows), model.network.config.d_model))
     try:
         with tqdm(total=sum(rows), initial=part.done, desc="embedding", unit="cell", disable=not progress) as bar:

@@ -14,29 +14,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from scfm._output import whole
+from scfm.data.files import open_group
+
 SUFFIXES = (".h5ad", ".zarr", ".parquet", ".npy", ".csv")
-
-
-def require_writable(out: Path, files: list[Path]) -> None:
-    """Refuse before any work what could not be written at its end."""
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"`out` is {out}, whose suffix says no form; end it in one of {', '.join(SUFFIXES)}.")
-    if out.resolve() in [path.resolve() for path in files]:
-        raise ValueError(f"`out` is {out}, which is an input. Name another file; inputs are never changed.")
-    if out.suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise ValueError("Writing .parquet needs pyarrow: pip install pyarrow. Or write .csv or .npy.") from error
 
 
 def write_embedding(
     out: Path, files: list[Path], embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
 ) -> None:
     """Write the embedding of the cells of `files` beside `out`, then rename."""
-    beside = out.with_name(f".{out.stem}.part{out.suffix}")
-    _remove(beside)
-    try:
+    with whole(out) as beside:
         if out.suffix == ".npy":
             np.save(beside, embedding_ND)
         elif out.suffix in (".csv", ".parquet"):
@@ -45,21 +33,11 @@ def write_embedding(
             _write_into_copy(beside, files[0], embedding_ND, key=key, record=record)
         else:
             _write_anndata(beside, files, embedding_ND, key=key, record=record)
-        if out.is_dir():
-            shutil.rmtree(out)
-        beside.replace(out)
-    finally:
-        _remove(beside)
 
 
 def read_obs(path: Path) -> pd.DataFrame:
     """Read `obs` of a file, and nothing else."""
-    if path.suffix == ".zarr":
-        import zarr
-
-        return anndata.io.read_elem(zarr.open_group(path, mode="r")["obs"])
-    with h5py.File(path, "r") as file:
-        return anndata.io.read_elem(file["obs"])
+    return anndata.io.read_elem(open_group(path)["obs"])
 
 
 def _obs_of_all(files: list[Path]) -> pd.DataFrame:
@@ -112,9 +90,3 @@ def _write_anndata(
     adata.obsm[key] = np.asarray(embedding_ND)
     adata.uns["scfm"] = {**adata.uns.get("scfm", {}), key: record}
     adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)

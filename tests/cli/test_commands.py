@@ -144,4 +144,4 @@ def test_every_option_is_described(name):
 
 def test_the_documentation_has_the_example_of_every_command():
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    assert [example for _, example in COMMANDS.values() if f"`{example}`" not in page] == []
+    assert [command.example for command in COMMANDS.values() if f"`{command.example}`" not in page] == []

@@ -1,14 +1,17 @@
 """Exit codes, messages without tracebacks, and no half files."""
 
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 
 import anndata
+import h5py
 import pytest
 
-from scfm.cli import _files
+from scfm._output import whole
 
 
 def test_usage_errors_exit_with_2(command, folder):
@@ -32,8 +35,145 @@ def test_log_normalised_counts_name_the_cure_and_leave_no_file(command, folder, 
     normalised.write_h5ad(tmp_path / "log.h5ad")
     code, _, err = command("embed", tmp_path / "log.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
     assert code == 1
-    assert 'layer="counts"' in err
+    assert 'Raw counts seem to be in layer="counts"' in err
     assert [path.name for path in tmp_path.iterdir()] == ["log.h5ad"]
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """Files and models with one fault each."""
+    place = tmp_path_factory.mktemp("bad")
+    (place / "text.h5ad").write_text("hello")
+    with h5py.File(place / "other.h5ad", "w") as file:
+        file["x"] = 1
+    (place / "folder.h5ad").mkdir()
+    (place / "folder.zarr").mkdir()
+    (place / "file").write_text("mine")
+    return place
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("command_name", ["annotate", "embed"])  # in memory, and streamed
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("text.h5ad", "cannot be read as an .h5ad file"),
+        ("other.h5ad", "holds no AnnData: it has no obs and no var"),
+        ("folder.h5ad", "is a folder"),
+        ("folder.zarr", "folder.zarr"),
+        ("none.zarr", "There is no"),
+    ],
+)
+def test_what_is_no_anndata_is_named_in_one_sentence(command, folder, bad, tmp_path, command_name, name, words):
+    code, _, err = command(command_name, bad / name, tmp_path / "out.h5ad", "--model", folder / "model")
+    assert code == 1
+    assert words in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_cut_short_is_told_apart(command, folder, tmp_path):
+    shutil.copy(folder / "cells.h5ad", tmp_path / "cells.h5ad")
+    cut_in_half(tmp_path / "cells.h5ad")
+    code, _, err = command("check", tmp_path / "cells.h5ad", "--model", folder / "model")
+    assert code == 1
+    assert "cut short" in err
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda model: cut_in_half(model / "weights.safetensors"), "cut short"),
+        (lambda model: (model / "weights.safetensors").unlink(), "weights.safetensors"),
+        (lambda model: (model / "vocabulary.json").unlink(), "vocabulary.json"),
+        (lambda model: cut_in_half(model / "config.json"), "not valid JSON"),
+        (lambda model: (model / "config.json").write_text('{"format": "scfm"}'), "has no entry 'network'"),
+    ],
+)
+def test_a_damaged_model_names_the_file(command, folder, tmp_path, damage, words):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    damage(tmp_path / "model")
+    code, _, err = command("check", folder / "cells.h5ad", "--model", tmp_path / "model")
+    assert code == 1
+    assert words in err
+    assert err.count("\n") == 1
+
+
+class Malicious:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.marker}",))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(command, tmp_path):
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    code, _, err = command("convert", tmp_path / "model.pt", tmp_path / "ours")
+    assert code == 1
+    assert "is refused" in err
+    assert "weights_only" not in err  # torch's own message advises to switch its guard off
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_cells_are_no_model(command, folder):
+    code, _, err = command("check", folder / "cells.h5ad", "--model", folder / "cells.h5ad")
+    assert code == 1
+    assert "holds cells, not a model" in err
+
+
+@pytest.mark.parametrize("name", ["folder.h5ad", "folder.zarr", "file/out.h5ad"])
+@pytest.mark.parametrize("command_name", ["annotate", "embed"])
+def test_outputs_that_would_destroy_or_fail_are_refused_before_work(command, folder, bad, command_name, name):
+    code, out, err = command(command_name, folder / "cells.h5ad", bad / name, "--model", folder / "model")
+    assert (code, out) == (1, "")
+    assert "Name another output" in err
+    assert (bad / name).is_dir() == ("folder" in name)
+
+
+@pytest.mark.parametrize("command_name", ["annotate", "embed"])
+def test_the_input_is_never_the_output(command, folder, command_name):
+    before = (folder / "cells.h5ad").read_bytes()
+    code, _, err = command(command_name, folder / "cells.h5ad", folder / "cells.h5ad", "--model", folder / "model")
+    assert code == 1
+    assert "inputs are never changed" in err
+    assert (folder / "cells.h5ad").read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused_before_work(command, folder, tmp_path):
+    tmp_path.chmod(0o500)
+    code, _, err = command("embed", folder / "cells.h5ad", tmp_path / "out.npy", "--model", folder / "model")
+    tmp_path.chmod(0o700)
+    assert code == 1
+    assert "cannot be written to" in err
+
+
+def test_fit_does_not_train_for_a_place_it_may_not_save_to(command, folder, bad, monkeypatch):
+    monkeypatch.setattr("scfm.fit", lambda *_, **__: pytest.fail("trained"))
+    for target in (bad / "folder.h5ad", bad / "file"):
+        code, _, err = command("fit", folder / "cells.h5ad", target)
+        assert code == 1
+        assert "not overwritten" in err
+
+
+def test_a_measurement_is_no_label(command, folder, tmp_path):
+    code, _, err = command("fit", folder / "cells.h5ad", tmp_path / "m", "--labels-key", "S_score", "--no-progress")
+    assert code == 1
+    assert "is a measurement" in err
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_that_says_where_to_look(command, monkeypatch):
+    def broken():
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("scfm.cli.doctor.examine", broken)
+    code, _, err = command("doctor")
+    assert code == 1
+    assert err == "scfm: out of luck (RuntimeError; SCFM_TRACEBACK=1 shows where)\n"
 
 
 def test_traceback_on_request(command, folder, tmp_path, monkeypatch):
@@ -53,7 +193,7 @@ def test_a_stopped_write_leaves_what_was_there(tmp_path):
     target.write_text("before")
 
     def stopped():
-        with _files.whole(target) as beside:
+        with whole(target) as beside:
             beside.write_text("half")
             raise KeyboardInterrupt
 
@@ -66,9 +206,9 @@ def test_a_stopped_write_leaves_what_was_there(tmp_path):
 def test_sigterm_leaves_no_half_file(tmp_path):
     """A child says when it has begun to write, and is then told to stop."""
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom scfm.cli import _app, _files\nimport signal\n"
+        "import sys, time\nfrom pathlib import Path\nfrom scfm._output import whole\nfrom scfm.cli import _app\nimport signal\n"
         "signal.signal(signal.SIGTERM, _app._stop)\n"
-        "with _files.whole(Path(sys.argv[1])) as beside:\n"
+        "with whole(Path(sys.argv[1])) as beside:\n"
         "    beside.write_text('half')\n    print('writing', flush=True)\n    time.sleep(60)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "out.csv")], stdout=subprocess.PIPE)

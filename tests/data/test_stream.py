@@ -125,7 +125,7 @@ def test_files_open_by_layer_raw_and_depth(tmp_path):
     adata.uns["scfm"] = {"depth_key": "depth"}
     adata.write_h5ad(tmp_path / "b.h5ad")
     assert open_counts(tmp_path / "b.h5ad").depth().tolist() == [7] * 4
-    with pytest.raises(CountsError, match="no 'layers/none'"):
+    with pytest.raises(CountsError, match="has no layers/none"):
         open_counts(tmp_path / "a.h5ad", layer="none")
     with pytest.raises(CountsError, match="'none', which is not a column"):
         open_counts(tmp_path / "a.h5ad", depth_key="none")

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -157,11 +158,15 @@ def read_torch(path: Path) -> Any:
         If the file asks for anything else, or is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's protocol: the file is opened, or it is not
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
-        first_line = str(error).strip().split("\n")[0]
+        # torch's own words advise to switch its guard off.
+        first_line = str(error).strip().partition("\n")[0]
+        reason = "" if isinstance(error, UnpicklingError) or not first_line else f" ({first_line})"
         raise ModelFileError(
-            f"{path} was not opened ({type(error).__name__}: {first_line}). Either it is damaged or cut short, or it "
+            f"{path} was not opened{reason}. Either it is damaged or cut short, or it "
             "holds more than tensors and plain containers, which could run code and is refused. Copy it again, or save its "
             "`state_dict()` alone."
         ) from None
