@@ -88,6 +88,103 @@ class Model:
 
         save(self, Path(path))
 
+    def save_pretrained(
+        self, path: str | Path, *, name: str | None = None, data: str | None = None, licence: str | None = None
+    ) -> None:
+        """Write the directory that `save` writes, with a model card (`README.md`): training, scores, intended use, limits.
+
+        Parameters
+        ----------
+        path
+            Directory; `scfm.load` and `Model.from_pretrained` open it.
+        name
+            Title of the card; None for the directory's name.
+        data, licence
+            For the card: the cells that the model was trained on, in words, and the licence of its weights
+            ("bsd-3-clause"). The card says where they are not stated.
+
+        Examples
+        --------
+        >>> import scfm
+        >>> model = scfm.fit(scfm.datasets.pbmc(), config=scfm.FitConfig(n_steps=2), progress=False)
+        >>> model.save_pretrained("blood", data="700 PBMC of 10x Genomics", licence="bsd-3-clause")
+        >>> scfm.Model.from_pretrained("blood").id == model.id
+        True
+        """
+        from scfm.models.hub import save_pretrained
+
+        save_pretrained(self, Path(path), name=name or Path(path).name, data=data, licence=licence)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
+    ) -> Model:
+        """Open a directory, or a repository on the model hub; nothing in either is executed.
+
+        Parameters
+        ----------
+        path
+            Directory, or "owner/name" of a repository, which is fetched (JSON, safetensors and TSV; never a pickle).
+        revision, token
+            Of the repository: branch, tag or commit, and what gives access to a private one.
+        **options
+            As in `scfm.load`, for published checkpoints: `vocabulary`, `medians`, `strict`.
+
+        Raises
+        ------
+        ModelFileError
+            As in `scfm.load`, and if there is no such directory or repository.
+        ImportError
+            If a repository is named and huggingface_hub is not installed (extra `hub`).
+
+        Examples
+        --------
+        >>> import scfm
+        >>> model = scfm.Model.from_pretrained("owner/name", revision="v1")  # doctest: +SKIP
+        """
+        from scfm.models.hub import fetch
+        from scfm.models.loading import load
+
+        folder = Path(path) if Path(path).exists() else fetch(str(path), revision=revision, token=token)
+        return load(folder, **options)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        data: str | None = None,
+        licence: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the model with its card to a repository on the model hub, made where there is none.
+
+        Parameters
+        ----------
+        repository
+            "owner/name".
+        data, licence
+            As in `save_pretrained`.
+        private
+            Whether a repository that is made is private.
+        revision
+            Branch; None for the main one.
+        token
+            None for the one that `hf auth login` stored.
+
+        Returns
+        -------
+        Address of the commit.
+
+        Examples
+        --------
+        >>> model.push_to_hub("owner/name", licence="bsd-3-clause", private=True)  # doctest: +SKIP
+        """
+        from scfm.models.hub import push
+
+        return push(self, repository, data=data, licence=licence, private=private, revision=revision, token=token)
+
     def report(self) -> pd.DataFrame:
         """Scores of the model beside its baselines on the same held-out cells, a row a method.
 

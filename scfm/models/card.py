@@ -1,0 +1,83 @@
+"""The model card: what a stranger has to know before using a model, as far as the model itself knows it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scfm.models.model import Model
+
+UNSTATED = "Not stated by who saved the model."
+LIMITS = """\
+Research on single-cell expression: embedding, annotation, in-silico perturbation. Not for diagnosis or any clinical decision.
+
+- Input is raw counts of genes under the names of the vocabulary; `scfm.pp.check(adata, model)` says what is missing.
+- Where a simple baseline in the table above scores higher, prefer it.
+- Labels are those the model was trained on: a cell of another kind gets the nearest of them unless it is rejected.
+- In-silico perturbation ranks genes by how they move the model's embedding: a hypothesis, not a measurement."""
+
+
+def model_card(model: Model, *, name: str, data: str | None = None, licence: str | None = None) -> str:
+    """Write the model card of `model`, in Markdown with the head that model hubs read.
+
+    Parameters
+    ----------
+    model
+        Its history gives training and scores.
+    name
+        Title, and what `from_pretrained` opens in the card's example.
+    data, licence
+        Cells it was trained on, in words; licence of the weights, by its short name ("bsd-3-clause"). None writes that
+        they are not stated.
+    """
+    # JSON strings are YAML strings, whatever the licence's name holds.
+    head = ["---", "library_name: scfm", "tags: [scfm, single-cell, transcriptomics, anndata]"]
+    head += [f"license: {json.dumps(licence)}"] if licence else []
+    sections = {
+        "Use": _use(name),
+        "Data": f"{data or UNSTATED}\n\n{_genes(model)}",
+        "Training": _training(model),
+        "Scores beside simple baselines": _scores(model),
+        "Intended use and limits": LIMITS,
+        "Licence": licence or UNSTATED,
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    return "\n".join([*head, "---", "", f"# {name}", "", f"`{model!r}`, id `{model.id}`.", "", body, ""])
+
+
+def _use(name: str) -> str:
+    return (
+        f'```python\nimport scfm\n\nmodel = scfm.Model.from_pretrained("{name}")\nscfm.tl.embed(adata, model)  # raw counts in '
+        'adata.X; writes obsm["X_scfm"]\n```\n\nNothing in these files is executed: JSON and safetensors, no pickle.'
+    )
+
+
+def _genes(model: Model) -> str:
+    vocabulary = model.encoding.vocabulary
+    names = [vocabulary.tokens[place] for place in vocabulary.gene_ids[:3]]
+    text = f"{len(vocabulary.gene_ids):,} genes, such as {', '.join(names)}."
+    return text + (f" Labels: {', '.join(model.labels)}." if model.labels else "")
+
+
+def _training(model: Model) -> str:
+    lines = [
+        f"- {stage['name']}: objective `{stage['objective']}`, {len(stage['losses']):,} steps, "
+        f"peak learning rate {stage['config']['learning_rate']:g}, seed {stage['config']['seed']}"
+        for stage in model.history.get("stages", [])
+    ]
+    published = model.history.get("published")
+    lines += (
+        [f"- weights of a published checkpoint ({published.get('family', 'see config.json')})"] if published else []
+    )
+    return "\n".join(lines) or UNSTATED
+
+
+def _scores(model: Model) -> str:
+    if "report" not in model.history:
+        return "None: the model was not fitted with labels, so there is nothing to score it on."
+    rows = model.history["report"]
+    columns = [name for name in ("accuracy", "macro_f1", "balanced_accuracy") if name in rows[0]]
+    lines = ["| method | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines += [f"| {row['method']} | " + " | ".join(f"{row[name]:.3f}" for name in columns) + " |" for row in rows]
+    return "On the same held-out cells:\n\n" + "\n".join(lines)
