@@ -108,8 +108,16 @@ def score_annotation_baselines(
 
 
 def _scored(baseline: Any, test_BX: Any, names: NDArray[np.str_], codes_B: NDArray[np.int64]) -> dict[str, float]:
-    proba_BC = baseline.predict_proba(test_BX)
-    predicted_B = baseline.classes_[proba_BC.argmax(1)]
+    proba_BC = np.zeros((len(codes_B), len(names)))
+    proba_BC[:, baseline.classes_] = baseline.predict_proba(test_BX)
+    return score_proba(proba_BC, names, codes_B)
+
+
+def score_proba(
+    proba_BC: NDArray[np.floating], names: NDArray[np.str_], codes_B: NDArray[np.int64]
+) -> dict[str, float]:
+    """`scores` of the most probable classes, and ECE, from probabilities of shape (B, C) and true classes, shape (B,)."""
+    predicted_B = proba_BC.argmax(1)
     error = expected_calibration_error(proba_BC.max(1), predicted_B == codes_B)
     return {**scores(list(names[codes_B]), list(names[predicted_B])), "ece": error}
 

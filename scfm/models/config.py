@@ -11,7 +11,7 @@ Positions = Literal["none", "rank"]
 Values = Literal["none", "continuous", "bucket", "soft_bins"]
 Pooling = Literal["mean", "max", "cls", "concat"]
 ValueHeadKind = Literal["none", "mlp", "linear", "bucket"]
-ClassHeadKind = Literal["normalised", "layers", "pooler", "token", "mlp", "panel"]
+ClassHeadKind = Literal["normalised", "pooler", "token", "mlp", "panel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,11 @@ class ModelConfig:
     batch_head
         A discriminator of experimental batches, for gradient reversal.
     class_head
-        "normalised" (ours), "layers" (ours, reading the pooled states of every layer), "pooler" (BERT), "token" (BERT, a class a gene), "mlp" (scGPT), "panel" (scBERT).
+        "normalised" (ours), "pooler" (BERT), "token" (BERT, a class a gene), "mlp" (scGPT), "panel" (scBERT).
     n_classes, n_class_layers, class_dropout
         Classes, 0 for no head; layers of "mlp" and of the discriminator; dropout in the head.
     gene_classifier
-        A linear classifier of log-expression beside the class head, whose probabilities are averaged with it.
+        A linear classifier of log-expression beside the class head, which votes with it.
     pooling
         How a cell's embedding is made of its token states.
     embedding_layer

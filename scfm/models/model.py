@@ -245,25 +245,21 @@ class Model:
         cells
             Encoded by the model's encoding.
         expression_BV
-            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). With it, the mean of
-            the transformer's probabilities and those of the model's linear gene classifier; without, the
-            transformer's alone.
+            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). With it, the votes of the
+            transformer and of the model's linear gene classifier together; without, the transformer's alone.
         calibrated
             Whether probabilities are sharpened or softened by the temperature that fits the calibration cells.
         """
         self.require_labels()
-        parts = [torch.softmax(self.network.class_logits(batch).float(), -1).cpu() for batch in self.batches(cells)]
-        proba_BC = torch.cat(parts).numpy() if parts else np.empty((0, len(self.labels)), np.float32)
-        member = "transformer"
-        if expression_BV is not None and (classifier := self.network.gene_classifier) is not None:
-            logits_BC = torch.from_numpy(classifier.logits(expression_BV))
-            proba_BC = (proba_BC + torch.softmax(logits_BC, -1).numpy()) / 2
+        parts = [self.network.class_logits(batch).float().cpu() for batch in self.batches(cells)]
+        logits_BC = torch.cat(parts) if parts else torch.empty(0, len(self.labels))
+        member, classifier = "transformer", self.network.gene_classifier
+        if expression_BV is not None and classifier is not None:
+            logits_BC = classifier.joined_with(logits_BC, expression_BV)
             member = "ensemble"
-        temperatures = self.history.get("calibration", {}).get("temperature", {})
-        if calibrated and member in temperatures:
-            log_proba_BC = torch.from_numpy(np.log(np.maximum(proba_BC, 1e-12)))
-            proba_BC = torch.softmax(log_proba_BC / temperatures[member], -1).numpy()
-        return proba_BC.astype(np.float32, copy=False)
+        if calibrated:
+            logits_BC = logits_BC / self.history.get("calibration", {}).get("temperature", {}).get(member, 1.0)
+        return torch.softmax(logits_BC, -1).numpy()
 
     def network_in(self, precision: Precision) -> CellTransformer:
         """Return the network, for inference: itself ("fp32"), or a copy with its blocks in bfloat16 ("bf16")."""

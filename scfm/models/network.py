@@ -183,16 +183,14 @@ class CellTransformer(nn.Module):
         return head(self.class_features(cells))
 
     def class_features(self, cells: CellBatch) -> Tensor:
-        """What the class head reads of each cell: its embedding, or with a "layers" head those of all hidden states."""
-        kind = self.config.class_head
-        if kind == "layers":
-            return torch.cat([self.pool(hidden_TD, cells) for hidden_TD in self.hidden_states(cells)], -1)
-        return self.embed_cells(cells, hidden_layer=-1, pooling="cls" if kind in ("pooler", "mlp") else None)
+        """What the class head reads of each cell: its embedding, as the kind of head asks for it."""
+        first = self.config.class_head in ("pooler", "mlp")
+        return self.embed_cells(cells, hidden_layer=-1, pooling="cls" if first else None)
 
     def add_class_head(self, n_classes: int) -> None:
         """Put a fresh classification head of our own kind on the network, and a gene classifier beside it."""
         device = self.embedding.gene.weight.device
-        self.config = self.config.replace(n_classes=n_classes, class_head="layers", gene_classifier=True)
+        self.config = self.config.replace(n_classes=n_classes, class_head="normalised", gene_classifier=True)
         self.class_head = make_class_head(self.config).to(device)
         self.class_head.apply(init_weights)
         self.gene_classifier = GeneClassifier(self.config).to(device)

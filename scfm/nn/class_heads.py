@@ -23,7 +23,7 @@ LARGEST_SCALED = 10.0  # most deviations that a gene counts for in the gene clas
 
 
 class ClassHead(nn.Module):
-    """Class of a cell from its embedding, or from those of all layers: batch norm without a gain, dropout, one linear layer.
+    """Class of a cell from its embedding: batch norm without a gain, dropout, one linear layer.
 
     The mean of many token states varies little from cell to cell beside what all cells share. Without the norm a
     small step of the network moves that shared part, and with it every logit.
@@ -32,9 +32,8 @@ class ClassHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.class_dropout
-        width = config.d_model * (config.n_layers + 1 if config.class_head == "layers" else 1)
-        self.norm = nn.BatchNorm1d(width, affine=False)
-        self.linear = Linear(width, config.n_classes)
+        self.norm = nn.BatchNorm1d(config.d_model, affine=False)
+        self.linear = Linear(config.d_model, config.n_classes)
 
     def forward(self, cell_BD: Tensor) -> Tensor:
         """Logits, shape (B, C). In evaluation a cell's logits do not depend on the batch."""
@@ -65,19 +64,21 @@ class ClassHead(nn.Module):
 class GeneClassifier(nn.Module):
     """A linear classifier of scaled log1p counts per 10,000, kept beside the network so that both can vote.
 
-    Each gene is multiplied by its scale and cut off at `LARGEST_SCALED`, so that a gene of few cells cannot decide alone. What is
-    saved are buffers: they are fitted once, by logistic regression, and no optimiser touches them.
+    Each gene is multiplied by its scale and cut off at `LARGEST_SCALED`, so that no gene decides alone. What is saved are
+    buffers: they are fitted once, by logistic regression, and no optimiser touches them.
     """
 
     scale_V: Tensor
     weight_VC: Tensor
     bias_C: Tensor
+    vote_weights: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.register_buffer("scale_V", torch.ones(config.n_tokens))
         self.register_buffer("weight_VC", torch.zeros(config.n_tokens, config.n_classes))
         self.register_buffer("bias_C", torch.zeros(config.n_classes))
+        self.register_buffer("vote_weights", torch.ones(2))  # of the network, of this classifier
 
     def scaled(self, expression_BV: csr_matrix) -> csr_matrix:
         """Scale and cut off log1p counts per 10,000 by token id, shape (B, V)."""
@@ -89,6 +90,12 @@ class GeneClassifier(nn.Module):
     def logits(self, expression_BV: csr_matrix) -> NDArray[np.float32]:
         """Logits, shape (B, C), from log1p counts per 10,000 by token id, shape (B, V)."""
         return self.scaled(expression_BV) @ self.weight_VC.cpu().numpy() + self.bias_C.cpu().numpy()
+
+    def joined_with(self, network_logits_BC: Tensor, expression_BV: csr_matrix) -> Tensor:
+        """Logits of both votes together: the weighted sum of their log-probabilities, shape (B, C)."""
+        votes = (network_logits_BC, torch.from_numpy(self.logits(expression_BV)))
+        weights = self.vote_weights.tolist()
+        return sum(w * F.log_softmax(logits_BC, -1) for w, logits_BC in zip(weights, votes))
 
 
 class PoolerClassHead(nn.Module):
@@ -165,7 +172,6 @@ def make_class_head(config: ModelConfig) -> nn.Module:
         return MLPClassHead(config.d_model, config.n_classes, config.n_class_layers)
     heads = {
         "normalised": ClassHead,
-        "layers": ClassHead,
         "pooler": PoolerClassHead,
         "token": TokenClassHead,
         "panel": PanelClassHead,

@@ -10,19 +10,26 @@ from typing import Any
 import anndata
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm import pp
 from scfm.data import CellBatch
 from scfm.encoding import Encoding, EncodingConfig, make_encoding
-from scfm.models.initialize import gene_loadings, set_gene_classifier, set_gene_embeddings, set_linear_probe
+from scfm.models.initialize import (
+    gene_loadings,
+    set_gene_classifier,
+    set_gene_embeddings,
+    set_linear_probe,
+    set_vote_weights,
+)
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import own_preset
 from scfm.objectives import Classification, Objective, class_weights, make_objective
 from scfm.tl._calibrate import calibrate
 from scfm.tl._record import record
-from scfm.tl._score import score_annotation
+from scfm.tl._score import score_baselines, score_model
 from scfm.tl._split import FitSplit, split_for_fit
 from scfm.train import FitConfig, train
 
@@ -38,13 +45,16 @@ def fit(
     labels_key: str | None = None,
     batch_key: str | None = None,
     test_key: str | None = None,
+    transductive: bool = False,
     encoding: str = "rank",
     context_length: int | None = None,
     objective: str = "masked",
+    pretrain: bool = True,
     preset: str = "small",
     layer: str | None = None,
     gene_key: str | None = None,
     test_fraction: float = 0.2,
+    baselines: bool = True,
     seed: int = 0,
     config: FitConfig | None = None,
     key_added: str = "X_scfm",
@@ -53,20 +63,25 @@ def fit(
     """Train a model on raw counts: self-supervised, then, with `labels_key`, to tell labels apart.
 
     With labels, a part of the labelled cells is held out from everything that is fitted (vocabulary, medians,
-    pretraining, classification), and the model is scored on it beside simple baselines: `model.report()`. A tenth of
-    the rest is held out from the same, to fit the temperature that calibrates probabilities. Labels are told by the
-    mean of two votes: the transformer's, and a linear classifier's of log-expression.
+    pretraining, components, classification), and the model is scored on it beside simple baselines: `model.report()`. A
+    tenth of the rest is held out from the same, to fit the temperature that calibrates probabilities. Labels are told by
+    the mean of two votes: the transformer's, and a linear classifier's, which reads genes through components that are
+    learned from labelled and unlabelled cells.
 
     Parameters
     ----------
     adata
         Raw counts, n_obs cells by n_vars genes, in `X` or in `layer`.
     labels_key
-        Column of `adata.obs` with cell types. Cells without a label (NaN) take part in pretraining only.
+        Column of `adata.obs` with cell types. From cells without a label (NaN) vocabulary, components and the network learn
+        too; `scfm.tl.annotate` then labels them.
     batch_key
         Column of `adata.obs` with donors or batches; then whole ones are held out instead of single cells.
     test_key
         Column of `adata.obs` that is True for the cells to hold out, instead of a random part.
+    transductive
+        Whether held-out cells, without their labels, take part in what is learned from unlabelled cells. The report then
+        says how well the cells at hand are labelled, not new ones, and its rows say "transductive".
     encoding
         "rank": genes in order of their expression over their usual one (Geneformer). "bin": genes with binned
         values (scGPT).
@@ -75,12 +90,16 @@ def fit(
     objective
         "masked": guess hidden genes (rank) or hidden values (bin). "generative": from known genes the values of all
         others (bin; scGPT).
+    pretrain
+        False leaves the self-supervised stage out; needs `labels_key`.
     preset
         Size of the network: "small", "medium" or "large".
     layer, gene_key
         As in `scfm.tl.embed`.
     test_fraction
         Share of the labelled cells to hold out. A class of one cell is never held out.
+    baselines
+        Whether to fit the simple methods that the report sets beside the model; they read up to 20,000 cells.
     seed
         Of the split, the initialisation, the order of cells, masks and dropout. The same seed gives the same model on
         one machine.
@@ -117,27 +136,27 @@ def fit(
     chosen = own_preset(preset, encoding).for_objective(objective)
     settings = EncodingConfig(**chosen.encoding)
     settings = settings if context_length is None else settings.replace(context_length=context_length)
-    split = split_for_fit(adata.obs, labels_key, batch_key, test_fraction, seed, test_key=test_key)
+    split = split_for_fit(
+        adata.obs, labels_key, batch_key, test_fraction, seed, test_key=test_key, transductive=transductive
+    )
     fitted = make_encoding(settings, adata=adata[split.fitted], layer=layer, gene_key=gene_key)
     cells = pp.encode(adata, fitted, layer=layer, gene_key=gene_key)
     expression_BV = pp.log_expression(adata, fitted, layer=layer, gene_key=gene_key)
     network = _start(chosen.model_config(**_of_encoding(fitted)), fitted, seed)
-    set_gene_embeddings(network, _loadings(expression_BV[split.fitted], seed), scale=GENE_SCALE)
+    loadings_VR = gene_loadings(expression_BV[_sample(split.fitted, seed)], N_COMPONENTS, seed)
+    set_gene_embeddings(network, loadings_VR, scale=GENE_SCALE)
     model = Model(network, fitted, history={"preset": chosen.name, "seed": seed})
 
     stage = config or default_config(len(split.fitted), seed)
-    _run_stage(
-        model,
-        "pretraining",
-        make_objective(chosen.objective, network, fitted),
-        cells.select(split.fitted),
-        stage,
-        progress,
-    )
+    if pretrain:
+        pretraining = make_objective(chosen.objective, network, fitted)
+        _run_stage(model, "pretraining", pretraining, cells.select(split.fitted), stage, progress)
     if split.labels is not None:
         _fine_tune(model, cells, expression_BV, split, config, seed, progress)
         model.history["calibration"] = asdict(calibrate(model, cells, expression_BV, split))
-        model.history["report"] = score_annotation(model, adata, cells, expression_BV, split, layer, seed)
+        model.history["report"] = score_model(model, cells, expression_BV, split)
+        if baselines:
+            model.history["report"] += score_baselines(adata, split, layer, seed)
         adata.obs["scfm_split"] = split.names(adata.n_obs)
     adata.obsm[key_added] = model.embed(cells)
     record(adata, model, key_added, layer=layer, gene_key=gene_key, labels_key=labels_key, batch_key=batch_key)
@@ -158,11 +177,11 @@ def _of_encoding(encoding: Encoding) -> dict[str, Any]:
     )
 
 
-def _loadings(expression_BV: sparse.csr_matrix, seed: int) -> torch.Tensor:
-    if expression_BV.shape[0] > MOST_CELLS_FOR_SVD:
-        chosen = np.random.default_rng(seed).choice(expression_BV.shape[0], MOST_CELLS_FOR_SVD, replace=False)
-        expression_BV = expression_BV[np.sort(chosen)]
-    return gene_loadings(expression_BV, N_COMPONENTS, seed)
+def _sample(rows: NDArray[np.int64], seed: int, keep: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """At most `MOST_CELLS_FOR_SVD` of the rows, drawn at random, and all of `keep`; ascending."""
+    if len(rows) > MOST_CELLS_FOR_SVD:
+        rows = np.random.default_rng(seed).choice(rows, MOST_CELLS_FOR_SVD, replace=False)
+    return np.sort(rows) if keep is None else np.union1d(rows, keep)
 
 
 def default_config(n_cells: int, seed: int) -> FitConfig:
@@ -185,8 +204,12 @@ def _fine_tune(
     train_cells = cells.select(split.train).replace(labels_B=torch.from_numpy(labels_B))
     model.labels = split.labels.names
     network.add_class_head(len(model.labels))
-    set_gene_classifier(network, expression_BV[split.train], labels_B)
-    set_linear_probe(network, model.class_features(train_cells), labels_B, seed)
+    rows = _sample(split.fitted, seed, keep=split.train)
+    codes_B = np.where(np.isin(rows, split.train), split.labels.codes[rows], -1)
+    component_BR = set_gene_classifier(network, expression_BV[rows], codes_B, n_components=N_COMPONENTS, seed=seed)
+    features_BE = model.class_features(train_cells)
+    set_linear_probe(network, features_BE, labels_B)
+    set_vote_weights(network, features_BE, component_BR, labels_B, seed)
     objective = Classification(class_weights_C=class_weights(torch.from_numpy(labels_B), len(model.labels)))
     stage = config or default_config(len(split.train), seed)
     if config is None:

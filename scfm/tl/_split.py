@@ -18,7 +18,9 @@ FEWEST_TO_CALIBRATE = 5  # training cells that a class must have before one of t
 
 @dataclass(frozen=True)
 class FitSplit:
-    """Rows by the part they play: disjoint, ascending; `fitted` is training and unlabelled cells together.
+    """Rows by the part they play: ascending, the first three disjoint.
+
+    `fitted` is what is learned from without labels: training and unlabelled cells, with `transductive` all cells.
 
     A class of one labelled cell is trained on and never tested; one of fewer than `FEWEST_TO_CALIBRATE` training cells
     has no calibration cell.
@@ -29,6 +31,7 @@ class FitSplit:
     calibration: NDArray[np.int64]
     test: NDArray[np.int64]
     fitted: NDArray[np.int64]
+    transductive: bool = False
 
     def names(self, n_obs: int) -> pd.Categorical:
         """Part of each cell, as `obs["scfm_split"]` holds it."""
@@ -47,6 +50,7 @@ def split_for_fit(
     seed: int,
     *,
     test_key: str | None = None,
+    transductive: bool = False,
 ) -> FitSplit:
     """Hold out test cells (those of `test_key`, or whole batches with `batch_key`), and calibration cells from the rest."""
     every = np.arange(len(obs))
@@ -73,7 +77,8 @@ def split_for_fit(
         )
     calibration = _set_aside(labels.codes, learn, seed)
     held_out = np.union1d(calibration, test)
-    return FitSplit(labels, np.setdiff1d(learn, calibration), calibration, test, np.setdiff1d(every, held_out))
+    fitted = every if transductive else np.setdiff1d(every, held_out)
+    return FitSplit(labels, np.setdiff1d(learn, calibration), calibration, test, fitted, transductive)
 
 
 def _column(obs: pd.DataFrame, argument: str, key: str) -> pd.Series:

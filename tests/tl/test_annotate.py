@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import MaxAbsScaler
 
 import scfm
 from scfm import baselines, pp
 from scfm.errors import LabelsError, ModelTaskError
+from scfm.models import initialize
+from scfm.tl import _fit
 from scfm.tl._calibrate import fit_temperature
 
 
@@ -30,17 +31,34 @@ def test_labels_are_the_most_probable_and_probabilities_add_up(fitted):
     assert "scfm_label" not in adata.obs
 
 
-def test_the_gene_vote_is_scikit_learns_balanced_logistic_regression(fitted):
+def test_the_gene_vote_is_a_regression_on_components_of_scaled_genes(fitted):
     adata, model = fitted
     train = (adata.obs["scfm_split"] == "train").to_numpy()
-    expression = pp.log_expression(adata, model)
-    scaler = MaxAbsScaler().fit(expression[train])
-    regression = LogisticRegression(class_weight="balanced", max_iter=2000)
-    regression.fit(scaler.transform(expression[train]), adata.obs["bulk_labels"][train].astype(str))
-    expected = regression.predict_proba(scaler.transform(expression))
-    logits = model.network.gene_classifier.logits(expression)
+    expression = pp.log_expression(adata, model).toarray()
+    deviation = expression[train].std(0)
+    assert len(deviation) < initialize.N_DISPERSED  # here every gene takes part
+    scaled = np.minimum(np.divide(expression, deviation, out=np.zeros_like(expression), where=deviation > 0), 10)
+    # The whole spectrum by LAPACK; the randomised solver must find its head.
+    right = np.linalg.svd(scaled[train], full_matrices=False)[2][: _fit.N_COMPONENTS]
+    components = scaled @ right.T
+    components = components - components[train].mean(0)
+    components /= np.sqrt((components[train] ** 2).mean())
+    regression = LogisticRegression(class_weight="balanced", C=initialize.INVERSE_PENALTY, max_iter=2000)
+    regression.fit(components[train], adata.obs["bulk_labels"][train].astype(str))
+    logits = model.network.gene_classifier.logits(pp.log_expression(adata, model))
     assert tuple(regression.classes_) == model.labels
-    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=1e-5)
+    np.testing.assert_allclose(softmax(logits, axis=1), regression.predict_proba(components), atol=2e-2)
+
+
+def test_both_votes_count_by_their_weights(fitted):
+    adata, model = fitted
+    cells, expression = pp.encode(adata, model), pp.log_expression(adata, model)
+    network = model.predict_proba(cells, calibrated=False)
+    genes = softmax(model.network.gene_classifier.logits(expression), axis=1)
+    weights = model.network.gene_classifier.vote_weights.numpy()
+    together = network ** weights[0] * genes ** weights[1]
+    expected = together / together.sum(1, keepdims=True)
+    np.testing.assert_allclose(model.predict_proba(cells, expression, calibrated=False), expected, atol=1e-5)
 
 
 def test_unsure_and_distant_cells_are_unassigned(fitted):
