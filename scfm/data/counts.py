@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
 
-from scfm.data.host import host_module
+from scfm.data.host import host_module, host_threads
 from scfm.errors import CountsError
 
 # log1p of ten million counts is 16; counts with fractions above that were scaled, not logged.
@@ -22,7 +21,7 @@ def row_totals(block: sp.csr_matrix) -> NDArray[np.float64]:
     """Sum each row in float64, shape (n,); exact for counts."""
     host = host_module()
     if host is not None:
-        return host.row_totals(block.indptr, block.data, torch.get_num_threads())
+        return host.row_totals(block.indptr, block.data, host_threads())
     totals = np.zeros(block.shape[0])
     filled = np.diff(block.indptr) > 0
     if filled.any():
@@ -38,7 +37,7 @@ def survey(values: NDArray[Any]) -> tuple[float, float, int]:
         return float(values.min()), float(values.max()), 0
     host = host_module()
     if host is not None and values.dtype in (np.float32, np.float64):
-        return host.survey(values, torch.get_num_threads())
+        return host.survey(values, host_threads())
     low, high, fractions = np.inf, -np.inf, 0
     for start in range(0, values.size, _CHUNK):
         chunk = values[start : start + _CHUNK]

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm.data.matrix import CountMatrix
+from scfm.data.raw_hdf5 import RawDataset
 from scfm.errors import CountsError
 
 
@@ -79,7 +80,7 @@ class FileCsr:
 
     def __init__(self, group: Any) -> None:
         self.indptr = group["indptr"][:].astype(np.int64, copy=False)
-        self._indices, self._data = group["indices"], group["data"]
+        self._indices, self._data = _readable(group["indices"]), _readable(group["data"])
         self.shape = tuple(int(size) for size in group.attrs["shape"])
         self.dtype = self._data.dtype
         if len(self.indptr) != self.shape[0] + 1 or self.indptr[-1] != self._data.shape[0]:
@@ -93,6 +94,13 @@ class FileCsr:
         block.indices = np.asarray(self._indices[first:last])
         block.indptr = self.indptr[start : stop + 1] - first
         return block
+
+
+def _readable(dataset: Any) -> Any:
+    """An HDF5 dataset read straight from its file where its bytes are its numbers; else as it is."""
+    if not hasattr(dataset, "id"):
+        return dataset
+    return RawDataset.of(dataset) or dataset
 
 
 class _Unopened:

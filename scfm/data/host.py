@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from functools import cache
 from types import ModuleType
+
+import torch
+
+_here = threading.local()
 
 
 def host_module() -> ModuleType | None:
@@ -13,6 +18,16 @@ def host_module() -> ModuleType | None:
     if os.environ.get("SCFM_DISABLE_EXT", "0") not in ("", "0"):
         return None
     return _load()[0]
+
+
+def host_threads() -> int:
+    """Threads that one call of the compiled module may use: torch's number, or one where the caller is one of many."""
+    return getattr(_here, "n_threads", None) or torch.get_num_threads()
+
+
+def keep_to_one_thread() -> None:
+    """Let calls from this thread use no other: for the threads of a pool that fills the cores by itself."""
+    _here.n_threads = 1
 
 
 def host_info() -> dict[str, str | bool]:

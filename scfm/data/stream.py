@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from scfm.data.batch import CellBatch
 from scfm.data.files import count_rows, open_counts
+from scfm.data.host import host_threads, keep_to_one_thread
 from scfm.data.matrix import CountMatrix
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ class CellStream(IterableDataset[CellBatch]):
     """Batches of encoded cells from one or many files, shuffled anew each epoch.
 
     Files are cut into blocks of neighbouring rows. Each epoch shuffles the blocks of all files, deals them to the
-    ranks, and reads a buffer's worth of them at a time; the buffer is encoded, its cells shuffled and cut into batches, while
-    the next one is read. At most two buffers are in memory. Every rank gets the same number of batches.
+    ranks, and reads a buffer's worth of them at a time, each block encoded as soon as it is read, as many at once as torch has
+    threads; the buffer's cells are shuffled and cut into batches while the next one is read. At most two buffers of
+    tokens, and a block of counts a thread, are in memory. Every rank gets the same number of batches.
 
     The order is a function of `seed` and epoch alone. `state_dict` names the next batch, and a stream that loads it
     goes on there. Workers of a `torch.utils.data.DataLoader` (with ``batch_size=None``) share a rank's buffers; they have
@@ -184,15 +186,21 @@ class CellStream(IterableDataset[CellBatch]):
 
     def _read(self, buffer: list[_Block], place: int) -> CellBatch:
         """Read and encode a buffer, in the order of the files."""
-        rng = self._rng(2, self.rank, place) if self.shuffle else None
+        blocks = sorted(buffer, key=lambda block: (block.source, block.start))
+        opened = [self._open(block.source) for block in blocks]
+        rngs = [self._rng(2, self.rank, place, number) if self.shuffle else None for number in range(len(blocks))]
+        with ThreadPoolExecutor(host_threads(), initializer=keep_to_one_thread) as pool:
+            return CellBatch.concat(list(pool.map(self._encode, blocks, opened, rngs)))
+
+    def _encode(self, block: _Block, opened: tuple[CountMatrix, GeneMap], rng: np.random.Generator | None) -> CellBatch:
+        """Read and encode a block; several at a time, each in one thread."""
+        counts, genes = opened
         parts = []
-        for block in sorted(buffer, key=lambda block: (block.source, block.start)):
-            counts, genes = self._open(block.source)
-            for first, rows, depth_B in counts.blocks(start=block.start, stop=block.stop):
-                cells = self.encoding.encode(rows, genes, depth_B=depth_B, rng=rng)
-                index_B = torch.arange(cells.n_cells) + int(self._first_row[block.source]) + first
-                parts.append(cells.replace(cell_index_B=index_B))
-        return CellBatch.concat(parts)
+        for first, rows, depth_B in counts.blocks(start=block.start, stop=block.stop):
+            cells = self.encoding.encode(rows, genes, depth_B=depth_B, rng=rng)
+            index_B = torch.arange(cells.n_cells) + int(self._first_row[block.source]) + first
+            parts.append(cells.replace(cell_index_B=index_B))
+        return parts[0] if len(parts) == 1 else CellBatch.concat(parts)
 
     def _open(self, source: int) -> tuple[CountMatrix, GeneMap]:
         if source not in self._opened:

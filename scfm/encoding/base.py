@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from scfm.data.batch import CellBatch
 from scfm.data.counts import row_totals
-from scfm.data.host import host_module
+from scfm.data.host import host_module, host_threads
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import boundaries
@@ -164,7 +164,7 @@ class Encoding(ABC):
             max_genes=len(vocabulary) if config.max_genes is None else config.max_genes,
             front=(vocabulary.cls_id, config.cls_value) if config.add_cls else None,
             back=(vocabulary.eos_id, config.eos_value) if config.add_eos else None,
-            n_threads=torch.get_num_threads(),
+            n_threads=host_threads(),
         )
 
 

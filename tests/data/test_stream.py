@@ -74,6 +74,20 @@ def test_each_epoch_has_every_cell_once_in_another_order(files, encoding):
     assert cells_of(again) == cells_of(second)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_do_not_depend_on_the_number_of_threads(files, encoding, shuffle):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = list(stream(files, encoding, shuffle=shuffle))
+        torch.set_num_threads(3)
+        three = list(stream(files, encoding, shuffle=shuffle))
+    finally:
+        torch.set_num_threads(before)
+    for first, second in zip(one, three, strict=True):
+        assert_same(first, second)
+
+
 def test_ranks_share_the_cells_and_have_as_many_batches(files, encoding):
     ranks = [list(stream(files, encoding, rank=rank, world_size=3)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
