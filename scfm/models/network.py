@@ -110,6 +110,18 @@ class CellTransformer(nn.Module):
             hidden_TD = block(hidden_TD, plan)
             yield self.norm(hidden_TD) if block is self.blocks[-1] else hidden_TD
 
+    def states_at(self, cells: CellBatch, token_N: Tensor) -> Tensor:
+        """States of the last block at chosen tokens, shape (N, D); `token_N` holds their places, ascending.
+
+        The same as `network(cells)[token_N]`; the last block is worked out for these tokens alone.
+        """
+        if self.config.attention == "linear" or cells.n_known is not None:
+            return self(cells).index_select(0, token_N)
+        hidden_TD = self(cells, hidden_layer=-2)
+        bounds = torch.searchsorted(token_N, cells.cu_seqlens.to(token_N.dtype))
+        plan = ops.make_plan(bounds, cu_seqlens_k=cells.cu_seqlens)
+        return self.norm(self.blocks[-1](hidden_TD, plan, token_N))
+
     def embed_tokens(self, cells: CellBatch, plan: ops.AttentionPlan) -> Tensor:
         """Input of the first block, shape (T, D)."""
         unknown_T = None if plan.n_known is None else unknown_tokens(plan).to(cells.device)

@@ -53,16 +53,26 @@ class Attention(nn.Module):
         projection_MK = ops.random_projection(config.n_random_features, config.d_head) if linear else None
         self.register_buffer("projection_MK", projection_MK)
 
-    def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan) -> Tensor:
+    def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None) -> Tensor:
+        """What each token, or each of those at the places `at_N`, takes from its cell, shape (T, D) or (N, D)."""
         qkv_T3HK = self.qkv(hidden_TD).view(-1, 3, self.n_heads, self.d_head)
         query_THK, key_THK, value_THK = qkv_T3HK.unbind(1)
+        if at_N is not None:
+            query_THK = query_THK.index_select(0, at_N)
         if self.projection_MK is not None:
             attended_THK = ops.linear_attention(
                 query_THK, key_THK, value_THK, plan.cu_seqlens, self.projection_MK, plan=plan
             )
         else:
             attended_THK = ops.attention(
-                query_THK, key_THK, value_THK, plan.cu_seqlens, n_known=plan.n_known, plan=plan, backend=self.backend
+                query_THK,
+                key_THK,
+                value_THK,
+                plan.cu_seqlens,
+                cu_seqlens_k=plan.cu_seqlens_k,
+                n_known=plan.n_known,
+                plan=plan,
+                backend=self.backend,
             )
         attended_TD = attended_THK.flatten(1)
         if not self.skip_unknown_out or plan.n_known is None:
@@ -109,11 +119,16 @@ class Block(nn.Module):
         self.norm_first = config.norm == "pre"
         self.dropout = config.dropout
 
-    def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan) -> Tensor:
+    def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None) -> Tensor:
+        """States of all tokens, shape (T, D); or of those at the places `at_N` alone, shape (N, D).
+
+        `plan` has the boundaries of `at_N`, ascending, as queries, and those of the cells as keys.
+        """
+        own_TD = hidden_TD if at_N is None else hidden_TD.index_select(0, at_N)
         if self.norm_first:
-            hidden_TD = self._add(hidden_TD, self.attention(self.attention_norm(hidden_TD), plan))
+            hidden_TD = self._add(own_TD, self.attention(self.attention_norm(hidden_TD), plan, at_N))
             return self._add(hidden_TD, self.feed_forward(self.feed_forward_norm(hidden_TD)))
-        hidden_TD = self.attention_norm(self._add(hidden_TD, self.attention(hidden_TD, plan)))
+        hidden_TD = self.attention_norm(self._add(own_TD, self.attention(hidden_TD, plan, at_N)))
         return self.feed_forward_norm(self._add(hidden_TD, self.feed_forward(hidden_TD)))
 
     def _add(self, hidden_TD: Tensor, update_TD: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class MaskedGenes:
         return cells.replace(gene_ids_T=gene_ids_T), {"token_N": token_N, "gene_ids_N": original_N.long()}
 
     def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
-        hidden_ND = network(inputs)[targets["token_N"]]
+        hidden_ND = network.states_at(inputs, targets["token_N"])
         head, genes = network.gene_head, network.embedding.gene
         if head is None:
             raise ValueError("This network has no gene head; set `gene_head=True` in its ModelConfig.")
