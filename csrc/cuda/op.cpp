@@ -263,6 +263,20 @@ Tensor attention_deletion_effects(const Tensor& grad_out, const Tensor& q, const
   return effects;
 }
 
+#ifdef SCFM_EMULATE
+// The list itself, for the tests: rows as in Tile, the last column 0 for query tiles and 1 for key tiles.
+Tensor tiles(const Tensor& q, const Tensor& cu_seqlens, std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known) {
+  const Tensor& bounds_k = cu_seqlens_k ? *cu_seqlens_k : cu_seqlens;
+  const int64_t n_keys = integers_of(bounds_k, "cu_seqlens_k").back();
+  const Tensor k = torch::stable::new_empty(q, {n_keys, q.size(1), q.size(2)});
+  TileList list = list_tiles(cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known));
+  for (size_t i = 0; i < list.tiles.size(); i++) list.tiles[i].unused[1] = static_cast<int32_t>(i) >= list.n_query_tiles;
+  Tensor result = torch::stable::new_empty(q, {static_cast<int64_t>(list.tiles.size()), 8}, ScalarType::Int);
+  if (!list.tiles.empty()) std::memcpy(result.mutable_data_ptr(), list.tiles.data(), list.tiles.size() * sizeof(Tile));
+  return result;
+}
+#endif
+
 }  // namespace
 }  // namespace scfm::cuda
 
@@ -286,7 +300,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scfm_emulated, m) {
   m.def(
       "attention_deletion_effects(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) -> Tensor");
+  m.def("tiles(Tensor q, Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known) -> Tensor");
 }
+STABLE_TORCH_LIBRARY_IMPL(scfm_emulated, CPU, m) { m.impl("tiles", TORCH_BOX(&scfm::cuda::tiles)); }
 #else
 #define SCFM_LIBRARY scfm
 #define SCFM_KEY CUDA

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,11 +35,35 @@ def register() -> None:
         "scfm::torch_attention_forward", _torch_backward, setup_context=_torch_context, lib=_LIBRARY
     )
     if load_extension()[0] is not None:
-        torch.library.register_fake("scfm::attention_forward", _fake_fused_forward, lib=_LIBRARY)
-        torch.library.register_fake("scfm::attention_backward", _fake_fused_backward, lib=_LIBRARY)
-        torch.library.register_autograd(
-            "scfm::attention_forward", _fused_backward, setup_context=_fused_context, lib=_LIBRARY
-        )
+        register_fused(_LIBRARY, lambda q: q.is_cuda)
+
+
+def register_fused(library: torch.library.Library, adds_in_any_order: Callable[[Tensor], bool]) -> None:
+    """Give the compiled operators of a library fake tensors and gradients.
+
+    Parameters
+    ----------
+    library
+        The namespace they are in: `scfm`, or that of the emulated CUDA kernels in the tests.
+    adds_in_any_order
+        Whether the backward of `q` has a faster form whose sums have no fixed order, beside a deterministic one.
+    """
+    operators = getattr(torch.ops, library.ns)
+    forward = f"{library.ns}::attention_forward"
+
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *bounds = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        ordered = adds_in_any_order(q) and torch.are_deterministic_algorithms_enabled()
+        operator = operators.attention_backward_deterministic if ordered else operators.attention_backward
+        grads = operator(grad_out, grad_lse, q, k, v, out, lse, *bounds, ctx.scale)
+        return *grads[:3], None, None, None, None if bounds[3] is None else grads[3], None
+
+    torch.library.register_fake(forward, _fake_fused_forward, lib=library)
+    for name in ("attention_backward", "attention_backward_deterministic"):
+        if hasattr(operators, name):
+            torch.library.register_fake(f"{library.ns}::{name}", _fake_fused_backward, lib=library)
+    torch.library.register_autograd(forward, backward, setup_context=_fused_context, lib=library)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -97,10 +122,3 @@ def _fused_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k, n_known, key_bias)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
-
-
-def _fused_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, *bounds = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = torch.ops.scfm.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *bounds, ctx.scale)
-    return *grads[:3], None, None, None, None if bounds[3] is None else grads[3], None

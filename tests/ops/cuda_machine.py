@@ -1,0 +1,95 @@
+"""The CUDA kernels on the CPU: builds them for the emulated machine of csrc/cuda/emulate, once a version of the sources."""
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from scfm.ops.attention import check_key_bias
+from scfm.ops.registration import register_fused
+
+CSRC = Path(__file__).parents[2] / "csrc"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+NEEDS = "needs a C++ compiler and the sources of the CUDA kernels"
+AVAILABLE = COMPILER is not None and (CSRC / "cuda").is_dir()
+OPERATORS = ("cuda/op.cpp", "cuda/tile_list.cpp", "cuda/emulate/fibers.cpp", "cuda/emulate/machine.cpp")
+KERNELS = ("cuda/attention_d32.cu", "cuda/attention_d64.cu", "cuda/attention_d128.cu")
+
+
+def flags(csrc):
+    return [
+        *("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-DSCFM_EMULATE"),
+        *("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{csrc}", f"-I{sysconfig.get_paths()['include']}"),
+        *(f"-isystem{path}" for path in include_paths()),
+    ]
+
+
+def fingerprint(csrc, sources):
+    digest = hashlib.sha256(f"{torch.__version__} {COMPILER} {sources}".encode())
+    for path in sorted(
+        [*csrc.glob("*.h"), *csrc.glob("cpu/*.h"), *csrc.glob("cuda/**/*.*"), *map(csrc.joinpath, sources)]
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(sources, csrc=CSRC, link=()):
+    """Compile and link; the result stays in the temporary folder, and other processes wait for it and share it."""
+    folder = Path(tempfile.gettempdir()) / f"scfm-emulated-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    target = folder / f"{fingerprint(csrc, sources)}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+
+            def compile_one(source):
+                path = Path(scratch) / f"{Path(source).stem}.o"
+                run([COMPILER, *flags(csrc), "-x", "c++", "-c", str(csrc / source), "-o", str(path)])
+                return str(path)
+
+            with ThreadPoolExecutor(2) as pool:
+                objects = list(pool.map(compile_one, sources))
+            linked = Path(scratch) / "linked.so"
+            run([COMPILER, "-shared", *objects, *link, "-o", str(linked)])
+            linked.replace(target)
+    return target
+
+
+def run(command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
+
+
+def build_operators(csrc=CSRC):
+    return build(OPERATORS + KERNELS, csrc, [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"])
+
+
+@functools.cache
+def operators():
+    """`torch.ops.scfm_emulated`: the CUDA operators on CPU tensors, with the gradients that the real ones get."""
+    torch.ops.load_library(str(build_operators()))
+    library = torch.library.Library("scfm_emulated", "FRAGMENT")
+    register_fused(library, lambda q: True)
+    operators.library = library  # lives as long as the process
+    return torch.ops.scfm_emulated
+
+
+def bounds_of(q, k, cu_seqlens, *, cu_seqlens_k=None, n_known=None, key_bias=None, scale=None):
+    """The operators' last arguments, as `scfm.ops.attention` passes them."""
+    bias_TH = None if key_bias is None else check_key_bias(key_bias, k)
+    return cu_seqlens, cu_seqlens_k, n_known, bias_TH, q.shape[2] ** -0.5 if scale is None else scale
+
+
+def attention(q, k, v, cu_seqlens, **options):
+    return operators().attention_forward(q, k, v, *bounds_of(q, k, cu_seqlens, **options))

@@ -1,0 +1,118 @@
+"""The emulated machine itself: that it computes what a GPU computes, and that no fault of a kernel goes unnoticed."""
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def load(name):
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+machine = load("cuda_machine")
+pytestmark = pytest.mark.skipif(not machine.AVAILABLE, reason=machine.NEEDS)
+
+FAULTS = {
+    "no wait": "meets an asynchronous copy that was not waited for",
+    "no barrier": "race, another thread wrote this word",
+    "never written": "a word is read that was never written",
+    "past the end": "a write is out of bounds",
+    "read only": "a write is out of bounds",
+    "one word, many threads": "a word is written twice",
+    "shared past the end": "shared memory: an access is out of bounds",
+    "shared off alignment": "shared memory: an access is off its alignment",
+    "overwritten": "race, another thread read this word",
+    "missing at a barrier": "deadlock",
+    "missing at a shuffle": "deadlock",
+    "lanes apart": "lanes of a warp are at different operations",
+    "copy never waited for": "ends with an asynchronous copy under way",
+    "global off alignment": "global memory: an access is off its alignment",
+    "another thread's word": "a word is read that another thread writes",
+    "written and added to": "a word is both written and added to",
+}
+
+
+@pytest.fixture(scope="module")
+def library():
+    source = Path(__file__).with_name("cuda_faults.cpp")
+    built = machine.build((str(source), "cuda/emulate/fibers.cpp", "cuda/emulate/machine.cpp"))
+    library = ctypes.CDLL(str(built))
+    library.run_kernel.restype = library.run_product.restype = ctypes.c_char_p
+    library.output_of.restype = ctypes.c_float
+    return library
+
+
+def test_a_kernel_without_a_fault_runs(library):
+    assert library.run_kernel(0) is None
+    assert [library.output_of(i) for i in range(64)] == [max(i - 1, 0) for i in range(64)]
+
+
+@pytest.mark.parametrize(("index", "complaint"), list(enumerate(FAULTS.values(), 1)), ids=FAULTS.keys())
+def test_a_fault_is_named(library, index, complaint):
+    found = library.run_kernel(index)
+    assert found is not None
+    assert complaint in found.decode()
+
+
+def test_fragments_make_up_a_product(library):
+    """Matrix loads and the product, each with its layout written out on its own, fit together as on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-8, 9, (16, 16), generator=generator).bfloat16()
+    b = torch.randint(-8, 9, (16, 8), generator=generator).bfloat16()
+    c = torch.full((16, 8), torch.nan)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, c)]
+    assert library.run_product(*pointers) is None
+    assert torch.equal(c, a.float() @ b.float())
+
+
+MUTANTS = {
+    "no barrier in the forward": ("attention_forward.h", "    barrier();\n", ""),
+    "no wait in the forward": ("attention_forward.h", "    copies_wait();\n", ""),
+    "the buffer in use is filled": ("attention_forward.h", "(~block & 1)", "(block & 1)"),
+    "no barrier before dQ": ("attention_backward.h", "      barrier();\n", ""),
+    "rows past the end are read": ("tiles.h", "const bool valid = row < n_valid;\n    copy_chunk", "const bool valid = true;\n    copy_chunk"),
+    "the last block is not masked": ("attention_forward.h", "if (n_valid < Shape::kKeys) {", "if (false) {"),
+    "queries past the end count": ("attention_backward.h", "if (n_valid < Shape::kQueries) {", "if (false) {"),
+    "keys past the end count": ("attention_backward.h", "Pair bias{-kInfinity, -kInfinity};", "Pair bias{0.f, 0.f};"),
+    "own key without bias": ("attention_forward.h", "scalar_or_zero(problem.key_bias, token, work.head) * kLog2E);\n  const float before", "0.f);\n  const float before"),
+    "log 2 for ln": ("attention_forward.h", "log2_fast(sum)) * kLn2", "log2_fast(sum))"),
+    "scale applied twice": ("attention_backward.h", "grad_k, problem.scale * undo", "grad_k, problem.scale * problem.scale * undo"),
+    "swapped halves of a pair": ("tiles.h", "words[1] = pack<Element>(first[2], first[3]);", "words[1] = pack<Element>(first[3], first[2]);"),
+    "float16 gradients unscaled": ("attention_rows.h", "exponent > -100.f && exponent < 100.f", "exponent > 200.f"),
+    "32-bit offsets": ("tiles.h", "2 * (token * tokens.token_stride", "2 * (int32_t)(token * tokens.token_stride"),
+    "grad_lse is forgotten": ("attention_rows.h", "delta -= scalar_or_zero(problem.grad_lse, token, work.head);", ";"),
+    "empty rows are not": ("attention_rows.h", "natural == -kInfinity ? kInfinity : natural * kLog2E", "natural * kLog2E"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "before", "after"), MUTANTS.values(), ids=MUTANTS.keys())
+def test_a_kernel_with_a_fault_fails_its_tests(tmp_path, name, before, after):
+    """What test_cuda_kernels.py is worth: every fault planted in the kernels' sources must make it fail."""
+    here, root = Path(__file__).parent, machine.CSRC.parent
+    for folder in ("csrc/cuda", "csrc/cpu"):
+        shutil.copytree(root / folder, tmp_path / folder)
+    shutil.copy(root / "csrc/checks.h", tmp_path / "csrc")
+    shutil.copytree(here, tmp_path / "tests/ops", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "csrc/cuda" / name
+    source = path.read_text()
+    assert before in source
+    path.write_text(source.replace(before, after))
+    chosen = "(plain or generative or past or head or range or no_key or billion or number) and not opcheck and not 128"
+    run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    run += ["--import-mode=importlib", "-c", str(root / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [*run, str(tmp_path / "tests/ops/test_cuda_kernels.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "AssertionError" in done.stdout or "a CUDA kernel could not run" in done.stdout, done.stdout[-2000:]
