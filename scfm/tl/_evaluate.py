@@ -15,6 +15,7 @@ from scfm.data.labels import Labels
 from scfm.tl._fit import fit
 
 SCORES = ("accuracy", "macro_f1", "balanced_accuracy", "ece")
+WITHOUT_PRETRAINING = ", without pretraining"
 
 
 def evaluate_annotation(
@@ -24,9 +25,12 @@ def evaluate_annotation(
     seeds: Sequence[int] = range(5),
     label_fraction: float = 1.0,
     test_fraction: float = 0.3,
+    variants: bool = True,
     **settings: Any,
 ) -> pd.DataFrame:
     """Fit a model for each seed, each with a split of its own, and score it beside the baselines on the same cells.
+
+    The same model is fitted without pretraining, and once more with the test cells among the unlabelled ones.
 
     Parameters
     ----------
@@ -41,26 +45,47 @@ def evaluate_annotation(
         cells. The test cells are the same for every share.
     test_fraction
         Share of the labelled cells that are tested.
+    variants
+        False leaves these two out, and with them two thirds of the time.
     settings
         Passed on to `scfm.fit`.
 
     Returns
     -------
     A row a seed and method, with setting, scores and numbers of cells; `summarize_scores` makes a table of them.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()[:300].copy()
+    >>> adata = adata[adata.obs["bulk_labels"].isin(["CD14+ Monocyte", "CD19+ B", "Dendritic"])].copy()
+    >>> config = scfm.FitConfig(n_steps=2)
+    >>> rows = scfm.tl.evaluate_annotation(
+    ...     adata, labels_key="bulk_labels", seeds=[0], variants=False, config=config, progress=False
+    ... )
+    >>> rows["method"].iloc[0], sorted(rows["setting"].unique())
+    ('scfm', ['inductive', 'transductive'])
     """
     labels = Labels.from_obs(adata.obs, labels_key)
     tables = []
     for seed in seeds:
-        chosen = _hide(adata, labels, labels_key, label_fraction, test_fraction, seed)
-        model = fit(chosen, labels_key=labels_key, test_key="is_test", seed=seed, **settings)
-        part = chosen.obs["scfm_split"]
-        tables.append(
-            model.report().reset_index().assign(seed=seed, n_labels=int(part.isin(["train", "calibration"]).sum()))
-        )
+        chosen = hide_labels(adata, labels, labels_key, label_fraction, test_fraction, seed)
+        common = {"labels_key": labels_key, "test_key": "is_test", "seed": seed, **settings}
+        table = _report(chosen, **common)
+        if variants:
+            seen = _report(chosen, transductive=True, baselines=False, **common)
+            bare = _report(chosen, pretrain=False, baselines=False, **common)
+            table = pd.concat([table, seen, bare.assign(method=bare["method"] + WITHOUT_PRETRAINING)])
+        n_labels = int(chosen.obs["scfm_split"].isin(["train", "calibration"]).sum())
+        tables.append(table.assign(seed=seed, n_labels=n_labels))
     return pd.concat(tables, ignore_index=True).assign(label_fraction=label_fraction)
 
 
-def _hide(
+def _report(adata: anndata.AnnData, **settings: Any) -> pd.DataFrame:
+    return fit(adata, **settings).report().reset_index().drop(columns="above_scfm")
+
+
+def hide_labels(
     adata: anndata.AnnData, labels: Labels, labels_key: str, label_fraction: float, test_fraction: float, seed: int
 ) -> anndata.AnnData:
     """Copy `adata`, mark its test cells, and take labels away from a part of the others."""
@@ -79,7 +104,28 @@ def _hide(
 
 
 def summarize_scores(rows: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
-    """Mean of each score over seeds, a row a method, and half the width of its t interval; NaN of a single seed."""
+    """Mean of each score over seeds, a row a method and setting, and half the width of its t interval.
+
+    Parameters
+    ----------
+    rows
+        From `evaluate_annotation`.
+    confidence
+        Of the interval. With a single seed there is none, and its width is NaN.
+
+    Returns
+    -------
+    Columns `setting`, `n_seeds`, and for each score its mean and `<score>_interval`; methods in the order of `rows`.
+
+    Examples
+    --------
+    >>> import pandas as pd, scfm
+    >>> rows = pd.DataFrame({"method": "a", "setting": "inductive", "seed": [0, 1], "macro_f1": [0.7, 0.8]})
+    >>> rows = rows.assign(accuracy=0.9, balanced_accuracy=0.8, ece=0.1)
+    >>> table = scfm.tl.summarize_scores(rows)
+    >>> float(table.loc["a", "macro_f1"]), round(float(table.loc["a", "macro_f1_interval"]), 3)
+    (0.75, 0.635)
+    """
     by_method = rows.groupby(["method", "setting"], sort=False)
     n_seeds = by_method["seed"].nunique()
     table = pd.DataFrame(index=n_seeds.index)

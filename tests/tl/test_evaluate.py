@@ -8,14 +8,14 @@ from scipy import stats
 import scfm
 from scfm.data.labels import Labels
 from scfm.tl import summarize_scores
-from scfm.tl._evaluate import _hide
+from scfm.tl._evaluate import hide_labels
 
 
 def test_a_share_of_labels_is_kept_and_test_cells_do_not_depend_on_it():
     adata = scfm.datasets.pbmc()
     labels = Labels.from_obs(adata.obs, "bulk_labels")
-    every = _hide(adata, labels, "bulk_labels", 1.0, 0.3, seed=0)
-    tenth = _hide(adata, labels, "bulk_labels", 0.1, 0.3, seed=0)
+    every = hide_labels(adata, labels, "bulk_labels", 1.0, 0.3, seed=0)
+    tenth = hide_labels(adata, labels, "bulk_labels", 0.1, 0.3, seed=0)
     np.testing.assert_array_equal(every.obs["is_test"], tenth.obs["is_test"])
     is_test = tenth.obs["is_test"].to_numpy()
     assert tenth.obs["bulk_labels"][is_test].notna().all()
@@ -43,4 +43,7 @@ def test_every_seed_is_scored_beside_baselines():
     config = scfm.FitConfig(n_steps=1, tokens_per_step=1024)
     rows = scfm.tl.evaluate_annotation(adata, labels_key="bulk_labels", seeds=[0, 1], config=config, progress=False)
     assert (rows.groupby("seed")["method"].nunique() == rows["method"].nunique()).all()
+    of_ours = rows[rows["method"] == "scfm"].groupby("seed")["setting"].agg(set)
+    assert (of_ours == {"inductive", "transductive"}).all()
+    assert {"scfm, without pretraining", "scfm, transformer alone, without pretraining"} <= set(rows["method"])
     assert "is_test" not in adata.obs

@@ -128,6 +128,35 @@ def test_parts_are_disjoint_and_small_classes_follow_the_rule():
     assert 104 in split.train
 
 
+def test_held_out_cells_are_learned_from_only_where_the_fit_says_transductive():
+    obs = pd.DataFrame({"type": ["a", "b", None] * 40})
+    inductive, transductive = (
+        split_for_fit(obs, "type", None, 0.2, seed=0, transductive=flag) for flag in (False, True)
+    )
+    for part in ("train", "calibration", "test"):
+        np.testing.assert_array_equal(getattr(transductive, part), getattr(inductive, part))
+    assert not set(inductive.fitted) & set(np.concatenate([inductive.test, inductive.calibration]))
+    np.testing.assert_array_equal(transductive.fitted, np.arange(120))
+
+
+def test_rows_of_a_transductive_fit_say_so_and_test_labels_are_not_read(blood):
+    def fit(labels):
+        adata = blood.copy()
+        adata.obs["held"] = np.arange(adata.n_obs) % 5 == 0
+        adata.obs["bulk_labels"] = labels
+        settings = {"test_key": "held", "transductive": True, "baselines": False, "pretrain": False}
+        return scfm.fit(adata, labels_key="bulk_labels", config=SHORT, progress=False, **settings)
+
+    labels = blood.obs["bulk_labels"].astype(str).to_numpy()
+    turned = np.where(np.arange(len(labels)) % 5 == 0, np.roll(labels, 1), labels)
+    model, other = fit(labels), fit(turned)
+    assert set(model.report()["setting"]) == {"transductive"}
+    assert list(model.report().index) == ["scfm", "scfm, transformer alone"]
+    assert other.id == model.id
+    assert other.history["calibration"] == model.history["calibration"]
+    assert other.report()["accuracy"].iloc[0] != model.report()["accuracy"].iloc[0]
+
+
 def test_batches_are_held_out_whole():
     rng = np.random.default_rng(0)
     obs = pd.DataFrame({"type": rng.choice(["a", "b"], 200), "donor": rng.choice(list("uvwxy"), 200)})
