@@ -52,6 +52,22 @@ def measure_of(effects: pd.DataFrame) -> tuple[str, str]:
     return "shift", "shift of the embedding, 1 - cosine"
 
 
+def name_points(ax: Axes, points: pd.DataFrame, *, size: float = 7) -> None:
+    """Write the index of `points` (columns x and y) beside them, in order; a name that would cover an earlier one is left out."""
+    middle = sum(ax.get_xlim()) / 2
+    taken: list[tuple[float, float, float]] = []
+    for name, x, y in zip(points.index.astype(str), points["x"], points["y"]):
+        left = x > middle
+        at_x, at_y = ax.transData.transform((x, y)) * 72 / ax.figure.dpi  # in points, as sizes of text are
+        width = 0.7 * size * len(name)
+        start = at_x - width if left else at_x
+        if any(abs(at_y - other) < size + 1 and start < end and first < start + width for first, end, other in taken):
+            continue
+        taken.append((start, start + width, at_y))
+        offset, side = ((-3, 3), "right") if left else ((3, 3), "left")
+        ax.annotate(name, (x, y), offset, textcoords="offset points", ha=side, fontsize=size)
+
+
 def finish(ax: Axes, *, save: str | Path | None, show: bool | None) -> None:
     """Write the figure to `save` if given, and show it unless `show` is False or it was saved."""
     figure = ax.get_figure(root=True)

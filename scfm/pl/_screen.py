@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 
-from scfm.pl._figure import COLORS, GREY, axes_of, finish, measure_of, power_in_label
+from scfm.pl._figure import COLORS, GREY, axes_of, finish, measure_of, name_points, power_in_label
 
 
 def screen(
@@ -25,7 +25,7 @@ def screen(
     table
         What `scfm.tl.screen` returned.
     n_names
-        How many genes to name, the largest exact effects first.
+        How many genes to name at most, the largest exact effects first.
     ax, show, save
         As in `scfm.pl.embedding`.
 
@@ -55,9 +55,8 @@ def screen(
     ax.scatter(exact["estimate_mean"], mean, s=16, color=COLORS[0], linewidths=0)
     low, high = min(exact["estimate_mean"].min(), mean.min()), max(exact["estimate_mean"].max(), mean.max())
     ax.plot([low, high], [low, high], color=GREY, lw=0.8, ls="--")
-    for gene in mean.nlargest(n_names).index:
-        place = (exact.loc[gene, "estimate_mean"], mean[gene])
-        ax.annotate(str(gene), place, (3, 3), textcoords="offset points", fontsize=7)
+    largest = mean.nlargest(n_names)
+    name_points(ax, pd.DataFrame({"x": exact.loc[largest.index, "estimate_mean"], "y": largest}))
     if (recall := table.attrs.get("recall_estimate")) is not None:
         ax.set_title(f"{len(exact)} of {len(table)} genes exact; estimated recall {recall:.0%}", fontsize=9)
     power_in_label(ax.xaxis, f"estimated {words}")

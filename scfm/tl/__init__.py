@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from scfm.tl._annotate import annotate
+from scfm.tl._attention import attention
 from scfm.tl._denoise import denoise, evaluate_denoising
 from scfm.tl._embed import embed
 from scfm.tl._embed_files import embed_files
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "annotate",
+    "attention",
     "classify_genes",
     "denoise",
     "embed",

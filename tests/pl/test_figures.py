@@ -169,6 +169,18 @@ def test_volcano_colours_and_names_what_is_sure(effects):
         scfm.pl.volcano(effects.drop(columns="fdr"), show=False)
 
 
+def test_names_of_points_stay_inside_and_apart():
+    """Two points in one place get one name, the first; one at the right edge has its name to its left."""
+    crowded = pd.DataFrame(
+        {"shift_mean": [0.05, 0.02, 0.02], "fdr": [1e-9, 1e-4, 1e-4]}, index=["EDGE", "ONE", "OTHER"]
+    )
+    ax = scfm.pl.volcano(crowded, show=False)
+    assert [text.get_text() for text in ax.texts] == ["EDGE", "ONE"]
+    assert texts_that_overlap(ax.figure) == []
+    box, frame = ax.texts[0].get_window_extent(), ax.get_window_extent()
+    assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+
+
 def test_screen_draws_estimate_against_exact_for_verified_genes_only(effects):
     effects["estimate_mean"] = effects["shift_mean"] * 1.1
     effects["exact"] = np.arange(30) < 7
@@ -189,3 +201,44 @@ def test_perturbation_with_a_goal_draws_shifts_toward_it(effects):
     ax = scfm.pl.perturbation(toward, n_genes=1, show=False)
     assert "goal" in ax.get_xlabel()
     np.testing.assert_allclose(np.asarray(ax.lines[0].get_xdata(), float), toward["goal_shift_mean"].max())
+
+
+@pytest.fixture
+def edges():
+    rows = [("A", "B", 6.0, 0.001), ("B", "A", 5.0, 0.01), ("B", "C", -4.0, 0.04), ("C", "A", 1.0, 0.4)]
+    return pd.DataFrame(rows, columns=["source", "target", "z", "fdr"])
+
+
+def test_gene_network_draws_sure_edges_with_their_sign_and_direction(edges):
+    ax = scfm.pl.gene_network(edges, max_fdr=0.05, show=False)
+    blue, orange = ax.patches  # A and B look at each other: one line with two heads
+    assert to_hex(blue.get_edgecolor()) == COLORS[0].lower()
+    assert to_hex(orange.get_edgecolor()) == COLORS[5].lower()
+    heads = [type(line.get_arrowstyle()).__name__ for line in (blue, orange)]
+    assert heads == ["CurveFilledAB", "CurveFilledB"]  # at both ends, and at the target
+    assert blue.get_linewidth() > orange.get_linewidth()
+    place = {text.get_text(): np.array(text.get_position()) for text in ax.texts}
+    assert set(place) == {"A", "B", "C"}
+    start = orange.get_path().vertices[0]
+    assert min(place, key=lambda gene: np.linalg.norm(place[gene] - start)) == "B"
+    assert texts_that_overlap(ax.figure) == []
+
+
+def test_gene_network_takes_the_strongest_and_names_the_rule(edges):
+    ax = scfm.pl.gene_network(edges, n_edges=1, show=False)
+    assert len(ax.patches) == 1
+    assert ax.get_title().startswith("1 of 4 edges")
+    with pytest.raises(ValueError, match=r"smallest is 0\.001"):
+        scfm.pl.gene_network(edges, max_fdr=1e-6, show=False)
+
+
+def test_attention_is_symmetric_about_the_average_token():
+    genes = ["A", "B", "C"]
+    table = pd.DataFrame([[np.nan, 8.0, 1.0], [0.5, np.nan, np.nan], [1.0, 1.0, np.nan]], index=genes, columns=genes)
+    ax = scfm.pl.attention(table, show=False)
+    shown = ax.images[0].get_array()
+    np.testing.assert_allclose(shown.filled(np.nan), np.log2(table))
+    assert ax.images[0].get_clim() == (-3, 3)
+    assert texts_that_overlap(ax.figure) == []
+    with pytest.raises(ValueError, match="seen together"):
+        scfm.pl.attention(table * np.nan, show=False)

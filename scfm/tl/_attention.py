@@ -1,0 +1,77 @@
+"""`scfm.tl.attention`: how much chosen genes look at each other."""
+
+# Axes: G chosen genes.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from scfm import pp
+from scfm.models.model import Model
+from scfm.tl._gene_network import attention_edges
+
+
+def attention(
+    adata: anndata.AnnData,
+    model: Model,
+    genes: Sequence[str],
+    *,
+    hidden_layer: int = -1,
+    layer: str | None = None,
+    gene_key: str | None = None,
+) -> pd.DataFrame:
+    """Attention between chosen genes, averaged over heads and over the cells that express both.
+
+    Parameters
+    ----------
+    adata
+        Raw counts of the cells to look into, n_obs cells by n_vars genes; take one cell, or the cells of one type.
+    model
+        From `scfm.fit` or `scfm.load`, with softmax attention.
+    genes
+        At least two, by the names of the vocabulary.
+    hidden_layer
+        Layer whose attention is read; -1 for the last.
+    layer, gene_key
+        As in `scfm.tl.embed`.
+
+    Returns
+    -------
+    A row a gene that looks, a column a gene that is looked at, in the order of `genes`. Values are times the attention
+    of a token that looks at all tokens of its cell alike; NaN on the diagonal, and for genes that no cell has together.
+
+    Raises
+    ------
+    ValueError
+        If fewer than two genes are given, one is given twice, or the model has linear attention.
+    VocabularyMismatchError
+        If a gene is not in the vocabulary.
+
+    Notes
+    -----
+    Only the chosen pairs are computed, by `scfm.ops.attention_scores`; whole attention matrices are never made. Attention says
+    what a layer reads, not what its output depends on: `scfm.tl.gene_network` has a null, and `kind="deletion"`.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> model = scfm.fit(adata, config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> b_cells = adata[adata.obs["bulk_labels"] == "CD19+ B"]
+    >>> scfm.tl.attention(b_cells, model, ["CD74", "CD79A", "HLA-DRA"]).shape
+    (3, 3)
+    """
+    genes = list(genes)
+    if len(genes) < 2 or len(set(genes)) < len(genes):
+        raise ValueError(f"`genes` is {genes}; name at least two genes, each once.")
+    token_G = np.asarray(model.encoding.vocabulary.require(genes), dtype=np.int64)
+    order_G = np.argsort(token_G)
+    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, empty="keep")
+    weight_GG, n_GG = attention_edges(model, cells, token_G[order_G], hidden_layer)
+    place_G = np.argsort(order_G)
+    looked_at_GG = np.where(n_GG > 0, weight_GG, np.nan)[np.ix_(place_G, place_G)]
+    return pd.DataFrame(looked_at_GG.T, index=pd.Index(genes, name="looks"), columns=pd.Index(genes, name="looked at"))
