@@ -1,0 +1,99 @@
+"""What is handed out: the sdist holds every source and nothing else, the wheel the package with its types, not the tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what git tracks: a build writes beside its sources."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("needs a git checkout, which tells sources from strays")
+    folder = tmp_path_factory.mktemp("source")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def build(source, hook):
+    """Call a hook of the build backend; without a compiler, which wheels of pure Python are made without too."""
+    script = f"import setuptools.build_meta as b; print(b.{hook}('dist'))"
+    environment = {"PATH": str(source / "nothing"), "HOME": os.environ.get("HOME", "")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=source, env=environment, capture_output=True, text=True, check=True
+    )
+    return source / "dist" / done.stdout.split()[-1], done
+
+
+def files_below(folder, *patterns):
+    return {
+        path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern) if path.is_file()
+    }
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_every_source_and_no_stray(source):
+    (source / "csrc" / "stray.so").write_bytes(b"")
+    archive, _ = build(source, "build_sdist")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames() if not opened.getmember(name).isdir()}
+    wanted = files_below(source, "csrc/**/*", "scfm/**/*.py") - {"csrc/stray.so"} | {
+        "scfm/py.typed",
+        "setup.py",
+        "LICENSE",
+    }
+    assert wanted - held == set()
+    made = {"PKG-INFO", "setup.cfg", "pyproject.toml", "README.md", "MANIFEST.in"}
+    assert {name for name in held - wanted - made if not name.startswith("single_cell_fm.egg-info/")} == set()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_its_types_and_its_metadata(source):
+    archive, _ = build(source, "build_wheel")
+    with zipfile.ZipFile(archive) as opened:
+        held = set(opened.namelist())
+        info = next(name.partition("/")[0] for name in held if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(opened.read(f"{info}/METADATA").decode())
+        entries = opened.read(f"{info}/entry_points.txt").decode()
+    package = {name for name in held if not name.startswith(f"{info}/")}
+    assert package == files_below(source, "scfm/**/*.py") | {"scfm/py.typed"}
+    assert f"{info}/licenses/LICENSE" in held
+    assert metadata["Name"] == PROJECT["name"]
+    assert metadata["Requires-Python"] == PROJECT["requires-python"]
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "scfm = scfm.cli:main" in entries
+
+
+@pytest.mark.slow
+def test_without_a_compiler_a_build_goes_on_and_says_so(source):
+    _, done = build(source, "build_wheel")
+    assert "installed without compiled code" in done.stdout + done.stderr
+
+
+def test_every_dependency_and_extra_has_a_tested_version():
+    """The Makefile installs with constraints.txt: a package that is not in it would come in any version."""
+    pinned = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    asked = [*PROJECT["dependencies"], *(need for extra in PROJECT["optional-dependencies"].values() for need in extra)]
+    names = {
+        need.split(";")[0].split("[")[0].split(">")[0].split("=")[0].strip().lower().replace("_", "-") for need in asked
+    }
+    assert names - {PROJECT["name"]} - pinned == set()
