@@ -71,7 +71,8 @@ def annotate(
     --------
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()
-    >>> model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> quick = {"context_length": 64, "baselines": False, "config": scfm.FitConfig(n_steps=2), "progress": False}
+    >>> model = scfm.fit(adata, labels_key="bulk_labels", **quick)
     >>> scfm.tl.annotate(adata, model)
     >>> adata.obs["scfm_label"].cat.categories.size
     10

@@ -61,6 +61,22 @@ def denoise(
     Notes
     -----
     Read-depth enhancement of scFoundation (Hao et al. 2024).
+
+    Examples
+    --------
+    A small untrained network of scFoundation's kind; `scfm.load` opens the published one.
+
+    >>> import scfm
+    >>> from scfm.encoding import make_encoding
+    >>> from scfm.models import CellTransformer, Model, ModelConfig
+    >>> from scfm.models.presets import SCFOUNDATION_WIRING
+    >>> adata = scfm.datasets.pbmc()[:20, :50].copy()
+    >>> encoding = make_encoding("continuous", adata=adata)
+    >>> config = ModelConfig(**SCFOUNDATION_WIRING, n_tokens=len(encoding.vocabulary), d_model=16, n_layers=1)
+    >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
+    >>> scfm.tl.denoise(adata, model)
+    >>> adata.layers["scfm_denoised"].shape
+    (20, 50)
     """
     if model.encoding.config.kind != "continuous" or model.network.value_head is None:
         raise ModelTaskError(
@@ -130,6 +146,21 @@ def evaluate_denoising(
     -------
     A row a method: mean squared error of log1p counts per 10,000, and the mean over cells of the Pearson correlation, both
     over the genes that the model knows.
+
+    Examples
+    --------
+    A small untrained network of scFoundation's kind; `scfm.load` opens the published one.
+
+    >>> import scfm
+    >>> from scfm.encoding import make_encoding
+    >>> from scfm.models import CellTransformer, Model, ModelConfig
+    >>> from scfm.models.presets import SCFOUNDATION_WIRING
+    >>> adata = scfm.datasets.pbmc()[:20, :50].copy()
+    >>> encoding = make_encoding("continuous", adata=adata)
+    >>> config = ModelConfig(**SCFOUNDATION_WIRING, n_tokens=len(encoding.vocabulary), d_model=16, n_layers=1)
+    >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
+    >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
+    ['scfm', 'no change', 'mean of 15 nearest neighbours']
     """
     original_BG = log_normalized_counts(adata, layer=layer).toarray()
     counts_BG = sparse.vstack(

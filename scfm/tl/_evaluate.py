@@ -57,7 +57,7 @@ def evaluate_annotation(
     Examples
     --------
     >>> import scfm
-    >>> adata = scfm.datasets.pbmc()[:300].copy()
+    >>> adata = scfm.datasets.pbmc()[:200].copy()
     >>> adata = adata[adata.obs["bulk_labels"].isin(["CD14+ Monocyte", "CD19+ B", "Dendritic"])].copy()
     >>> config = scfm.FitConfig(n_steps=2)
     >>> rows = scfm.tl.evaluate_annotation(

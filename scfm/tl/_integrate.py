@@ -71,6 +71,17 @@ def integrate(
     Notes
     -----
     scGPT's integration (Cui et al. 2024), without its domain-specific batch norm.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()[:100].copy()
+    >>> adata.obs["donor"] = ["a", "b"] * 50
+    >>> short = scfm.FitConfig(n_steps=2)
+    >>> model = scfm.fit(adata, encoding="bin", config=short, progress=False)
+    >>> scfm.tl.integrate(adata, model, batch_key="donor", config=short, progress=False)
+    >>> adata.obsm["X_scfm_integrated"].shape
+    (100, 128)
     """
     if not model.encoding.config.has_values or model.network.config.value_head != "mlp":
         raise ModelTaskError(

@@ -1,0 +1,243 @@
+"""Integration and mapping of Kang's control and stimulated cells, across conditions and donors; denoising of thinned PBMC.
+
+    SCFM_DATA=FOLDER python benchmarks/integration.py
+
+Integration is scored by scib-metrics where it is installed, else by silhouettes alone, beside PCA and Harmony (where
+installed), with a figure (`docs/images/kang_integration.png`); mapping by accuracy and macro-F1 beside nearest neighbours on PCA and
+logistic regression; denoising beside no change and neighbour smoothing.
+"""
+
+import argparse
+import os
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import anndata
+import matplotlib
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import MaxAbsScaler
+
+import scfm
+from scfm import baselines
+from scfm.encoding import make_encoding
+from scfm.models.config import ModelConfig
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.models.presets import SCFOUNDATION_WIRING
+from scfm.objectives import ReadDepth
+from scfm.train import train
+
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "kang_integration.png"
+LABEL, CONDITION, DONOR, BATCH = "cell_type", "condition", "donor", "donor_and_condition"
+N_NEIGHBORS = 90  # of scib-metrics
+Embeddings = dict[str, NDArray[np.floating]]
+
+
+def read_kang() -> anndata.AnnData:
+    """Labelled cells of classes of at least five, with at least 100 genes."""
+    adata = anndata.read_h5ad(Path(os.environ["SCFM_DATA"]) / "kang_ifnb_2000.h5ad")
+    counts = adata.obs[LABEL].value_counts()
+    adata = adata[adata.obs[LABEL].isin(counts.index[counts >= 5]).to_numpy()].copy()
+    adata.X = adata.X.astype(np.float32)
+    sc.pp.filter_cells(adata, min_genes=100)
+    sc.pp.filter_genes(adata, min_cells=3)
+    adata.obs[BATCH] = adata.obs[DONOR].astype(str) + " " + adata.obs[CONDITION].astype(str)
+    return adata
+
+
+def principal_components(adata: anndata.AnnData, learn: NDArray[np.bool_]) -> NDArray[np.floating]:
+    """Scanpy's usual way: 2,000 variable genes of log1p CP10k, scaled and cut at 10, 50 components; learned on some rows."""
+    normalized = anndata.AnnData(baselines.log_normalize(adata.X), obs=adata.obs, var=adata.var)
+    table = sc.pp.highly_variable_genes(normalized[learn].copy(), n_top_genes=2000, inplace=False)
+    dense = normalized[:, table["highly_variable"].to_numpy()].X.toarray()
+    mean, deviation = dense[learn].mean(0), dense[learn].std(0) + 1e-6
+    dense = np.clip((dense - mean) / deviation, -10, 10)
+    right = np.linalg.svd(dense[learn], full_matrices=False)[2][:50]
+    return dense @ right.T
+
+
+def embed_all(adata: anndata.AnnData, steps: int, seed: int) -> Embeddings:
+    """Embedding of every method; none reads labels, and Harmony and `integrate` read batches."""
+    every = np.ones(adata.n_obs, dtype=bool)
+    found: Embeddings = {"PCA": principal_components(adata, every)}
+    if find_spec("harmonypy"):
+        import harmonypy
+
+        corrected = harmonypy.run_harmony(found["PCA"], adata.obs, [DONOR, CONDITION], verbose=False, random_state=seed)
+        z = np.asarray(corrected.Z_corr)
+        found["PCA + Harmony"] = z if z.shape[0] == adata.n_obs else z.T
+    config = scfm.FitConfig(n_steps=steps, tokens_per_step=4096, seed=seed)
+    model = scfm.fit(adata, encoding="bin", context_length=256, config=config, seed=seed, progress=False)
+    found["scfm, not integrated"] = adata.obsm["X_scfm"]
+    stage = config.replace(n_steps=3 * steps, learning_rate=3e-4)
+    scfm.tl.integrate(adata, model, batch_key=BATCH, config=stage, seed=seed, progress=False)
+    found["scfm.tl.integrate"] = adata.obsm["X_scfm_integrated"]
+    return found
+
+
+def score_integration(found: Embeddings, obs: pd.DataFrame) -> pd.DataFrame:
+    """Conserved types and mixed batches, each between 0 and 1, more is better; a row a method."""
+    labels, batches, conditions = (
+        obs[key].astype("category").cat.codes.to_numpy() for key in (LABEL, BATCH, CONDITION)
+    )
+    rows = {}
+    for name, embedding in found.items():
+        embedding = np.asarray(embedding, dtype=np.float32)
+        row = {"silhouette of types": (silhouette_score(embedding, labels) + 1) / 2}
+        if find_spec("scib_metrics"):
+            row |= _scib(embedding, labels, batches, conditions)
+        rows[name] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def _scib(
+    embedding: NDArray[np.float32], labels: NDArray[Any], batches: NDArray[Any], conditions: NDArray[Any]
+) -> dict[str, float]:
+    import scib_metrics
+    from scib_metrics.nearest_neighbors import NeighborsResults
+
+    distances, indices = NearestNeighbors(n_neighbors=N_NEIGHBORS).fit(embedding).kneighbors(embedding)
+    found = NeighborsResults(indices=indices, distances=distances)
+    return {
+        "cLISI of types": float(scib_metrics.clisi_knn(found, labels)),
+        "graph connectivity": float(scib_metrics.graph_connectivity(found, labels)),
+        "batch silhouette": float(scib_metrics.silhouette_batch(embedding, labels, batches)),
+        "iLISI of condition": float(scib_metrics.ilisi_knn(found, conditions)),
+        "iLISI of donor and condition": float(scib_metrics.ilisi_knn(found, batches)),
+    }
+
+
+def score_mapping(adata: anndata.AnnData, found: Embeddings, steps: int, seed: int) -> pd.DataFrame:
+    """Labels of stimulated cells from control cells; "inductive" where stimulated cells were not seen before."""
+    is_query = (adata.obs[CONDITION] == "stim").to_numpy()
+    truth = adata.obs[LABEL].astype(str).to_numpy()
+    reference, query = adata[~is_query].copy(), adata[is_query].copy()
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, setting: str, predicted: Any) -> None:
+        scores = baselines.scores(list(truth[is_query]), [str(label) for label in predicted])
+        rows.append({"method": method, "setting": setting, **scores})
+
+    def neighbors(embedding: NDArray[np.floating]) -> Any:
+        return KNeighborsClassifier(15).fit(embedding[~is_query], truth[~is_query]).predict(embedding[is_query])
+
+    expression = baselines.log_normalize(adata.X)
+    scaler = MaxAbsScaler().fit(expression[~is_query])
+    regression = LogisticRegression(class_weight="balanced", max_iter=2000)
+    regression.fit(scaler.transform(expression[~is_query]), truth[~is_query])
+    add("logistic regression (balanced)", "inductive", regression.predict(scaler.transform(expression[is_query])))
+    add("15 nearest neighbours on PCA", "inductive", neighbors(principal_components(adata, ~is_query)))
+    for name, embedding in found.items():
+        add(f"15 nearest neighbours on {name}", "transductive", neighbors(embedding))
+    config = scfm.FitConfig(n_steps=steps, tokens_per_step=4096, seed=seed)
+    settings = {"context_length": 256, "config": config, "seed": seed, "progress": False}
+    model = scfm.fit(reference, **settings)
+    scfm.tl.map_reference(query, reference, model, labels_key=LABEL)
+    add("scfm.tl.map_reference", "inductive", query.obs["scfm_mapped_label"])
+    for setting, seen in (("inductive", reference), ("transductive", adata.copy())):
+        seen.obs[LABEL] = seen.obs[LABEL].astype(object).where(seen.obs[CONDITION] == "ctrl", None)
+        model = scfm.fit(seen, labels_key=LABEL, baselines=False, **settings)
+        scfm.tl.annotate(query, model)
+        add("scfm.tl.annotate", setting, query.obs["scfm_label"])
+    return pd.DataFrame(rows).set_index("method")
+
+
+def draw(found: Embeddings, obs: pd.DataFrame, path: Path, seed: int) -> None:
+    """UMAPs side by side: a column a method, coloured by type above and by condition below."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(found), figsize=(4 * len(found), 7.6), squeeze=False)
+    for column, (name, embedding) in enumerate(found.items()):
+        adata = anndata.AnnData(obs=obs.copy(), obsm={"X": np.asarray(embedding, dtype=np.float32)})
+        sc.pp.neighbors(adata, use_rep="X", n_neighbors=15, random_state=seed)
+        sc.tl.umap(adata, random_state=seed)
+        order = np.random.default_rng(seed).permutation(adata.n_obs)
+        for row, key in enumerate((LABEL, CONDITION)):
+            _scatter(
+                axes[row, column],
+                adata.obsm["X_umap"][order],
+                obs[key].iloc[order],
+                row,
+                legend=column + 1 == len(found),
+            )
+        axes[0, column].set_title(name)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _scatter(axes: Any, place: NDArray[np.floating], values: pd.Series, row: int, *, legend: bool) -> None:
+    palette = matplotlib.colormaps["tab10" if row == 0 else "Set2"]
+    categories = sorted(values.astype(str).unique())
+    codes = pd.Categorical(values.astype(str), categories=categories).codes
+    axes.scatter(*place.T, c=[palette(code) for code in codes], s=4, linewidths=0)
+    axes.set(xticks=[], yticks=[])
+    if legend:
+        for code, category in enumerate(categories):
+            axes.scatter([], [], color=palette(code), label=category)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def score_denoising(steps: int, seed: int) -> pd.DataFrame:
+    """PBMC 3k, its 500 most expressed genes: half of the cells train a small scFoundation, the others are thinned to half."""
+    adata = anndata.read_h5ad(Path(os.environ["SCFM_DATA"]) / "pbmc3k_raw_counts_labels.h5ad")
+    adata.X = adata.X.astype(np.float32)
+    total = np.asarray(adata.X.sum(0)).ravel()
+    adata = adata[:, np.argsort(-total, kind="stable")[:500]].copy()
+    rows = np.random.default_rng(seed).permutation(adata.n_obs)
+    learn, test = adata[np.sort(rows[: len(rows) // 2])].copy(), adata[np.sort(rows[len(rows) // 2 :])].copy()
+    encoding = make_encoding("continuous", adata=learn)
+    shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "d_ff": 128, "context_length": 512, "decoder_layers": 1}
+    decoder = {"decoder_width": 64, "decoder_heads": 4, "decoder_head_width": 16, "n_random_features": 32}
+    vocabulary = encoding.vocabulary
+    torch.manual_seed(seed)
+    config = ModelConfig(**{**SCFOUNDATION_WIRING, **shape, **decoder}, n_tokens=len(vocabulary))
+    network = CellTransformer.for_vocabulary(config, vocabulary)
+    target, source = (vocabulary.special_id(role) for role in ("target_depth", "source_depth"))
+    objective = ReadDepth(is_gene_V=network.is_gene_V, target_id=target, source_id=source)
+    cells = scfm.pp.encode(learn, encoding.replace(include_zeros=True))
+    settings = scfm.FitConfig(n_steps=steps, tokens_per_step=16_384, learning_rate=2e-3, seed=seed)
+    train(network, objective, cells, settings, title="read depth", progress=False)
+    return scfm.tl.evaluate_denoising(test, Model(network, encoding), rate=0.5, seed=seed)
+
+
+def timed(name: str, measure: Callable[[], pd.DataFrame]) -> str:
+    started = time.perf_counter()
+    table = measure()
+    return f"\n{name} ({time.perf_counter() - started:.0f} s)\n{table.round(3).to_string()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60, help="of each fit; integration takes three times as many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    matplotlib.use("agg")
+    warnings.filterwarnings("ignore")
+    adata = read_kang()
+    found = embed_all(adata, options.steps, options.seed)
+    tables = [
+        timed("Integration of donors and conditions", lambda: score_integration(found, adata.obs)),
+        timed("Stimulated cells from control cells", lambda: score_mapping(adata, found, options.steps, options.seed)),
+        timed("PBMC 3k thinned to half, log1p CP10k", lambda: score_denoising(2 * options.steps, options.seed)),
+    ]
+    draw(found, adata.obs, options.figure, options.seed)
+    print("\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
