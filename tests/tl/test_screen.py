@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 import scfm
 from scfm.tl._screen import calibrate
 from scfm.tl._screen.estimate import Estimator
+from scfm.tl._screen.ranks import RankMoves
 from scfm.tl._screen.recall import recall_estimate
 
 N_CELLS = 3
@@ -76,10 +77,16 @@ def test_directions_are_saved_with_the_model(adata, model, tmp_path, monkeypatch
 def test_a_cell_gets_the_same_estimates_in_any_company(adata, model):
     cells = scfm.pp.encode(adata[:N_CELLS], model)
     direction = torch.linspace(-1, 1, model.network.config.d_model)
-    alone = Estimator(model, cells.select([1])).along(direction[None])
-    together = Estimator(model, cells.select([0, 1, 2])).along(direction.expand(3, -1))
-    bounds = cells.cu_seqlens.tolist()
-    torch.testing.assert_close(together[bounds[1] : bounds[2]], alone, rtol=1e-4, atol=1e-9)
+    alone, together = Estimator(model, cells.select([1])), Estimator(model, cells.select([0, 1, 2]))
+    own = slice(*cells.cu_seqlens.tolist()[1:3])
+    for one, of_all in zip(alone.along(direction[None]), together.along(direction.expand(3, -1))):
+        torch.testing.assert_close(of_all[own], one, rtol=1e-4, atol=1e-9)
+    for estimate in (
+        lambda e: e.displacement(direction[:, None] / direction.norm()),
+        lambda e: e.goal_shift(direction),
+    ):
+        one = estimate(alone)
+        torch.testing.assert_close(estimate(together)[own], one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
 
 
 def test_the_effect_along_a_direction_is_the_closed_form(adata):
@@ -112,9 +119,57 @@ def test_the_effect_along_a_direction_is_the_closed_form(adata):
             expected[gene] += (weight[..., None] * grad[others] * (out[others] - v[gene])).sum()
         for later in range(gene + 1, n_tokens):
             expected[gene] += grad_rank[later] @ (network.embedding.rank.weight[later - 1] - rank[later])
-    expected *= n_tokens / (n_tokens - 1)
-    found = Estimator(model, cells).along(direction[None])
+    found = sum(Estimator(model, cells).along(direction[None]))
     torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-12)
+
+
+def test_ranks_that_move_up_are_exact_at_known_places_and_between_them_where_their_embeddings_are_even(adata):
+    """Oracle: the cell with every later gene's place lowered by hand; places along a line move it evenly."""
+    model = scfm.fit(adata.copy(), config=scfm.FitConfig(n_steps=2, tokens_per_step=2048), progress=False)
+    cells = scfm.pp.encode(adata[:2], model)
+    before = torch.from_numpy(model.embed(cells))
+    weight = model.network.embedding.rank.weight
+    with torch.no_grad():
+        weight.copy_(torch.arange(len(weight))[:, None] * 1e-4 * torch.randn(weight.shape[1]))
+    before = torch.from_numpy(model.embed(cells))
+    moves = RankMoves.of(model.network, cells, before)
+    bounds, known = cells.cu_seqlens.tolist(), 0
+    for cell in range(2):
+        for place in (*moves.places[cell][[0, 3, -1]].tolist(), 17, 100):
+            places = torch.arange(bounds[cell + 1] - bounds[cell])
+            places[place + 1 :] -= 1
+            one = cells.select([cell])
+            with torch.inference_mode():
+                plan = model.network.plan(one)
+                hidden = model.network.embedding(one.gene_ids_T, None, places)
+                for block in model.network.blocks:
+                    hidden = block(hidden, plan)
+            expected = hidden.mean(0).double() - before[cell].double()
+            found = moves.displacement_TD[bounds[cell] + place]
+            is_known = place in moves.places[cell]
+            known += is_known
+            size = expected.norm().item()
+            assert (found - expected).norm().item() <= (1e-6 if is_known else 0.05 * size + 1e-6)
+    assert known == 6
+
+
+def test_rough_ranks_do_not_mislead_the_goal_estimate(adata, monkeypatch):
+    """After two steps rank embeddings are noise, beside gene embeddings that say little: the linear term follows badly."""
+    model = scfm.fit(adata.copy(), config=scfm.FitConfig(n_steps=2, tokens_per_step=2048), progress=False)
+    with torch.no_grad():
+        model.network.embedding.rank.weight.mul_(2)
+    state = {"groupby": "bulk_labels", "start": "Dendritic", "goal": "CD19+ B"}
+    some = adata[[*np.flatnonzero(adata.obs["bulk_labels"] == "Dendritic")[:1],
+                  *np.flatnonzero(adata.obs["bulk_labels"] == "CD19+ B")[:10]]]  # fmt: skip
+    exact = scfm.tl.perturb(some, model, **state, n_bootstrap=0, progress=False)
+    table = scfm.tl.screen(some, model, **state, n_verify=0, n_bootstrap=0, progress=False)
+    mended = spearmanr(table.loc[exact.index, "estimate_mean"], exact["goal_shift_mean"]).statistic
+    monkeypatch.setattr(Estimator, "_moves", None)
+    monkeypatch.setattr(Estimator, "known_share", lambda self: self.own_share().double())
+    linear = scfm.tl.screen(some, model, **state, n_verify=0, n_bootstrap=0, progress=False)
+    unmended = spearmanr(linear.loc[exact.index, "estimate_mean"], exact["goal_shift_mean"]).statistic
+    assert mended > 0.95
+    assert mended > unmended
 
 
 def test_recall_estimate_is_right_on_average():

@@ -44,18 +44,18 @@ def projections(model: Model, cells: CellBatch, *, positions: str, n_projections
 def principal_directions(
     model: Model, cells: CellBatch, *, positions: str, n_projections: int, seed: int
 ) -> NDArray[np.float64]:
-    """Main axes of what exact deletions do beyond their own share, in a few cells, shape (D, n_projections)."""
+    """Main axes of what exact deletions do beyond what is known of them in all dimensions, in a few cells, shape (D, n_projections)."""
     rng = np.random.default_rng(seed)
     long_enough = np.flatnonzero(np.diff(cells.cu_seqlens.numpy()) > model.encoding.config.n_specials + 1)
     chosen = np.sort(rng.choice(long_enough, min(CALIBRATION_CELLS, len(long_enough)), replace=False))
-    parts = [_beyond_own_share(model, cells, int(cell), positions, rng) for cell in chosen]
+    parts = [_beyond_what_is_known(model, cells, int(cell), positions, rng) for cell in chosen]
     moved_VD = np.concatenate(parts)
     _log.info("calibrated screen directions on %d deletions in %d cells", len(moved_VD), len(chosen))
     values, vectors = np.linalg.eigh(moved_VD.T @ moved_VD)
     return vectors[:, np.argsort(-values)[:n_projections]]
 
 
-def _beyond_own_share(
+def _beyond_what_is_known(
     model: Model, cells: CellBatch, cell: int, positions: str, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     editor = Editor.of(model.encoding, "delete", positions=positions)
@@ -66,7 +66,7 @@ def _beyond_own_share(
     variants = [editor.edit(tokens, [gene]) for gene in genes]
     after_VD = embed_variants(model.network, variants)
     place_of = {int(gene): place for place, gene in enumerate(tokens.gene_ids_N)}
-    own_VD = estimator.own_share()[[place_of[int(gene)] for gene in genes]].double().cpu().numpy()
-    moved_VD = after_VD.astype(np.float64) - estimator.mean_BD.double().cpu().numpy() - own_VD
+    known_VD = estimator.known_share()[[place_of[int(gene)] for gene in genes]].cpu().numpy()
+    left_VD = after_VD.astype(np.float64) - estimator.mean_BD.double().cpu().numpy() - known_VD
     # Cells weigh alike: a short cell moves more on each deletion than a long one.
-    return moved_VD / np.sqrt((moved_VD**2).sum() / len(moved_VD) + 1e-300)
+    return left_VD / np.sqrt((left_VD**2).sum() / len(left_VD) + 1e-300)

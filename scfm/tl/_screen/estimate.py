@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from scfm import ops
 from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
+from scfm.tl._screen.ranks import RankMoves
 
 
 @dataclass
@@ -54,10 +56,12 @@ class Estimator:
 
     With m the mean of a cell's N gene states h, deleting gene g moves m by
 
-    - its own share, (m - h_g) / (N - 1), in all dimensions, and
-    - N / (N - 1) times, for each direction r: over layers, heads and queries i, a_ig / (1 - a_ig) G_i . (o_i - v_g), the
-      softmax without key g, with G the gradient of r . m at the attention outputs; and over later genes j, X_j . (P_{j-1} -
-      P_j), the ranks that move up, with X the gradient at the rank embeddings.
+    - its own share, (m - h_g) / (N - 1), in all dimensions;
+    - N / (N - 1) times its share as a key, for each direction r: over layers, heads and queries i, the sum of
+      a_ig / (1 - a_ig) G_i . (o_i - v_g), the softmax without key g, with G the gradient of r . m at the attention outputs;
+    - N / (N - 1) times what the ranks that move up do, in all dimensions. It is computed exactly for nine of the N
+      places, by as many forward passes, and interpolated. Along a goal the line between them follows the linear term, the sum
+      over later genes j of X_j . (P_{j-1} - P_j), with X the gradient at the rank embeddings P.
 
     Where the embedding is the `cls` state there is no own share and no factor.
 
@@ -65,12 +69,17 @@ class Estimator:
     ----------
     mean_BD
         Embeddings of the cells.
+
+    Notes
+    -----
+    The linear term alone fails where rank embeddings are rough, as they are after short training: on a model of 150 steps
+    the exact best 50 of 1,893 genes toward a goal were in its best 75 to 42 %, with nine exact ranks to 100 %.
     """
 
     def __init__(self, model: Model, cells: CellBatch, *, positions: str = "shift") -> None:
         self.network = model.network.eval()
         self.cells = cells.to(model.device)
-        self.positions = positions
+        self.ranks_move = self.network.embedding.rank is not None and positions == "shift"
         config = self.network.config
         with torch.enable_grad(), tapped(self.network) as taps:
             self.states_TD = self.network(self.cells, hidden_layer=config.embedding_layer)
@@ -102,28 +111,40 @@ class Estimator:
         others_T1 = (self.n_genes_B - 1).clamp(min=1)[self.cell_T, None]
         return (self.mean_BD[self.cell_T] - self.states_TD.detach()) / others_T1
 
-    def along(self, direction_BD: Tensor) -> Tensor:
-        """Effect of each deletion along its cell's direction, without the own share, shape (T,), float64."""
-        gradients = self._backward(direction_BD)
+    @property
+    def factor_T1(self) -> Tensor:
+        """N / (N - 1) of each token's cell, shape (T, 1), float64; 1 where the embedding is the `cls` state."""
+        if self.network.config.pooling == "cls":
+            return torch.ones(self.cells.n_tokens, 1, dtype=torch.float64, device=self.cells.device)
+        factor_B = (self.n_genes_B / (self.n_genes_B - 1).clamp(min=1)).double()
+        return factor_B[self.cell_T, None]
+
+    def along(self, direction_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """First-order effects along each cell's direction: of the key, and of the ranks; both (T,), float64.
+
+        Without own share and factor; zeros for the ranks where they do not move.
+        """
+        key_T, gradient_TD = self._key_effect(direction_BD, with_ranks=self.ranks_move)
+        return key_T, torch.zeros_like(key_T) if gradient_TD is None else self._rank_effect(gradient_TD)
+
+    def _key_effect(self, direction_BD: Tensor, *, with_ranks: bool) -> tuple[Tensor, Tensor | None]:
+        """Effect of each key, (T,), float64; and the gradient at the rank embeddings, which costs a longer way back."""
+        gradients = self._backward(direction_BD, with_ranks=with_ranks)
         effect_T = torch.zeros(self.cells.n_tokens, dtype=torch.float64, device=self.cells.device)
         for (q, k, v, out, lse), gradient in zip(self._attention, gradients):
             effects_TH = ops.deletion_effects(q, k, v, self.cells.cu_seqlens, gradient.view(q.shape), out=out, lse=lse)
             effect_T += effects_TH.sum(1, dtype=torch.float64)
-        if self.taps.rank and self.positions == "shift":
-            effect_T += self._rank_effect(gradients[-1])
-        if self.network.config.pooling == "cls":
-            return effect_T
-        return effect_T * (self.n_genes_B / (self.n_genes_B - 1).clamp(min=1)).double()[self.cell_T]
+        return effect_T, gradients[-1] if with_ranks else None
 
-    def _backward(self, direction_BD: Tensor) -> list[Tensor]:
-        """Gradients of direction . m at the attention outputs, and, under a rank encoding, at the rank embeddings."""
+    def _backward(self, direction_BD: Tensor, *, with_ranks: bool) -> list[Tensor]:
+        """Gradients of direction . m at the attention outputs, and at the rank embeddings."""
         if self.network.config.pooling == "cls":
             cotangent_TD = torch.zeros_like(self.states_TD)
             cotangent_TD[self.cells.cu_seqlens[:-1].long()] = direction_BD.to(cotangent_TD.dtype)
         else:
             weight_T = self.is_gene_T / self.n_genes_B.clamp(min=1)[self.cell_T]
             cotangent_TD = direction_BD.to(self.states_TD.dtype)[self.cell_T] * weight_T[:, None]
-        inputs = [*self.taps.attended[: self._n_layers], *self.taps.rank]
+        inputs = [*self.taps.attended[: self._n_layers], *(self.taps.rank if with_ranks else ())]
         return list(torch.autograd.grad(self.states_TD, inputs, cotangent_TD, retain_graph=True))
 
     def _rank_effect(self, gradient_TD: Tensor) -> Tensor:
@@ -137,13 +158,19 @@ class Estimator:
             upto_T = moved_T.cumsum(0)
             return upto_T[self.cells.cu_seqlens[1:].long() - 1][self.cell_T] - upto_T
 
+    @cached_property
+    def _moves(self) -> RankMoves | None:
+        return RankMoves.of(self.network, self.cells, self.mean_BD) if self.ranks_move else None
+
+    def known_share(self) -> Tensor:
+        """What is known of each move in all dimensions, shape (T, D), float64: own share, and ranks that move up."""
+        known_TD = self.own_share().double()
+        return known_TD if self._moves is None else known_TD + self.factor_T1 * self._moves.displacement_TD
+
     def displacement(self, projections_DR: Tensor) -> Tensor:
         """Estimated move of the embedding on each deletion, shape (T, D), float64."""
-        moved_TD = self.own_share().double()
-        for direction_D in projections_DR.T:
-            effect_T = self.along(direction_D.expand(len(self.cells), -1))
-            moved_TD += effect_T[:, None] * direction_D.double()
-        return moved_TD
+        keys_TR = [self._key_effect(r.expand(len(self.cells), -1), with_ranks=False)[0] for r in projections_DR.T]
+        return self.known_share() + self.factor_T1 * (torch.stack(keys_TR, 1) @ projections_DR.double().T)
 
     def shift(self, projections_DR: Tensor) -> Tensor:
         """Estimated 1 - cosine of each deletion, shape (T,), float64."""
@@ -158,10 +185,13 @@ class Estimator:
         length_B1 = mean_BD.norm(dim=1, keepdim=True)
         unit_BD, goal_D = mean_BD / length_B1, goal_D / goal_D.norm()
         direction_BD = (goal_D - (unit_BD @ goal_D)[:, None] * unit_BD) / length_B1
-        own_T = (self.own_share().double() * direction_BD[self.cell_T]).sum(1)
+        known_T = (self.known_share() * direction_BD[self.cell_T]).sum(1)
         # Gradients are linear in the direction; one of length 1 keeps them inside float32's range.
         scale_B1 = direction_BD.norm(dim=1, keepdim=True).clamp(min=1e-300)
-        return own_T + self.along(direction_BD / scale_B1) * scale_B1[self.cell_T, 0]
+        effect_T, ranks_T = self.along(direction_BD / scale_B1)
+        if self._moves is not None:  # what the ranks do between those that are known
+            effect_T = effect_T + ranks_T - self._moves.interpolate(ranks_T)
+        return known_T + self.factor_T1[:, 0] * effect_T * scale_B1[self.cell_T, 0]
 
 
 def require_screenable(model: Model) -> None:
