@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from tqdm.auto import tqdm
 from scfm._output import require_writable
 from scfm.data import open_counts
 from scfm.data.files import count_rows
-from scfm.models.model import Model
+from scfm.data.ranks import gather, share_of, torchrun_rank
+from scfm.models.model import Model, Precision
 from scfm.pp._encode import gene_map, refuse_empty
 from scfm.tl._record import record_of
 from scfm.tl._write_embedding import SUFFIXES, read_obs, write_embedding
@@ -35,13 +38,16 @@ def embed_files(
     depth_key: str | None = None,
     hidden_layer: int | None = None,
     pooling: str | None = None,
+    normalize: bool | None = None,
+    precision: Precision = "fp32",
     key_added: str = "X_scfm",
     progress: bool = True,
 ) -> int:
     """Embed every cell of one or many files, a block of cells in memory at a time.
 
     Progress is kept beside `out` in the folder `<out>.part`; a run that was stopped, called again in the same way, goes on
-    there. The numbers are those of `scfm.tl.embed`.
+    there. The numbers are those of `scfm.tl.embed`. Under torchrun each process embeds its share of the cells, and the
+    first one writes `out`, the same as from one process; all of them must see the same folder.
 
     Parameters
     ----------
@@ -52,7 +58,7 @@ def embed_files(
         a column `file`, and the embedding, without counts), `.parquet` or `.csv` (a row a cell), `.npy` (the array).
     model
         From `scfm.fit` or `scfm.load`.
-    layer, gene_key, hidden_layer, pooling, key_added
+    layer, gene_key, hidden_layer, pooling, normalize, precision, key_added
         As in `scfm.tl.embed`.
     depth_key
         As in `scfm.pp.encode`.
@@ -87,40 +93,83 @@ def embed_files(
     files, out = [Path(path) for path in paths], Path(out)
     require_writable(out, SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
-    how: dict[str, Any] = {"hidden_layer": hidden_layer, "pooling": pooling}
+    how: dict[str, Any] = {
+        "hidden_layer": hidden_layer,
+        "pooling": pooling,
+        "normalize": normalize,
+        "precision": precision,
+    }
     rows = [count_rows(path) for path in files]
-    job = {"model_id": model.id, "files": [_identity(path) for path in files], **where, **how}
-    part = _Part(out.with_name(out.name + ".part"), job, (sum(rows), model.network.config.d_model))
+    job = _Job(
+        folder=out.with_name(out.name + ".part"),
+        settings={"model_id": model.id, "files": [_identity(path) for path in files], **where, **how},
+        n_cells=sum(rows),
+        width=model.network.config.replace(pooling=pooling or model.network.config.pooling).d_embedding,
+    )
+    rank, world_size = torchrun_rank()
+    share, part = share_of(job.n_cells, rank, world_size), _Part(job, rank, world_size)
     try:
-        with tqdm(total=sum(rows), initial=part.done, desc="embedding", unit="cell", disable=not progress) as bar:
-            for path, start in _unfinished(files, rows, part.done):
-                for embedding_BD in _blocks(path, model, start=start, **where, **how):
+        with tqdm(
+            total=len(share), initial=part.done, desc="embedding", unit="cell", disable=not progress or rank > 0
+        ) as bar:
+            for path, span in _spans(files, rows, share[part.done :]):
+                for embedding_BD in _blocks(path, model, span, where, how):
                     part.append(embedding_BD)
                     bar.update(len(embedding_BD))
     finally:
         part.remove_if_empty()
-    record = record_of(model, **where, **how)
-    write_embedding(out, files, part.embedding_ND, key=key_added, record=record)
-    part.remove()
-    return sum(rows)
+    gather()  # every share is done
+    if rank == 0:
+        write_embedding(out, files, job.merge(part, world_size), key=key_added, record=record_of(model, **where, **how))
+        shutil.rmtree(job.folder, ignore_errors=True)
+    gather()  # the output is there
+    return job.n_cells
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is embedded how, and the folder that keeps the progress of all ranks."""
+
+    folder: Path
+    settings: dict[str, Any]
+    n_cells: int
+    width: int
+
+    def part_folder(self, rank: int, world_size: int) -> Path:
+        return self.folder / f"{rank}-of-{world_size}"
+
+    def merge(self, first: _Part, world_size: int) -> NDArray[np.float32]:
+        """The embedding of all cells, (N, D), from the shares of all ranks; a map of a file, so that memory stays small."""
+        if world_size == 1:
+            return first.embedding_ND
+        every_ND = _map(self.folder / "embedding.npy", "w+", (self.n_cells, self.width))
+        for rank in range(world_size):
+            share = share_of(self.n_cells, rank, world_size)
+            if len(share):
+                every_ND[share.start : share.stop] = np.load(
+                    self.part_folder(rank, world_size) / "embedding.npy", mmap_mode="r"
+                )
+        return every_ND
+
+
+def _map(path: Path, mode: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """A float32 array in a file; one without rows cannot be mapped, and is plain."""
+    if not shape[0]:
+        return np.zeros(shape, np.float32)
+    return np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
 
 
 class _Part:
-    """The folder of a job under way: the embedding so far, and how far it goes."""
+    """The folder of a rank's share under way: the embedding so far, and how far it goes."""
 
-    def __init__(self, folder: Path, job: dict[str, Any], shape: tuple[int, int]) -> None:
-        self.folder, self._job = folder, job
+    def __init__(self, job: _Job, rank: int, world_size: int) -> None:
+        self.folder, self._job = job.part_folder(rank, world_size), job
         self.done = self._read_done()
         if self.done == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        mode: Any = "r+" if self.done else "w+"
-        if shape[0]:
-            self.embedding_ND: NDArray[np.float32] = np.lib.format.open_memmap(
-                folder / "embedding.npy", mode=mode, dtype=np.float32, shape=shape
-            )
-        else:
-            self.embedding_ND = np.zeros(shape, np.float32)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        shape = (len(share_of(job.n_cells, rank, world_size)), job.width)
+        self.embedding_ND = _map(self.folder / "embedding.npy", "r+" if self.done else "w+", shape)
 
     def _read_done(self) -> int:
         """Cells that an earlier run of the very same job embedded; 0 where there was none."""
@@ -128,7 +177,7 @@ class _Part:
             state = json.loads((self.folder / "state.json").read_text())
         except (OSError, json.JSONDecodeError):
             return 0
-        same = state.get("job") == self._job and (self.folder / "embedding.npy").exists()
+        same = state.get("job") == self._job.settings and (self.folder / "embedding.npy").exists()
         return int(state["done"]) if same else 0
 
     def append(self, embedding_BD: NDArray[np.float32]) -> None:
@@ -136,16 +185,15 @@ class _Part:
         self.embedding_ND.flush()  # type: ignore[attr-defined]  # a memory map
         self.done += len(embedding_BD)
         beside = self.folder / "state.json.part"
-        beside.write_text(json.dumps({"job": self._job, "done": self.done}))
+        beside.write_text(json.dumps({"job": self._job.settings, "done": self.done}))
         beside.replace(self.folder / "state.json")
 
     def remove_if_empty(self) -> None:
         """Leave nothing behind of a job that failed before its first block."""
         if self.done == 0 and len(self.embedding_ND):
-            self.remove()
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # other ranks may have theirs in it
+                self.folder.parent.rmdir()
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -154,30 +202,24 @@ def _identity(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _unfinished(files: list[Path], rows: list[int], done: int) -> Iterator[tuple[Path, int]]:
-    """Files with cells left, and the row to start at."""
+def _spans(files: list[Path], rows: list[int], cells: range) -> Iterator[tuple[Path, range]]:
+    """Files that hold some of the `cells`, counted through all files, and their rows in it."""
+    first = 0
     for path, n_rows in zip(files, rows):
-        if done < n_rows:
-            yield path, done
-        done = max(0, done - n_rows)
+        start, stop = max(cells.start, first), min(cells.stop, first + n_rows)
+        if start < stop:
+            yield path, range(start - first, stop - first)
+        first += n_rows
 
 
 def _blocks(
-    path: Path,
-    model: Model,
-    *,
-    start: int,
-    layer: str | None,
-    gene_key: str | None,
-    depth_key: str | None,
-    hidden_layer: int | None,
-    pooling: str | None,
+    path: Path, model: Model, span: range, where: dict[str, Any], how: dict[str, Any]
 ) -> Iterator[NDArray[np.float32]]:
-    """Embed the cells of a file from row `start` on, a block at a time."""
-    counts = open_counts(path, layer=layer, depth_key=depth_key)
-    genes = gene_map(counts, model.encoding, gene_key=gene_key)
+    """Embed some rows of a file, a block at a time."""
+    counts = open_counts(path, layer=where["layer"], depth_key=where["depth_key"])
+    genes = gene_map(counts, model.encoding, gene_key=where["gene_key"])
     names = read_obs(path).index
-    for first, block, depth_B in counts.blocks(BLOCK_CELLS, start=start):
+    for first, block, depth_B in counts.blocks(BLOCK_CELLS, start=span.start, stop=span.stop):
         cells = model.encoding.encode(block, genes, depth_B=depth_B)
         refuse_empty(cells, model.encoding, names[first : first + cells.n_cells])
-        yield model.embed(cells, hidden_layer=hidden_layer, pooling=pooling)
+        yield model.embed(cells, **how)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from scfm.data.ranks import torchrun_rank
 from scfm.train.config import FitConfig
 
 
@@ -15,8 +14,9 @@ def rank_and_world_size(config: FitConfig) -> tuple[int, int]:
     ValueError
         If several devices are asked for outside torchrun, which could not be told their parts of the data.
     """
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = torchrun_rank()
+    if world_size > 1:
+        return rank, world_size
     if config.devices not in (1, "1") or config.n_nodes > 1:
         raise ValueError(
             f"`devices` is {config.devices!r} and `n_nodes` {config.n_nodes}; start several processes with torchrun: "

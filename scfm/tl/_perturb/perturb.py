@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from scfm.data.ranks import gather, share_of, torchrun_rank
 from scfm.models.model import Model, Precision
 from scfm.tl._perturb.edits import Editor
 from scfm.tl._perturb.shifts import ShiftRecord, cosine_distance, goal_shift
@@ -47,7 +48,7 @@ def perturb(
     """Perturb genes in silico and measure how far each cell's embedding moves, and whether toward a goal.
 
     Variants are made and embedded some at a time, and equal ones once: memory grows neither with cells nor with their
-    product with genes.
+    product with genes. Under torchrun each process takes its share of the cells, and all of them return the same table.
 
     Parameters
     ----------
@@ -173,17 +174,21 @@ def run(
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> None:
-    """Put the shifts of all variants into `shifts`."""
+    """Put the shifts of all variants into `shifts`; under torchrun each process runs those of its share of the cells."""
     n_of_cell_B = np.array([runner.n_of_cell(cell) for cell in range(len(states.cells))], dtype=np.int64)
     require_some(int(n_of_cell_B.sum()), runner.perturbations, len(states.cells))
-    first = 0 if checkpoint is None else checkpoint.load_into(shifts)
+    rank, world_size = torchrun_rank()
+    share = share_of(len(n_of_cell_B), rank, world_size)
+    n_of_cell_B = n_of_cell_B[: share.stop]
+    checkpoint = None if checkpoint is None else checkpoint.of_rank(rank, world_size)
+    first = max(share.start, 0 if checkpoint is None else checkpoint.load_into(shifts))
     title = {"delete": "deleting", "overexpress": "overexpressing", "inhibit": "inhibiting", "activate": "activating"}
     with tqdm(
-        total=int(n_of_cell_B.sum()),
-        initial=int(n_of_cell_B[:first].sum()),
+        total=int(n_of_cell_B[share.start :].sum()),
+        initial=int(n_of_cell_B[share.start : first].sum()),
         desc=title[runner.editor.kind],
         unit="variant",
-        disable=not progress,
+        disable=not progress or rank > 0,
     ) as bar:
         for start, stop, requests in runner.blocks(n_of_cell_B, first):
             values_VM = measure(requests, states, shifts.measures, runner.perturbations)
@@ -192,6 +197,8 @@ def run(
             if checkpoint is not None:
                 checkpoint.save(shifts, stop)
             bar.update(int(n_of_cell_B[start:stop].sum()))
+    if world_size > 1:
+        shifts.set_merged(gather(shifts.to_arrays()))
 
 
 def measure(

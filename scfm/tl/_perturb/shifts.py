@@ -60,16 +60,20 @@ class ShiftRecord:
             self._add_row(row, cell_V[span_start:span_stop], values_VM[span_start:span_stop])
 
     def _add_row(self, row: int, cells: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-        # Chan, Golub and LeVeque 1983: merging counts, means and sums of squares.
-        n_old, n_new = int(self.n_R[row]), len(values)
-        mean_new = values.mean(0)
-        step = mean_new - self.mean_RM[row]
-        total = n_old + n_new
-        self.squares_RM[row] += ((values - mean_new) ** 2).sum(0) + step**2 * n_old * n_new / total
+        n_new, mean_M = len(values), values.mean(0)
+        self._add_moments(row, n_new, mean_M, ((values - mean_M) ** 2).sum(0))
+        self._keep(row, hash_pairs(self.seed, cells, np.full(n_new, row)), values)
+
+    def _add_moments(self, row: int, n_new: int, mean_M: NDArray[np.float64], squares_M: NDArray[np.float64]) -> None:
+        """Merge counts, means and sums of squares (Chan, Golub and LeVeque 1983)."""
+        n_old = int(self.n_R[row])
+        step, total = mean_M - self.mean_RM[row], n_old + n_new
+        self.squares_RM[row] += squares_M + step**2 * n_old * n_new / total
         self.mean_RM[row] += step * n_new / total
         self.n_R[row] = total
 
-        keys = hash_pairs(self.seed, cells, np.full(n_new, row))
+    def _keep(self, row: int, keys: NDArray[np.uint64], values: NDArray[np.float64]) -> None:
+        """Add values to the sample of a row, which those with the lowest keys stay in."""
         if row in self._kept:
             keys = np.concatenate([self._kept[row][0], keys])
             values = np.concatenate([self._kept[row][1], values])
@@ -127,6 +131,20 @@ class ShiftRecord:
             "kept_keys": np.concatenate([none[0], *(self._kept[row][0] for row in rows)]),
             "kept_values": np.concatenate([none[1], *(self._kept[row][1] for row in rows)]),
         }
+
+    def set_merged(self, parts: Sequence[Mapping[str, NDArray]]) -> None:
+        """Become the record of all cells, from what `to_arrays` gave of records of some of them each.
+
+        The samples are those of one record of all cells; means and deviations are its own to rounding.
+        """
+        first, *others = parts
+        self.set_arrays(first)
+        for arrays in others:
+            other = ShiftRecord(self.measures, n_rows=len(self.n_R), seed=self.seed)
+            other.set_arrays(arrays)
+            for row in other.rows.tolist():
+                self._add_moments(row, int(other.n_R[row]), other.mean_RM[row], other.squares_RM[row])
+                self._keep(row, *other._kept[row])
 
     def set_arrays(self, arrays: Mapping[str, NDArray]) -> None:
         """Continue from what `to_arrays` gave."""

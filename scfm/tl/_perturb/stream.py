@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,12 @@ class Checkpoint:
             if tensor is not None:
                 digest.update(tensor.numpy().data)
         return cls(Path(path), digest.hexdigest())
+
+    def of_rank(self, rank: int, world_size: int) -> Checkpoint:
+        """The file of one of several processes; of one alone, the file itself."""
+        if world_size == 1:
+            return self
+        return replace(self, path=self.path.with_name(f"{self.path.name}.{rank}-of-{world_size}"))
 
     def save(self, record: ShiftRecord, next_cell: int) -> None:
         """Write beside and rename, so that a stopped write leaves the last state."""
