@@ -1,0 +1,59 @@
+"""Starting points: which genes the components are made of, and how much each vote counts."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from scfm.models import ModelConfig
+from scfm.models.initialize import N_DISPERSED, gene_scales, set_vote_weights
+from scfm.nn import GeneClassifier
+
+
+def test_scales_are_one_over_the_deviation_of_the_most_dispersed_genes():
+    rng = np.random.default_rng(0)
+    n_genes = N_DISPERSED + 500
+    mean = rng.gamma(1, 1, n_genes)
+    spread = rng.uniform(0.1, 3, n_genes)
+    counts = rng.poisson(rng.gamma(1 / spread, mean * spread, (60, n_genes)))
+    counts[:, 7] = 0  # never seen
+    scale = gene_scales(sp.csr_matrix(np.log1p(counts.astype(np.float32))))
+    with np.errstate(invalid="ignore"):
+        dispersion = np.nan_to_num(counts.var(0) / counts.mean(0))
+    chosen = np.flatnonzero(scale)
+    assert len(chosen) == N_DISPERSED
+    assert dispersion[chosen].min() >= np.delete(dispersion, chosen).max() - 1e-4
+    np.testing.assert_allclose(scale[chosen], 1 / np.log1p(counts).std(0)[chosen], rtol=1e-4)
+
+
+def weights_of(features, components, labels):
+    config = ModelConfig(n_tokens=4, d_model=8, n_heads=1, n_classes=int(labels.max()) + 1)
+    network = SimpleNamespace(gene_classifier=GeneClassifier(config))
+    set_vote_weights(network, features.astype(np.float32), components.astype(np.float64), labels)
+    return network.gene_classifier.vote_weights.numpy()
+
+
+@pytest.fixture
+def cells():
+    rng = np.random.default_rng(0)
+    labels = np.r_[rng.integers(0, 3, 300), 3]  # the fourth class has one cell, which cannot be asked about
+    return labels, np.eye(4)[labels] + rng.normal(0, 0.3, (301, 4)), rng.normal(0, 1, (301, 4))
+
+
+def test_a_confident_vote_that_knows_nothing_loses_its_weight(cells):
+    labels, telling, noise = cells
+    network, genes = weights_of(telling, 30 * noise, labels)  # so large that the penalty does not hold it back
+    assert network > 5 * genes
+
+
+def test_votes_that_know_the_same_weigh_the_same(cells):
+    labels, telling, _ = cells
+    standardised = (telling - telling.mean(0)) / telling.std(0)
+    network, genes = weights_of(telling, standardised, labels)
+    assert network == pytest.approx(genes, rel=1e-3)
+
+
+def test_classes_of_one_cell_alone_leave_the_weights_equal():
+    labels = np.arange(4)
+    np.testing.assert_array_equal(weights_of(np.eye(4), np.eye(4), labels), [1, 1])
