@@ -18,12 +18,6 @@ PUBLIC = sorted(
 )
 WITHOUT_EXAMPLE = {
     "scfm.pp.DataCheck",  # what `scfm.pp.check` returns
-    # Owed; take a name out when its docstring has an example.
-    "scfm.tl.classify_genes",
-    "scfm.tl.gene_network",
-    "scfm.tl.predict_perturbation",
-    "scfm.tl.score_perturbation_prediction",
-    "scfm.tl.similar_genes",
 }
 UNDESCRIBED = {"scfm.pp.log_expression"}  # owed
 

@@ -77,6 +77,17 @@ def gene_network(
     -----
     Only pairs of the chosen genes are ever computed: memory goes with their number squared, not with a cell's length
     squared. An edge says that two genes matter to each other in the model, not that one regulates the other.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> model = scfm.fit(adata, config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> b_cells = adata[adata.obs["bulk_labels"] == "CD19+ B"]
+    >>> genes = ["CD74", "CD79A", "CD79B"]
+    >>> edges = scfm.tl.gene_network(b_cells, model, genes=genes, n_shuffles=2, progress=False)
+    >>> len(edges)
+    6
     """
     if kind not in ("attention", "deletion"):
         raise ValueError(f"`kind` is {kind!r}; choose 'attention' or 'deletion'.")

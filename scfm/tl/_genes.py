@@ -45,6 +45,15 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
     ------
     VocabularyMismatchError
         If a gene has no embedding.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> model = scfm.fit(adata, config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> embeddings = scfm.tl.gene_embeddings(adata[:50], model)
+    >>> scfm.tl.similar_genes(embeddings, ["CD79A"], n_genes=3).shape
+    (3, 4)
     """
     if missing := [gene for gene in genes if gene not in embeddings.index]:
         raise VocabularyMismatchError(
@@ -110,6 +119,18 @@ def classify_genes(
     ------
     LabelsError
         If there are fewer than two classes, or a class has fewer genes than there are folds.
+
+    Examples
+    --------
+    Ribosomal proteins beside all other genes:
+
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> model = scfm.fit(adata, config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> embeddings = scfm.tl.gene_embeddings(adata[:50], model)
+    >>> labels = {gene: "ribosome" if gene.startswith(("RPL", "RPS")) else "other" for gene in embeddings.index}
+    >>> list(scfm.tl.classify_genes(embeddings, labels, adata, n_folds=2).index)
+    ['scfm gene embedding', 'expression level', 'majority class']
     """
     names, _ = gene_names(adata.var, gene_key=gene_key)
     column_of = {str(name): column for column, name in enumerate(names)}

@@ -33,7 +33,7 @@ def shares_first_layer(network: CellTransformer, editor: Editor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Versions:
+class FirstLayer:
     """First-layer inputs and q, k, v of each token, in its place and moved up by one; (N, D) and (N, 3, H, K)."""
 
     hidden: tuple[Tensor, Tensor]
@@ -53,15 +53,16 @@ def embed_deletions(network: CellTransformer, cell: TokenCell, editor: Editor) -
     editor
         Of kind "delete".
     """
-    versions = _versions(network, cell, editor)
+    versions = first_layer(network, cell, editor)
     n_tokens = len(cell)
     first, stop = editor.n_front, n_tokens - editor.n_back
     length = max(1, min(LONGEST_RUN, TOKENS_PER_BATCH // n_tokens, n_tokens // 2))
     runs = [range(start, min(start + length, stop)) for start in range(first, stop, length)]
-    return torch.cat([_embed_run(network, cell, versions, run) for run in runs])
+    return torch.cat([embed_run(network, cell, versions, run) for run in runs])
 
 
-def _versions(network: CellTransformer, cell: TokenCell, editor: Editor) -> _Versions:
+def first_layer(network: CellTransformer, cell: TokenCell, editor: Editor) -> FirstLayer:
+    """What all deletions of a cell share."""
     block: Any = network.blocks[0]
     ids_N = torch.from_numpy(cell.gene_ids_N).to(network.is_gene_V.device)
     values_N = None if cell.values_N is None else torch.from_numpy(cell.values_N).to(ids_N.device)
@@ -75,10 +76,10 @@ def _versions(network: CellTransformer, cell: TokenCell, editor: Editor) -> _Ver
         )
         for hidden_ND in hidden
     ]
-    return _Versions((hidden[0], hidden[-1]), (qkv[0], qkv[-1]))
+    return FirstLayer((hidden[0], hidden[-1]), (qkv[0], qkv[-1]))
 
 
-def _embed_run(network: CellTransformer, cell: TokenCell, versions: _Versions, run: range) -> Tensor:
+def embed_run(network: CellTransformer, cell: TokenCell, versions: FirstLayer, run: range) -> Tensor:
     """Embeddings of the deletions of neighbouring tokens, shape (C, D)."""
     n_left, config, block = len(cell) - 1, network.config, network.blocks[0]
     stays, moved = versions.hidden

@@ -64,6 +64,20 @@ def predict_perturbation(
     Each gene is described by where its deletion moves control cells (it is put in where it is not expressed); a ridge leads from there to the measured changes, and, for combinations, a second one from products of
     features to what is left beside the sum of singles. The simple methods are hard to beat: see
     `scfm.tl.score_perturbation_prediction`.
+
+    Examples
+    --------
+    Cells that are called knock-outs, to show the form; real ones come from a Perturb-seq experiment.
+
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()[:200].copy()
+    >>> model = scfm.fit(adata[:80].copy(), config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> adata.obs["target"] = ["control"] * 80 + ["LYZ", "CST3", "CD74", "NKG7"] * 30
+    >>> change = scfm.tl.predict_perturbation(
+    ...     adata, model, perturbation_key="target", control="control", predict=["CD79A", "LYZ+CST3"]
+    ... )
+    >>> change.loc["scfm"].shape
+    (2, 765)
     """
     measured = read_measured(
         adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer
@@ -108,6 +122,16 @@ def score_perturbation_prediction(
       right one; 0 is best, 0.5 is chance
 
     The perturbed genes themselves are left out of all scores: that a target falls is known beforehand.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()[:200].copy()
+    >>> model = scfm.fit(adata[:80].copy(), config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> adata.obs["target"] = ["control"] * 80 + ["LYZ", "CST3", "CD74", "NKG7"] * 30
+    >>> scores = scfm.tl.score_perturbation_prediction(adata, model, perturbation_key="target", control="control")
+    >>> sorted(set(scores["method"]))
+    ['additive', 'bilinear ridge', 'no change', 'scfm', 'train mean']
     """
     measured = read_measured(
         adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer
