@@ -189,6 +189,7 @@ template <class Engine, class Source>
 void attention_backward(const AttentionProblem& problem, const AttentionTask& task, void* scratch) {
   constexpr int64_t kKeys = Engine::kBackwardKeys, kRowWords = kQueryBlock / Engine::kGroup;
   [[maybe_unused]] const Engine engine;  // AMX sets up its tiles for the length of a task
+  [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t n_queries = task.query_end - task.query_begin;
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
   const int64_t row_words = round_up(width, kPanel) / Engine::kGroup;

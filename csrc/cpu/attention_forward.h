@@ -27,52 +27,86 @@ struct ForwardBuffers {
     probs = Engine::kGroup == 1 ? reinterpret_cast<uint32_t*>(scores) : arena.take<uint32_t>(kTile / Engine::kGroup);
     out = arena.take<float>(rows * width);
     row_max = arena.take<float>(rows);
-    row_sum = arena.take<float>(rows);
+    row_sum = arena.take<float>(rows * Vec::kWidth);
     bias = arena.take<float>(kKeys);
     bytes = arena.used;
   }
 };
 
-// One row of scores becomes probabilities relative to the running maximum; earlier output is brought to that maximum.
-// `kBiased` adds a bias to each key, which is also what hides the padding of a last block.
+// Probabilities of one row of scores relative to `reference`, and their sum, lane by lane. `kBiased` adds a bias to each
+// key, which is also what hides the padding of a last block.
 template <class Engine, bool kBiased>
-inline void softmax_row(float* scores, int64_t n, float scale, const float* bias, float& row_max, float& row_sum,
-                        float* out, int64_t width, uint32_t* probs) {
-  constexpr int64_t kStep = 2 * Vec::kWidth;
-  const Vec::Reg factor = Vec::set1(scale);
-  Vec::Reg top0 = Vec::set1(-kInfinity), top1 = top0;
-  for (int64_t j = 0; j < n; j += kStep) {
-    Vec::Reg x0 = Vec::load(scores + j), x1 = Vec::load(scores + j + Vec::kWidth);
-    if constexpr (kBiased) {
-      x0 = Vec::fma(x0, factor, Vec::load(bias + j));
-      x1 = Vec::fma(x1, factor, Vec::load(bias + j + Vec::kWidth));
-      Vec::store(scores + j, x0);
-      Vec::store(scores + j + Vec::kWidth, x1);
-    }
-    top0 = Vec::max(top0, x0);
-    top1 = Vec::max(top1, x1);
-  }
-  const float block_max = Vec::reduce_max(Vec::max(top0, top1)) * (kBiased ? 1.f : scale);
-  if (block_max > row_max) {
-    const Vec::Reg shrink = Engine::exp2(Vec::set1(row_max == -kInfinity ? -kInfinity : row_max - block_max));
-    row_max = block_max;
-    row_sum *= Vec::reduce_max(shrink);
-    for (int64_t d = 0; d < width; d += Vec::kWidth) Vec::store(out + d, Vec::mul(Vec::load(out + d), shrink));
-  }
-  // No key seen so far: any finite reference gives exp2(-inf) = 0, while -inf would give NaN.
-  const Vec::Reg minus_max = Vec::set1(row_max == -kInfinity ? 0.f : -row_max);
-  Vec::Reg sum0 = Vec::zero(), sum1 = Vec::zero();
-  for (int64_t j = 0; j < n; j += kStep) {
+inline Vec::Reg probabilities(const float* scores, int64_t n, float scale, const float* bias, float reference,
+                              uint32_t* probs) {
+  const Vec::Reg factor = Vec::set1(scale), offset = Vec::set1(-reference);
+  Vec::Reg sum[2] = {Vec::zero(), Vec::zero()};
+  for (int64_t j = 0; j < n; j += 2 * Vec::kWidth) {
     Vec::Reg p[2];
+#pragma GCC unroll 2
     for (int64_t i = 0; i < 2; i++) {
-      const Vec::Reg x = Vec::load(scores + j + i * Vec::kWidth);
-      p[i] = Engine::exp2(kBiased ? Vec::add(x, minus_max) : Vec::fma(x, factor, minus_max));
+      const int64_t key = j + i * Vec::kWidth;
+      Vec::Reg x = Vec::fma(Vec::load(scores + key), factor, offset);
+      if constexpr (kBiased) x = Vec::add(x, Vec::load(bias + key));
+      p[i] = Engine::exp2(x);
+      sum[i] = Vec::add(sum[i], p[i]);
     }
-    sum0 = Vec::add(sum0, p[0]);
-    sum1 = Vec::add(sum1, p[1]);
     Engine::store_row(probs, j, p[0], p[1]);
   }
-  row_sum += Vec::reduce_add(Vec::add(sum0, sum1));
+  return Vec::add(sum[0], sum[1]);
+}
+
+template <bool kBiased>
+inline float largest_score(const float* scores, int64_t n, float scale, const float* bias) {
+  Vec::Reg top[2] = {Vec::set1(-kInfinity), Vec::set1(-kInfinity)};
+  for (int64_t j = 0; j < n; j += 2 * Vec::kWidth)
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < 2; i++) {
+      const int64_t key = j + i * Vec::kWidth;
+      const Vec::Reg x = Vec::mul(Vec::load(scores + key), Vec::set1(scale));
+      top[i] = Vec::max(top[i], kBiased ? Vec::add(x, Vec::load(bias + key)) : x);
+    }
+  return Vec::reduce_max(Vec::max(top[0], top[1]));
+}
+
+// One row of a task, and what is known of it so far.
+struct SoftmaxRow {
+  float *scores, *reference, *sum, *out;
+  uint32_t* probs;
+};
+
+// The reference of a row becomes the largest score so far; sum and output are brought to it.
+template <class Engine, bool kBiased>
+void __attribute__((noinline))
+renew_reference(const SoftmaxRow& row, int64_t n, float scale, const float* bias, int64_t width) {
+  const float top = largest_score<kBiased>(row.scores, n, scale, bias), before = *row.reference;
+  if (!(top > before)) return;
+  const Vec::Reg shrink = Engine::exp2(Vec::set1(before == -kInfinity ? -kInfinity : before - top));
+  *row.reference = top;
+  Vec::store(row.sum, Vec::mul(Vec::load(row.sum), shrink));
+  for (int64_t d = 0; d < width; d += Vec::kWidth) Vec::store(row.out + d, Vec::mul(Vec::load(row.out + d), shrink));
+}
+
+// Any reference serves as long as nothing overflows: digits are relative. So the largest score of the first block is kept
+// until later probabilities exceed 1 by far, which saves finding the maximum of each block (as in FlashAttention-4).
+constexpr float kRenewAbove = 1048576.f;
+
+// One row of scores becomes probabilities. `again` computes the scores once more where probabilities have taken their place.
+template <class Engine, bool kBiased, class Again>
+inline void softmax_row(const SoftmaxRow& row, int64_t n, float scale, const float* bias, int64_t width,
+                        const Again& again) {
+  if (*row.reference > -kInfinity) {
+    const Vec::Reg sum = probabilities<Engine, kBiased>(row.scores, n, scale, bias, *row.reference, row.probs);
+    if (__builtin_expect(Vec::all_less(sum, kRenewAbove), 1)) {
+      Vec::store(row.sum, Vec::add(Vec::load(row.sum), sum));
+      return;
+    }
+    again();
+  }
+  renew_reference<Engine, kBiased>(row, n, scale, bias, width);
+  // No key seen so far: any finite reference gives exp2(-inf) = 0, while -inf would give NaN.
+  const float reference = *row.reference == -kInfinity ? 0.f : *row.reference;
+  const Vec::Reg sum = probabilities<Engine, kBiased>(row.scores, n, scale, bias, reference, row.probs);
+  Vec::store(row.sum, Vec::add(Vec::load(row.sum), sum));
 }
 
 // The own key of an unknown query, merged by online softmax.
@@ -95,58 +129,64 @@ void add_own_key(const AttentionProblem& problem, int64_t token, int64_t head, i
     Vec::store(out + d, Vec::fma(Vec::load(out + d), shrink, Vec::mul(prob, Vec::load(value + d))));
 }
 
-// All rows of the task over one packed block of keys.
 template <class Engine>
+SoftmaxRow softmax_of(const ForwardBuffers<Engine>& buffers, int64_t row, int64_t place, int64_t width) {
+  const int64_t start = place * Engine::kForwardKeys;
+  return {buffers.scores + start, buffers.row_max + row, buffers.row_sum + row * Vec::kWidth,
+          buffers.out + row * width, buffers.probs + start / Engine::kGroup};
+}
+
+// All rows of the task over one packed block of keys.
+template <class Engine, bool kBiased>
 void attend(const ForwardBuffers<Engine>& buffers, int64_t n_rows, int64_t n_padded, int64_t n_keys, int64_t width,
-            float scale, bool biased) {
+            float scale) {
   constexpr int64_t kKeys = Engine::kForwardKeys, kRows = Engine::kForwardRows, kKeyWords = kKeys / Engine::kGroup;
   const int64_t words = width / Engine::kGroup;
-  const auto softmax = biased ? softmax_row<Engine, true> : softmax_row<Engine, false>;
   for (int64_t row = 0; row < n_padded; row += kRows) {
     const int64_t rows = smaller(kRows, n_padded - row), real_rows = smaller(kRows, n_rows - row);
-    float* out = buffers.out + row * width;
-    Engine::template gemm<false>(rows, n_keys, words, buffers.query + row * words, words, buffers.key_panels,
-                                 buffers.scores, kKeys);
-    for (int64_t i = 0; i < real_rows; i++)
-      softmax(buffers.scores + i * kKeys, n_keys, scale, buffers.bias, buffers.row_max[row + i],
-              buffers.row_sum[row + i], out + i * width, width, buffers.probs + i * kKeyWords);
+    const uint32_t* query = buffers.query + row * words;
+    Engine::template gemm<false>(rows, n_keys, words, query, words, buffers.key_panels, buffers.scores, kKeys);
+    for (int64_t i = 0; i < real_rows; i++) {
+      const SoftmaxRow one = softmax_of(buffers, row + i, i, width);
+      softmax_row<Engine, kBiased>(one, n_keys, scale, buffers.bias, width, [&] {
+        if constexpr (Engine::kGroup == 1)
+          Engine::template gemm<false>(1, n_keys, words, query + i * words, words, buffers.key_panels, one.scores,
+                                       kKeys);
+      });
+    }
     Engine::template gemm<true>(rows, width, n_keys / Engine::kGroup, buffers.probs, kKeyWords, buffers.value_panels,
-                                out, width);
+                                buffers.out + row * width, width);
   }
 }
 
 // The same with both products of neighbouring rows in flight while the vector unit works on the softmax of these rows:
 // turn t does the softmax of row block t, P V of block t - 1 and Q K^T of block t + 1.
-template <class Engine>
+template <class Engine, bool kBiased>
 void attend_in_steps(const ForwardBuffers<Engine>& buffers, int64_t n_rows, int64_t n_padded, int64_t n_keys,
-                     int64_t width, float scale, bool biased) {
+                     int64_t width, float scale) {
   constexpr int64_t kKeys = Engine::kForwardKeys, kRows = Engine::kForwardRows, kKeyWords = kKeys / Engine::kGroup;
+  using Product = typename Engine::Product;
   const int64_t words = width / Engine::kGroup, blocks = (n_padded + kRows - 1) / kRows;
-  const auto softmax = biased ? softmax_row<Engine, true> : softmax_row<Engine, false>;
   const auto rows_of = [=](int64_t block) {
     return block < 0 || block >= blocks ? 0 : smaller(kRows, n_padded - block * kRows);
   };
   for (int64_t block = -1; block <= blocks; block++) {
-    const int64_t before = rows_of(block - 1), after = rows_of(block + 1), first = block * kRows;
-    const int64_t mix_steps = Engine::gemm_steps(before, width), score_steps = Engine::gemm_steps(after, n_keys);
-    const int64_t steps = mix_steps + score_steps, rows = smaller(rows_of(block), n_rows - first);
-    const int64_t even = (block & 1) * kRows * kKeys, odd = kRows * kKeys - even;
-    int64_t step = 0;
-    for (int64_t i = 0; i < rows || step < steps; i++) {
-      // Spread over the rows; what is left when there are no more rows follows at once.
-      for (const int64_t due = i < rows ? (i + 1) * steps / rows : steps; step < due; step++)
-        if (step < score_steps)
-          Engine::template gemm_step<false>(step, after, n_keys, words, buffers.query + (first + kRows) * words, words,
-                                            buffers.key_panels, buffers.scores + odd, kKeys);
-        else
-          Engine::template gemm_step<true>(step - score_steps, before, width, n_keys / Engine::kGroup,
-                                           buffers.probs + odd / Engine::kGroup, kKeyWords, buffers.value_panels,
-                                           buffers.out + (first - kRows) * width, width);
-      if (i < rows)
-        softmax(buffers.scores + even + i * kKeys, n_keys, scale, buffers.bias, buffers.row_max[first + i],
-                buffers.row_sum[first + i], buffers.out + (first + i) * width, width,
-                buffers.probs + (even + i * kKeys) / Engine::kGroup);
+    const int64_t first = block * kRows, rows = smaller(rows_of(block), n_rows - first);
+    const int64_t even = (block & 1) * kRows, odd = kRows - even;
+    Product score(rows_of(block + 1), n_keys, words, buffers.query + (first + kRows) * words, words,
+                  buffers.key_panels, buffers.scores + odd * kKeys, kKeys);
+    Product mix(rows_of(block - 1), width, n_keys / Engine::kGroup, buffers.probs + odd * kKeyWords, kKeyWords,
+                buffers.value_panels, buffers.out + (first - kRows) * width, width);
+    const int64_t steps = score.steps() + mix.steps(), share = rows > 0 ? (steps << 16) / rows : 0;
+    int64_t done = 0;
+    for (int64_t i = 0; i < rows; i++) {
+      for (const int64_t due = ((i + 1) * share) >> 16; done < due; done++)
+        if (!score.template step<false>()) mix.template step<true>();
+      softmax_row<Engine, kBiased>(softmax_of(buffers, first + i, even + i, width), n_keys, scale, buffers.bias, width,
+                                   [] {});
     }
+    for (; done < steps; done++)
+      if (!score.template step<false>()) mix.template step<true>();
   }
 }
 
@@ -155,6 +195,7 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
   using Element = typename Engine::Element;
   constexpr int64_t kKeys = Engine::kForwardKeys;
   [[maybe_unused]] const Engine engine;  // AMX sets up its tiles for the length of a task
+  [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t n_rows = task.query_end - task.query_begin, n_padded = round_up(n_rows, Engine::kRowStep);
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
   const float scale = problem.scale * kLog2E;
@@ -163,7 +204,7 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
   copy_rows<Element, Source>(problem.q, task.query_begin, task.head, n_rows, n_padded, problem.head_dim, width,
                              buffers.query);
   for (int64_t i = 0; i < n_rows; i++) buffers.row_max[i] = -kInfinity;
-  for (int64_t i = 0; i < n_rows; i++) buffers.row_sum[i] = 0.f;
+  for (int64_t i = 0; i < n_rows * Vec::kWidth; i++) buffers.row_sum[i] = 0.f;
   for (int64_t i = 0; i < n_padded * width; i++) buffers.out[i] = 0.f;
 
   for (int64_t begin = 0; begin < task.n_keys; begin += kKeys) {
@@ -178,14 +219,16 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
     if (biased) copy_bias(problem.key_bias, task.key_begin + begin, task.head, n, n_keys, buffers.bias);
 
     if constexpr (Engine::kInSteps)
-      attend_in_steps(buffers, n_rows, n_padded, n_keys, width, scale, biased);
+      (biased ? attend_in_steps<Engine, true> : attend_in_steps<Engine, false>)(buffers, n_rows, n_padded, n_keys,
+                                                                                width, scale);
     else
-      attend(buffers, n_rows, n_padded, n_keys, width, scale, biased);
+      (biased ? attend<Engine, true> : attend<Engine, false>)(buffers, n_rows, n_padded, n_keys, width, scale);
   }
 
   for (int64_t row = 0; row < n_rows; row++) {
     const int64_t token = task.query_begin + row;
-    float &top = buffers.row_max[row], &sum = buffers.row_sum[row], *out = buffers.out + row * width;
+    float &top = buffers.row_max[row], *out = buffers.out + row * width;
+    float sum = Vec::reduce_add(Vec::load(buffers.row_sum + row * Vec::kWidth));
     if (token >= task.own_begin) add_own_key<FloatEngine, Source>(problem, token, task.head, width, top, sum, out);
     // A query that saw no key: output 0, log-sum-exp -inf.
     write_row(out, sum == 0.f ? 0.f : 1.f / sum, problem.head_dim, token_row<Source>(problem.out, token, task.head));

@@ -56,6 +56,7 @@ void attention_keys(const AttentionProblem& problem, const AttentionTask& task, 
   using Element = typename Engine::Element;
   constexpr int64_t kKeys = Engine::kBackwardKeys;
   [[maybe_unused]] const Engine engine;
+  [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t n_queries = task.query_end - task.query_begin;
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
   const float scale = problem.scale * kLog2E;

@@ -8,7 +8,7 @@ namespace {
 
 struct AmxEngine : BFloat16Base {
   static constexpr int64_t kRowStep = 16;  // rows of A are padded to a multiple of this
-  static constexpr int64_t kForwardRows = 32, kForwardKeys = 128, kBackwardKeys = 128;
+  static constexpr int64_t kForwardRows = 16, kForwardKeys = 128, kBackwardKeys = 128;
 
   // Every tile has full size: 16 rows of 64 bytes. A thread holds the tiles from one end of a task to the other.
   AmxEngine() {
@@ -25,37 +25,91 @@ struct AmxEngine : BFloat16Base {
   AmxEngine(const AmxEngine&) = delete;
   AmxEngine& operator=(const AmxEngine&) = delete;
 
+  // The tile unit works while the vector unit goes on with other instructions. A product can therefore be asked for in
+  // steps, between which the caller does vector work that does not depend on it: 32 x 32 results over 32 elements each,
+  // few enough that the processor holds a step and the work beside it at once. Results stay in tiles from the first step
+  // of a block to its last, so no other product may come between.
+  static constexpr bool kInSteps = true;
+
   // `rows` and `columns` are multiples of 16, so is `words`.
+  struct Product {
+    int64_t rows, columns, words;
+    const uint32_t* a;
+    int64_t a_stride;
+    const uint32_t* b;
+    float* c;
+    int64_t c_stride, row = 0, column = 0, word = 0;
+
+    Product(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride, const uint32_t* b,
+            float* c, int64_t c_stride)
+        : rows(rows), columns(rows == 0 ? 0 : columns), words(words), a(a), a_stride(a_stride), b(b), c(c), c_stride(c_stride) {}
+
+    int64_t steps() const { return (rows / 16) * ((columns + 63) / 64) * (words / 16); }
+
+    // False when all is done.
+    template <bool kAccumulate>
+    inline __attribute__((always_inline)) bool step() {
+      if (column >= columns) return false;
+      // The tile intrinsics of gcc 12 do not say that they read memory: without this, stores to the operands move past them.
+      __asm__ volatile("" ::: "memory");
+      if (column + 32 < columns)
+        tiles<kAccumulate, true>();
+      else
+        tiles<kAccumulate, false>();
+      __asm__ volatile("" ::: "memory");
+      if ((word += 16) < words) return true;
+      word = 0;
+      if ((row += 16) < rows) return true;
+      row = 0;
+      column += 64;
+      return true;
+    }
+
+    // C in tiles 0 to 3, A in 4, B in 5 to 7.
+    template <bool kAccumulate, bool kFour>
+    inline __attribute__((always_inline)) void tiles() const {
+      const int64_t a_bytes = a_stride * 4, b_bytes = kPanel * 4, c_bytes = c_stride * 4;
+      const uint32_t* panel = b + (column * words + word * kPanel);
+      float* to = c + row * c_stride + column;
+      if (word == 0) {
+        if constexpr (kAccumulate) {
+          _tile_loadd(0, to, c_bytes);
+          _tile_loadd(1, to + 16, c_bytes);
+          if constexpr (kFour) _tile_loadd(2, to + 32, c_bytes);
+          if constexpr (kFour) _tile_loadd(3, to + 48, c_bytes);
+        } else {
+          _tile_zero(0);
+          _tile_zero(1);
+          if constexpr (kFour) _tile_zero(2);
+          if constexpr (kFour) _tile_zero(3);
+        }
+      }
+      _tile_loadd(4, a + row * a_stride + word, a_bytes);
+      _tile_loadd(5, panel, b_bytes);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, panel + 16, b_bytes);
+      _tile_dpbf16ps(1, 4, 6);
+      if constexpr (kFour) {
+        _tile_loadd(7, panel + 32, b_bytes);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, panel + 48, b_bytes);
+        _tile_dpbf16ps(3, 4, 5);
+      }
+      if (word + 16 == words) {
+        _tile_stored(0, to, c_bytes);
+        _tile_stored(1, to + 16, c_bytes);
+        if constexpr (kFour) _tile_stored(2, to + 32, c_bytes);
+        if constexpr (kFour) _tile_stored(3, to + 48, c_bytes);
+      }
+    }
+  };
+
   template <bool kAccumulate>
   static void gemm(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride,
                    const uint32_t* b, float* c, int64_t c_stride) {
-    for (int64_t step = 0; step < gemm_steps(rows, columns); step++)
-      gemm_step<kAccumulate>(step, rows, columns, words, a, a_stride, b, c, c_stride);
-  }
-
-  // The tile unit works while the vector unit goes on with other instructions. A product can therefore be asked for in
-  // steps, one block of 32 x 32 each, between which the caller does vector work that does not depend on it.
-  static constexpr bool kInSteps = true;
-  static int64_t gemm_steps(int64_t rows, int64_t columns) { return (rows + 31) / 32 * ((columns + 31) / 32); }
-
-  template <bool kAccumulate>
-  static void gemm_step(int64_t step, int64_t rows, int64_t columns, int64_t words, const uint32_t* a,
-                        int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride) {
-    const int64_t row_steps = (rows + 31) / 32, row = step % row_steps * 32, column = step / row_steps * 32;
-    const uint32_t *left = a + row * a_stride, *panel = b + column / kPanel * words * kPanel + column % kPanel;
-    float* to = c + row * c_stride + column;
-    const bool two_rows = row + 16 < rows, two_columns = column + 16 < columns;
-    // The tile intrinsics of gcc 12 do not say that they read memory: without this, stores to the operands move past them.
-    __asm__ volatile("" ::: "memory");
-    if (two_rows && two_columns)
-      tiles<kAccumulate, true, true>(words, left, a_stride, panel, to, c_stride);
-    else if (two_rows)
-      tiles<kAccumulate, true, false>(words, left, a_stride, panel, to, c_stride);
-    else if (two_columns)
-      tiles<kAccumulate, false, true>(words, left, a_stride, panel, to, c_stride);
-    else
-      tiles<kAccumulate, false, false>(words, left, a_stride, panel, to, c_stride);
-    __asm__ volatile("" ::: "memory");
+    Product product(rows, columns, words, a, a_stride, b, c, c_stride);
+    while (product.step<kAccumulate>()) {
+    }
   }
 
   static int64_t burn(int64_t rounds) {
@@ -71,44 +125,6 @@ struct AmxEngine : BFloat16Base {
       _tile_dpbf16ps(3, 5, 7);
     }
     return rounds * 4 * (16 * 16 * 32 * 2);
-  }
-
- private:
-  // C in tiles 0 to 3 (row by row), A in 4 and 5, B in 6 and 7.
-  template <bool kAccumulate, bool kTwoRows, bool kTwoColumns>
-  static inline __attribute__((always_inline)) void tiles(int64_t words, const uint32_t* a, int64_t a_stride,
-                                                          const uint32_t* b, float* c, int64_t c_stride) {
-    const int64_t a_bytes = a_stride * 4, b_bytes = kPanel * 4, c_bytes = c_stride * 4;
-    float* lower = c + 16 * c_stride;
-    if constexpr (kAccumulate) {
-      _tile_loadd(0, c, c_bytes);
-      if constexpr (kTwoColumns) _tile_loadd(1, c + 16, c_bytes);
-      if constexpr (kTwoRows) _tile_loadd(2, lower, c_bytes);
-      if constexpr (kTwoRows && kTwoColumns) _tile_loadd(3, lower + 16, c_bytes);
-    } else {
-      _tile_zero(0);
-      if constexpr (kTwoColumns) _tile_zero(1);
-      if constexpr (kTwoRows) _tile_zero(2);
-      if constexpr (kTwoRows && kTwoColumns) _tile_zero(3);
-    }
-    for (int64_t word = 0; word < words; word += 16) {
-      _tile_loadd(4, a + word, a_bytes);
-      _tile_loadd(6, b + word * kPanel, b_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kTwoColumns) {
-        _tile_loadd(7, b + word * kPanel + 16, b_bytes);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (kTwoRows) {
-        _tile_loadd(5, a + 16 * a_stride + word, a_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (kTwoColumns) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, c, c_bytes);
-    if constexpr (kTwoColumns) _tile_stored(1, c + 16, c_bytes);
-    if constexpr (kTwoRows) _tile_stored(2, lower, c_bytes);
-    if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, lower + 16, c_bytes);
   }
 };
 

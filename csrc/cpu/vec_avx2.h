@@ -31,13 +31,21 @@ struct Vec {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
   }
-  // p * 2^n for a whole n; 0 where x is below the smallest normal exponent, NaN stays NaN.
-  static Reg scale_exp2(Reg p, Reg n, Reg x) {
+  static bool all_less(Reg a, float bound) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, set1(bound), _CMP_NLT_UQ)) == 0;
+  }
+  // x - floor(x).
+  static Reg fraction(Reg x) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }
+  // p * 2^floor(x); 0 where x is below the smallest normal exponent, very large where above the largest, NaN stays NaN.
+  static Reg scale_exp2(Reg p, Reg x) {
     const __m256 kept = _mm256_cmp_ps(x, set1(-126.f), _CMP_NLT_UQ);
-    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    const __m256 whole = _mm256_min_ps(set1(127.f), _mm256_floor_ps(x));  // the second operand where that is NaN
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
     return _mm256_and_ps(kept, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
   }
-  static Reg round(Reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  struct FlushDenormals {  // no instruction used here makes any in its inner loops
+    FlushDenormals() {}
+  };
   // Transpose kWidth x kWidth 32-bit words.
   static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
     __m256 r[8], s[8];

@@ -23,11 +23,23 @@ struct Vec {
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static float reduce_add(Reg x) { return _mm512_reduce_add_ps(x); }
   static float reduce_max(Reg x) { return _mm512_reduce_max_ps(x); }
-  // p * 2^n for a whole n; 0 where x is below the smallest normal exponent, NaN stays NaN.
-  static Reg scale_exp2(Reg p, Reg n, Reg x) {
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.f), _CMP_NLT_UQ), p, n);
+  static bool all_less(Reg a, float bound) {
+    return _mm512_cmp_ps_mask(a, set1(bound), _CMP_NLT_UQ) == 0;
   }
-  static Reg round(Reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // x - floor(x).
+  static Reg fraction(Reg x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  // p * 2^floor(x), infinity where that is too large; NaN stays NaN. Results below the smallest normal number are 0,
+  // because denormal ones are flushed (see FlushDenormals); to make one takes hundreds of cycles.
+  static Reg scale_exp2(Reg p, Reg x) { return _mm512_scalef_ps(p, x); }
+
+  // For the length of a task.
+  struct FlushDenormals {
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | _MM_FLUSH_ZERO_ON); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
+  };
   // Transpose kWidth x kWidth 32-bit words: pairs, quads, then 128-bit lanes twice.
   static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
     __m512i r[16], s[16];

@@ -38,16 +38,26 @@ struct Vec {
     const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
     return a > b ? a : b;
   }
-  // p * 2^n for a whole n; 0 where x is below the smallest normal exponent, NaN stays NaN.
-  static Reg scale_exp2(Reg p, Reg n, Reg x) {
+  static bool all_less(Reg a, float bound) {
+    return a[0] < bound && a[1] < bound && a[2] < bound && a[3] < bound;
+  }
+  static Reg floor(Reg x) {
+    const Reg magic = set1(12582912.f);  // 1.5 * 2^23: adding it leaves no room for a fraction
+    const Reg nearest = (x + magic) - magic;
+    return nearest > x ? nearest - 1.f : nearest;
+  }
+  // x - floor(x).
+  static Reg fraction(Reg x) { return x - floor(x); }
+  // p * 2^floor(x); 0 where x is below the smallest normal exponent, very large where above the largest, NaN stays NaN.
+  static Reg scale_exp2(Reg p, Reg x) {
     const Int vanished = x < -126.f;
-    const Int bits = (Int)p + (__builtin_convertvector(n, Int) << 23);
+    const Reg whole = floor(x > 127.f ? set1(127.f) : x);
+    const Int bits = (Int)p + (__builtin_convertvector(whole, Int) << 23);
     return (Reg)(bits & ~vanished);
   }
-  static Reg round(Reg x) {
-    const Reg magic = set1(12582912.f);  // 1.5 * 2^23: adding it leaves no room for a fraction
-    return (x + magic) - magic;
-  }
+  struct FlushDenormals {  // no instruction used here makes any in its inner loops
+    FlushDenormals() {}
+  };
   // Transpose kWidth x kWidth 32-bit words.
   static void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
     for (int i = 0; i < kWidth; i++)

@@ -210,6 +210,22 @@ def test_empty_batches(backend):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", [3.0, 40.0, -40.0, 300.0], ids=lambda step: f"step {step:g}")
+def test_scores_that_grow_or_fall_from_block_to_block(make_problem, step, dtype, backend):
+    """The reference of the softmax is renewed when later scores exceed it by far, even where exp overflows."""
+    problem = make_problem([1100], n_heads=1, head_dim=32, dtype=dtype, bias="key")
+    problem.options["key_bias"] += step * (torch.arange(1100) // 64)
+    expected = problem.run(oracle.attention, torch.float64)
+    found = problem.run(ops.attention, return_lse=True, backend=backend)
+    # A probability is known no better than its exponent, which has the digits of a float.
+    exponent = 4 * torch.finfo(torch.float32).eps * problem.options["key_bias"].abs().max().item()
+    tolerance = (8 if dtype == torch.bfloat16 else 16) * torch.finfo(dtype).eps + exponent
+    for name, value in expected.items():
+        assert largest_error(found[name], value) <= tolerance * max(1.0, value.abs().max().item()), name
+
+
 def test_a_plan_gives_the_same_as_none(make_problem):
     problem = make_problem([30, 7], known=[10, 7])
     plan = ops.make_plan(problem.cu_seqlens, n_known=problem.options["n_known"])
