@@ -1,10 +1,12 @@
-"""Build of the compiled parts: `scfm._C` (operators, LibTorch stable ABI) and `scfm._host` (pybind11, NumPy-facing).
+"""Build of the compiled parts: `scfm._C` (operators, LibTorch stable ABI), `scfm._host` (pybind11, NumPy-facing), and
+`scfm._cuda` (the operators' CUDA kernels) where nvcc is found beside a CUDA build of torch, or when asked for.
 
 Everything else about the package is in pyproject.toml. Environment variables:
 
 SCFM_REQUIRE_EXT=1  a part that cannot be built ends the installation; without it the package falls back to pure Python
 SCFM_WERROR=1       compiler warnings are errors
 SCFM_SANITIZE=1     address and undefined-behaviour sanitizers, for the tests (see csrc/README.md)
+SCFM_BUILD_CUDA=1   build the CUDA part whatever torch is installed (0: never)
 CXX                 the C++ compiler (g++ or clang++)
 """
 
@@ -66,6 +68,7 @@ class Library:
     flags: list[str]
     link: list[str] = field(default_factory=list)
     limited_api: bool = False
+    nvcc: str = ""
 
 
 def find_compiler() -> str:
@@ -80,6 +83,24 @@ def find_compiler() -> str:
 def knows_flags(compiler: str, flags: list[str]) -> bool:
     command = [compiler, *flags, "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+
+
+def wants_cuda() -> bool:
+    """With a CPU build of torch the kernels could not run, so an nvcc that happens to be there costs nobody time."""
+    if os.environ.get("SCFM_BUILD_CUDA", "") != "":
+        return truthy("SCFM_BUILD_CUDA")
+    if find_nvcc() is None:
+        return False
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.version.cuda is not None
 
 
 def python_includes() -> list[str]:
@@ -121,9 +142,25 @@ def host_library() -> Library:
     return Library("scfm._host", units, flags)
 
 
+# Code for Ampere and later and for Hopper, and PTX that the driver compiles for what comes after.
+CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
+
+
+def cuda_library(operators: Library) -> Library:
+    """`scfm._cuda`: kernels by nvcc without torch headers, operators like those of `scfm._C`. Links no CUDA part of torch."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("the CUDA kernels were asked for (SCFM_BUILD_CUDA), and nvcc is not found; set CUDA_HOME")
+    kernels = ["-std=c++17", "-O3", *(word for target in CUDA_TARGETS for word in ("-gencode", target))]
+    units = [Unit(source, kernels) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+    units += [Unit(source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
+    return Library("scfm._cuda", units, operators.flags, operators.link, limited_api=True, nvcc=nvcc)
+
+
 def libraries(compiler: str) -> list[Library]:
-    # The CUDA library joins this list: csrc/cuda/*.cu by nvcc, without torch headers, where nvcc is found.
-    return [library for library in (operator_library(compiler), host_library()) if library.units]
+    operators = operator_library(compiler)
+    cuda = [cuda_library(operators)] if wants_cuda() else []
+    return [library for library in (operators, host_library(), *cuda) if library.units]
 
 
 def compile_all(compiler: str, library: Library, build: Path) -> list[Path]:
@@ -134,6 +171,10 @@ def compile_all(compiler: str, library: Library, build: Path) -> list[Path]:
 
     def compile_one(unit: Unit) -> Path:
         target = build / f"{unit.source.parent.name}_{unit.source.stem}.o"
+        if unit.source.suffix == ".cu":
+            hosts = ["-ccbin", compiler, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            run([library.nvcc, *hosts, *unit.flags, "-c", str(unit.source), "-o", str(target)])
+            return target
         run([compiler, *common, *library.flags, *unit.flags, "-c", str(unit.source), "-o", str(target)])
         return target
 
@@ -148,6 +189,23 @@ def link_all(compiler: str, library: Library, objects: list[Path], target: Path)
     how = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     how += SANITIZE if truthy("SCFM_SANITIZE") else []
     target.parent.mkdir(parents=True, exist_ok=True)
+    if library.nvcc:  # knows where its runtime is, and links it statically
+        link = [word.replace("-Wl,", "-Xlinker=") for word in library.link]
+        run(
+            [
+                library.nvcc,
+                "-ccbin",
+                compiler,
+                "-shared",
+                "-cudart",
+                "static",
+                *map(str, objects),
+                *link,
+                "-o",
+                str(target),
+            ]
+        )
+        return
     run([compiler, *how, "-pthread", *map(str, objects), *library.link, "-o", str(target)])
 
 
@@ -197,6 +255,7 @@ setup(
     ext_modules=[
         Extension("scfm._C", sources=[], py_limited_api=True, optional=True),
         Extension("scfm._host", sources=[], optional=True),
+        *([Extension("scfm._cuda", sources=[], py_limited_api=True, optional=True)] if wants_cuda() else []),
     ],
     cmdclass={"build_ext": BuildLibraries},
 )

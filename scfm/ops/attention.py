@@ -107,7 +107,9 @@ def attention(
     return_lse
         Return the natural log-sum-exp of each query's scores too; differentiable.
     backend
-        `"fused"` (compiled kernels), `"torch"` (plain torch), or `"auto"`: the faster one for the case, as measured.
+        `"fused"` (compiled kernels), `"torch"` (plain torch), or `"auto"`: the faster one for the case, as measured. On a
+        GPU `"auto"` takes a fused kernel only where the record of passed device tests has the case; `"fused"` forces it,
+        with a warning.
 
     Returns
     -------
@@ -126,7 +128,7 @@ def attention(
     Notes
     -----
     On the CPU the result of a cell does not depend, to the bit, on the other cells of the batch or on the number of
-    threads. Scores are never held for a whole cell at once (FlashAttention, Dao 2023); the generative mask is that
+    threads. On a GPU gradients of `q` are summed in no fixed order, unless `torch.use_deterministic_algorithms` is on. Scores are never held for a whole cell at once (FlashAttention, Dao 2023); the generative mask is that
     of scGPT (Cui et al. 2024).
 
     Examples
@@ -143,10 +145,12 @@ def attention(
     bias_TH = None if key_bias is None else check_key_bias(key_bias, k)
     plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, n_known, q, k)
     scale = check_scale(scale, q)
-    name = choose_backend(backend, q)
+    name = choose_backend(backend, q, options=options_of(plan, bias_TH))
     bounds = (plan.cu_seqlens, plan.cu_seqlens_k, plan.n_known)
     if name == "fused":
         out, lse = torch.ops.scfm.attention_forward(q, k, v, *bounds, bias_TH, scale)
+    elif name == "flash":
+        out, lse = torch.ops.scfm.flash_attention_forward(q, k, v, *bounds, bias_TH, scale)
     else:
         out, lse = torch.ops.scfm.torch_attention_forward(q, k, v, *bounds, bias_TH, scale, return_lse)
     return (out, lse) if return_lse else out
@@ -180,6 +184,12 @@ def checked_plan(
                 f"{'without' if given is None else 'with'} it; pass the same boundaries to both."
             )
     return plan
+
+
+def options_of(plan: AttentionPlan, key_bias: Tensor | None) -> frozenset[str]:
+    """Names of the options in use, as the record of device tests lists them."""
+    used = {"cross": plan.cu_seqlens_k, "generative": plan.n_known, "key_bias": key_bias}
+    return frozenset(name for name, value in used.items() if value is not None)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

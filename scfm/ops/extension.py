@@ -27,6 +27,25 @@ def load_extension() -> tuple[Path | None, str]:
     return Path(spec.origin), "loaded"
 
 
+@cache
+def load_cuda_extension() -> tuple[Path | None, str]:
+    """Load `scfm/_cuda`, the CUDA kernels of the same operators, once; its path or None, and the reason in words.
+
+    It loads on machines without a GPU too: whether its kernels are used is decided call by call.
+    """
+    path, reason = load_extension()
+    if path is None:
+        return None, reason
+    spec = importlib.util.find_spec("scfm._cuda")
+    if spec is None or spec.origin is None:
+        return None, "not built: install with nvcc, beside a CUDA build of torch (or with SCFM_BUILD_CUDA=1)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except (OSError, RuntimeError) as error:
+        return None, f"cannot be loaded: {error}"
+    return Path(spec.origin), "loaded"
+
+
 def extension_available() -> bool:
     return load_extension()[0] is not None
 
@@ -37,13 +56,17 @@ def extension_info() -> dict[str, object]:
     Returns
     -------
     `available` (bool), `reason` (str), `isa` (the instruction set in use, "" without the extension), `path` (str or
-    None), and `backends` (those that :func:`scfm.ops.attention` can use on this machine).
+    None), and `backends` (those that :func:`scfm.ops.attention` can use on this machine). `cuda_path` and `cuda_reason`
+    say the same of the CUDA kernels.
     """
     path, reason = load_extension()
+    cuda_path, cuda_reason = load_cuda_extension()
     return {
         "available": path is not None,
         "reason": reason,
         "isa": "" if path is None else ISA_NAMES[torch.ops.scfm.cpu_isa()],
         "path": None if path is None else str(path),
         "backends": ("torch",) if path is None else ("fused", "torch"),
+        "cuda_path": None if cuda_path is None else str(cuda_path),
+        "cuda_reason": cuda_reason,
     }

@@ -9,7 +9,16 @@ import math
 import torch
 from torch import Tensor
 
-from scfm.ops.attention import Backend, attention, check_key_bias, check_qkv, check_scale, checked_plan, readable
+from scfm.ops.attention import (
+    Backend,
+    attention,
+    check_key_bias,
+    check_qkv,
+    check_scale,
+    checked_plan,
+    options_of,
+    readable,
+)
 from scfm.ops.backend import choose_backend
 from scfm.ops.plan import AttentionPlan
 from scfm.ops.reference import keys as reference
@@ -61,7 +70,8 @@ def attention_scores(
     plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, n_known, q, k)
     scale = check_scale(scale, q)
     bounds = (plan.cu_seqlens, plan.cu_seqlens_k, plan.n_known, bias_TH, scale)
-    fused = choose_backend(backend, q) == "fused"
+    options = options_of(plan, bias_TH)
+    fused = pairs is None and choose_backend(backend, q, options=options, operator="column_sums") == "fused"
     if lse is None and (pairs is not None or fused):
         lse = attention(
             q, k, k, cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, key_bias=key_bias, scale=scale, plan=plan,
@@ -135,7 +145,7 @@ def deletion_effects(
             return_lse=True, backend=backend,
         )  # fmt: skip
     bounds = (plan.cu_seqlens, plan.cu_seqlens_k, plan.n_known, bias_TH, scale)
-    if choose_backend(backend, q) == "fused":
+    if choose_backend(backend, q, options=options_of(plan, bias_TH), operator="deletion_effects") == "fused":
         return torch.ops.scfm.attention_deletion_effects(grad_out.contiguous(), q, k, v, out, lse, *bounds)
     return reference.deletion_effects(grad_out, q, k, v, out, *bounds)
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scfm.ops.extension import load_extension
+from scfm.ops import flash
+from scfm.ops.extension import load_cuda_extension, load_extension
 from scfm.ops.reference import attention as reference
 
 _LIBRARY = torch.library.Library("scfm", "FRAGMENT")
@@ -34,7 +35,16 @@ def register() -> None:
     torch.library.register_autograd(
         "scfm::torch_attention_forward", _torch_backward, setup_context=_torch_context, lib=_LIBRARY
     )
+    _LIBRARY.define(f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_BOUNDS}) -> (Tensor, Tensor)")
+    _LIBRARY.define(
+        "flash_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+        f"Tensor lse, {_BOUNDS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    _LIBRARY.impl("flash_attention_forward", flash.forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl("flash_attention_backward", flash.backward, "CompositeExplicitAutograd")
+    _register_pair(_LIBRARY, "flash_attention", lambda q: False)
     if load_extension()[0] is not None:
+        load_cuda_extension()
         register_fused(_LIBRARY, lambda q: q.is_cuda)
 
 
@@ -48,21 +58,27 @@ def register_fused(library: torch.library.Library, adds_in_any_order: Callable[[
     adds_in_any_order
         Whether the backward of `q` has a faster form whose sums have no fixed order, beside a deterministic one.
     """
+    _register_pair(library, "attention", adds_in_any_order)
+
+
+def _register_pair(library: torch.library.Library, name: str, adds_in_any_order: Callable[[Tensor], bool]) -> None:
     operators = getattr(torch.ops, library.ns)
-    forward = f"{library.ns}::attention_forward"
+    forms = {form: getattr(operators, f"{name}_{form}", None) for form in ("backward", "backward_deterministic")}
 
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *bounds = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         ordered = adds_in_any_order(q) and torch.are_deterministic_algorithms_enabled()
-        operator = operators.attention_backward_deterministic if ordered else operators.attention_backward
+        operator = forms["backward_deterministic" if ordered else "backward"]
+        assert operator is not None
         grads = operator(grad_out, grad_lse, q, k, v, out, lse, *bounds, ctx.scale)
         return *grads[:3], None, None, None, None if bounds[3] is None else grads[3], None
 
+    forward = f"{library.ns}::{name}_forward"
     torch.library.register_fake(forward, _fake_fused_forward, lib=library)
-    for name in ("attention_backward", "attention_backward_deterministic"):
-        if hasattr(operators, name):
-            torch.library.register_fake(f"{library.ns}::{name}", _fake_fused_backward, lib=library)
+    for form, operator in forms.items():
+        if operator is not None:
+            torch.library.register_fake(f"{library.ns}::{name}_{form}", _fake_fused_backward, lib=library)
     torch.library.register_autograd(forward, backward, setup_context=_fused_context, lib=library)
 
 

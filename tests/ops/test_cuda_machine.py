@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -95,7 +96,8 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # half a minute each: the kernels are built anew
+@pytest.mark.skipif("SCFM_TEST_MUTANTS" not in os.environ, reason="takes ten minutes: SCFM_TEST_MUTANTS=1 runs it")
 @pytest.mark.parametrize(("name", "before", "after"), MUTANTS.values(), ids=MUTANTS.keys())
 def test_a_kernel_with_a_fault_fails_its_tests(tmp_path, name, before, after):
     """What test_cuda_kernels.py is worth: every fault planted in the kernels' sources must make it fail."""

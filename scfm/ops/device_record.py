@@ -1,0 +1,112 @@
+"""The record of device tests that the CUDA kernels passed: what `backend="auto"` may use on a GPU, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+RECORD = Path(__file__).with_name("device_record.json")
+
+OPERATORS = ("attention", "column_sums", "deletion_effects")
+OPTIONS = ("cross", "generative", "key_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a kernel was tested for: a call is served only by a case that is its own in every field.
+
+    Attributes
+    ----------
+    dtype, head_dim
+        Name of the dtype ("bfloat16", "float16"), and head width.
+    options
+        Those of `OPTIONS` that the call uses.
+    operator
+        One of `OPERATORS`.
+    """
+
+    dtype: str
+    head_dim: int
+    options: frozenset[str] = frozenset()
+    operator: str = "attention"
+
+    def __post_init__(self) -> None:
+        unknown = self.options - set(OPTIONS)
+        if unknown or self.operator not in OPERATORS:
+            raise ValueError(
+                f"A case has options {sorted(self.options)} of operator {self.operator!r}; options are {OPTIONS}, "
+                f"operators {OPERATORS}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """One case that passed on one card.
+
+    Attributes
+    ----------
+    error
+        Largest error over that of plain torch in the same dtype, of all outputs and gradients: within 2 and 3.
+    speed_forward, speed_training
+        Time of the torch route over that of the kernel, forward and forward + backward; None where not measured.
+    """
+
+    case: Case
+    error: float
+    speed_forward: float | None = None
+    speed_training: float | None = None
+
+    def is_faster(self, *, training: bool) -> bool:
+        speed = self.speed_training if training else self.speed_forward
+        return speed is not None and speed >= 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of the device tests: where, when, with what, and what passed."""
+
+    card: str
+    capability: tuple[int, int]
+    torch: str
+    cuda: str
+    date: str
+    ran: str
+    passed: tuple[Passed, ...] = field(default=())
+
+
+def read_record(path: Path = RECORD) -> tuple[Run, ...]:
+    """All runs, oldest first; none where there is no record."""
+    if not path.exists():
+        return ()
+    return tuple(_run_of(entry) for entry in json.loads(path.read_text())["runs"])
+
+
+def _run_of(entry: dict) -> Run:
+    passed = tuple(
+        Passed(case=Case(**{**item["case"], "options": frozenset(item["case"]["options"])}), **_numbers(item))
+        for item in entry["passed"]
+    )
+    return Run(**{**entry, "capability": tuple(entry["capability"]), "passed": passed})
+
+
+def _numbers(item: dict) -> dict:
+    return {key: value for key, value in item.items() if key != "case"}
+
+
+def add_run(run: Run, path: Path = RECORD) -> None:
+    """Append a run to the record."""
+    content = json.loads(path.read_text())
+    entry = asdict(run)
+    for item in entry["passed"]:
+        item["case"]["options"] = sorted(item["case"]["options"])
+    content["runs"].append(entry)
+    content["about"] = content["about"].removesuffix(" Nothing has run on a GPU yet.")
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@cache
+def proven_cases(path: Path = RECORD) -> dict[tuple[tuple[int, int], Case], Passed]:
+    """What passed, by compute capability and case; the latest run counts."""
+    return {(run.capability, passed.case): passed for run in read_record(path) for passed in run.passed}

@@ -1,0 +1,264 @@
+"""Attention on a GPU by torch's own flash kernels, every option but the key bias, as one function with right gradients.
+
+Those kernels know neither the generative mask nor the gradient of the log-sum-exp, and merging their results under autograd
+would drop that gradient in silence (torch's variable-length attention ignores it). So forward and backward are written out:
+
+- keys: only those that every query of a cell sees, its known ones;
+- the own key of an unknown query: merged by log-sum-exp in the forward. The flash backward gets the merged output and
+  log-sum-exp, which makes its probabilities and its delta the right ones, and the own key's gradients are added;
+- gradient g of the log-sum-exp: dQ += g P K and dK += (g Q)^T P (times the scale), by the same kernels once more.
+
+No matrix of scores is held. The first use of a dtype and head width on a device compares a small batch with plain torch, and
+falls back to that, with a warning, should torch's kernels or their conventions ever differ from what is assumed here.
+"""
+
+# Axes: B cells, T packed tokens (Tq queries, Tk keys), H heads, K head width, U unknown tokens, S known tokens.
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scfm.ops.plan import make_plan
+from scfm.ops.reference import attention as reference
+
+_LOG = logging.getLogger(__name__)
+_TRUSTED: dict[tuple[torch.device, torch.dtype, int], bool] = {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which keys the flash kernels are given, and which queries are merged with their own; tensors on the device."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    known_S: Tensor | None  # token numbers of known keys; None where all are
+    unknown_U: Tensor | None  # token numbers of queries that see their own key as well
+    keyless_T: Tensor | None  # queries of cells without a (known) key; None where there are none
+
+
+def layout_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor | None, device: torch.device) -> Layout:
+    bounds = cu_seqlens.to("cpu", torch.int64)
+    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.to("cpu", torch.int64)
+    lengths_B, keys_B = bounds.diff(), bounds_k.diff()
+    known_S = unknown_U = None
+    if n_known is not None:
+        keys_B = n_known.to("cpu", torch.int64)
+        position_T = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(lengths_B)
+        is_known_T = position_T < keys_B.repeat_interleave(lengths_B)
+        known_S, unknown_U = is_known_T.nonzero()[:, 0].to(device), (~is_known_T).nonzero()[:, 0].to(device)
+    keyless_B = (keys_B == 0) & (lengths_B > 0)
+    cu_k = torch.nn.functional.pad(keys_B.cumsum(0), (1, 0))
+    return Layout(
+        cu_q=bounds.to(device, torch.int32),
+        cu_k=cu_k.to(device, torch.int32),
+        longest_q=int(lengths_B.max()) if len(lengths_B) else 0,
+        longest_k=int(keys_B.max()) if len(keys_B) else 0,
+        known_S=known_S,
+        unknown_U=unknown_U,
+        keyless_T=keyless_B.repeat_interleave(lengths_B).to(device) if bool(keyless_B.any()) else None,
+    )
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    """Torch's kernel: output (Tq, H, K) and log-sum-exp (H, Tq), float32; queries without keys are undefined."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, layout.cu_q, layout.cu_k, layout.longest_q, layout.longest_k, 0.0, False, False, scale=scale
+    )
+    return out, lse
+
+
+def flash_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_HT: Tensor, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Torch's kernel: gradients for probabilities exp(scores - lse) and delta = grad_out . out, whatever those are."""
+    unused = torch.empty(0, device=q.device)
+    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad_out, q, k, v, out, lse_HT, layout.cu_q, layout.cu_k, layout.longest_q, layout.longest_k, 0.0, False,
+        rng_state, unused, scale=scale,
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    n_known: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (Tq, H, K) and log-sum-exp (Tq, H), float32; arguments as :func:`scfm.ops.reference.attention.forward`."""
+    if key_bias is not None or not is_trusted(q):
+        return reference.forward(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, True)
+    make_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, n_tokens=q.shape[0], n_tokens_k=k.shape[0])
+    return _forward(q, k, v, layout_of(cu_seqlens, cu_seqlens_k, n_known, q.device), scale)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    n_known: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `q`, `k`, `v`, and of `key_bias` ((Tk, H), or (0, H) without one)."""
+    if key_bias is not None or not is_trusted(q):
+        return reference.backward(grad_out, grad_lse, q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale)
+    layout = layout_of(cu_seqlens, cu_seqlens_k, n_known, q.device)
+    grads = _backward(grad_out.contiguous(), grad_lse, q, k, v, out, lse, layout, scale)
+    return *grads, q.new_empty((0, q.shape[1]), dtype=torch.float32)
+
+
+def _known(tensor: Tensor, layout: Layout) -> Tensor:
+    return tensor if layout.known_S is None else tensor[layout.known_S]
+
+
+def _scores_of_own_keys(q: Tensor, k: Tensor, unknown_U: Tensor, scale: float) -> Tensor:
+    return (q[unknown_U].float() * k[unknown_U].float()).sum(-1) * scale
+
+
+def _seen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over the keys that all queries of a cell see, float32 log-sum-exp (Tq, H)."""
+    if layout.longest_q == 0 or layout.longest_k == 0:
+        return torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    out, lse_HT = flash_forward(q, _known(k, layout), _known(v, layout), layout, scale)
+    lse = lse_HT.T
+    if layout.keyless_T is not None:
+        out = out.masked_fill(layout.keyless_T[:, None, None], 0.0)
+        lse = lse.masked_fill(layout.keyless_T[:, None], -math.inf)
+    return out, lse
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _seen(q, k, v, layout, scale)
+    out, lse = out.contiguous(), lse.contiguous()
+    if layout.unknown_U is None:
+        return out, lse
+    unknown_U = layout.unknown_U
+    own_UH = _scores_of_own_keys(q, k, unknown_U, scale)
+    merged_UH = torch.logaddexp(lse[unknown_U], own_UH)
+    weight_UH1 = torch.exp(lse[unknown_U] - merged_UH)[..., None]
+    merged_UHK = out[unknown_U].float() * weight_UH1 + torch.exp(own_UH - merged_UH)[..., None] * v[unknown_U].float()
+    return (
+        out.index_copy(0, unknown_U, merged_UHK.to(out.dtype)),
+        lse.index_copy(0, unknown_U, merged_UH),
+    )
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = _grads_of_seen_keys(grad_out, grad_lse, q, k, v, out, lse, layout, scale)
+    if layout.unknown_U is not None:
+        unknown_U = layout.unknown_U
+        grad_UHK, query_UHK, key_UHK, value_UHK = (t[unknown_U].float() for t in (grad_out, q, k, v))
+        prob_UH = torch.exp(_scores_of_own_keys(q, k, unknown_U, scale) - lse[unknown_U])
+        delta_UH = (grad_UHK * out[unknown_U].float()).sum(-1)
+        if grad_lse is not None:
+            delta_UH = delta_UH - grad_lse[unknown_U]
+        grad_score_UH1 = (prob_UH * ((grad_UHK * value_UHK).sum(-1) - delta_UH) * scale)[..., None]
+        # Nobody else attends to an unknown key: its gradients are complete.
+        grad_q = grad_q.index_add(0, unknown_U, grad_score_UH1 * key_UHK)
+        grad_k = grad_k.index_copy(0, unknown_U, grad_score_UH1 * query_UHK)
+        grad_v = grad_v.index_copy(0, unknown_U, prob_UH[..., None] * grad_UHK)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _grads_of_seen_keys(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes through the keys that all queries of a cell see; float32 (Tq or Tk, H, K)."""
+    grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (q, k, v))
+    if layout.longest_q == 0 or layout.longest_k == 0:
+        return grad_q, grad_k, grad_v
+    key, value = _known(k, layout), _known(v, layout)
+    lse_HT = lse.masked_fill(lse == -math.inf, math.inf).T.contiguous()
+    seen_q, seen_k, seen_v = (t.float() for t in flash_backward(grad_out, q, key, value, out, lse_HT, layout, scale))
+    if grad_lse is not None:
+        # With the keys in place of the values the output is P K, and the gradient of the "values" P^T grad_out.
+        weighted = (grad_lse[..., None] * q.float()).to(q.dtype)
+        seen_k = seen_k + flash_backward(weighted, q, key, key, out, lse_HT, layout, scale)[2].float() * scale
+        mixed, alone = _seen(q, k, k, layout, scale)
+        share = torch.exp(alone - lse).masked_fill(
+            lse == -math.inf, 0.0
+        )  # of the seen keys in the merged probabilities
+        seen_q = seen_q + (grad_lse * share)[..., None] * mixed.float() * scale
+    if layout.keyless_T is not None:
+        seen_q = seen_q.masked_fill(layout.keyless_T[:, None, None], 0.0)
+    if layout.known_S is None:
+        return seen_q, seen_k, seen_v
+    return seen_q, grad_k.index_copy(0, layout.known_S, seen_k), grad_v.index_copy(0, layout.known_S, seen_v)
+
+
+def is_trusted(q: Tensor) -> bool:
+    """Whether torch's kernels give what plain torch gives, on this device, for this dtype and head width."""
+    key = (q.device, q.dtype, q.shape[2])
+    if key not in _TRUSTED:
+        complaint = _complaint(*key)
+        _TRUSTED[key] = complaint is None
+        if complaint is not None:
+            warnings.warn(
+                f"torch's flash attention on {q.device} in {q.dtype} at head width {q.shape[2]} {complaint}; scfm uses its "
+                "slower plain-torch attention there.",
+                stacklevel=2,
+            )
+        _LOG.debug("flash attention on %s in %s at head width %d: %s", *key, complaint or "as plain torch")
+    return _TRUSTED[key]
+
+
+@torch.no_grad()
+def _complaint(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Compare outputs and all gradients of three cells, with and without the generative mask."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad_out = (torch.randn(140, 2, head_dim, generator=generator).to(device, dtype) for _ in range(4))
+    grad_lse = torch.randn(140, 2, generator=generator).to(device)
+    cu_seqlens, scale = torch.tensor([0, 3, 70, 140]), head_dim**-0.5
+    for n_known in (None, torch.tensor([0, 2, 70])):
+        layout = layout_of(cu_seqlens, None, n_known, device)
+        try:
+            out, lse = _forward(q, k, v, layout, scale)
+            grads = _backward(grad_out, grad_lse, q, k, v, out, lse, layout, scale)
+        except (RuntimeError, NotImplementedError) as error:
+            return f"fails ({str(error).splitlines()[0]})"
+        bounds = (cu_seqlens, None, n_known, None, scale)
+        expected_out, expected_lse = reference.forward(q, k, v, *bounds, True)
+        expected_grads = reference.backward(grad_out, grad_lse, q, k, v, *bounds)[:3]
+        for found, right in zip((out, lse, *grads), (expected_out, expected_lse, *expected_grads)):
+            difference = (found.float() - right.float()).norm() / right.float().norm()
+            # Roundings alone make up half a unit.
+            if not difference.item() <= 4 * torch.finfo(dtype).eps:
+                return "differs from plain torch on a small batch"
+    return None
