@@ -63,7 +63,9 @@ def test_two_processes_embed_and_perturb_what_one_does(tmp_path):
     done = torchrun(tmp_path, stop_after=99)
     assert done.returncode == 0, done.stderr[-3000:]
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
-    assert sum(pd.read_json(tmp_path / "blocks-1.json")[0]) == 37 - (4 + 8)  # its share, less two blocks: the end of a file, and one whole
+    assert sum(pd.read_json(tmp_path / "blocks-1.json")[0]) == 37 - (
+        4 + 8
+    )  # its share, less two blocks: the end of a file, and one whole
     assert not (tmp_path / "out.npy.part").exists()
 
     one = scfm.tl.perturb(adata[:9].copy(), model, n_bootstrap=50, progress=False)
