@@ -30,7 +30,8 @@ class FitConfig:
     precision
         "32-true", "bf16-mixed" or "16-mixed", as Lightning names them.
     accelerator, devices, n_nodes, strategy
-        As Lightning's Trainer takes them; under torchrun they are read from its environment.
+        As Lightning's Trainer takes them; start several processes with torchrun. "ddp": each device holds the whole model;
+        "fsdp": a shard of it (CUDA only).
     trainable
         "all", "head", "last:N" (head and the last N blocks), or "lora:R" (head, and low-rank updates of rank R).
     activation_checkpointing

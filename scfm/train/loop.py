@@ -8,13 +8,15 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from torch.utils.data import DataLoader
 
 from scfm import objectives
@@ -26,10 +28,13 @@ from scfm.train.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_c
 from scfm.train.config import FitConfig
 from scfm.train.module import TrainingModule
 from scfm.train.ranks import rank_and_world_size
+from scfm.train.sharding import GatherShards, ShardedPrecision, is_sharded, make_strategy
 from scfm.train.steps import MemorySource, Steps
 from scfm.train.trainable import keep_activations, merge, recompute_blocks, set_trainable
 
 logger = logging.getLogger(__name__)
+
+LOG_STEPS = 10  # between two lines of a log; reading a loss waits for the device
 
 
 def train(
@@ -62,8 +67,9 @@ def train(
     validation
         Cells to validate on every `config.validate_every` steps; the weights with the lowest loss are kept.
     run_dir
-        Folder of checkpoints (`checkpoints/`) and logs (`metrics.csv`). A run that finds checkpoints there goes on from
-        the newest readable one.
+        Folder of checkpoints (`checkpoints/`) and logs (`logs/metrics.csv`, after a resumption `logs_from_STEP/`, and
+        `tensorboard/` where tensorboard is installed). A run that finds checkpoints there goes on from the newest
+        readable one.
     callbacks
         Lightning callbacks of the user.
 
@@ -80,19 +86,24 @@ def train(
         config = config.replace(
             tokens_per_step=choose_tokens_per_step(network, objective, cells, device=training_device(config))
         )
-    module = TrainingModule(network, objective, config)
     n_trainable = set_trainable(network, config.trainable)
     logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
+    strategy = make_strategy(config)
+    shards = GatherShards(network) if is_sharded(strategy) else None
+    trained = network if shards is None else shards.copy
     if config.activation_checkpointing:
-        recompute_blocks(network)
+        recompute_blocks(trained)
+    module = TrainingModule(trained, objective, config)
     stop, scratch = CleanStop(), tempfile.TemporaryDirectory()
     resumed = None if run_dir is None else newest_checkpoint(Path(run_dir) / "checkpoints")
     best = _keep_best(Path(scratch.name)) if validation is not None else None
     own = [StopOnNonFiniteLoss(), stop, *([ProgressBar(title)] if progress else []), *_keepers(config, run_dir, best)]
+    own += [shards] if shards is not None else []
+    loggers = [] if run_dir is None else _loggers(Path(run_dir), resumed[1] if resumed else 0)
     with scratch, quiet_lightning(), _restored_interrupts(), torch.random.fork_rng():
-        trainer = _trainer(config, [*own, *callbacks], run_dir, validates=validation is not None)
+        trainer = _trainer(config, strategy, [*own, *callbacks], loggers, validates=validation is not None)
         loader = _loader(cells, objective, config, start=resumed[1] * config.accumulate if resumed else 0)
-        network.train()
+        trained.train()
         try:
             trainer.fit(
                 module,
@@ -167,24 +178,36 @@ def _keepers(config: FitConfig, run_dir: str | Path | None, best: ModelCheckpoin
     return keepers
 
 
+def _loggers(run_dir: Path, step: int) -> list[Logger]:
+    """CSV always, in a folder of its own for each start, since Lightning empties it; TensorBoard where it is installed."""
+    version = "logs" if step == 0 else f"logs_from_{step}"
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version=version, flush_logs_every_n_steps=LOG_STEPS)]
+    if find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    return loggers
+
+
 def _trainer(
-    config: FitConfig, callbacks: list[Any], run_dir: str | Path | None, *, validates: bool
+    config: FitConfig, strategy: Strategy | str, callbacks: list[Any], loggers: list[Logger], *, validates: bool
 ) -> lightning.Trainer:
     keeps = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    plugins += [ShardedPrecision(config.precision)] if is_sharded(strategy) else []
     return lightning.Trainer(
         max_steps=config.n_steps,
         max_epochs=-1,
-        accelerator=config.accelerator,
+        accelerator="cuda" if config.strategy == "fsdp" else config.accelerator,
         devices=config.devices,
         num_nodes=config.n_nodes,
-        strategy=config.strategy,
-        precision=config.precision,
+        strategy=strategy,
+        precision=None if is_sharded(strategy) else config.precision,
         gradient_clip_val=config.clip_norm,
         accumulate_grad_batches=config.accumulate,
         val_check_interval=config.validate_every * config.accumulate if validates else None,
         num_sanity_val_steps=0,
-        logger=False if run_dir is None else CSVLogger(Path(run_dir), name="", version="logs"),
-        plugins=[AtomicCheckpointIO()],
+        logger=loggers or False,
+        log_every_n_steps=LOG_STEPS,
+        plugins=plugins,
         enable_checkpointing=keeps,
         enable_model_summary=False,
         enable_progress_bar=False,

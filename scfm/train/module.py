@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -14,6 +13,7 @@ from scfm import objectives
 from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.train.config import FitConfig
+from scfm.train.sharding import is_sharded, matrices, plain_name
 from scfm.train.steps import step_seed
 
 
@@ -27,6 +27,7 @@ class TrainingModule(lightning.LightningModule):
     def __init__(self, network: CellTransformer, objective: objectives.Objective, config: FitConfig) -> None:
         super().__init__()
         self.network, self.objective, self.config = network, objective, config
+        self.matrices = matrices(network)
         self.losses: list[Tensor] = []
         self.validation_losses: list[tuple[int, float]] = []
         self.cells_seen = 0
@@ -38,10 +39,19 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: tuple[CellBatch, objectives.Targets], batch_index: int) -> Tensor:
         inputs, targets = batch
         objective = objectives.at_step(self.objective, self.trainer.global_step)
-        loss = objectives.total(self._over_ranks(objective.loss(self.network, inputs, targets)))
+        terms = self._over_ranks(objective.loss(self.network, inputs, targets))
+        loss = objectives.total(terms)
+        self._log(loss, terms)
         self.losses.append(loss.detach())
         self.cells_seen += len(inputs)
         return loss
+
+    def _log(self, loss: Tensor, terms: objectives.Loss) -> None:
+        """Hand the loss, its terms and the rate to the loggers, which read them every some steps."""
+        if self.trainer.loggers:
+            values = {"loss": loss, "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"]}
+            values |= {f"loss_{name}": term.mean for name, term in terms.items()} if len(terms) > 1 else {}
+            self.log_dict({name: torch.as_tensor(value).detach() for name, value in values.items()}, batch_size=1)
 
     def validation_step(self, batch: tuple[CellBatch, objectives.Targets], batch_index: int) -> None:
         loss = objectives.total(self.objective.loss(self.network, *batch))
@@ -61,11 +71,25 @@ class TrainingModule(lightning.LightningModule):
         self.validation_losses = [tuple(pair) for pair in checkpoint["validation_losses"]]
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.network, self.config.weight_decay)
+        groups = parameter_groups(self.network, self.config.weight_decay, self.matrices)
         fused = self.config.precision != "16-mixed"  # Lightning cannot clip scaled gradients inside a fused step
         optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if is_sharded(self.trainer.strategy):  # the norm is that of all shards
+            sharded: Any = self.trainer.strategy.model
+            sharded.clip_grad_norm_(gradient_clip_val)
+        elif self.config.precision == "16-mixed":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif (
+            gradient_clip_val is not None
+        ):  # Lightning refuses a fused optimiser in bf16-mixed, where nothing is scaled
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def rate_at(self, step: int) -> float:
         """Share of the peak learning rate at a step."""
@@ -94,13 +118,15 @@ class TrainingModule(lightning.LightningModule):
         }
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; leave biases and norms alone."""
+def parameter_groups(network: nn.Module, weight_decay: float, decayed: set[str] | None = None) -> list[dict[str, Any]]:
+    """Decay matrices (or the parameters named); leave biases and norms alone."""
+    decayed = matrices(network) if decayed is None else decayed
 
-    def trainable(matrices: bool) -> Iterator[nn.Parameter]:
-        return (p for p in network.parameters() if p.requires_grad and (p.dim() >= 2) == matrices)
+    def trainable(is_decayed: bool) -> list[nn.Parameter]:
+        named = ((plain_name(name), parameter) for name, parameter in network.named_parameters())
+        return [parameter for name, parameter in named if parameter.requires_grad and (name in decayed) == is_decayed]
 
     return [
-        {"params": list(trainable(True)), "weight_decay": weight_decay},
-        {"params": list(trainable(False)), "weight_decay": 0.0},
+        {"params": trainable(True), "weight_decay": weight_decay},
+        {"params": trainable(False), "weight_decay": 0.0},
     ]

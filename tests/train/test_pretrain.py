@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -167,27 +166,48 @@ if module.global_rank == 0:
 """
 
 
-@pytest.mark.slow
-def test_two_processes_do_what_one_does_with_the_same_global_batch(tiny, tmp_path):
-    """The global batch of a step is the two ranks' batches, and loss denominators are summed over the ranks."""
-    config = FitConfig(n_steps=3, tokens_per_step=300, accelerator="cpu", devices=2, strategy="ddp")
+def torchrun_training(tmp_path, config, n_processes):
+    """Weights after training by `config` in so many processes."""
     out, script = tmp_path / "out.pt", tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out), config=config.to_dict()))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-               "--master-port", str(port), str(script)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(n_processes),
+        str(script),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True, map_location="cpu")
 
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_with_the_same_global_batch(tiny, tmp_path):
+    """The global batch of a step is the two ranks' batches, and loss denominators are summed over the ranks."""
+    config = FitConfig(n_steps=3, tokens_per_step=300, accelerator="cpu", devices=2, strategy="ddp")
+    parallel = torchrun_training(tmp_path, config, n_processes=2)
     network = tiny.make_network(dropout=0.0).train()
     _train_on_joined_batches(network, tiny.every_third, tiny.cells, config, n_ranks=2)
-    parallel = torch.load(out, weights_only=True)
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(parallel[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_shards_do_what_one_device_does_with_the_same_global_batch(tiny, tmp_path):
+    """FSDP on one or two CUDA devices against a plain loop on the CPU."""
+    n_devices = min(2, torch.cuda.device_count())
+    config = FitConfig(n_steps=3, tokens_per_step=300, devices=n_devices, strategy="fsdp")
+    parallel = torchrun_training(tmp_path, config, n_processes=n_devices)
+    network = tiny.make_network(dropout=0.0).train()
+    _train_on_joined_batches(network, tiny.every_third, tiny.cells, config, n_ranks=n_devices)
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(parallel[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def _train_on_joined_batches(network, objective, cells, config, n_ranks):

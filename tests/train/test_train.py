@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import lightning
+import pandas as pd
 import pytest
 import torch
 
@@ -47,6 +48,24 @@ def test_same_seed_same_weights_and_another_seed_others(tiny):
         runs.append(weights(network))
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
+
+
+def test_mixed_precision_learns_as_full_precision_does(tiny):
+    last = {}
+    for precision in ("32-true", "bf16-mixed"):
+        network = tiny.make_network(n_classes=3)
+        module = train(
+            network,
+            tiny.classify,
+            tiny.cells,
+            CONFIG.replace(n_steps=30, precision=precision),
+            title="t",
+            progress=False,
+        )
+        assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+        last[precision] = float(torch.stack(module.losses[-5:]).mean())
+    assert last["bf16-mixed"] == pytest.approx(last["32-true"], rel=0.1)
+    assert last["bf16-mixed"] < 0.6
 
 
 def test_training_leaves_the_callers_random_state_alone(tiny):
@@ -141,6 +160,48 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
     train(resumed, tiny.masked, tiny.cells, config, title="t", run_dir=tmp_path / "run", progress=False)
     train(whole, tiny.masked, tiny.cells, config, title="t", progress=False)
     assert same(weights(whole), weights(resumed))
+
+
+def test_the_log_holds_loss_terms_and_rate_also_of_a_resumed_run(tiny, tmp_path):
+    config = CONFIG.replace(n_steps=40, checkpoint_every=20)
+    cells = tiny.cells.replace(values_T=(tiny.cells.gene_ids_T % 7).float())
+
+    def run(*callbacks):
+        network = tiny.make_network(**{**SCGPT_WIRING, "pooling": "mean"})
+        return train(network, Generative(is_gene_V=network.is_gene_V), cells, config, title="t", run_dir=tmp_path,
+                     progress=False, callbacks=callbacks)  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(StopAt(31))
+    module = run()
+    first, second = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("logs", "logs_from_20"))
+    assert first["step"].tolist() == [9, 19, 29]
+    assert second["step"].tolist() == [29, 39]
+    for log in (first, second):
+        expected = [float(module.losses[step]) for step in log["step"]]
+        assert log["loss"].tolist() == pytest.approx(expected)
+        assert (log["loss_gep"] + log["loss_mvc"]).tolist() == pytest.approx(expected)
+        assert log["learning_rate"].tolist() == pytest.approx(
+            [config.learning_rate * module.rate_at(step) for step in log["step"]]
+        )
+
+
+def test_tensorboard_gets_the_losses_where_it_is_installed(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    module = train(
+        tiny.network, tiny.masked, tiny.cells, CONFIG.replace(n_steps=20), title="t", run_dir=tmp_path, progress=False
+    )
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [9, 19]
+    assert [event.value for event in events] == pytest.approx([float(module.losses[step]) for step in (9, 19)])
+
+
+def test_sharding_without_cuda_is_refused_with_the_way_out(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"'fsdp', which needs CUDA.*'ddp'"):
+        train(tiny.network, tiny.masked, tiny.cells, CONFIG.replace(strategy="fsdp"), title="t", progress=False)
 
 
 def test_a_truncated_checkpoint_is_refused_and_the_one_before_used(tiny, tmp_path, caplog):

@@ -1,0 +1,72 @@
+"""FSDP: parameters, gradients and optimiser state in shards over the devices, for models that one cannot hold."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from torch import nn
+
+from scfm.models.network import CellTransformer
+from scfm.nn import Block
+from scfm.train.config import FitConfig
+
+WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of parameters
+
+
+def make_strategy(config: FitConfig) -> Strategy | str:
+    """Lightning's strategy for the settings: FSDP a block a unit, with whole checkpoints; others by their name.
+
+    Raises
+    ------
+    ValueError
+        If "fsdp" is asked for on a machine without CUDA.
+    """
+    if config.strategy != "fsdp":
+        return config.strategy
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "`strategy` is 'fsdp', which needs CUDA devices, and this machine has none. Use 'ddp' for several processes on "
+            "the CPU, or 'auto'."
+        )
+    return FSDPStrategy(**FSDP_SETTINGS)
+
+
+FSDP_SETTINGS: dict[str, Any] = {"auto_wrap_policy": {Block}, "state_dict_type": "full"}
+
+
+class ShardedPrecision(FSDPPrecision):
+    """Lightning's, which cannot take frozen dataclasses apart; batches need no conversion, the network casts as it goes."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def is_sharded(strategy: Strategy | str) -> bool:
+    return isinstance(strategy, FSDPStrategy)
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter as it is without FSDP."""
+    return name.replace(WRAPPER, "")
+
+
+class GatherShards(lightning.Callback):
+    """Train a copy under FSDP, which cuts a network up for good, and put the whole weights into the original at the end."""
+
+    def __init__(self, network: CellTransformer) -> None:
+        self.original, self.copy = network, copy.deepcopy(network)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        state = trainer.strategy.broadcast(trainer.strategy.lightning_module_state_dict())
+        whole = {plain_name(name).removeprefix("network."): tensor.cpu() for name, tensor in state.items()}
+        self.original.load_state_dict(whole)
+
+
+def matrices(network: nn.Module) -> set[str]:
+    """Names of the parameters with two axes or more, taken before FSDP flattens them."""
+    return {name for name, parameter in network.named_parameters() if parameter.dim() >= 2}
