@@ -20,6 +20,8 @@ from scfm.errors import CountsError
 if TYPE_CHECKING:
     from anndata import AnnData
 
+__all__ = ["pancreas", "pbmc"]
+
 
 def pbmc() -> AnnData:
     """700 peripheral blood cells by 765 variable genes, with their true UMI counts recovered.
@@ -90,6 +92,13 @@ def pancreas(*, cache_dir: str | Path | None = None) -> AnnData:
     Notes
     -----
     Baron et al. 2016, Cell Systems 3, 346-360, donor 1 (GSE84133).
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pancreas()  # doctest: +SKIP
+    >>> adata.shape  # doctest: +SKIP
+    (1937, 20125)
     """
     import anndata
 

@@ -70,6 +70,15 @@ class Vocabulary:
     ------
     ValueError
         If a token occurs twice, or a special or an alias points to no token.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> vocabulary = scfm.Vocabulary.from_genes(["CD74", "CST3"], special=("pad", "mask"))
+    >>> vocabulary.token_ids(["CST3", "no such gene"]).tolist()
+    [3, -1]
+    >>> vocabulary.mask_id, "CD74" in vocabulary
+    (1, True)
     """
 
     def __init__(

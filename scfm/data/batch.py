@@ -37,6 +37,15 @@ class CellBatch:
         Experimental batch of each cell, shape (B,), int64.
     depth_B
         Total counts of each cell over all genes of its matrix, shape (B,), float32.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> cells = scfm.CellBatch(gene_ids_T=torch.tensor([4, 7, 5], dtype=torch.int32), cu_seqlens=torch.tensor([0, 2, 3]))
+    >>> cells.n_cells, cells.lengths_B.tolist()
+    (2, [2, 1])
+    >>> cells.select([1]).gene_ids_T.tolist()
+    [5]
     """
 
     gene_ids_T: Tensor

@@ -31,6 +31,14 @@ def open_counts(path: str | Path, *, layer: str | None = None, depth_key: str | 
         If the file has no such matrix or column.
     OSError
         If the file is missing, cut short, or no AnnData.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> scfm.datasets.pbmc().write_h5ad("pbmc.h5ad")
+    >>> counts = scfm.data.open_counts("pbmc.h5ad")
+    >>> counts.shape, counts.rows(10, 12).shape
+    ((700, 765), (2, 765))
     """
     import anndata
 

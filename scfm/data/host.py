@@ -31,7 +31,14 @@ def keep_to_one_thread() -> None:
 
 
 def host_info() -> dict[str, str | bool]:
-    """Say whether the compiled encoder is active, and why not where it is not (for `scfm doctor`)."""
+    """Say whether the compiled encoder is active, and why not where it is not (for `scfm doctor`).
+
+    Examples
+    --------
+    >>> import scfm
+    >>> sorted(scfm.data.host_info())
+    ['available', 'path', 'reason']
+    """
     if host_module() is not None:
         return {"available": True, "reason": "built and loaded", "path": str(_load()[0].__file__)}  # type: ignore[union-attr]
     if os.environ.get("SCFM_DISABLE_EXT", "0") not in ("", "0"):

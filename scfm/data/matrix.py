@@ -36,6 +36,13 @@ class CountMatrix:
         What to call the matrix in errors.
     elsewhere
         Other places of the same AnnData, name to matrix, searched for counts when an error must say where they hide.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> counts = scfm.data.CountMatrix.from_adata(scfm.datasets.pbmc())
+    >>> [(first, block.shape[0]) for first, block, depth_B in counts.blocks(400)]
+    [(0, 400), (400, 300)]
     """
 
     def __init__(

@@ -33,6 +33,12 @@ class TokenBudgetSampler:
         Seed of the shuffle.
     rank, world_size
         Which part of each epoch is this process's: batches rank, rank + world_size, ...
+
+    Examples
+    --------
+    >>> from scfm.data import TokenBudgetSampler
+    >>> [rows.tolist() for rows in TokenBudgetSampler([5, 5, 9, 1], max_tokens=10, shuffle=False)]
+    [[0, 1], [2, 3]]
     """
 
     def __init__(

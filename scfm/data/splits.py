@@ -47,6 +47,13 @@ def split_cells(
     ------
     ValueError
         If nothing says how many cells there are, the fraction is not inside (0, 1), or there is one group only.
+
+    Examples
+    --------
+    >>> from scfm.data import split_cells
+    >>> split = split_cells(labels=["B"] * 10 + ["T"] * 10, test_fraction=0.2, seed=0)
+    >>> len(split.train), len(split.test)
+    (16, 4)
     """
     if not 0 < test_fraction < 1:
         raise ValueError(f"`test_fraction` is {test_fraction}; it must lie between 0 and 1.")

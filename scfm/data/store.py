@@ -44,6 +44,17 @@ class TokenStore(Dataset[CellBatch]):
     ------
     ModelFileError
         If the folder is no token store of this format, or a file of it is cut short.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> from scfm.data import TokenStore
+    >>> adata = scfm.datasets.pbmc()
+    >>> encoding = scfm.encoding.make_encoding("rank", adata=adata)
+    >>> TokenStore.write("tokens", [scfm.pp.encode(adata, encoding)], encoding)
+    >>> store = TokenStore("tokens")
+    >>> len(store), store[[5, 2]].n_cells
+    (700, 2)
     """
 
     def __init__(self, path: str | Path) -> None:

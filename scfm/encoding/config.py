@@ -90,6 +90,13 @@ class EncodingConfig:
         What to do where several columns are one gene: "error", or "sum" their counts (Geneformer V2).
     seed
         Seed of the hash that spreads tied values over their bins.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> config = scfm.EncodingConfig(kind="bin", n_bins=51)
+    >>> config.context_length, config.log1p  # as scGPT does
+    (1200, False)
     """
 
     kind: EncodingKind

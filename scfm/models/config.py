@@ -83,6 +83,15 @@ class ModelConfig:
         Hidden state that the cell's embedding is made of, indexed as Python does: -1 the last, 0 the input of the first block.
     normalize_embedding
         Whether cell embeddings are divided by their length (scGPT).
+
+    Examples
+    --------
+    >>> import scfm
+    >>> config = scfm.ModelConfig(n_tokens=1000, d_model=64, n_heads=4, n_layers=2)
+    >>> config.d_head
+    16
+    >>> config.replace(n_layers=3).n_layers
+    3
     """
 
     n_tokens: int

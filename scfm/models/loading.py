@@ -103,6 +103,16 @@ def convert(
     ------
     ModelFileError
         If `source` cannot be read, `target` exists, or the model has settings that the target's code does not know.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> model = scfm.fit(scfm.datasets.pbmc(), config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> model.save("ours")
+    >>> scfm.models.convert("ours", "theirs", to="geneformer").id == model.id
+    True
+    >>> scfm.load("theirs", vocabulary=model.encoding.vocabulary, medians=model.encoding.medians).network.config.n_layers
+    3
     """
     source, target = Path(source), Path(target)
     model = load(source, vocabulary=vocabulary, medians=medians, strict=strict)

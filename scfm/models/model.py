@@ -41,6 +41,18 @@ class Model:
         Names of the classes that the network tells apart; empty where it was not trained to.
     history
         What was done to get here, JSON-able: settings and losses of each stage, scores.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> len(model.labels), model.encoding.config.kind
+    (10, 'rank')
+    >>> [stage["name"] for stage in model.history["stages"]]
+    ['pretraining', 'fine-tuning']
+    >>> model.embed(scfm.pp.encode(adata[:3], model)).shape
+    (3, 128)
     """
 
     def __init__(
@@ -83,6 +95,24 @@ class Model:
         """Write a directory: `config.json`, `vocabulary.json`, `weights.safetensors`; never a pickle.
 
         It is written beside `path` and renamed, so a stopped call leaves what was there before.
+
+        Parameters
+        ----------
+        path
+            The directory; a saved model that is there is replaced, anything else is not.
+
+        Raises
+        ------
+        ModelFileError
+            If `path` exists and is no saved model.
+
+        Examples
+        --------
+        >>> import scfm
+        >>> model = scfm.fit(scfm.datasets.pbmc(), config=scfm.FitConfig(n_steps=2), progress=False)
+        >>> model.save("my_model")
+        >>> scfm.load("my_model").id == model.id
+        True
         """
         from scfm.models.saving import save
 
@@ -194,6 +224,15 @@ class Model:
         ------
         ModelTaskError
             If the model was fitted without labels, so that there is nothing to score.
+
+        Examples
+        --------
+        >>> import scfm
+        >>> adata = scfm.datasets.pbmc()
+        >>> model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=2), progress=False)
+        >>> table = model.report()
+        >>> table.index[0], "logistic regression" in table.index
+        ('scfm', True)
         """
         import pandas as pd
 

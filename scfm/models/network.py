@@ -45,6 +45,15 @@ class CellTransformer(nn.Module):
         Shape and wiring; `scfm.models.presets` has those of the published families.
     special_ids
         Token ids that are not genes (padding, mask, cls, eos); they are left out of mean pooling.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> network = scfm.models.CellTransformer(scfm.ModelConfig(n_tokens=100, d_model=32, n_heads=2, n_layers=1))
+    >>> ids = torch.arange(4, 10, dtype=torch.int32)
+    >>> cells = scfm.CellBatch(gene_ids_T=ids, cu_seqlens=torch.tensor([0, 4, 6], dtype=torch.int32))
+    >>> network(cells).shape, network.embed_cells(cells).shape
+    (torch.Size([6, 32]), torch.Size([2, 32]))
     """
 
     is_gene_V: Tensor

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # What a family asks of the network, whatever its size.
+__all__ = ["Preset", "choose_preset", "own_preset", "preset", "presets", "table"]
+
 GENEFORMER_WIRING: dict[str, Any] = {
     "positions": "rank",
     "values": "none",
@@ -105,6 +107,13 @@ class Preset:
         Row of the gene embedding that stays zero.
     source
         Where the numbers come from.
+
+    Examples
+    --------
+    >>> from scfm.models import presets
+    >>> geneformer = presets.preset("geneformer-v1-10m")
+    >>> geneformer.encoding["kind"], geneformer.network["n_layers"]
+    ('rank', 6)
     """
 
     name: str
@@ -155,7 +164,14 @@ class Preset:
 
 
 def own_preset(size: str, encoding: str) -> Preset:
-    """One of our sizes ("small", "medium", "large") wired for an encoding ("rank", "bin")."""
+    """One of our sizes ("small", "medium", "large") wired for an encoding ("rank", "bin").
+
+    Examples
+    --------
+    >>> from scfm.models import presets
+    >>> presets.own_preset("small", "bin").objective
+    'masked_values'
+    """
     if size not in SIZES:
         raise ValueError(f"`preset` is {size!r}; choose one of {', '.join(SIZES)}.")
     if encoding not in WIRING:
@@ -258,13 +274,27 @@ PUBLISHED: tuple[Preset, ...] = (
 
 
 def presets() -> Iterator[Preset]:
-    """Every preset: the published ones, then our own sizes."""
+    """Every preset: the published ones, then our own sizes.
+
+    Examples
+    --------
+    >>> from scfm.models import presets
+    >>> "scbert" in [preset.name for preset in presets.presets()]
+    True
+    """
     yield from PUBLISHED
     yield from (own_preset(size, encoding) for encoding in WIRING for size in SIZES)
 
 
 def preset(name: str) -> Preset:
-    """One preset by its name; `table()` lists them."""
+    """One preset by its name; `table()` lists them.
+
+    Examples
+    --------
+    >>> from scfm.models import presets
+    >>> presets.preset("scgpt-human").network["d_model"]
+    512
+    """
     named = {entry.name: entry for entry in presets()}
     if name not in named:
         raise ValueError(f"`preset` is {name!r}; choose one of {', '.join([*SIZES, *named])}.")
@@ -287,6 +317,12 @@ def choose_preset(name: str, *, encoding: str | None = None, objective: str | No
     ------
     ValueError
         If there is no such preset, or its encoding is another, or does not serve the objective.
+
+    Examples
+    --------
+    >>> from scfm.models import presets
+    >>> presets.choose_preset("small", encoding="bin", objective="generative").name
+    'small-bin'
     """
     if name in SIZES:
         found = own_preset(name, encoding or "rank")

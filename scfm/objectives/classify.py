@@ -20,6 +20,12 @@ class Classification:
     """Cross-entropy of each labelled cell's class, sum of w_c CE / sum of w_c over the batch.
 
     `class_weights_C` weighs the classes; None weighs all alike. Every cell of a batch must be labelled.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> scfm.objectives.Classification(label_smoothing=0.1).name
+    'classification'
     """
 
     class_weights_C: Tensor | None = None
@@ -40,7 +46,15 @@ class Classification:
 
 
 def class_weights(labels_B: Tensor, n_classes: int, power: float = 0.5) -> Tensor:
-    """Weights proportional to 1 / n_c^power, mean 1 over the cells: 0 for none, 1 for fully balanced. Shape (C,)."""
+    """Weights proportional to 1 / n_c^power, mean 1 over the cells: 0 for none, 1 for fully balanced. Shape (C,).
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> labels = torch.tensor([0, 0, 0, 0, 1])
+    >>> scfm.objectives.class_weights(labels, 2, power=1.0).tolist()  # a cell of the rare class weighs four times
+    [0.625, 2.5]
+    """
     counts_C = torch.bincount(labels_B[labels_B >= 0], minlength=n_classes).clamp(min=1).float()
     weights_C = counts_C.pow(-power)
     return weights_C * counts_C.sum() / (weights_C * counts_C).sum()

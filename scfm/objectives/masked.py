@@ -34,6 +34,16 @@ class MaskedGenes:
     `mask_fraction` of the gene tokens are targets; of these 80 % become the mask token, 10 % a random gene, 10 % stay.
     The loss is the cross-entropy over the whole vocabulary, averaged over the targets of the batch. Special tokens
     are neither masked nor drawn as random genes.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> objective = scfm.objectives.MaskedGenes(mask_id=1, is_gene_V=torch.arange(50) > 1)
+    >>> ids = torch.arange(2, 42, dtype=torch.int32)
+    >>> cells = scfm.CellBatch(gene_ids_T=ids, cu_seqlens=torch.tensor([0, 40], dtype=torch.int32))
+    >>> corrupted, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
+    >>> bool((corrupted.gene_ids_T != ids).any())
+    True
     """
 
     mask_id: int
