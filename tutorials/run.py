@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent
 
 
-def execute(path: Path, *, seconds_per_cell: int = 600) -> nbformat.NotebookNode:
+def execute(path: Path, *, seconds_per_cell: int = 3600) -> nbformat.NotebookNode:
     """Run every cell with this very interpreter (whatever kernels are installed) and return the notebook."""
     notebook = nbformat.read(path, as_version=4)
     kernels = KernelSpecManager(kernel_dirs=[])  # leaves the native one: ipykernel of this environment
