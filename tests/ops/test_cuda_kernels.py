@@ -28,6 +28,7 @@ def load(name):
 machine = load("cuda_machine")
 oracle = load("oracle")
 pytestmark = pytest.mark.skipif(not machine.AVAILABLE, reason=machine.NEEDS)
+EMULATED_ONLY = pytest.mark.skipif(machine.ON_GPU, reason="looks into the emulated machine")
 
 DTYPES = [torch.bfloat16, torch.float16]
 RAGGED = [20, 200, 64, 65, 129]
@@ -191,6 +192,7 @@ def test_large_scores_do_not_overflow(make_problem, deterministic):
     assert largest_error(found["lse"], expected["lse"]) <= 1e-5 * expected["lse"].abs().max()
 
 
+@EMULATED_ONLY
 def test_views_of_a_packed_projection_are_read_in_place(make_problem):
     qkv = torch.randn(150, 3, 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     cu_seqlens = torch.tensor([0, 50, 150])
@@ -267,6 +269,7 @@ def test_column_sums_and_deletion_effects(make_problem, options, dtype, head_dim
     torch.testing.assert_close(effects.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@EMULATED_ONLY
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(make_problem, grad):
     problem = make_problem([9, 0, 40], dtype=torch.bfloat16, known=[3, 0, 40], bias="head")
@@ -275,6 +278,7 @@ def test_opcheck(make_problem, grad):
     torch.library.opcheck(machine.operators().attention_forward.default, (*tensors, *bounds))
 
 
+@EMULATED_ONLY
 def test_deterministic_algorithms_take_the_deterministic_form(make_problem, deterministic):
     problem = make_problem([40], dtype=torch.bfloat16)
     called = []
@@ -311,6 +315,7 @@ def test_the_operator_refuses_what_would_read_out_of_bounds(change, message):
         machine.operators().attention_forward(*call.values())
 
 
+@EMULATED_ONLY
 def test_tiles_hold_every_row_once_and_long_walks_come_first():
     lengths, known = torch.tensor([0, 1, 128, 129, 300]), torch.tensor([0, 0, 128, 5, 200])
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
