@@ -29,6 +29,13 @@ TARGET_SUM = 1e4
 def log_normalize(counts_BG: sparse.csr_matrix, depth_B: NDArray[np.floating] | None = None) -> sparse.csr_matrix:
     """log1p of counts per 10,000, shape (B, G), float32; `depth_B` replaces the row sums where the matrix is a part.
 
+    Parameters
+    ----------
+    counts_BG
+        Raw counts, shape (B, G), CSR.
+    depth_B
+        Total counts of each cell, shape (B,), where the matrix holds only some of its genes; None to sum the rows.
+
     Examples
     --------
     >>> import numpy as np, scfm
@@ -46,6 +53,14 @@ def log_normalize(counts_BG: sparse.csr_matrix, depth_B: NDArray[np.floating] | 
 
 def annotation_baselines(n_cells: int, n_genes: int, seed: int = 0) -> dict[str, Pipeline | DummyClassifier]:
     """Unfitted baselines for annotation that read training cells alone, by the name they carry in a report.
+
+    Parameters
+    ----------
+    n_cells, n_genes
+        Training cells and genes; with fewer than 51 of either the SVD has fewer components, with fewer than 15 cells
+        there are fewer neighbours.
+    seed
+        Of the SVD.
 
     Examples
     --------
@@ -73,6 +88,11 @@ def _svd(n_cells: int, n_genes: int, seed: int) -> TruncatedSVD:
 
 def scores(truth: Sequence[str], predicted: Sequence[str]) -> dict[str, float]:
     """Accuracy, macro-averaged F1 over the classes that occur in `truth`, and balanced accuracy.
+
+    Parameters
+    ----------
+    truth, predicted
+        Labels of the same cells, shape (B,) each.
 
     Examples
     --------

@@ -76,6 +76,16 @@ class CellStream(IterableDataset[CellBatch]):
     Notes
     -----
     Batches carry `cell_index_B`: rows counted through all files in order, by which labels can be added.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> adata.write_h5ad("cells.h5ad")
+    >>> encoding = scfm.encoding.make_encoding("rank", adata=adata)
+    >>> stream = scfm.data.CellStream(["cells.h5ad"], encoding, batch_cells=100)
+    >>> sorted(len(cells) for cells in stream)
+    [100, 100, 100, 100, 100, 100, 100]
     """
 
     def __init__(

@@ -38,6 +38,16 @@ class Encoding(ABC):
     medians
         Rank only: non-zero median of each gene's normalised counts by token id, shape (len(vocabulary),), float64;
         NaN for tokens that have none, which are then never encoded.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> encoding = scfm.encoding.make_encoding("rank", adata=adata)
+    >>> genes = scfm.encoding.GeneMap.from_var(adata.var, encoding.vocabulary)
+    >>> cells = encoding.encode(adata.X[:2], genes)
+    >>> cells.lengths_B.tolist() == (adata.X[:2] > 0).sum(1).ravel().tolist()[0]  # a token for each expressed gene
+    True
     """
 
     kind: ClassVar[str]

@@ -32,6 +32,17 @@ class BinEncoding(Encoding):
     the same bins, spread over its ties as in training; in training it is a hash of (draw, cell, token id). Bins are
     those of the whole cell; a cell longer than the context then keeps its highest counts, ties by vocabulary order
     (in training: a random sample).
+
+    Examples
+    --------
+    >>> import scfm
+    >>> from scfm.encoding import BinEncoding, EncodingConfig, GeneMap
+    >>> names = ["ACTB", "CD74", "GCG", "INS"]
+    >>> vocabulary = scfm.Vocabulary.from_genes(names, special=("pad",))
+    >>> encoding = BinEncoding(EncodingConfig(kind="bin", n_bins=5, add_cls=False), vocabulary)
+    >>> cell = encoding.encode([[50, 6, 0, 1]], GeneMap.from_names(names, vocabulary))
+    >>> [vocabulary.tokens[token] for token in cell.gene_ids_T], cell.values_T.tolist()
+    (['ACTB', 'CD74', 'INS'], [4.0, 2.0, 1.0])
     """
 
     kind = "bin"

@@ -24,6 +24,17 @@ class BucketEncoding(Encoding):
     -----
     scBERT (Yang et al. 2022). Bucket k starts where x reaches 2^k - 1, and is found by that comparison in float64:
     no logarithm is taken, so a value that falls on a border cannot be rounded to the wrong side of it.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> from scfm.encoding import BucketEncoding, EncodingConfig, GeneMap
+    >>> names = ["ACTB", "CD74", "GCG"]
+    >>> vocabulary = scfm.Vocabulary.from_genes(names, special=("pad",))
+    >>> config = EncodingConfig(kind="bucket", target_sum=10, add_eos=False)
+    >>> cell = BucketEncoding(config, vocabulary).encode([[9, 1, 0]], GeneMap.from_names(names, vocabulary))
+    >>> cell.values_T.tolist()  # floor(log2(1 + 9)), floor(log2(1 + 1)), 0
+    [3.0, 1.0, 0.0]
     """
 
     kind = "bucket"

@@ -84,7 +84,32 @@ def make_encoding(
 
 
 def build_vocabulary(counts: CountMatrix, config: EncodingConfig, *, gene_key: str | None = None) -> Vocabulary:
-    """Make a vocabulary of the genes that are expressed at least once, in the order of the data."""
+    """Make a vocabulary of the genes that are expressed at least once, in the order of the data.
+
+    Parameters
+    ----------
+    counts
+        Raw counts.
+    config
+        Settings of the encoding, which say what special tokens it needs.
+    gene_key
+        Column of `var` with the gene names; None to use `var_names`.
+
+    Raises
+    ------
+    CountsError
+        If there are no counts at all.
+    VocabularyMismatchError
+        If genes are duplicated and the settings do not say to sum them.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> counts = scfm.data.CountMatrix.from_adata(scfm.datasets.pbmc())
+    >>> vocabulary = scfm.encoding.build_vocabulary(counts, scfm.EncodingConfig(kind="bin"))
+    >>> vocabulary.n_genes, list(vocabulary.special)
+    (765, ['pad', 'mask', 'cls'])
+    """
     names, source = gene_names(counts.var, gene_key=gene_key)
     expressed = np.zeros(counts.n_vars, dtype=bool)
     for _, block, _ in counts.blocks():
@@ -110,10 +135,26 @@ def encoding_from_dict(
 ) -> Encoding:
     """Rebuild an encoding from `Encoding.to_dict`, its vocabulary, and `Encoding.arrays`.
 
+    Parameters
+    ----------
+    content
+        Settings, as `Encoding.to_dict` returns them.
+    vocabulary
+        The vocabulary that the encoding was made with.
+    arrays
+        What it learned from data, as `Encoding.arrays` returns it; for rank encodings.
+
     Raises
     ------
     ModelFileError
         If the settings have another format version, or do not fit.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> encoding = scfm.encoding.make_encoding("rank", adata=scfm.datasets.pbmc())
+    >>> scfm.encoding.encoding_from_dict(encoding.to_dict(), encoding.vocabulary, encoding.arrays())
+    RankEncoding(765 genes by symbol, context 2048)
     """
     content = dict(content)
     if (version := content.pop("format_version", None)) != 1:

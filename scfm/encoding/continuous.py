@@ -29,6 +29,17 @@ class ContinuousEncoding(Encoding):
     -----
     scFoundation (Hao et al. 2024). Published data are aligned to the 19,264 genes first, so totals are over the
     vocabulary unless `depth_over="matrix"`. A total of zero has no logarithm; such a cell's depth tokens are 0.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> from scfm.encoding import ContinuousEncoding, EncodingConfig, GeneMap
+    >>> names = ["ACTB", "CD74"]
+    >>> vocabulary = scfm.Vocabulary.from_genes(names, special=("target_depth", "source_depth"))
+    >>> encoding = ContinuousEncoding(EncodingConfig(kind="continuous", target_depth=1000), vocabulary)
+    >>> cell = encoding.encode([[90, 10]], GeneMap.from_names(names, vocabulary))
+    >>> [round(value, 2) for value in cell.values_T.tolist()]  # log1p(9000), log1p(1000), log10(1000), log10(100)
+    [9.11, 6.91, 3.0, 2.0]
     """
 
     kind = "continuous"

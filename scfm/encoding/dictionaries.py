@@ -39,6 +39,14 @@ def read_vocabulary(
     ------
     ModelFileError
         If the file is of no known form or unsafe, or its ids are not 0..n - 1.
+
+    Examples
+    --------
+    >>> import json, pathlib, scfm
+    >>> _ = pathlib.Path("vocab.json").write_text(json.dumps({"<pad>": 0, "CD74": 1, "CST3": 2}))  # scGPT's form
+    >>> vocabulary = scfm.encoding.read_vocabulary("vocab.json")
+    >>> vocabulary.genes, vocabulary.pad_id
+    (('CD74', 'CST3'), 0)
     """
     ids = path if isinstance(path, Mapping) else _read_ids(Path(path))
     if "format_version" in ids:
@@ -74,6 +82,13 @@ def read_medians(path: str | Path | Mapping[str, float], vocabulary: Vocabulary)
     ------
     ModelFileError
         If the file is of no known form or unsafe, or no gene of the vocabulary has a median.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> vocabulary = scfm.Vocabulary.from_genes(["CD74", "CST3"], special=("pad",))
+    >>> scfm.encoding.read_medians({"CST3": 1.5, "INS": 4.0}, vocabulary).tolist()
+    [nan, nan, 1.5]
     """
     source = "The mapping" if isinstance(path, Mapping) else repr(str(path))
     table = path if isinstance(path, Mapping) else _read_median_table(Path(path))
@@ -108,6 +123,14 @@ def read_aliases(path: str | Path, vocabulary: Vocabulary) -> dict[str, str]:
         JSON or pickle of alias to gene id; or TSV or CSV without a header of gene id and alias, GENCODE's order.
     vocabulary
         Whose tokens to lead to.
+
+    Examples
+    --------
+    >>> import pathlib, scfm
+    >>> vocabulary = scfm.Vocabulary.from_genes(["ENSG00000019582"], special=("pad",))
+    >>> _ = pathlib.Path("names.json").write_text('{"CD74": "ENSG00000019582", "INS": "ENSG00000254647"}')
+    >>> scfm.encoding.read_aliases("names.json", vocabulary)
+    {'CD74': 'ENSG00000019582'}
     """
     path = Path(path)
     if _is_pickle(path) or path.suffix == ".json":

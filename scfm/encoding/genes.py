@@ -52,6 +52,13 @@ class GeneReport:
         Genes that several columns stand for.
     unknown
         The first few names that are not known.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> vocabulary = scfm.Vocabulary.from_genes(["CD74", "CST3"], special=("pad",))
+    >>> print(scfm.encoding.GeneMap.from_names(["CST3", "INS"], vocabulary, gene_totals=[30, 10]).report)
+    1 of 2 genes known (50.0%, 75.0% of the counts), by names; 2 genes in the vocabulary
     """
 
     source: str
@@ -95,6 +102,14 @@ class GeneMap:
         Shape (n_vars,), int32; -1 where the gene is not known.
     report
         How well the two fit.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> vocabulary = scfm.Vocabulary.from_genes(["CD74", "CST3"], special=("pad",))
+    >>> genes = scfm.encoding.GeneMap.from_names(["CST3", "Cst3", "CD74"], vocabulary)  # case is never changed
+    >>> genes.token_ids.tolist()
+    [2, -1, 1]
     """
 
     vocabulary: Vocabulary

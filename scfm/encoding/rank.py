@@ -26,6 +26,16 @@ class RankEncoding(Encoding):
     no order, so it is left out of the score: ranks are then exactly the same at any depth. Ties, which upstream's
     unstable sort leaves to chance, go by vocabulary order. V1:
     ``EncodingConfig(kind="rank")``; V2 adds ``context_length=4096, add_cls=True, add_eos=True, duplicates="sum"``.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> from scfm.encoding import EncodingConfig, GeneMap, RankEncoding
+    >>> vocabulary = scfm.Vocabulary.from_genes(["ACTB", "CD74", "GCG"], special=("pad", "mask"))
+    >>> encoding = RankEncoding(EncodingConfig(kind="rank"), vocabulary, medians=[float("nan")] * 2 + [40, 2, 1])
+    >>> cell = encoding.encode([[50, 6, 0]], GeneMap.from_names(["ACTB", "CD74", "GCG"], vocabulary))
+    >>> [vocabulary.tokens[token] for token in cell.gene_ids_T]  # 6 / 2 is more than 50 / 40
+    ['CD74', 'ACTB']
     """
 
     kind = "rank"

@@ -36,6 +36,21 @@ def generate(network: CellTransformer, prompt: CellBatch, wanted: CellBatch, *, 
     scGPT (Cui et al. 2024) takes the genes with the highest confidence first without saying how it is measured. Here
     a gene is the surer, the closer its value from its own state and that from the cell's embedding are to each other; without
     the second head the order is that of `wanted`.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> from scfm.models.network import visible_tokens
+    >>> adata = scfm.datasets.pbmc()[:50].copy()
+    >>> model = scfm.fit(
+    ...     adata, encoding="bin", objective="generative", context_length=64,
+    ...     config=scfm.FitConfig(n_steps=2, tokens_per_step=512), progress=False,
+    ... )
+    >>> cells = scfm.pp.encode(adata[:2], model)
+    >>> known_T = cells.position_T() < 40
+    >>> prompt, wanted = visible_tokens(cells, known_T), visible_tokens(cells, ~known_T)
+    >>> scfm.models.generate(model.network, prompt, wanted, n_steps=2).shape
+    torch.Size([48])
     """
     if len(prompt) != len(wanted):
         raise ValueError(f"`prompt` has {len(prompt)} cells and `wanted` {len(wanted)}; they must be the same cells.")

@@ -166,6 +166,18 @@ class Preset:
 def own_preset(size: str, encoding: str) -> Preset:
     """One of our sizes ("small", "medium", "large") wired for an encoding ("rank", "bin").
 
+    Parameters
+    ----------
+    size
+        "small", "medium" or "large".
+    encoding
+        "rank" or "bin".
+
+    Raises
+    ------
+    ValueError
+        If there is no such size or no wiring for the encoding.
+
     Examples
     --------
     >>> from scfm.models import presets
@@ -289,6 +301,16 @@ def presets() -> Iterator[Preset]:
 def preset(name: str) -> Preset:
     """One preset by its name; `table()` lists them.
 
+    Parameters
+    ----------
+    name
+        As `table()` lists it.
+
+    Raises
+    ------
+    ValueError
+        If there is none of this name.
+
     Examples
     --------
     >>> from scfm.models import presets
@@ -347,7 +369,7 @@ def table(*, n_genes: int = 20_000) -> pd.DataFrame:
     Examples
     --------
     >>> from scfm.models import presets
-    >>> presets.table().loc["geneformer-v1-10m", "context_length"]
+    >>> int(presets.table().loc["geneformer-v1-10m", "context_length"])
     2048
     """
     import pandas as pd

@@ -31,7 +31,20 @@ Loss = dict[str, Term]
 
 
 def total(loss: Loss) -> Tensor:
-    """Weighted sum of the means of all terms, a scalar."""
+    """Weighted sum of the means of all terms, a scalar.
+
+    Parameters
+    ----------
+    loss
+        Terms by name, as `Objective.loss` returns them.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> term = scfm.objectives.Term(sum=torch.tensor(6.0), count=torch.tensor(3.0), weight=0.5)
+    >>> scfm.objectives.total({"a": term, "b": term})
+    tensor(2.)
+    """
     return torch.stack([term.weight * term.mean for term in loss.values()]).sum()
 
 
@@ -54,7 +67,22 @@ class Objective(Protocol):
 
 
 def at_step(objective: Objective, step: int) -> Objective:
-    """Return the objective as it is at an optimiser step: itself, unless it has an `at_step` that says otherwise."""
+    """Return the objective as it is at an optimiser step: itself, unless it has an `at_step` that says otherwise.
+
+    Parameters
+    ----------
+    objective
+        Any objective.
+    step
+        Optimiser step, from 0.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> objective = scfm.objectives.Generative(is_gene_V=torch.arange(9) > 1, second_pass_from=1000)
+    >>> [scfm.objectives.at_step(objective, step).second_pass for step in (999, 1000)]
+    [False, True]
+    """
     change = getattr(objective, "at_step", None)
     return objective if change is None else change(step)
 

@@ -48,6 +48,15 @@ class Classification:
 def class_weights(labels_B: Tensor, n_classes: int, power: float = 0.5) -> Tensor:
     """Weights proportional to 1 / n_c^power, mean 1 over the cells: 0 for none, 1 for fully balanced. Shape (C,).
 
+    Parameters
+    ----------
+    labels_B
+        Class of each cell, shape (B,), int64; -1 where unlabelled, which does not count.
+    n_classes
+        Number of classes C.
+    power
+        How strongly rare classes are favoured.
+
     Examples
     --------
     >>> import torch, scfm

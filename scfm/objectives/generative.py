@@ -26,6 +26,17 @@ class Generative:
     `scfm.objectives.values`). With `second_pass` the network runs once more with the detached cell embedding as
     the input of each cell's first token, and its GEP is added; in training also without it from the step
     `second_pass_from` on (published: after 1,000 steps), where the loss of a run therefore rises.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> cells = scfm.CellBatch(
+    ...     gene_ids_T=torch.arange(2, 10, dtype=torch.int32), values_T=torch.arange(8.0), cu_seqlens=torch.tensor([0, 8])
+    ... )
+    >>> objective = scfm.objectives.Generative(is_gene_V=torch.arange(20) > 1, unknown_shares=(0.25,))
+    >>> inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
+    >>> inputs.n_known.tolist(), targets["token_N"].tolist()  # unknown genes come last
+    ([6], [6, 7])
     """
 
     is_gene_V: Tensor

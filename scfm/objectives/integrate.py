@@ -25,6 +25,22 @@ class Integration:
     ECS = mean over pairs of 1 - (relu(cos_ij) - beta)^2, cos_ii set to 0: similar cells are drawn together, others apart. DAR
     = cross-entropy of each cell's batch by a discriminator that reads the embedding through gradient reversal. A term
     with weight 0 is not computed. GEP and MVC are those of `MaskedValues`.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> cells = scfm.CellBatch(
+    ...     gene_ids_T=torch.arange(2, 12, dtype=torch.int32),
+    ...     values_T=torch.arange(10.0),
+    ...     cu_seqlens=torch.tensor([0, 6, 10]),
+    ...     batch_ids_B=torch.tensor([0, 1]),
+    ... )
+    >>> settings = scfm.models.presets.own_preset("small", "bin").for_objective("generative")
+    >>> config = settings.model_config(n_tokens=12, batch_head=True, n_batches=2, zero_head=True)
+    >>> network = scfm.models.CellTransformer(config, special_ids=(0, 1))
+    >>> objective = scfm.objectives.Integration(is_gene_V=network.is_gene_V)
+    >>> sorted(objective.loss(network, *objective.corrupt(cells, torch.Generator().manual_seed(0))))
+    ['batch', 'gep', 'gep_zero', 'mvc', 'mvc_zero', 'similarity']
     """
 
     is_gene_V: Tensor

@@ -79,6 +79,17 @@ class MaskedValues:
 
     The loss is sum (pred - value)^2 / N over the N targets of the batch; `cell_weight` adds MVC, `zero_weight` the zero
     probabilities, as `scfm.objectives.values.value_terms` says.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> cells = scfm.CellBatch(
+    ...     gene_ids_T=torch.arange(2, 7, dtype=torch.int32), values_T=torch.arange(5.0), cu_seqlens=torch.tensor([0, 5])
+    ... )
+    >>> objective = scfm.objectives.MaskedValues(is_gene_V=torch.arange(10) > 1)
+    >>> inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
+    >>> inputs.values_T.tolist(), targets["values_N"].tolist()
+    ([0.0, 1.0, -1.0, -1.0, -1.0], [2.0, 3.0, 4.0])
     """
 
     is_gene_V: Tensor
@@ -108,6 +119,19 @@ class MaskedBuckets:
 
     `mask_fraction` of the genes with a bucket above 0 are targets; of these 90 % become the mask bucket, 10 % stay. The loss is
     the cross-entropy over buckets, averaged over the targets of the batch.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> cells = scfm.CellBatch(
+    ...     gene_ids_T=torch.arange(2, 7, dtype=torch.int32),
+    ...     values_T=torch.tensor([0.0, 3.0, 1.0, 0.0, 5.0]),
+    ...     cu_seqlens=torch.tensor([0, 5]),
+    ... )
+    >>> objective = scfm.objectives.MaskedBuckets(is_gene_V=torch.arange(10) > 1, mask_fraction=0.5)
+    >>> inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
+    >>> inputs.values_T.tolist(), targets["buckets_N"].tolist()  # bucket 6 hides; genes in bucket 0 are not asked for
+    ([0.0, 3.0, 6.0, 0.0, 6.0], [1, 5])
     """
 
     is_gene_V: Tensor

@@ -27,6 +27,23 @@ class ReadDepth:
     the mask value, 10 % the value of a random gene of the batch, 10 % stay. Loss = sum (pred - original)^2 / N.
 
     The cells must hold every gene of the panel (`include_zeros=True`). The published code draws r from another distribution.
+
+    Examples
+    --------
+    >>> import numpy as np, torch, scfm
+    >>> names = ["ACTB", "CD74", "GCG"]
+    >>> vocabulary = scfm.Vocabulary.from_genes(names, special=("target_depth", "source_depth"))
+    >>> encoding = scfm.encoding.make_encoding(
+    ...     scfm.EncodingConfig(kind="continuous", include_zeros=True), vocabulary=vocabulary
+    ... )
+    >>> cells = encoding.encode([[900, 100, 0]], scfm.encoding.GeneMap.from_names(names, vocabulary))
+    >>> objective = scfm.objectives.ReadDepth(
+    ...     is_gene_V=torch.tensor([False, False, True, True, True]), target_id=0, source_id=1, downsample_probability=1.0
+    ... )
+    >>> thinned, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
+    >>> target, source = thinned.values_T[-2:].tolist()
+    >>> round(target, 2), source < target  # log10 of the depth asked for, and of what is left
+    (3.0, True)
     """
 
     is_gene_V: Tensor

@@ -266,7 +266,22 @@ def attention_reference(
     plan: AttentionPlan | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`attention` in plain torch: the same arguments, every option, exact gradients."""
+    """:func:`attention` in plain torch: the same arguments, every option, exact gradients.
+
+    Parameters
+    ----------
+    q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, plan, return_lse
+        As for :func:`scfm.ops.attention`.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> q, k, v = torch.randn(3, 5, 2, 8, generator=torch.Generator().manual_seed(0))
+    >>> cu_seqlens = torch.tensor([0, 3, 5])
+    >>> out = scfm.ops.attention(q, k, v, cu_seqlens)
+    >>> torch.allclose(out, scfm.ops.attention_reference(q, k, v, cu_seqlens), atol=1e-5)
+    True
+    """
     return attention(
         q,
         k,

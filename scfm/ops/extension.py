@@ -58,6 +58,13 @@ def extension_info() -> dict[str, object]:
     `available` (bool), `reason` (str), `isa` (the instruction set in use, "" without the extension), `path` (str or
     None), and `backends` (those that :func:`scfm.ops.attention` can use on this machine). `cuda_path` and `cuda_reason`
     say the same of the CUDA kernels.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> info = scfm.ops.extension_info()
+    >>> "torch" in info["backends"], ("fused" in info["backends"]) == info["available"]
+    (True, True)
     """
     path, reason = load_extension()
     cuda_path, cuda_reason = load_cuda_extension()

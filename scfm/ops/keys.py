@@ -63,6 +63,16 @@ def attention_scores(
     ------
     ValueError
         If shapes do not fit or a pair names a token that is not there; and as :func:`scfm.ops.attention`.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> q, k = torch.randn(2, 5, 2, 8, generator=torch.Generator().manual_seed(0))
+    >>> cu_seqlens = torch.tensor([0, 3, 5])
+    >>> pairs = torch.tensor([[0, 0], [0, 1], [0, 2], [0, 4]])
+    >>> probability_P = scfm.ops.attention_scores(q, k, cu_seqlens, pairs=pairs, head_mean=True)
+    >>> round(float(probability_P[:3].sum()), 4), float(probability_P[3])  # token 4 is of another cell
+    (1.0, 0.0)
     """
     check_qkv(q, k, k)
     q, k = readable(q), readable(k)
@@ -128,6 +138,18 @@ def deletion_effects(
     ------
     TypeError, ValueError
         If `grad_out` does not fit `q`; and as :func:`scfm.ops.attention`.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> q, k, v = torch.randn(3, 4, 1, 8, generator=torch.Generator().manual_seed(0))
+    >>> whole, grad_out = torch.tensor([0, 4]), torch.zeros(4, 1, 8)
+    >>> grad_out[0] = 1  # the function: the sum of the first token's output
+    >>> effects = scfm.ops.deletion_effects(q, k, v, whole, grad_out)
+    >>> out = scfm.ops.attention(q, k, v, whole)[0].sum()
+    >>> without_last = scfm.ops.attention(q[:3], k[:3], v[:3], torch.tensor([0, 3]))[0].sum()
+    >>> torch.allclose(effects[3, 0], without_last - out, atol=1e-5)
+    True
     """
     check_qkv(q, k, v)
     q, k, v = readable(q), readable(k), readable(v)

@@ -34,6 +34,14 @@ def random_projection(n_features: int, head_dim: int, *, generator: torch.Genera
     -----
     Performer (Choromanski et al. 2021): rows of one block are orthogonal, which lowers the variance, and each row has
     the norm of an independent Gaussian vector, which keeps the estimate unbiased.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> projection = scfm.ops.random_projection(8, 8, generator=torch.Generator().manual_seed(0))
+    >>> products = projection @ projection.T
+    >>> bool((products - products.diag().diag()).abs().max() < 1e-5)  # rows of a block are orthogonal
+    True
     """
     if n_features < 1 or head_dim < 1:
         raise ValueError(f"`n_features` is {n_features} and `head_dim` {head_dim}; both must be at least 1.")
@@ -82,6 +90,17 @@ def linear_attention(
     (phi(q) sum phi(K)), as in Performer (Choromanski et al. 2021). The stabiliser c is the maximum of W x' over the row
     for queries, and over the cell and head for keys; published code takes the latter over the whole batch, so that a cell's
     result depends on its batch-mates.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> q, k, v = torch.randn(3, 5, 2, 8, generator=generator) / 2
+    >>> projection = scfm.ops.random_projection(4096, 8, generator=generator)
+    >>> cu_seqlens = torch.tensor([0, 3, 5])
+    >>> approximate = scfm.ops.linear_attention(q, k, v, cu_seqlens, projection)
+    >>> float((approximate - scfm.ops.attention(q, k, v, cu_seqlens)).abs().max()) < 0.05
+    True
     """
     check_qkv(q, k, v)
     if projection.dim() != 2 or projection.shape[1] != q.shape[2]:

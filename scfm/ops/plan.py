@@ -22,6 +22,13 @@ class AttentionPlan:
         Boundaries of the keys for cross-attention, shape (B + 1,), int64, on the host; None for self-attention.
     n_known
         Known leading tokens of each cell, shape (B,), int64, on the host; None when all are.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> plan = scfm.ops.make_plan(torch.tensor([0, 3, 5]), n_known=torch.tensor([2, 2]))
+    >>> plan.cu_seqlens.tolist(), plan.n_known.tolist()
+    ([0, 3, 5], [2, 2])
     """
 
     cu_seqlens: Tensor
@@ -61,6 +68,15 @@ def make_plan(
     ValueError
         If boundaries do not start at 0, fall, or do not end at the number of tokens; if shapes do not fit; or if
         `n_known` is outside a cell.
+
+    Examples
+    --------
+    >>> import torch, scfm
+    >>> cu_seqlens = torch.tensor([0, 3, 5])
+    >>> plan = scfm.ops.make_plan(cu_seqlens)  # once a batch; each layer then passes it on
+    >>> q = torch.randn(5, 2, 8)
+    >>> scfm.ops.attention(q, q, q, cu_seqlens, plan=plan).shape
+    torch.Size([5, 2, 8])
     """
     bounds = _host_boundaries("cu_seqlens", cu_seqlens, n_tokens)
     bounds_k = None

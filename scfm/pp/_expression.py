@@ -22,6 +22,15 @@ def log_expression(
 
     Totals are over all genes of the matrix; genes that the vocabulary does not know are left out.
 
+    Parameters
+    ----------
+    adata
+        Raw counts.
+    model_or_encoding
+        Whose vocabulary numbers the columns.
+    layer, gene_key
+        As in `scfm.pp.encode`.
+
     Examples
     --------
     >>> import scfm.datasets, scfm.encoding, scfm.pp

@@ -43,6 +43,17 @@ class FitConfig:
         Steps between checkpoints where a run folder is given.
     seed
         Of the initialisation, the order of cells, the masks and dropout.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> config = scfm.FitConfig(n_steps=50, trainable="lora:4")
+    >>> config.replace(learning_rate=3e-4).n_steps
+    50
+    >>> scfm.FitConfig(schedule="step")
+    Traceback (most recent call last):
+        ...
+    ValueError: FitConfig.schedule is 'step'; choose one of cosine, linear, constant.
     """
 
     n_steps: int = 300

@@ -70,6 +70,8 @@ def train(
         Folder of checkpoints (`checkpoints/`) and logs (`logs/metrics.csv`, after a resumption `logs_from_STEP/`, and
         `tensorboard/` where tensorboard is installed). A run that finds checkpoints there goes on from the newest
         readable one.
+    progress
+        Whether to show a progress bar.
     callbacks
         Lightning callbacks of the user.
 
@@ -81,6 +83,23 @@ def train(
     ------
     NonFiniteLossError
         If the loss becomes NaN or infinite; names step and cells.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()[:50]
+    >>> encoding = scfm.encoding.make_encoding("rank", adata=adata)
+    >>> sizes = {"d_model": 32, "n_heads": 2, "n_layers": 1, "gene_head": True}
+    >>> network = scfm.models.CellTransformer.for_vocabulary(
+    ...     scfm.ModelConfig(n_tokens=len(encoding.vocabulary), **sizes), encoding.vocabulary
+    ... )
+    >>> objective = scfm.objectives.make_objective("masked_genes", network, encoding)
+    >>> config = scfm.FitConfig(n_steps=3, tokens_per_step=512)
+    >>> run = scfm.train.train(
+    ...     network, objective, scfm.pp.encode(adata, encoding), config, title="example", progress=False
+    ... )
+    >>> len(run.losses)
+    3
     """
     if config.tokens_per_step is None and isinstance(cells, CellBatch):
         config = config.replace(

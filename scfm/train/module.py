@@ -22,7 +22,18 @@ class NonFiniteLossError(RuntimeError):
 
 
 class TrainingModule(lightning.LightningModule):
-    """Trains a network on one objective; batches arrive corrupted, as (inputs, targets)."""
+    """Trains a network on one objective; batches arrive corrupted, as (inputs, targets).
+
+    Examples
+    --------
+    >>> import scfm
+    >>> network = scfm.models.CellTransformer(scfm.ModelConfig(n_tokens=50, d_model=32, n_heads=2, n_layers=1))
+    >>> objective = scfm.objectives.MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V)
+    >>> config = scfm.FitConfig(n_steps=100, warmup_fraction=0.1)
+    >>> module = scfm.train.TrainingModule(network, objective, config)
+    >>> [round(module.rate_at(step), 2) for step in (0, 10, 55, 100)]  # warm-up, then half a cosine
+    [0.1, 1.0, 0.5, 0.0]
+    """
 
     def __init__(self, network: CellTransformer, objective: objectives.Objective, config: FitConfig) -> None:
         super().__init__()

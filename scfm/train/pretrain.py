@@ -52,6 +52,13 @@ class PretrainConfig:
         Where the files keep counts, gene names and total counts; the same for all.
     fit
         Settings of training.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> config = scfm.train.PretrainConfig(preset="small", objective="generative", encoding="bin")
+    >>> scfm.train.PretrainConfig.from_dict(config.to_dict()) == config
+    True
     """
 
     preset: str = "small"
@@ -115,6 +122,15 @@ def pretrain(
         If a file holds no raw counts.
     ValueError
         If `out` holds a run with other settings or data.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> scfm.datasets.pbmc()[:100].write_h5ad("cells.h5ad")
+    >>> config = scfm.train.PretrainConfig(fit=scfm.FitConfig(n_steps=2, tokens_per_step=512))
+    >>> model = scfm.train.pretrain(["cells.h5ad"], "run", config, progress=False)
+    >>> scfm.load("run/model").id == model.id
+    True
     """
     files, out, config = [Path(path) for path in paths], Path(out), config or PretrainConfig()
     rank, world_size = rank_and_world_size(config.fit)

@@ -49,6 +49,16 @@ def set_trainable(network: CellTransformer, how: str) -> int:
         Changed in place; call `merge` after training to undo what "lora:R" put in.
     how
         "all", "head", "last:N" or "lora:R".
+
+    Examples
+    --------
+    >>> import scfm
+    >>> network = scfm.models.CellTransformer(
+    ...     scfm.ModelConfig(n_tokens=50, d_model=32, n_heads=2, n_layers=2, n_classes=3)
+    ... )
+    >>> everything, head = [scfm.train.set_trainable(network, how) for how in ("all", "head")]
+    >>> head < everything / 10
+    True
     """
     kind, _, number = how.partition(":")
     if kind not in ("all", "head", "last", "lora") or (kind in ("last", "lora")) != number.isdigit():
@@ -70,7 +80,27 @@ def set_trainable(network: CellTransformer, how: str) -> int:
 
 
 def merge(network: CellTransformer) -> None:
-    """Fold low-rank updates into their layers and make every weight trainable again."""
+    """Fold low-rank updates into their layers and make every weight trainable again.
+
+    Parameters
+    ----------
+    network
+        Changed in place; left as it is where there is nothing to fold.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> network = scfm.models.CellTransformer(
+    ...     scfm.ModelConfig(n_tokens=50, d_model=32, n_heads=2, n_layers=1, n_classes=3)
+    ... )
+    >>> names = set(network.state_dict())
+    >>> _ = scfm.train.set_trainable(network, "lora:2")
+    >>> set(network.state_dict()) == names
+    False
+    >>> scfm.train.merge(network)
+    >>> set(network.state_dict()) == names
+    True
+    """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LowRankLinear):
