@@ -292,6 +292,12 @@ class Model:
         self.require_labels()
         parts = [self.network.class_logits(batch).float().cpu() for batch in self.batches(cells)]
         logits_BC = torch.cat(parts) if parts else torch.empty(0, len(self.labels))
+        return self.proba_of_logits(logits_BC, expression_BV, calibrated=calibrated)
+
+    def proba_of_logits(
+        self, logits_BC: torch.Tensor, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
+    ) -> NDArray[np.float32]:
+        """`predict_proba` from the transformer's logits, shape (B, C), where these are at hand."""
         member, classifier = "transformer", self.network.gene_classifier
         if expression_BV is not None and classifier is not None:
             logits_BC = classifier.joined_with(logits_BC, expression_BV)

@@ -91,7 +91,7 @@ def annotate(
     confidence_B = proba_BC[np.arange(len(code_B)), code_B]
     rejected_B = confidence_B < min_confidence
     if max_distance is not None:
-        distance_B = distances(model, cells)
+        distance_B = distances(model, model.class_features(cells))
         rejected_B |= distance_B > max_distance
         adata.obs[f"{key_added}_distance"] = distance_B
     rejects = min_confidence > 0 or max_distance is not None

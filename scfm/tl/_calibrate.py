@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.tl._split import FitSplit
 
@@ -40,19 +40,31 @@ class Calibration:
     usual_distance: float | None
 
 
-def calibrate(model: Model, cells: CellBatch, expression_BV: sparse.csr_matrix, split: FitSplit) -> Calibration:
-    """Fit the temperatures on the calibration cells of `split` (Guo et al. 2017, arXiv:1706.04599)."""
+def calibrate(
+    model: Model, features_BE: NDArray[np.float32], expression_BV: sparse.csr_matrix, split: FitSplit
+) -> Calibration:
+    """Fit the temperatures on the calibration cells of `split` (Guo et al. 2017, arXiv:1706.04599).
+
+    `features_BE` is what the class head reads of all cells, and `expression_BV` what the gene classifier reads.
+    """
     assert split.labels is not None
     rows = split.calibration
     if not len(rows):
         return Calibration(0, {"transformer": 1.0, "ensemble": 1.0}, None)
-    own, labels_B = cells.select(rows), split.labels.codes[rows]
+    logits_BC, labels_B = class_logits(model, features_BE[rows]), split.labels.codes[rows]
     votes = {
-        "transformer": model.predict_proba(own, calibrated=False),
-        "ensemble": model.predict_proba(own, expression_BV[rows], calibrated=False),
+        "transformer": model.proba_of_logits(logits_BC, calibrated=False),
+        "ensemble": model.proba_of_logits(logits_BC, expression_BV[rows], calibrated=False),
     }
     temperature = {name: fit_temperature(proba_BC, labels_B) for name, proba_BC in votes.items()}
-    return Calibration(len(rows), temperature, float(np.quantile(distances(model, own), USUAL_DISTANCE)))
+    return Calibration(len(rows), temperature, float(np.quantile(distances(model, features_BE[rows]), USUAL_DISTANCE)))
+
+
+@torch.inference_mode()
+def class_logits(model: Model, features_BE: NDArray[np.float32]) -> torch.Tensor:
+    """The class head's logits from what it reads, shape (B, C)."""
+    network = model.network.eval()
+    return network.class_head(torch.from_numpy(features_BE).to(model.device)).float().cpu()
 
 
 def fit_temperature(proba_BC: NDArray[np.floating], labels_B: NDArray[np.int64]) -> float:
@@ -69,9 +81,9 @@ def fit_temperature(proba_BC: NDArray[np.floating], labels_B: NDArray[np.int64])
     return float(np.exp(minimize_scalar(surprise, bounds=(-bound, bound), method="bounded").x))
 
 
-def distances(model: Model, cells: CellBatch) -> NDArray[np.float32]:
+def distances(model: Model, features_BE: NDArray[np.float32]) -> NDArray[np.float32]:
     """How far each cell is from the training cells: root mean square of its class features in their deviations, (B,)."""
     norm = model.network.class_head.norm
     mean_E, variance_E = norm.running_mean.cpu().numpy(), norm.running_var.cpu().numpy()
-    z_BE = (model.class_features(cells) - mean_E) / np.sqrt(variance_E + norm.eps)
+    z_BE = (features_BE - mean_E) / np.sqrt(variance_E + norm.eps)
     return np.sqrt((z_BE**2).mean(1))

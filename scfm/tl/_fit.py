@@ -153,12 +153,14 @@ def fit(
         _run_stage(model, "pretraining", pretraining, cells.select(split.fitted), stage, progress)
     if split.labels is not None:
         _fine_tune(model, cells, expression_BV, split, config, seed, progress)
-        model.history["calibration"] = asdict(calibrate(model, cells, expression_BV, split))
-        model.history["report"] = score_model(model, cells, expression_BV, split)
+        embedding_BD = model.class_features(cells)  # the embedding of our own presets; one pass serves all that follows
+        network.class_head.set_statistics(torch.from_numpy(embedding_BD[split.train]))
+        model.history["calibration"] = asdict(calibrate(model, embedding_BD, expression_BV, split))
+        model.history["report"] = score_model(model, embedding_BD, expression_BV, split)
         if baselines:
             model.history["report"] += score_baselines(adata, split, layer, seed)
         adata.obs["scfm_split"] = split.names(adata.n_obs)
-    adata.obsm[key_added] = model.embed(cells)
+    adata.obsm[key_added] = model.embed(cells) if split.labels is None else embedding_BD
     record(adata, model, key_added, layer=layer, gene_key=gene_key, labels_key=labels_key, batch_key=batch_key)
     return model
 
@@ -216,7 +218,6 @@ def _fine_tune(
         stage = stage.replace(n_steps=max(15, stage.n_steps // 2))
     stage = stage.replace(learning_rate=FINE_TUNING_SHARE * stage.learning_rate)
     _run_stage(model, "fine-tuning", objective, train_cells, stage, progress)
-    network.class_head.set_statistics(torch.from_numpy(model.class_features(train_cells)))
 
 
 def _run_stage(

@@ -1,6 +1,6 @@
 """The report of `scfm.fit`: the model beside simple methods, on the same held-out cells."""
 
-# Axes: B cells, V tokens of the vocabulary, C classes.
+# Axes: B cells, V tokens of the vocabulary, E inputs of the class head, C classes.
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ from typing import Any
 
 import anndata
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm import baselines
-from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.pp._expression import log_normalized_counts
+from scfm.tl._calibrate import class_logits
 from scfm.tl._split import FitSplit
 
 MOST_CELLS_FOR_BASELINES = 20_000
 
 
 def score_model(
-    model: Model, cells: CellBatch, expression_BV: sparse.csr_matrix, split: FitSplit
+    model: Model, features_BE: NDArray[np.float32], expression_BV: sparse.csr_matrix, split: FitSplit
 ) -> list[dict[str, Any]]:
     """Score the model on the test cells, and the transformer's vote alone; rows as `model.report` returns them.
 
+    `features_BE` is what the class head reads of all cells, and `expression_BV` what the gene classifier reads.
     A row is "inductive" when nothing of it was fitted on test cells, "transductive" when they were seen without their
     labels.
     """
     assert split.labels is not None
-    names, codes_B, test = np.asarray(split.labels.names), split.labels.codes[split.test], cells.select(split.test)
+    names, codes_B = np.asarray(split.labels.names), split.labels.codes[split.test]
+    logits_BC = class_logits(model, features_BE[split.test])
     votes = {
-        "scfm": model.predict_proba(test, expression_BV[split.test]),
-        "scfm, transformer alone": model.predict_proba(test),
+        "scfm": model.proba_of_logits(logits_BC, expression_BV[split.test]),
+        "scfm, transformer alone": model.proba_of_logits(logits_BC),
     }
     setting = "transductive" if split.transductive else "inductive"
     return [
