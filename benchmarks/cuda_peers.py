@@ -111,6 +111,23 @@ def packed_call(batch: Batch, operators: Any, name: str, *, backward: bool) -> C
     return call
 
 
+def key_calls(case: Case, batch: Batch, operators: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Column sums or deletion effects by the kernels, and in plain torch. Column sums pay for their log-sum-exp."""
+    from scfm.ops.reference import keys as reference
+
+    q, k, v, grad, bounds = batch.q, batch.k, batch.v, batch.grad_out, batch.bounds
+    out, lse = operators.attention_forward(q, k, v, *bounds)
+    if case.operator == "deletion_effects":
+        return (
+            lambda: operators.attention_deletion_effects(grad, q, k, v, out, lse, *bounds),
+            lambda: reference.deletion_effects(grad, q, k, v, out, *bounds),
+        )
+    return (
+        lambda: operators.attention_column_sums(q, k, operators.attention_forward(q, k, k, *bounds)[1], *bounds),
+        lambda: reference.column_sums(q, k, *bounds),
+    )
+
+
 def padded_calls(batch: Batch, *, backward: bool) -> dict[str, Callable[[], Any]]:
     """Padded scaled_dot_product_attention, each backend by name, with the mask that the batch needs."""
     longest, lengths_B = max(batch.lengths), torch.tensor(batch.lengths, device="cuda")

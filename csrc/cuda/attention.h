@@ -31,6 +31,7 @@ static_assert(sizeof(Tile) == 32, "a tile is read as two chunks of 16 bytes");
 constexpr int kTileRows = 128;
 
 struct Problem {
+  int32_t device;
   int32_t n_heads;
   int32_t n_query_tiles, n_key_tiles;
   bool keys_are_queries;  // self-attention: a token has one number on both sides

@@ -87,8 +87,8 @@ SCFM_DEVICE void raise_bound(const Problem& problem, const Work& work, int which
 }
 
 // The largest power of two that keeps every gradient of a score of this cell and head below 2^15. From
-// |P (dP - delta)| <= |grad_out| |v| + |delta|; a factor of two makes up for the roundings. Powers of two are exact, and the
-// factor depends on the cell alone.
+// |P (dP - delta)| <= |grad_out| |v| + |delta|; a factor of two makes up for the roundings. Powers of two are exact (so the
+// bits are written, where exp2 is approximate), and the factor depends on the cell alone.
 SCFM_DEVICE float gradient_factor(const Problem& problem, const Work& work) {
   const int64_t index = 4 * (static_cast<int64_t>(work.tile.cell) * problem.n_heads + work.head);
   const float grad = global_float(place(problem.bounds, index)), delta = global_float(place(problem.bounds, index + 1));
@@ -96,7 +96,8 @@ SCFM_DEVICE float gradient_factor(const Problem& problem, const Work& work) {
   const float bound = square_root(grad) * square_root(value) + delta;
   const float exponent = round_down(14.f - log2_fast(bound));
   // 0, inf and nan: nothing to keep in range.
-  return exponent > -100.f && exponent < 100.f ? exp2_fast(exponent) : 1.f;
+  if (!(exponent > -100.f && exponent < 100.f)) return 1.f;
+  return as_float(static_cast<uint32_t>(static_cast<int>(exponent) + 127) << 23);
 }
 
 // Largest squared norm of the values, float16 only.

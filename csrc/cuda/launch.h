@@ -1,6 +1,7 @@
-// Starting a kernel, on a GPU or in the emulator.
+// Starting a kernel, on a GPU or in the emulator. Each launch returns null, or what went wrong in words.
 #pragma once
 
+#include "attention.h"
 #include "device.h"
 
 namespace scfm::cuda {
@@ -11,17 +12,35 @@ const char* launch(int64_t blocks, int threads, int shared_bytes, void*, const P
   return emulate::launch(blocks, threads, shared_bytes, [&] { kKernel(problem); });
 }
 #else
+// The runtime also keeps an error for whoever asks next: take it out, or the next launch would report it as its own.
+inline const char* in_words(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 template <auto kKernel>
-const char* launch(int64_t blocks, int threads, int shared_bytes, void* stream, const Problem& problem) {
+const char* launch(int64_t blocks, int threads, int shared_bytes, void* stream_of_torch, const Problem& problem) {
   if (blocks == 0) return nullptr;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // more must be asked for
+  if (blocks > 0x7fffffff) return "more blocks than a grid holds; split the batch";
+  const auto stream = static_cast<cudaStream_t>(stream_of_torch);
+  // This library has a CUDA runtime of its own, which must look at the device that torch's looks at.
+  cudaError_t error = cudaSetDevice(problem.device);
+  if (error != cudaSuccess) return in_words(error);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  error = cudaStreamIsCapturing(stream, &capture);
+  if (error != cudaSuccess) return in_words(error);
+  // A graph would outlive the list of tiles, which belongs to one batch.
+  if (capture != cudaStreamCaptureStatusNone) return "CUDA graphs cannot hold it; pass `backend=\"torch\"` inside a graph";
+  if (shared_bytes > 48 * 1024) {  // more must be asked for, and small cards of a generation have less than its large ones
     error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error == cudaSuccess) {
-    kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(problem);
-    error = cudaGetLastError();
+    if (error != cudaSuccess) {
+      in_words(error);
+      return "this GPU has too little shared memory for it at this head width; pass `backend=\"torch\"`";
+    }
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(problem);
+  return in_words(cudaGetLastError());
 }
 #endif
 

@@ -56,7 +56,7 @@ class TileCache {
 
  private:
   struct Entry {
-    int64_t device;
+    int32_t device;
     void* stream;
     Cells cells;
     DeviceTiles tiles;
@@ -74,6 +74,8 @@ TileCache& tile_cache() {
 
 void check_tokens(const Tensor& tensor, const Tensor& like, int64_t n_tokens, const char* name) {
   STD_TORCH_CHECK(is_in_place(tensor), "attention: `", name, "` must be ", kPlaceName, ".");
+  STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index(), "attention: `", name,
+                  "` and `q` are on different devices.");
   check_shape(tensor, like, n_tokens, name);
 }
 
@@ -116,6 +118,7 @@ class Call {
     problem_.n_query_tiles = tiles.n_query_tiles;
     problem_.n_key_tiles = tiles.n_key_tiles;
     problem_.keys_are_queries = cells.keys_are_queries;
+    problem_.device = here_.device();
     problem_.n_heads = static_cast<int32_t>(q.size(1));
     problem_.n_queries = q.size(0);
     problem_.scale = static_cast<float>(scale);
@@ -136,9 +139,11 @@ class Call {
 
   Scalars read_scalars(const std::optional<Tensor>& t, int64_t n_tokens, const char* name) {
     if (!t) return {nullptr, 0, 0};
-    STD_TORCH_CHECK(is_in_place(*t) && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == n_tokens &&
+    const bool beside_q = is_in_place(*t) && t->get_device_index() == q_.get_device_index();
+    STD_TORCH_CHECK(beside_q && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == n_tokens &&
                         t->size(1) == q_.size(1),
-                    "attention: `", name, "` must be float32 of shape (", n_tokens, ", ", q_.size(1), ") ", kPlaceName, ".");
+                    "attention: `", name, "` must be float32 of shape (", n_tokens, ", ", q_.size(1), ") ", kPlaceName,
+                    ", the same as `q`.");
     const Tensor& kept = read(*t);
     // A tensor without elements has no address, but it is there.
     static float none;

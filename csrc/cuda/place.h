@@ -40,7 +40,7 @@ class Here {
   explicit Here(const Tensor&) {}
   ~Here() { emulate::forbid_all(); }
   void* stream() const { return nullptr; }
-  int64_t device() const { return 0; }
+  int32_t device() const { return 0; }
 };
 
 #else
@@ -54,7 +54,7 @@ inline void poison(Tensor&) {}
 // is loaded, by name: this library links no CUDA part of torch and builds where torch has none.
 class Here {
  public:
-  explicit Here(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
+  explicit Here(const Tensor& tensor) : device_(index_of(tensor)), guard_(device_) {
     using Get = int32_t (*)(int32_t, void**);
     static const Get get = [] {
       void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -64,9 +64,14 @@ class Here {
     STD_TORCH_CHECK(get(device_, &stream_) == 0, "attention: torch did not tell its current CUDA stream.");
   }
   void* stream() const { return stream_; }
-  int64_t device() const { return device_; }
+  int32_t device() const { return device_; }
 
  private:
+  static int32_t index_of(const Tensor& tensor) {
+    STD_TORCH_CHECK(is_in_place(tensor), "attention: `q` must be ", kPlaceName, ".");
+    return static_cast<int32_t>(tensor.get_device_index());
+  }
+
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;

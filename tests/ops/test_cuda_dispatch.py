@@ -2,7 +2,9 @@
 
 # Axes: T packed tokens, H heads, K head width.
 
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from scfm.ops.backend import choose_backend
 from scfm.ops.device_record import Case, Passed, Run
 
 HOPPER = (9, 0)
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @pytest.fixture
@@ -42,11 +45,29 @@ def prove(monkeypatch, *, forward=1.2, training=1.1, capability=HOPPER, **case):
 def test_nothing_in_the_committed_record_is_used_unless_it_passed():
     for run in device_record.read_record():
         assert run.capability >= backend.CUDA_CAPABILITY
-        assert all((run.card, run.torch, run.cuda, run.date, run.ran))
+        assert all((run.card, run.torch, run.cuda, run.date, run.ran, run.kernels))
         for passed in run.passed:
-            assert passed.error <= 3.0
+            assert passed.error <= 1.0
             assert passed.case.dtype in backend.CUDA_DTYPES.values()
             assert passed.case.head_dim in backend.CUDA_HEAD_DIMS
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="needs the sources of the CUDA kernels")
+def test_what_was_proven_are_the_kernels_of_today():
+    """Else `auto` would ship kernels that nobody has run: measure again, or take the runs out of the record."""
+    for run in device_record.read_record()[-1:]:
+        assert run.kernels == device_record.kernel_sources(CSRC)
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="needs the sources of the CUDA kernels")
+@pytest.mark.parametrize("name", ["cuda/attention_forward.h", "cuda/attention_d64.cu", "cuda/op.cpp", "checks.h"])
+def test_any_change_of_the_kernels_takes_the_proof_away(tmp_path, name):
+    shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("host"))
+    before = device_record.kernel_sources(tmp_path / "csrc")
+    assert before == device_record.kernel_sources(CSRC)
+    with (tmp_path / "csrc" / name).open("a") as file:
+        file.write("// a change\n")
+    assert device_record.kernel_sources(tmp_path / "csrc") != before
 
 
 @pytest.mark.parametrize(
@@ -153,7 +174,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path):
     case = Case(dtype="float16", head_dim=128, options=frozenset({"generative", "key_bias"}))
     runs = [
         Run(
-            card="a card", capability=(9, 0), torch="2.13.0", cuda="13.0", date=date, ran="check",
+            card="a card", capability=(9, 0), torch="2.13.0", cuda="13.0", date=date, ran="check", kernels="0123",
             passed=(Passed(case=case, error=0.7, speed_forward=speed),),
         )
         for date, speed in (("2030-01-01", 1.5), ("2030-01-02", 0.8))
@@ -165,6 +186,19 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path):
     assert latest.speed_forward == 0.8
     assert not latest.is_faster(training=False)
     assert "Nothing has run" not in path.read_text()
+
+
+def test_runs_of_earlier_kernels_prove_nothing(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text('{"about": "", "runs": []}')
+    cases = [Case(dtype="bfloat16", head_dim=width) for width in (32, 64)]
+    for case, kernels in zip(cases, ("0123", "4567")):
+        run = Run(
+            card="a card", capability=(9, 0), torch="2.13.0", cuda="13.0", date="2030-01-01", ran="check",
+            kernels=kernels, passed=(Passed(case=case, error=0.7),),
+        )  # fmt: skip
+        device_record.add_run(run, path)
+    assert list(device_record.proven_cases(path)) == [((9, 0), cases[1])]
 
 
 def test_a_case_of_unknown_options_is_refused():

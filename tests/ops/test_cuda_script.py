@@ -96,6 +96,33 @@ MEASURED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("operator", device_record.OPERATORS)
+def test_speed_is_the_time_of_torch_over_that_of_the_kernels(script, machine, monkeypatch, operator):
+    """With a clock that knows how long each took: what is compared runs, and the ratio is the right way up."""
+
+    class Operators:
+        """Kernels of the emulated machine, the torch routes of the package."""
+
+        def __getattr__(self, name):
+            return getattr(torch.ops.scfm if name.startswith("torch_") else machine.operators(), name)
+
+    called = []
+
+    def clock(calls, repeats):
+        for name, call in calls.items():
+            call()
+            called.append(name)
+        return {"ours": 2.0, "theirs": 3.0}
+
+    monkeypatch.setattr(script, "milliseconds", clock)
+    case = Case(dtype="float16", head_dim=32, options=frozenset({"key_bias"}), operator=operator)
+    batch = script.make_batch(case, [20, 3], "cpu", 1)
+    assert script.speed_of(case, batch, Operators(), backward=False) == 1.5
+    assert called == ["ours", "theirs"]
+    monkeypatch.setattr(script, "milliseconds", lambda calls, repeats: {"ours": 2.0, "theirs": "out of memory"})
+    assert script.speed_of(case, batch, Operators(), backward=False) is None
+
+
 def test_the_table_names_baselines_and_prints_losses(script):
     lines = dict(zip(script.GOALS, script.goal_table(MEASURED).splitlines()[2:]))
     rows = {goal: [part.strip() for part in line.split("|")[2:6]] for goal, line in lines.items()}

@@ -8,6 +8,12 @@
 // - accesses a word of shared memory from two threads, one of them writing, without a barrier between;
 // - lets some lanes of a warp miss a shuffle, a matrix load or a product, or some threads a barrier.
 //
+// Order: within a warp lanes run one after the other, each up to the next operation of the whole warp; a warp runs up to the
+// next barrier, then the next warp does; blocks run by number. The rules above are about pairs of accesses between barriers,
+// so they are broken or kept in any order, but for accesses to global memory. With SCFM_EMULATE_SEED=n turns are drawn
+// instead: any lane of any warp, after each operation of a warp, each barrier and some of the accesses, and blocks in any
+// order. Blocks never run side by side.
+//
 // What it cannot say: anything of speed, of the order in which a GPU's memory shows writes to other threads beyond the
 // rules above, of the exact rounding inside a matrix product, and of the inline assembly of ../device.h.
 #pragma once

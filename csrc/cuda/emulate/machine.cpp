@@ -1,6 +1,8 @@
 // Threads, warps, barriers and memory of the emulated machine, with the checks listed in device.h.
 #include <algorithm>
-#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
 #include <string>
 #include <type_traits>
 #include <unordered_map>
@@ -56,6 +58,8 @@ struct Machine {
   std::vector<Word> words;
   std::unordered_map<uintptr_t, int64_t> writers;  // global words written in this launch: the thread, or kAtomic
   std::string error;
+  bool shuffled = false;  // turns are drawn: see SCFM_EMULATE_SEED
+  std::minstd_rand draw;
   int64_t block = 0;
   int n_threads = 0, barriers = 0;
 } machine;
@@ -74,13 +78,16 @@ bool runnable(int index) {
   return !machine.fibers.done(index) && !thread.at_barrier && !waits;
 }
 
-// Who runs next: the next lane of this warp that may, else the first lane that may; -1 when all have returned.
+int draw(int count) { return static_cast<int>(machine.draw() % static_cast<uint32_t>(count)); }
+
+// Who runs next: the next lane of this warp that may, else the first lane that may; -1 when all have returned. With drawn
+// turns the search starts at any lane of any warp.
 int next_fiber() {
-  const int current = self(), warp = current / 32 * 32;
+  const int current = machine.shuffled ? draw(machine.n_threads) : self(), warp = current / 32 * 32;
   for (int step = 1; step <= 32; step++)
     if (const int index = warp + (current + step) % 32; runnable(index)) return index;
-  for (int index = 0; index < machine.n_threads; index++)
-    if (runnable(index)) return index;
+  for (int step = 0; step < machine.n_threads; step++)
+    if (const int index = (machine.shuffled ? warp + step : step) % machine.n_threads; runnable(index)) return index;
   for (int index = 0; index < machine.n_threads; index++)
     if (!machine.fibers.done(index))
       fail("deadlock: some threads wait at a barrier or for other lanes of their warp, the others have gone elsewhere");
@@ -90,6 +97,11 @@ int next_fiber() {
 void give_way() {
   const int index = next_fiber();
   if (index != self()) machine.fibers.switch_to(index);
+}
+
+// Before an access to memory: a thread may be overtaken anywhere.
+void maybe_give_way() {
+  if (machine.shuffled && draw(64) == 0) give_way();
 }
 
 // All lanes of the warp meet here; `work` is done once, by the last.
@@ -107,6 +119,7 @@ void collective(const char* name, const void* in, void* out, const Work& work) {
     work(warp);
     warp.arrived = 0;
     warp.turn++;
+    if (machine.shuffled) give_way();  // else the last to come would always be the first to go on
     return;
   }
   while (warp.turn < thread.turn) give_way();
@@ -173,7 +186,17 @@ const char* launch(int64_t blocks, int threads, int shared_bytes, const std::fun
   machine.error.clear();
   machine.writers.clear();
   machine.n_threads = threads;
-  for (machine.block = 0; machine.block < blocks && machine.error.empty(); machine.block++) {
+  const char* seed = std::getenv("SCFM_EMULATE_SEED");
+  machine.shuffled = seed != nullptr;
+  std::vector<int64_t> order(static_cast<size_t>(blocks));
+  std::iota(order.begin(), order.end(), 0);
+  if (machine.shuffled) {
+    machine.draw.seed(static_cast<uint32_t>(std::atoi(seed)) + 1);
+    std::shuffle(order.begin(), order.end(), machine.draw);
+  }
+  for (const int64_t block : order) {
+    if (!machine.error.empty()) break;
+    machine.block = block;
     machine.barriers = 0;
     machine.threads.assign(static_cast<size_t>(threads), Thread{});
     machine.warps.assign(static_cast<size_t>(threads / 32), Warp{});
@@ -199,9 +222,11 @@ void barrier() {
     if (!other.at_barrier) return give_way();
   for (Thread& other : machine.threads) other.at_barrier = false;
   machine.barriers++;
+  if (machine.shuffled) give_way();
 }
 
 void check_global(const void* address, int bytes, bool write) {
+  maybe_give_way();
   check_range(address, bytes, write);
   for_words(address, bytes, [&](uintptr_t word) {
     if (write && !machine.writers.emplace(word, self_in_launch()).second)
@@ -214,6 +239,7 @@ void check_global(const void* address, int bytes, bool write) {
 }
 
 void check_atomic(const void* address, int bytes) {
+  maybe_give_way();
   check_range(address, bytes, true);
   for_words(address, bytes, [&](uintptr_t word) {
     const auto [found, fresh] = machine.writers.emplace(word, kAtomic);
@@ -222,12 +248,14 @@ void check_atomic(const void* address, int bytes) {
 }
 
 void* shared_word(uint32_t address, int bytes, bool write) {
+  maybe_give_way();
   check_shared(address, bytes);
   note_shared(address, bytes, write);
   return byte_at(address);
 }
 
 void copy(uint32_t shared, const void* global, int bytes, bool valid) {
+  maybe_give_way();
   check_shared(shared, bytes);
   if (valid) check_global(global, bytes, false);
   note_shared(shared, bytes, true);
