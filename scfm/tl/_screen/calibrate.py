@@ -62,7 +62,7 @@ def _beyond_what_is_known(
     tokens = cell_of(cells, cell)
     genes = editor.expressed(tokens)
     genes = rng.choice(genes, min(GENES_PER_CELL, len(genes)), replace=False)
-    estimator = Estimator(model, cells.select([cell]), positions=positions)
+    estimator = Estimator(model.network, cells.select([cell]), positions=positions)
     variants = [editor.edit(tokens, [gene]) for gene in genes]
     after_VD = embed_variants(model.network, variants)
     place_of = {int(gene): place for place, gene in enumerate(tokens.gene_ids_N)}

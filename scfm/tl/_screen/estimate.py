@@ -72,13 +72,15 @@ class Estimator:
 
     Notes
     -----
+    A network with blocks in bfloat16 serves as well: effects are sums over many queries, added up in double precision.
+
     The linear term alone fails where rank embeddings are rough, as they are after short training: on a model of 150 steps
     the exact best 50 of 1,893 genes toward a goal were in its best 75 to 42 %, with nine exact ranks to 100 %.
     """
 
-    def __init__(self, model: Model, cells: CellBatch, *, positions: str = "shift") -> None:
-        self.network = model.network.eval()
-        self.cells = cells.to(model.device)
+    def __init__(self, network: CellTransformer, cells: CellBatch, *, positions: str = "shift") -> None:
+        self.network = network.eval()
+        self.cells = cells.to(network.is_gene_V.device)
         self.ranks_move = self.network.embedding.rank is not None and positions == "shift"
         config = self.network.config
         with torch.enable_grad(), tapped(self.network) as taps:
@@ -88,7 +90,9 @@ class Estimator:
             self.mean_BD = self.network.pool(self.states_TD.detach(), self.cells)
         self.cell_T = self.cells.cell_of_token_T()
         self.is_gene_T = self.network.is_gene_V[self.cells.gene_ids_T.long()]
-        self.n_genes_B = torch.zeros(len(cells), device=model.device).index_add_(0, self.cell_T, self.is_gene_T.float())
+        self.n_genes_B = torch.zeros(len(cells), device=self.cells.device).index_add_(
+            0, self.cell_T, self.is_gene_T.float()
+        )
         self._attention = [self._attend(qkv) for qkv in taps.qkv[: self._n_layers]]
 
     @property

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from scfm.data import CellBatch
-from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
+from scfm.models.model import TOKENS_PER_BATCH, Model, Precision, runs_of_tokens
+from scfm.models.network import CellTransformer
 from scfm.tl._perturb.edits import Editor
 from scfm.tl._perturb.perturb import run, tabulate
 from scfm.tl._perturb.shifts import ShiftRecord
@@ -45,6 +46,7 @@ def screen(
     n_projections: int = 8,
     min_cells: int = 1,
     n_bootstrap: int = 1000,
+    precision: Precision = "fp32",
     layer: str | None = None,
     gene_key: str | None = None,
     key_added: str | None = None,
@@ -77,6 +79,9 @@ def screen(
         Genes that fewer cells express are not ranked among the best.
     n_bootstrap
         Resamples of cells behind the intervals; 0 for none.
+    precision
+        Of the estimates: "fp32", or "bf16" for blocks in bfloat16, two to three times faster where the machine has it. The
+        best genes are verified in fp32 all the same.
     layer, gene_key
         As in `scfm.tl.embed`.
     key_added
@@ -124,7 +129,8 @@ def screen(
     directions = None
     if states.goal_D is None:
         directions = projections(model, states.cells, positions=positions, n_projections=n_projections, seed=seed)
-    estimate_all(model, states, estimates, directions, positions=positions, progress=progress)
+    network = model.network_in(precision)
+    estimate_all(network, states, estimates, directions, positions=positions, progress=progress)
     best, checked = _choose(estimates, measure, n_verify, n_check, min_cells, seed)
     exact = _verify(model, states, np.concatenate([best, checked]), positions, seed, progress)
 
@@ -132,12 +138,22 @@ def screen(
     table.attrs = _summary(estimates, exact, measure, best, checked)
     if key_added is not None:
         adata.uns[key_added] = table.copy()
-        note(adata, model, key_added, groupby=groupby, start=start, goal=goal, positions=positions, **table.attrs)
+        note(
+            adata,
+            model,
+            key_added,
+            groupby=groupby,
+            start=start,
+            goal=goal,
+            positions=positions,
+            precision=precision,
+            **table.attrs,
+        )
     return table
 
 
 def estimate_all(
-    model: Model,
+    network: CellTransformer,
     states: States,
     estimates: ShiftRecord,
     directions: torch.Tensor | None,
@@ -150,12 +166,12 @@ def estimate_all(
     with tqdm(total=len(cells), desc="screening", unit="cell", disable=not progress) as bar:
         for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH // 2):
             batch = cells.select(torch.arange(rows.start, rows.stop))
-            estimator = Estimator(model, batch, positions=positions)
+            estimator = Estimator(network, batch, positions=positions)
             if states.goal_D is None:
                 assert directions is not None
                 value_T = estimator.shift(directions)
             else:
-                value_T = estimator.goal_shift(torch.from_numpy(states.goal_D).to(model.device))
+                value_T = estimator.goal_shift(torch.from_numpy(states.goal_D).to(estimator.mean_BD.device))
             # Taking a cell's only gene away is no deletion.
             counts_T = (estimator.is_gene_T & (estimator.n_genes_B > 1)[estimator.cell_T]).cpu().numpy()
             values_TM = np.stack([value_T.cpu().numpy(), relative_place(batch, counts_T)], 1)[counts_T]
