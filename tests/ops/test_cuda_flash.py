@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scfm.ops import flash
 from scfm.ops.attention import check_key_bias
+from scfm.ops.reference import attention as reference
+from scfm.ops.reference import keys as reference_keys
 
 _SPEC = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
 oracle = importlib.util.module_from_spec(_SPEC)
@@ -131,7 +135,7 @@ def test_opcheck(make_problem, kernels):
     torch.library.opcheck(torch.ops.scfm.flash_attention_forward.default, arguments)
 
 
-@pytest.mark.parametrize("fault", ["log 2", "transposed", "no kernel", "ignores lse"])
+@pytest.mark.parametrize("fault", ["log 2", "transposed", "no kernel", "ignores lse", "keys without queries"])
 def test_kernels_of_other_conventions_are_not_trusted(make_problem, kernels, monkeypatch, fault):
     """The first use finds out, warns, and plain torch serves: results stay right."""
 
@@ -146,7 +150,11 @@ def test_kernels_of_other_conventions_are_not_trusted(make_problem, kernels, mon
     def backward(grad_out, q, k, v, out, lse, layout, scale):
         if fault == "ignores lse":
             out, lse = stand_in_forward(q, k, v, layout, scale)
-        return stand_in_backward(grad_out, q, k, v, out, lse, layout, scale)
+        grads = stand_in_backward(grad_out, q, k, v, out, lse, layout, scale)
+        if fault == "keys without queries":
+            for cell in (layout.cu_q.diff() == 0).nonzero()[:, 0].tolist():
+                grads[1][layout.cu_k[cell] : layout.cu_k[cell + 1]] = 7.0  # memory as it was found
+        return grads
 
     monkeypatch.setattr(flash, "flash_forward", forward)
     monkeypatch.setattr(flash, "flash_backward", backward)
@@ -156,6 +164,79 @@ def test_kernels_of_other_conventions_are_not_trusted(make_problem, kernels, mon
     expected = problem.run(oracle.attention, torch.float64)
     for name, value in expected.items():
         assert (found[name].double() - value).abs().max() <= 0.02 * max(1.0, value.abs().max()), name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes; `paused` while torch's kernels are stood in for."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.paused = 0, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and not self.paused:
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+    def aside(self, function):
+        def call(*arguments):
+            self.paused = True
+            result = function(*arguments)
+            self.paused = False
+            return result
+
+        return call
+
+
+N = 1200
+SHAPES = {
+    "plain": (None, None, False),
+    "generative": (None, torch.tensor([700, 3]), False),
+    "cross": (torch.tensor([0, N - 5, N]), None, False),
+    "key bias": (None, None, True),
+    "generative, key bias": (None, torch.tensor([700, 3]), True),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("route", ["flash", "torch"])
+def test_no_route_holds_a_matrix_of_scores(kernels, monkeypatch, route, shape):
+    cu_seqlens_k, n_known, with_bias = shape
+    q, k, v, grad_out = torch.randn(4, N, 1, 32, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
+    bias = torch.zeros(N, 1) if with_bias else None
+    bounds = (torch.tensor([0, N - 10, N]), cu_seqlens_k, n_known, bias, 0.2)
+    assert flash.is_trusted(q)
+    watch = LargestTensor()
+    monkeypatch.setattr(flash, "flash_forward", watch.aside(stand_in_forward))
+    monkeypatch.setattr(flash, "flash_backward", watch.aside(stand_in_backward))
+    with watch:
+        if route == "flash":
+            out, lse = flash.forward(q, k, v, *bounds)
+            flash.backward(grad_out, torch.ones_like(lse), q, k, v, out, lse, *bounds)
+        else:
+            out, lse = reference.forward(q, k, v, *bounds, True)
+            reference.forward(q, k, v, *bounds, False)
+            reference.backward(grad_out, torch.ones_like(lse), q, k, v, *bounds)
+            reference_keys.column_sums(q, k, *bounds)
+            reference_keys.deletion_effects(grad_out, q, k, v, out, *bounds)
+    assert N * 32 <= watch.elements < N * N / 4
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "expected"),
+    [
+        ("cuda", torch.float32, 64, True),
+        ("cuda", torch.float64, 64, False),
+        ("cuda", torch.float32, 20, False),
+        ("cuda", torch.float16, 512, False),
+        ("cpu", torch.float64, 20, True),
+    ],
+)
+def test_torchs_attention_is_called_where_it_holds_no_scores(device, dtype, head_dim, expected):
+    with FakeTensorMode():
+        assert reference.is_fused_by_torch(torch.empty(3, 1, head_dim, dtype=dtype, device=device)) is expected
 
 
 def test_torchs_own_kernels_have_the_arguments_that_are_passed():

@@ -72,7 +72,7 @@ def forward(
     for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
         if cell.n_keys == 0 and n_known is None:
             continue
-        if n_known is None and key_bias is None and not return_lse:
+        if n_known is None and key_bias is None and not return_lse and is_fused_by_torch(q):
             out[cell.start_q : cell.end_q] = _torch_attention(q, k, v, cell, scale)
             continue
         for start, end, sees_itself in cell.chunks():
@@ -140,6 +140,11 @@ def backward(
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def is_fused_by_torch(q: Tensor) -> bool:
+    """Whether torch's own attention holds no (N, N) scores: on a GPU its kernels take neither float64 nor every width."""
+    return not q.is_cuda or (q.dtype != torch.float64 and q.shape[2] % 8 == 0 and q.shape[2] <= 256)
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, cell: Cell, scale: float) -> Tensor:
