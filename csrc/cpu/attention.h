@@ -56,6 +56,16 @@ constexpr int64_t kQueriesPerTask = 1024;
 
 constexpr int64_t kMaxWidth = 256;  // widest head
 
+// Rows times a matrix: out = activation(input weight^T + bias) + residual. Each row is a "token" of one head.
+struct LinearProblem {
+  int64_t n_rows, n_inputs, n_outputs;
+  ConstTokens input, weight, bias, residual;  // the data of `bias` and `residual` are null where there is none
+  Tokens out;
+  bool relu;
+};
+
+constexpr int64_t kLinearRows = 96;  // rows of one task: a multiple of all register tiles
+
 struct AttentionKernels {
   int64_t (*forward_scratch)(const AttentionProblem&, int64_t max_queries);
   void (*forward)(const AttentionProblem&, const AttentionTask&, void* scratch);
@@ -66,6 +76,11 @@ struct AttentionKernels {
   // These take a backward task and its scratch.
   void (*column_sums)(const AttentionProblem&, const AttentionTask&, void* scratch);
   void (*deletion_effects)(const AttentionProblem&, const AttentionTask&, void* scratch);
+
+  int64_t (*linear_panel_bytes)(const LinearProblem&);
+  int64_t (*linear_scratch)(const LinearProblem&);
+  void (*pack_weight)(const LinearProblem&, uint32_t* panels, void* scratch);
+  void (*linear)(const LinearProblem&, int64_t row, const uint32_t* panels, void* scratch);
 };
 
 // Each is compiled in a unit of its own; null where the unit holds no kernel for the dtype.

@@ -4,6 +4,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "attention_keys.h"
+#include "linear.h"
 
 namespace {
 
@@ -15,7 +16,11 @@ constexpr AttentionKernels kernels_of() {
           attention_backward<Engine, Source>,
           Engine::burn,
           attention_keys<Engine, Source, false>,
-          attention_keys<Engine, Source, true>};
+          attention_keys<Engine, Source, true>,
+          linear_panel_bytes<Engine>,
+          linear_scratch<Engine>,
+          pack_weight<Engine, Source>,
+          linear_rows<Engine, Source>};
 }
 
 }  // namespace

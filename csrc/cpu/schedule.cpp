@@ -149,4 +149,28 @@ void run_deletion_effects(const AttentionProblem& problem, const Cells& cells, i
   run_whole_cells(problem, cells, n_heads, kernels, kernels.deletion_effects);
 }
 
+void run_linear(const LinearProblem& problem, Dtype dtype) {
+  if (problem.n_rows == 0 || problem.n_outputs == 0) return;
+  const AttentionKernels& kernels = attention_kernels(dtype);
+  const auto allocate = [](int64_t bytes) {
+    return std::unique_ptr<void, Free>(std::aligned_alloc(4096, (static_cast<size_t>(bytes) + 4095) / 4096 * 4096));
+  };
+  const int64_t n_tasks = (problem.n_rows + kLinearRows - 1) / kLinearRows;
+  const int64_t n_threads = std::min<int64_t>(torch::stable::get_num_threads(), n_tasks);
+  const auto panels = allocate(kernels.linear_panel_bytes(problem));
+  std::vector<std::unique_ptr<void, Free>> scratch;
+  for (int64_t i = 0; i < n_threads; i++) scratch.push_back(allocate(kernels.linear_scratch(problem)));
+  STD_TORCH_CHECK(panels && std::all_of(scratch.begin(), scratch.end(), [](const auto& p) { return p != nullptr; }),
+                  "linear: no memory to pack a weight of ", problem.n_outputs, " x ", problem.n_inputs, ".");
+  kernels.pack_weight(problem, static_cast<uint32_t*>(panels.get()), scratch[0].get());
+  std::atomic<int64_t> next{0}, next_scratch{0};
+  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++) {
+      void* mine = scratch[static_cast<size_t>(next_scratch++)].get();
+      for (int64_t task = next++; task < n_tasks; task = next++)
+        kernels.linear(problem, task * kLinearRows, static_cast<const uint32_t*>(panels.get()), mine);
+    }
+  });
+}
+
 }  // namespace scfm

@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     from scfm.models.config import ModelConfig
 
 
-def _relu(inner_TD: Tensor) -> Tensor:
-    """ReLU; in place at inference, where nobody else holds what it reads."""
-    return F.relu(inner_TD) if torch.is_grad_enabled() else F.relu_(inner_TD)
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": _relu,
+    "relu": F.relu,
     "gelu": F.gelu,
     "leaky_relu": F.leaky_relu,
 }
+
+
+def add_linear(residual_TD: Tensor, layer: nn.Module, input_TD: Tensor, p: float, training: bool) -> Tensor:
+    """Compute `residual + dropout(layer(input))`, in one pass where nothing is dropped."""
+    if isinstance(layer, Linear) and (p == 0 or not training):
+        return layer(input_TD, residual=residual_TD)
+    return add_dropped(residual_TD, layer(input_TD), p, training)
 
 
 class Attention(nn.Module):
@@ -48,13 +50,19 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, 3 * width, bias=config.qkv_bias)
         self.out = Linear(width, config.d_model)
         self.skip_unknown_out = config.skip_unknown_out
+        self.dropout = config.dropout
         self.backend: Backend = "auto"
         linear = config.attention == "linear"
         projection_MK = ops.random_projection(config.n_random_features, config.d_head) if linear else None
         self.register_buffer("projection_MK", projection_MK)
 
-    def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None) -> Tensor:
-        """What each token, or each of those at the places `at_N`, takes from its cell, shape (T, D) or (N, D)."""
+    def forward(
+        self, residual_TD: Tensor, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None
+    ) -> Tensor:
+        """`residual_TD` plus what each token takes from its cell, shape (T, D).
+
+        With `at_N` only for the tokens at these places, shape (N, D), as is then `residual_TD`.
+        """
         qkv_T3HK = self.qkv(hidden_TD).view(-1, 3, self.n_heads, self.d_head)
         query_THK, key_THK, value_THK = qkv_T3HK.unbind(1)
         if at_N is not None:
@@ -76,8 +84,10 @@ class Attention(nn.Module):
             )
         attended_TD = attended_THK.flatten(1)
         if not self.skip_unknown_out or plan.n_known is None:
-            return self.out(attended_TD)
-        return torch.where(unknown_tokens(plan).to(hidden_TD.device)[:, None], attended_TD, self.out(attended_TD))
+            return add_linear(residual_TD, self.out, attended_TD, self.dropout, self.training)
+        is_unknown_TD = unknown_tokens(plan).to(hidden_TD.device)[:, None]
+        taken_TD = torch.where(is_unknown_TD, attended_TD, self.out(attended_TD))
+        return add_dropped(residual_TD, taken_TD, self.dropout, self.training)
 
     @torch.no_grad()
     def redraw_projection(self) -> None:
@@ -100,11 +110,17 @@ class FeedForward(nn.Module):
         self.up = Linear(config.d_model, config.d_ff)
         self.down = Linear(config.d_ff, config.d_model)
         self.activation = ACTIVATIONS[config.activation]
-        self.dropout = config.dropout if config.dropout_in_feed_forward else 0.0
+        self.inner_dropout = config.dropout if config.dropout_in_feed_forward else 0.0
+        self.dropout = config.dropout
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        inner = dropout(self.activation(self.up(hidden_TD)), self.dropout, self.training)
-        return self.down(inner)
+    def forward(self, residual_TD: Tensor, hidden_TD: Tensor) -> Tensor:
+        """`residual_TD` plus two layers over `hidden_TD`, shape (T, D)."""
+        if self.activation is F.relu and isinstance(self.up, Linear):
+            inner = self.up(hidden_TD, relu=True)
+        else:
+            inner = self.activation(self.up(hidden_TD))
+        inner = dropout(inner, self.inner_dropout, self.training)
+        return add_linear(residual_TD, self.down, inner, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -117,7 +133,6 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.feed_forward_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.norm_first = config.norm == "pre"
-        self.dropout = config.dropout
 
     def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None) -> Tensor:
         """States of all tokens, shape (T, D); or of those at the places `at_N` alone, shape (N, D).
@@ -126,10 +141,7 @@ class Block(nn.Module):
         """
         own_TD = hidden_TD if at_N is None else hidden_TD.index_select(0, at_N)
         if self.norm_first:
-            hidden_TD = self._add(own_TD, self.attention(self.attention_norm(hidden_TD), plan, at_N))
-            return self._add(hidden_TD, self.feed_forward(self.feed_forward_norm(hidden_TD)))
-        hidden_TD = self.attention_norm(self._add(own_TD, self.attention(hidden_TD, plan, at_N)))
-        return self.feed_forward_norm(self._add(hidden_TD, self.feed_forward(hidden_TD)))
-
-    def _add(self, hidden_TD: Tensor, update_TD: Tensor) -> Tensor:
-        return add_dropped(hidden_TD, update_TD, self.dropout, self.training)
+            hidden_TD = self.attention(own_TD, self.attention_norm(hidden_TD), plan, at_N)
+            return self.feed_forward(hidden_TD, self.feed_forward_norm(hidden_TD))
+        hidden_TD = self.attention_norm(self.attention(own_TD, hidden_TD, plan, at_N))
+        return self.feed_forward_norm(self.feed_forward(hidden_TD, hidden_TD))

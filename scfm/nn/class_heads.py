@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scfm.nn.linear import Linear, linear
+from scfm.nn.linear import Linear
+from scfm.ops.linear import linear
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

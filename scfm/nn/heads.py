@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scfm.nn.linear import Linear, linear
+from scfm.nn.linear import Linear
+from scfm.ops.linear import linear
 
 if TYPE_CHECKING:
     from scfm.models.config import ModelConfig
