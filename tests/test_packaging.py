@@ -52,11 +52,7 @@ def test_the_sdist_holds_every_source_and_no_stray(source):
     archive, _ = build(source, "build_sdist")
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames() if not opened.getmember(name).isdir()}
-    wanted = files_below(source, "csrc/**/*", "scfm/**/*.py") - {"csrc/stray.so"} | {
-        "scfm/py.typed",
-        "setup.py",
-        "LICENSE",
-    }
+    wanted = files_below(source, "csrc/**/*", "scfm/**/*") - {"csrc/stray.so"} | {"setup.py", "LICENSE"}
     assert wanted - held == set()
     made = {"PKG-INFO", "setup.cfg", "pyproject.toml", "README.md", "MANIFEST.in"}
     assert {name for name in held - wanted - made if not name.startswith("single_cell_fm.egg-info/")} == set()
@@ -71,7 +67,8 @@ def test_the_wheel_holds_the_package_its_types_and_its_metadata(source):
         metadata = Parser().parsestr(opened.read(f"{info}/METADATA").decode())
         entries = opened.read(f"{info}/entry_points.txt").decode()
     package = {name for name in held if not name.startswith(f"{info}/")}
-    assert package == files_below(source, "scfm/**/*.py") | {"scfm/py.typed"}
+    assert package == files_below(source, "scfm/**/*")
+    assert {"scfm/py.typed", "scfm/ops/device_record.json"} <= package
     assert f"{info}/licenses/LICENSE" in held
     assert metadata["Name"] == PROJECT["name"]
     assert metadata["Requires-Python"] == PROJECT["requires-python"]
