@@ -103,6 +103,8 @@ def test_fragments_make_up_a_product(library):
 
 MUTANTS = {
     "no barrier in the forward": ("attention_forward.h", "    barrier();\n", ""),
+    "no barrier in the deterministic backward": ("attention_backward_queries.h", "    barrier();\n", ""),
+    "no barrier in the key sums": ("attention_keys.h", "    barrier();\n", ""),
     "no wait in the forward": ("attention_forward.h", "    copies_wait();\n", ""),
     "the buffer in use is filled": ("attention_forward.h", "(~block & 1)", "(block & 1)"),
     "no barrier before dQ": ("attention_backward.h", "      barrier();\n", ""),
