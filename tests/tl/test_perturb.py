@@ -208,15 +208,17 @@ def test_deletion_where_zeros_have_tokens_sets_the_value_to_zero():
     assert editor.edit(panel, [11]).values_N.tolist() == [0, 0, 1]
 
 
-def test_combinations_and_what_they_add_to_the_single_effects(cells, rank_model):
+@pytest.mark.parametrize("kind", ["rank", "bin"])
+def test_combinations_and_what_they_add_to_the_single_effects(cells, kind):
+    model = toy_model(cells, kind)
     expressed = np.asarray((cells.X > 0).sum(0)).ravel()
     names = cells.var_names[np.argsort(-expressed)[:3]].tolist()
-    pairs = scfm.tl.perturb(cells, rank_model, genes=names, combine=2, progress=False)
+    pairs = scfm.tl.perturb(cells, model, genes=names, combine=2, progress=False)
     assert set(pairs.index) == {"+".join(p) for p in [(names[0], names[1]), (names[0], names[2]), (names[1], names[2])]}
     both = cells[(cells[:, names[:2]].X.toarray() > 0).all(1)].copy()
     pair = pairs.loc["+".join(names[:2])]
     assert pair["n_cells"] == both.n_obs
-    singles = scfm.tl.perturb(both, rank_model, genes=names[:2], progress=False)["shift_mean"].sum()
+    singles = scfm.tl.perturb(both, model, genes=names[:2], progress=False)["shift_mean"].sum()
     assert pair["excess_mean"] == pytest.approx(pair["shift_mean"] - singles, abs=1e-9)
 
 
@@ -251,7 +253,7 @@ def test_equal_variants_are_computed_once(cells, rank_model):
 
 def test_a_run_continues_from_its_checkpoint(cells, rank_model, tmp_path, monkeypatch):
     whole = scfm.tl.perturb(cells, rank_model, progress=False)
-    monkeypatch.setattr("scfm.tl._perturb.stream.VARIANTS_PER_BLOCK", 20)
+    monkeypatch.setattr(VariantRunner, "variants_per_block", 20)
     path = tmp_path / "run.npz"
     seen = []
     run_block = VariantRunner._run_block
@@ -366,6 +368,9 @@ def test_the_table_survives_h5ad(cells, rank_model, tmp_path):
         ({"groupby": "state", "goal": "nowhere"}, LabelsError, "nowhere"),
         ({"kind": "activate", "quantile": 2.0}, ValueError, "`quantile` is 2.0"),
         ({"kind": "activate", "positions": "held"}, ValueError, "for deletions"),
+        ({"effect_on": "genes"}, ValueError, "name the `genes`"),
+        ({"effect_on": "clusters"}, ValueError, "choose 'cell' or 'genes'"),
+        ({"effect_on": "genes", "genes": ["CD74"], "groupby": "state", "goal": "a"}, ValueError, "leave it out"),
     ],
 )
 def test_bad_arguments_are_named(cells, rank_model, arguments, error, message):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from scfm.data.ranks import gather, share_of, torchrun_rank
 from scfm.models.model import Model, Precision
 from scfm.tl._perturb.edits import Editor
+from scfm.tl._perturb.gene_shifts import GeneShiftRunner, tabulate_genes
 from scfm.tl._perturb.shifts import ShiftRecord, cosine_distance, goal_shift
 from scfm.tl._perturb.states import States, read_states
 from scfm.tl._perturb.statistics import describe, rank_sum
@@ -29,6 +31,7 @@ def perturb(
     *,
     genes: Genes | None = None,
     kind: str = "delete",
+    effect_on: str = "cell",
     combine: int = 1,
     quantile: float = 0.25,
     positions: str = "shift",
@@ -62,6 +65,9 @@ def perturb(
         "delete": the gene's token goes. "overexpress": the gene comes to the front of the ranks, or takes the cell's
         largest value, also where it was not expressed. "inhibit", "activate": its rank or value moves down or up by
         `quantile`. All but "overexpress" act only in cells that express all the genes perturbed together.
+    effect_on
+        "cell": the cell's embedding moves. "genes": the states of all its other genes move, each on its own; needs `genes`,
+        and has no goal.
     combine
         Take all combinations of so many of `genes`.
     quantile
@@ -102,12 +108,18 @@ def perturb(
     - `null`, `null_mean`, `effect_size` (rank-biserial), `p_value` (rank-sum), `fdr` (Benjamini-Hochberg): of the goal
       shift if there is a goal, else of the shift, against the null that `null` names
 
+    With ``effect_on="genes"`` a row a perturbation and other gene: `gene`, `affected`, then the same columns of the shift
+    of the affected gene's state. It is tested against all other genes under the same perturbation, or, with `null_genes`,
+    against itself under those.
+
     Raises
     ------
     VocabularyMismatchError
         If a gene is not in the vocabulary, or no cell can be perturbed.
     LabelsError
         If `groupby`, `start` or `goal` does not fit `adata.obs`.
+    ValueError
+        If arguments do not go together; the message says which.
 
     Notes
     -----
@@ -124,26 +136,61 @@ def perturb(
     """
     vocabulary = model.encoding.vocabulary
     editor = Editor.of(model.encoding, kind, positions=positions, quantile=quantile)
+    on_genes = _on_genes(effect_on, genes, goal)
     asked = Perturbations.of(genes, vocabulary, combine=combine)
     perturbations, null_rows = _with_null(asked, null_genes, model)
     states = read_states(
         adata, model, groupby=groupby, start=start, goal=goal, layer=layer, gene_key=gene_key, precision=precision
     )
-    runner = VariantRunner(model, states.cells, perturbations, editor, precision)
-    shifts = ShiftRecord(_measures(states, perturbations), n_rows=len(perturbations.names), seed=seed)
+    runner = (GeneShiftRunner if on_genes else VariantRunner)(model, states.cells, perturbations, editor, precision)
+    measures = ["shift"] if on_genes else _measures(states, perturbations)
+    n_rows = len(perturbations.names) * (len(vocabulary) if on_genes else 1)
+    shifts = ShiftRecord(measures, n_rows=n_rows, seed=seed)
     saved = None
     if checkpoint is not None:
-        settings = {"editor": editor, "perturbations": perturbations, "goal": states.goal_D, "seed": seed}
+        settings = {
+            "editor": editor,
+            "perturbations": perturbations,
+            "goal": states.goal_D,
+            "seed": seed,
+            "effect_on": effect_on,
+        }
         saved = Checkpoint.of(checkpoint, model, states.cells, precision=precision, **settings)
     run(runner, states, shifts, checkpoint=saved, progress=progress)
 
-    table = tabulate(shifts, perturbations.names, null_rows=null_rows, n_bootstrap=n_bootstrap, seed=seed)
-    if null_rows is not None:
-        table = table[table.index.isin(asked.names)]
+    options: dict[str, Any] = {"null_rows": null_rows, "n_bootstrap": n_bootstrap, "seed": seed}
+    if on_genes:
+        table = tabulate_genes(shifts, perturbations.names, vocabulary.tokens, **options)
+        table = table[table["gene"].isin(asked.names)].reset_index(drop=True)
+    else:
+        table = tabulate(shifts, perturbations.names, **options)
+        table = table if null_rows is None else table[table.index.isin(asked.names)]
     if key_added is not None:
         adata.uns[key_added] = table.copy()
-        note(adata, model, key_added, kind=kind, groupby=groupby, start=start, goal=goal, positions=positions)
+        note(
+            adata,
+            model,
+            key_added,
+            kind=kind,
+            effect_on=effect_on,
+            groupby=groupby,
+            start=start,
+            goal=goal,
+            positions=positions,
+        )
     return table
+
+
+def _on_genes(effect_on: str, genes: Genes | None, goal: str | None) -> bool:
+    if effect_on not in ("cell", "genes"):
+        raise ValueError(f"`effect_on` is {effect_on!r}; choose 'cell' or 'genes'.")
+    if effect_on == "genes" and genes is None:
+        raise ValueError(
+            "`effect_on` is 'genes', which makes a row for each pair of genes; name the `genes` to perturb."
+        )
+    if effect_on == "genes" and goal is not None:
+        raise ValueError(f"`effect_on` is 'genes', but `goal` is {goal!r}, which is a state of cells; leave it out.")
+    return effect_on == "genes"
 
 
 def _with_null(
@@ -190,10 +237,13 @@ def run(
         unit="variant",
         disable=not progress or rank > 0,
     ) as bar:
-        for start, stop, requests in runner.blocks(n_of_cell_B, first):
-            values_VM = measure(requests, states, shifts.measures, runner.perturbations)
-            wanted = requests.number_V >= 0
-            shifts.add(requests.number_V[wanted], requests.cell_V[wanted], values_VM[wanted])
+        for start, stop, found in runner.blocks(n_of_cell_B, first):
+            if isinstance(found, Requests):
+                values_VM = measure(found, states, shifts.measures, runner.perturbations)
+                wanted = found.number_V >= 0
+                shifts.add(found.number_V[wanted], found.cell_V[wanted], values_VM[wanted])
+            else:
+                shifts.add(*found)
             if checkpoint is not None:
                 checkpoint.save(shifts, stop)
             bar.update(int(n_of_cell_B[start:stop].sum()))

@@ -111,6 +111,13 @@ class ShiftRecord:
         part._kept = {row: (keys, values[:, [place]]) for row, (keys, values) in self._kept.items()}
         return part
 
+    def of_rows(self, rows: NDArray[np.int64]) -> ShiftRecord:
+        """The same record of some rows only, which are called 0, 1, ... in it."""
+        part = ShiftRecord(self.measures, n_rows=len(rows), seed=self.seed)
+        part.n_R, part.mean_RM, part.squares_RM = self.n_R[rows], self.mean_RM[rows], self.squares_RM[rows]
+        part._kept = {place: self._kept[row] for place, row in enumerate(rows.tolist()) if row in self._kept}
+        return part
+
     def renumbered(self, row_R: NDArray[np.int64], *, n_rows: int) -> ShiftRecord:
         """The same record with row r called `row_R[r]`, of `n_rows`."""
         moved = ShiftRecord(self.measures, n_rows=n_rows, seed=self.seed)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class VariantRunner:
     editor: Editor
     precision: Precision = "fp32"
     n_embedded: int = 0
+    variants_per_block: ClassVar[int] = VARIANTS_PER_BLOCK
     _slots: dict[bytes, int] = field(default_factory=dict)
     _pending: list[TokenCell] = field(default_factory=list)
     _n_pending_tokens: int = 0
@@ -74,11 +75,11 @@ class VariantRunner:
         return len(self.perturbations.of_cell(expressed, len(expressed), self.editor))
 
     def blocks(self, n_of_cell_B: NDArray[np.int64], first: int = 0) -> Iterator[tuple[int, int, Requests]]:
-        """Yield (first cell, end, results) of runs of cells of about `VARIANTS_PER_BLOCK` variants."""
+        """Yield (first cell, end, results) of runs of cells of about `variants_per_block` variants."""
         start = first
         while start < len(n_of_cell_B):
             upto = np.cumsum(n_of_cell_B[start:])
-            stop = start + max(1, int(np.searchsorted(upto, VARIANTS_PER_BLOCK, side="right")))
+            stop = start + max(1, int(np.searchsorted(upto, self.variants_per_block, side="right")))
             yield start, stop, self._run_block(start, stop)
             start = stop
 
