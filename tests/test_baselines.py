@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from scfm import baselines
 
@@ -55,3 +57,14 @@ def test_labels_of_test_cells_are_not_read(cells):
     # The same predictions against other labels: what was right is wrong.
     assert (true["accuracy"] + wrong["accuracy"] <= 1 + 1e-12).all()
     assert wrong.loc["logistic regression (balanced)", "accuracy"] < 0.1
+
+
+def test_a_regression_on_turned_rows_is_the_regression_on_genes():
+    rng = np.random.default_rng(0)
+    learn, test = (sp.csr_matrix(rng.poisson(0.5, (rows, 200)).astype(np.float64)) for rows in (40, 20))
+    codes = rng.integers(0, 3, 40)
+    regression = LogisticRegression(class_weight="balanced", tol=1e-8, max_iter=5000)
+    turned = make_pipeline(baselines.RowSpace(), regression).fit(learn, codes).predict_proba(test)
+    np.testing.assert_allclose(turned, regression.fit(learn, codes).predict_proba(test), atol=1e-5)
+    many = test.T.tocsr()  # more rows than columns: as they are
+    np.testing.assert_array_equal(baselines.RowSpace().fit(many).transform(many).toarray(), many.toarray())
