@@ -2,9 +2,8 @@
 
     SCFM_DATA=FOLDER python benchmarks/annotation.py
 
-Each core takes a seed, data set and share of labels at a time. Seeds come outermost, and finished rows are written at once and
-kept, so a stopped run goes on where it was. Beside the rows (`--out`) a summary is written (`annotation.csv` beside this
-script), and printed last.
+Each core takes a seed, data set and share of labels at a time, seeds outermost, and writes its rows at once to a file in
+`--rows`, so a stopped run goes on where it was. A summary is written (`annotation.csv` beside this script), and printed last.
 """
 
 import argparse
@@ -34,10 +33,10 @@ from scfm.tl._evaluate import hide_labels
 
 LABELS = {"pancreas": "cell_type", "pbmc3k": "cell_type_seurat", "kang": "cell_type"}
 FILES = {"pbmc3k": "pbmc3k_raw_counts_labels.h5ad", "kang": "kang_ifnb_2000.h5ad"}
-CONTEXT_LENGTH = 128  # the most telling genes: three fits and seven baselines may take two minutes of one core
+CONTEXT_LENGTH = 64  # the most telling genes: three fits and seven baselines may take two minutes of one core
 TEST_FRACTION = 0.3
 STEPS = 30  # of pretraining, and again of fine-tuning
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2048
 SUMMARY = Path(__file__).with_suffix(".csv")
 # The two that the goals name.
 RIVALS = ("logistic regression (balanced)", "SVD-50 of all cells + logistic regression (balanced)")
@@ -103,33 +102,48 @@ def use_one_core() -> None:
     warnings.filterwarnings("ignore")
 
 
-def measure(name: str, fraction: float, seed: int) -> pd.DataFrame:
-    """Rows of one seed, data set and share of labels, with what they took."""
+def measure(path: Path, name: str, fraction: float, seed: int) -> None:
+    """Write the rows of one seed, data set and share of labels, with what they took."""
     started, cpu = time.perf_counter(), time.process_time()
     rows = score_seed(read(name), LABELS[name], fraction, seed)
-    return rows.assign(data=name, seconds=time.perf_counter() - started, cpu_seconds=time.process_time() - cpu)
+    rows = rows.assign(data=name, seconds=time.perf_counter() - started, cpu_seconds=time.process_time() - cpu)
+    rows.to_csv(path.with_suffix(".part"), index=False)
+    path.with_suffix(".part").rename(path)
 
 
-def measure_all(wanted: list[tuple[str, float, int]], processes: int, out: Path) -> pd.DataFrame:
-    """All rows, those that `out` holds and new ones, which are added to it as they come."""
-    rows = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["data", "label_fraction", "seed"])
-    done = set(rows[["data", "label_fraction", "seed"]].itertuples(index=False, name=None))
+def measure_all(tasks: list[tuple[str, float, int]], processes: int, folder: Path) -> pd.DataFrame:
+    """Rows of all tasks, of which those in `folder` are not measured again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}_{fraction}_{seed}.csv" for name, fraction, seed in tasks]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=use_one_core) as pool:
-        for future in as_completed([pool.submit(measure, *task) for task in wanted if task not in done]):
-            rows = pd.concat([rows, future.result()], ignore_index=True) if len(rows) else future.result()
-            rows.to_csv(out, index=False)
-    return rows.sort_values("seed", kind="stable")
+        missing = [pool.submit(measure, path, *task) for path, task in zip(paths, tasks) if not path.exists()]
+        for future in as_completed(missing):
+            future.result()
+    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    parts = [
-        summarize_scores(part)
-        .reset_index()
-        .assign(data=name, label_fraction=fraction, cpu_seconds=part["cpu_seconds"].mean())
-        for (name, fraction), part in rows.groupby(["data", "label_fraction"], sort=False)
-    ]
+    """Mean and interval over seeds, a row a data set, share of labels, method and setting."""
+    parts = []
+    for name, fraction in itertools.product(LABELS, sorted(rows["label_fraction"].unique(), reverse=True)):
+        part = rows[(rows["data"] == name) & (rows["label_fraction"] == fraction)]
+        if len(part):
+            table = summarize_scores(part).reset_index()
+            parts.append(table.assign(data=name, label_fraction=fraction, cpu_seconds=part["cpu_seconds"].mean()))
     return pd.concat(parts, ignore_index=True)
+
+
+def as_markdown(summary: pd.DataFrame, score: str) -> str:
+    """One score as a table for README.md: a row a method, a column a data set and share of labels."""
+    table = summary.assign(
+        column=summary["data"] + " " + summary["label_fraction"].map("{:.0%}".format),
+        cell=summary[score].map("{:.3f}".format) + " ± " + summary[f"{score}_interval"].map("{:.3f}".format),
+    )
+    wide = table.pivot(index=["method", "setting"], columns="column", values="cell")
+    wide = wide.loc[table.set_index(["method", "setting"]).index.unique(), table["column"].unique()].reset_index()
+    lines = [wide.columns, ["---"] * wide.shape[1], *wide.to_numpy()]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def compare(summary: pd.DataFrame) -> pd.DataFrame:
@@ -160,16 +174,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--fractions", nargs="+", type=float, default=[1.0, 0.1])
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=Path("annotation_rows.csv"))
+    parser.add_argument("--rows", type=Path, default=Path("annotation_rows"))
     options = parser.parse_args()
     tasks = itertools.product(range(options.seeds), options.data, options.fractions)
-    rows = measure_all([(name, share, seed) for seed, name, share in tasks], options.processes, options.out)
+    rows = measure_all([(name, share, seed) for seed, name, share in tasks], options.processes, options.rows)
     summary = summarize(rows)
     summary.round(4).to_csv(SUMMARY, index=False)
-    for (fraction, name), part in summary.groupby(["label_fraction", "data"], sort=False):
-        print(f"\n{name}, {fraction:.0%} of the labels")
-        print(part.drop(columns=["data", "label_fraction", "n_seeds"]).round(3).to_string(index=False))
+    for score in ("macro_f1", "accuracy", "ece"):
+        print(
+            f"\n{score}: mean and 95 % interval over {summary['n_seeds'].max()} seeds\n\n{as_markdown(summary, score)}"
+        )
     print("\n" + compare(summary).round(3).to_string(index=False))
+    minutes = rows.drop_duplicates(["data", "label_fraction", "seed"]).groupby("data")["cpu_seconds"].sum() / 60
+    print("\nCPU minutes: " + ", ".join(f"{name} {value:.1f}" for name, value in minutes.items()))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import scfm
+from scfm import baselines
 from scfm.errors import LabelsError
 from scfm.models import generate
+from scfm.tl._calibrate import fit_temperature
 from scfm.tl._split import split_for_fit
 
 SHORT = scfm.FitConfig(n_steps=2, tokens_per_step=2048)
@@ -116,6 +118,31 @@ def test_the_report_holds_the_model_beside_baselines_and_says_who_saw_test_cells
     transductive = report.index[report["setting"] == "transductive"]
     assert list(transductive) == ["SVD-50 of all cells + logistic regression (balanced)"]
     assert report[["accuracy", "macro_f1", "ece"]].apply(lambda column: column.between(0, 1).all()).all()
+
+
+def test_report_and_embedding_are_what_the_finished_model_gives(fitted):
+    adata, model = fitted
+    cells, expression = scfm.pp.encode(adata, model), scfm.pp.log_expression(adata, model)
+    np.testing.assert_array_equal(model.embed(cells), adata.obsm["X_scfm"])
+    rows = np.flatnonzero(adata.obs["scfm_split"] == "test")
+    truth = pd.Categorical(adata.obs["bulk_labels"].iloc[rows], categories=model.labels).codes
+    for method, read in (("scfm", expression[rows]), ("scfm, transformer alone", None)):
+        proba = model.predict_proba(cells.select(rows), read)
+        expected = baselines.score_proba(proba, np.asarray(model.labels), truth)
+        assert model.report().loc[method, list(expected)].to_dict() == pytest.approx(expected)
+
+
+def test_temperatures_come_from_the_calibration_cells_alone(fitted):
+    adata, model = fitted
+    rows = np.flatnonzero(adata.obs["scfm_split"] == "calibration")
+    truth = pd.Categorical(adata.obs["bulk_labels"].iloc[rows], categories=model.labels).codes
+    cells, expression = scfm.pp.encode(adata, model), scfm.pp.log_expression(adata, model)
+    assert model.history["calibration"]["n_cells"] == len(rows)
+    for member, read in (("ensemble", expression[rows]), ("transformer", None)):
+        proba = model.predict_proba(cells.select(rows), read, calibrated=False)
+        expected = fit_temperature(proba, truth.astype(np.int64))
+        assert expected != 1
+        assert model.history["calibration"]["temperature"][member] == pytest.approx(expected, rel=1e-3)
 
 
 def test_parts_are_disjoint_and_small_classes_follow_the_rule():
