@@ -26,6 +26,7 @@ from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
 TARGET_SUM = 1e4
 MOST_ROWS_TO_TURN = 4000  # the cost grows with the cube
+COLUMNS_AT_A_TIME = 4096
 
 
 def log_normalize(counts_BG: sparse.csr_matrix, depth_B: NDArray[np.floating] | None = None) -> sparse.csr_matrix:
@@ -101,14 +102,24 @@ class RowSpace(TransformerMixin, BaseEstimator):
         self.rows_BG_: sparse.csr_matrix | None = None
         if n_rows < min(n_columns, MOST_ROWS_TO_TURN):
             self.rows_BG_ = sparse.csr_matrix(rows_BG)
-            square_R, turn_BR = np.linalg.eigh((self.rows_BG_ @ self.rows_BG_.T).toarray().astype(np.float64))
+            square_R, turn_BR = np.linalg.eigh(_products(self.rows_BG_, self.rows_BG_))
             spans = square_R > 1e-10 * square_R[-1]
             self.turn_BR_ = turn_BR[:, spans] / np.sqrt(square_R[spans])
         return self
 
     def transform(self, rows_BG: sparse.csr_matrix) -> Any:
         """Coordinates, shape (B, R); the rows as they are where turning them would not pay."""
-        return rows_BG if self.rows_BG_ is None else (rows_BG @ self.rows_BG_.T).toarray() @ self.turn_BR_
+        return rows_BG if self.rows_BG_ is None else _products(rows_BG, self.rows_BG_) @ self.turn_BR_
+
+
+def _products(first_BG: sparse.csr_matrix, second_NG: sparse.csr_matrix) -> NDArray[np.float64]:
+    """Scalar products of rows, shape (B, N); by dense blocks of columns, since one gene in ten or more is expressed."""
+    first_BG, second_NG = sparse.csc_matrix(first_BG), sparse.csc_matrix(second_NG)
+    product_BN = np.zeros((first_BG.shape[0], second_NG.shape[0]))
+    for start in range(0, first_BG.shape[1], COLUMNS_AT_A_TIME):
+        block = slice(start, start + COLUMNS_AT_A_TIME)
+        product_BN += first_BG[:, block].toarray() @ second_NG[:, block].toarray().T
+    return product_BN
 
 
 def _balanced() -> LogisticRegression:
