@@ -27,7 +27,9 @@ PROVEN = proven_cases()
 # avx512          1.47, 3.11   2.85, 3.05      0.93, 3.43   3.06, 3.59      1.43, 2.98   2.82, 2.72
 # amx             (float as avx512)            1.77, 8.72   5.53, 8.40
 #
-# and at head widths 32, 128 and 256, plain: float32 1.34 to 1.47 forward, bfloat16 (amx) 1.81 to 1.86.
+# and at head widths 32, 128 and 256, plain: float32 1.34 to 1.47 forward, bfloat16 (amx) 1.81 to 1.86. Measured before the
+# forward kept its reference from block to block, which made it 10 to 20 % faster. `benchmarks/attention.py --auto` prints such
+# a table; for other processors set SCFM_FORCE_ISA, and ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA for torch's side.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_MAX_HEAD_DIM = 256
 
