@@ -90,7 +90,9 @@ def score_celltypist(adata: anndata.AnnData, key: str) -> dict[str, Any]:
     is_test = adata.obs["is_test"].to_numpy()
     learn = normalized[~is_test & adata.obs[key].notna().to_numpy()].copy()
     model = celltypist.train(learn, labels=key, use_SGD=True, with_mean=False, n_jobs=1, random_state=0)
-    proba = celltypist.annotate(normalized[is_test].copy(), model=model).probability_matrix
+    query = normalized[is_test].copy()
+    query.X = query.X.toarray()  # it assigns to the scaled matrix, which a sparse one does not allow
+    proba = celltypist.annotate(query, model=model).probability_matrix
     names = proba.columns.to_numpy()
     truth = pd.Categorical(adata.obs[key][is_test], categories=names).codes
     return {"setting": "inductive", **baselines.score_proba(proba.to_numpy(), names, truth)}
