@@ -120,8 +120,12 @@ def measure_all(tasks: list[tuple[str, float, int]], processes: int, folder: Pat
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=use_one_core) as pool:
         missing = [pool.submit(measure, path, *task) for path, task in zip(paths, tasks) if not path.exists()]
-        for future in as_completed(missing):
-            future.result()
+        try:
+            for future in as_completed(missing):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
 
 
