@@ -142,10 +142,8 @@ def _merge(scores_HQJ: Tensor, outside_HQK: Tensor, v_HJK: Tensor, seen_J: Tenso
 
 def _after_attention(block: Any, hidden_TD: Tensor, attended_TD: Tensor) -> Tensor:
     """What `Block.forward` does once its heads have attended."""
-    layers = block.feed_forward
-    hidden_TD = hidden_TD + block.attention.out(attended_TD)
-    if not block.norm_first:
-        hidden_TD = block.attention_norm(hidden_TD)
-    entered_TD = block.feed_forward_norm(hidden_TD) if block.norm_first else hidden_TD
-    hidden_TD = hidden_TD + layers.down(layers.activation(layers.up(entered_TD)))
-    return hidden_TD if block.norm_first else block.feed_forward_norm(hidden_TD)
+    hidden_TD = block.attention.out(attended_TD, residual=hidden_TD)
+    if block.norm_first:
+        return block.feed_forward(hidden_TD, block.feed_forward_norm(hidden_TD))
+    hidden_TD = block.attention_norm(hidden_TD)
+    return block.feed_forward_norm(block.feed_forward(hidden_TD, hidden_TD))
