@@ -39,7 +39,7 @@ COMMANDS = {
     ),
     "fit": Command(
         "Train a model on raw counts; with labels, score it beside simple baselines.",
-        "DATA MODEL [--labels-key COLUMN]",
+        "DATA OUTPUT [--labels-key COLUMN]",
         "scfm fit pbmc.h5ad pbmc_model --labels-key cell_type",
     ),
     "annotate": Command(
@@ -74,7 +74,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "Read a model in one format and write it in another.",
-        "MODEL OUTPUT [--to FORMAT]",
+        "CHECKPOINT OUTPUT [--to FORMAT]",
         "scfm convert Geneformer-V1-10M my_model --vocabulary tokens.pkl --medians medians.pkl",
     ),
 }

@@ -132,14 +132,21 @@ def _dataclass_in(annotation: Any) -> type | None:
 
 
 def parameter_help(documented: Callable[..., Any]) -> dict[str, str]:
-    """Name to description of each documented parameter; "As in `scfm.tl.embed`" is replaced by what stands there."""
+    """Name to description of each documented parameter.
+
+    "As in `scfm.tl.embed`" is replaced by what stands there; of parameters described together, the first has the words.
+    """
     parsed = docstring_parser.parse(inspect.getdoc(documented) or "", docstring_parser.DocstringStyle.NUMPYDOC)
     words = {}
     for entry in parsed.params:
         description = " ".join((entry.description or "").split())
-        for name in entry.arg_name.split(", "):
-            reference = _AS_IN.match(description)
-            words[name] = parameter_help(_named(reference["function"])).get(name, "") if reference else description
+        reference = _AS_IN.match(description)
+        first, *others = entry.arg_name.split(", ")
+        for name in (first, *others):
+            if reference:
+                words[name] = parameter_help(_named(reference["function"])).get(name, "")
+            else:
+                words[name] = description if name == first else f"See --{first.replace('_', '-')}."
     return words
 
 

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import anndata
 import pandas as pd
 
 import scfm
 from scfm._output import require_writable
 from scfm.cli import _files
-from scfm.models import Model
 
 SUFFIXES = (".csv", ".parquet")
 SHOWN_ROWS = 10
 
-Ranking = Callable[[anndata.AnnData, Model], pd.DataFrame]
 
-
-def rank_genes(ranking: Ranking, source: Path, target: Path, *, model: Path, as_json: bool) -> None:
-    """Apply `ranking` to the cells of `source`, write its table to `target`, and tell the first rows."""
-    require_writable(target, SUFFIXES)
-    effects = ranking(_files.read(source), scfm.load(model))
-    _files.write_table(effects, target)
+def rank_genes(
+    ranking: Callable[..., pd.DataFrame], data: Path, table: Path, *, model: Path, as_json: bool, **options: Any
+) -> None:
+    """Apply `ranking` to the cells of `data`, write its table to `table`, and tell the first rows."""
+    require_writable(table, SUFFIXES)
+    effects = ranking(_files.read(data), scfm.load(model), **options)
+    _files.write_table(effects, table)
     top = effects.head(SHOWN_ROWS)
-    facts = {"output": target, "n_genes": len(effects), "top": _files.records(top)}
-    _files.tell(facts, as_json=as_json, text=f"{top.to_string(float_format='{:.3g}'.format)}\nwritten to {target}")
+    facts = {"output": table, "n_genes": len(effects), "top": _files.records(top)}
+    _files.tell(facts, as_json=as_json, text=f"{top.to_string(float_format='{:.3g}'.format)}\nwritten to {table}")

@@ -12,24 +12,24 @@ from scfm.cli._command import command_of
 
 
 @command_of(scfm.tl.annotate, leave_out={"copy"})
-def annotate(source: Path, target: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
+def annotate(data: Path, output: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
     """Give every cell the most probable of the labels that the model was fitted on.
 
     Parameters
     ----------
-    source
+    data
         .h5ad or .zarr with raw counts.
-    target
+    output
         .h5ad or .zarr to write: the input with labels, confidences and probabilities.
     model
         Directory of a model that was fitted with labels.
     json
         Print the result as one JSON object instead of words.
     """
-    require_writable(target, (".h5ad", ".zarr"), inputs=[source])
-    adata = _files.read(source)
+    require_writable(output, (".h5ad", ".zarr"), inputs=[data])
+    adata = _files.read(data)
     scfm.tl.annotate(adata, scfm.load(model), **options)
-    _files.write(adata, target)
+    _files.write(adata, output)
     counts = adata.obs[f"{options.get('key_added', 'scfm')}_label"].value_counts()
-    facts = {"output": target, "n_cells": adata.n_obs, "labels": {str(name): int(n) for name, n in counts.items()}}
-    _files.tell(facts, as_json=json, text=f"{counts.to_string()}\nwritten to {target}")
+    facts = {"output": output, "n_cells": adata.n_obs, "labels": {str(name): int(n) for name, n in counts.items()}}
+    _files.tell(facts, as_json=json, text=f"{counts.to_string()}\nwritten to {output}")

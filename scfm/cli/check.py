@@ -11,18 +11,18 @@ from scfm.cli._command import command_of
 
 
 @command_of(scfm.pp.check)
-def check(source: Path, /, *, model: Path, json: bool = False, **options: Any) -> int:
+def check(data: Path, /, *, model: Path, json: bool = False, **options: Any) -> int:
     """Say what a model would make of a data set; exit code 1 when something stands in the way.
 
     Parameters
     ----------
-    source
+    data
         .h5ad or .zarr with raw counts.
     model
         Directory of the model.
     json
         Print the result as one JSON object instead of words.
     """
-    found = scfm.pp.check(_files.read(source), scfm.load(model), **options)
+    found = scfm.pp.check(_files.read(data), scfm.load(model), **options)
     _files.tell({"ok": found.ok, "findings": _files.records(found.table)}, as_json=json, text=str(found))
     return 0 if found.ok else 1

@@ -14,8 +14,8 @@ Format = Literal["scfm", "geneformer", "scgpt", "scbert", "scfoundation"]
 
 @command_of(convert_model)
 def convert(
-    source: Path,
-    target: Path,
+    checkpoint: Path,
+    output: Path,
     /,
     *,
     to: Format | None = None,
@@ -29,9 +29,9 @@ def convert(
 
     Parameters
     ----------
-    source
+    checkpoint
         A saved scfm model, or a published checkpoint.
-    target
+    output
         Directory or file to write.
     to
         Format to write. By default a published checkpoint becomes ours, one of ours that of its family.
@@ -44,9 +44,9 @@ def convert(
     json
         Print the result as one JSON object instead of words.
     """
-    model = convert_model(source, target, to=to, vocabulary=vocabulary, medians=medians, strict=strict, **options)
+    model = convert_model(checkpoint, output, to=to, vocabulary=vocabulary, medians=medians, strict=strict, **options)
     unused = model.history.get("published", {}).get("unused", {})
-    text = f"{model!r}\nwritten to {target}"
+    text = f"{model!r}\nwritten to {output}"
     if unused:
         text += f"\nnot used ({len(unused)} tensors): {', '.join(unused)}"
-    _files.tell({"output": target, "model_id": model.id, "unused": unused}, as_json=json, text=text)
+    _files.tell({"output": output, "model_id": model.id, "unused": unused}, as_json=json, text=text)

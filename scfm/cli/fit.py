@@ -12,24 +12,24 @@ from scfm.models.saving import require_replaceable
 
 
 @command_of(scfm.fit, leave_out={"key_added"})
-def fit(source: Path, target: Path, /, *, json: bool = False, **options: Any) -> None:
+def fit(data: Path, output: Path, /, *, json: bool = False, **options: Any) -> None:
     """Train a model on raw counts and save it; with labels, score it beside simple baselines.
 
     Parameters
     ----------
-    source
+    data
         .h5ad or .zarr with raw counts.
-    target
+    output
         Directory to save the model in; a model that is there is replaced.
     json
         Print the result as one JSON object instead of words.
     """
-    require_replaceable(target)
-    model = scfm.fit(_files.read(source), **options)
-    model.save(target)
+    require_replaceable(output)
+    model = scfm.fit(_files.read(data), **options)
+    model.save(output)
     report = model.report() if "report" in model.history else None
-    facts: dict[str, Any] = {"model": target, "model_id": model.id, "n_parameters": model.n_parameters}
-    text = f"{model!r}\nsaved as {target}"
+    facts: dict[str, Any] = {"model": output, "model_id": model.id, "n_parameters": model.n_parameters}
+    text = f"{model!r}\nsaved as {output}"
     if report is not None:
         facts["report"] = _files.records(report)
         text = f"{report.round(3).to_string()}\n{text}"

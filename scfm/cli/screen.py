@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,18 @@ from scfm.cli._effects import rank_genes
 
 
 @command_of(scfm.tl.screen, leave_out={"key_added"})
-def screen(source: Path, target: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
+def screen(data: Path, table: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
     """Estimate the effect of deleting every gene of every cell, and verify the largest exactly.
 
     Parameters
     ----------
-    source
+    data
         .h5ad or .zarr with the raw counts of the cells to screen.
-    target
+    table
         .csv or .parquet to write: a row a gene.
     model
         Directory of the model.
     json
         Print the result as one JSON object instead of words.
     """
-    ranking = partial(scfm.tl.screen, **options)
-    rank_genes(ranking, source, target, model=model, as_json=json)
+    rank_genes(scfm.tl.screen, data, table, model=model, as_json=json, **options)

@@ -12,6 +12,7 @@ import torch
 
 import scfm
 from scfm.cli._app import COMMANDS
+from scfm.cli._command import parameter_help
 
 
 def test_doctor_names_the_active_backend_and_why(result):
@@ -140,6 +141,12 @@ def test_every_option_is_described(name):
     command = getattr(importlib.import_module(f"scfm.cli.{name}"), name)
     for parameter in inspect.signature(command).parameters.values():
         assert parameter.annotation.__metadata__[0].help, f"{name}: {parameter.name} is not described"
+
+
+def test_parameters_described_together_are_told_once():
+    words = parameter_help(scfm.tl.perturb)
+    assert len(words["groupby"]) > 20
+    assert (words["start"], words["goal"]) == ("See --groupby.", "See --groupby.")
 
 
 def test_the_documentation_has_the_example_of_every_command():
