@@ -38,7 +38,7 @@ def power_in_label(axis: Axis, label: str) -> None:
     low, high = axis.get_view_interval()
     largest = max(abs(low), abs(high))
     power = 0 if largest == 0 else int(f"{largest:e}".partition("e")[2])
-    if -3 <= power <= 4:
+    if -2 <= power <= 4:
         axis.set_label_text(label)
         return
     axis.set_major_formatter(lambda value, _: f"{value / 10.0**power:g}")
