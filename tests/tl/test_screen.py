@@ -1,5 +1,7 @@
 """`scfm.tl.screen`. Oracles: exact deletions, dense attention matrices in float64, simulated errors."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -64,6 +66,23 @@ def test_best_rows_are_exact_and_marked(adata, model):
     pd.testing.assert_series_equal(rest["shift_mean"], rest["estimate_mean"], check_names=False)
     assert 0 <= table.attrs["recall_estimate"] <= 1
     assert 0 <= table.attrs["rank_only_recall"] <= 1
+
+
+def test_rare_genes_are_neither_ranked_nor_counted_as_missed(adata, model, monkeypatch):
+    asked = {}
+
+    def spy(**given):
+        asked.update(given)
+        return recall_estimate(**given)
+
+    monkeypatch.setattr(sys.modules["scfm.tl._screen.screen"], "recall_estimate", spy)
+    table = scfm.tl.screen(
+        adata[:N_CELLS], model, n_verify=6, n_check=3, min_cells=N_CELLS, n_bootstrap=0, progress=False
+    )
+    enough = table["n_cells"] >= N_CELLS
+    assert 9 < enough.sum() < len(table)
+    assert enough[table["exact"]].all()
+    assert len(asked["estimate_U"]) == enough.sum() - 6
 
 
 def test_bfloat16_estimates_rank_alike_and_verified_rows_stay_float32(adata, model):

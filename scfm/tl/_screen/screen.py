@@ -131,11 +131,12 @@ def screen(
         directions = projections(model, states.cells, positions=positions, n_projections=n_projections, seed=seed)
     network = model.network_in(precision)
     estimate_all(network, states, estimates, directions, positions=positions, progress=progress)
-    best, checked = _choose(estimates, measure, n_verify, n_check, min_cells, seed)
+    rankable = estimates.rows[estimates.n_R[estimates.rows] >= min_cells]
+    best, checked = _choose(estimates, measure, rankable, n_verify, n_check, seed)
     exact = _verify(model, states, np.concatenate([best, checked]), positions, seed, progress)
 
     table = _joined(estimates, exact, measure, model, n_bootstrap=n_bootstrap, seed=seed)
-    table.attrs = _summary(estimates, exact, measure, best, checked)
+    table.attrs = _summary(estimates, exact, measure, rankable, best, checked)
     if key_added is not None:
         adata.uns[key_added] = table.copy()
         note(
@@ -193,12 +194,11 @@ def relative_place(cells: CellBatch, is_gene_T: NDArray[np.bool_]) -> NDArray[np
 
 
 def _choose(
-    estimates: ShiftRecord, measure: str, n_verify: int, n_check: int, min_cells: int, seed: int
+    estimates: ShiftRecord, measure: str, rankable: NDArray[np.int64], n_verify: int, n_check: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens of the best by estimate, and of random others."""
-    ranked = estimates.n_R[estimates.rows] >= min_cells
-    rows, means = estimates.rows[ranked], estimates.mean(measure)[ranked]
-    order = rows[np.argsort(-means, kind="stable")]
+    """Tokens of the best by estimate, and of random others, of those in enough cells."""
+    means = estimates.mean(measure)[np.isin(estimates.rows, rankable)]
+    order = rankable[np.argsort(-means, kind="stable")]
     best, others = order[:n_verify], order[n_verify:]
     n_check = min(n_check if n_verify else 0, len(others))
     return best, np.random.default_rng(seed).choice(others, n_check, replace=False)
@@ -240,6 +240,7 @@ def _summary(
     estimates: ShiftRecord,
     exact: ShiftRecord | None,
     measure: str,
+    rankable: NDArray[np.int64],
     best: NDArray[np.int64],
     checked: NDArray[np.int64],
 ) -> dict[str, float]:
@@ -247,7 +248,7 @@ def _summary(
         return {"recall_estimate": float("nan"), "rank_only_recall": float("nan"), "n_top": 0}
     estimate = dict(zip(estimates.rows.tolist(), estimates.mean(measure)))
     truth = dict(zip(exact.rows.tolist(), exact.mean(measure)))
-    unverified = np.setdiff1d(estimates.rows, best)
+    unverified = np.setdiff1d(rankable, best)
     n_top = min(N_TOP, max(1, 2 * len(best) // 3))
 
     def of(values: dict[int, float], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -258,7 +259,8 @@ def _summary(
         estimate_C=of(estimate, checked), estimate_U=of(estimate, unverified), n_top=n_top, ratios=measure == "shift",
     )  # fmt: skip
     top = best[np.argsort(-of(truth, best), kind="stable")[:n_top]]
-    by_rank = estimates.rows[np.argsort(estimates.mean("rank_only"), kind="stable")[: len(best)]]
+    places = estimates.mean("rank_only")[np.isin(estimates.rows, rankable)]
+    by_rank = rankable[np.argsort(places, kind="stable")[: len(best)]]
     summary = {"recall_estimate": recall, "rank_only_recall": float(np.isin(top, by_rank).mean()), "n_top": n_top}
     _log.info("expected recall of the best %d: %.2f (by rank alone: %.2f)", n_top, recall, summary["rank_only_recall"])
     return summary
