@@ -37,5 +37,5 @@ class TokenBatchNorm(nn.Module):
         for domain, norm in enumerate(self.norms):
             rows = (batch_ids_T == domain).nonzero().squeeze(1)
             if rows.numel():
-                output_TD = output_TD.index_copy(0, rows, norm(hidden_TD[rows]))
+                output_TD = output_TD.index_copy(0, rows, norm(hidden_TD.index_select(0, rows)))
         return output_TD

@@ -28,11 +28,11 @@ def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = No
     Cell vectors, shape (B, D), float32 for means. A cell without a kept token gets zeros.
     """
     if how == "cls":
-        return states_TD[cu_seqlens[:-1].long()]
+        return states_TD.index_select(0, cu_seqlens[:-1].long())
     if how == "concat":
         last_B = cu_seqlens[1:].long() - 1
         extremes = [pool_cells(states_TD, cu_seqlens, keep_T, how=part) for part in ("max", "mean")]
-        return torch.cat([states_TD[last_B], states_TD[last_B - 1], *extremes], -1)
+        return torch.cat([states_TD.index_select(0, last_B), states_TD.index_select(0, last_B - 1), *extremes], -1)
     if how == "max":
         kept_TD = states_TD if keep_T is None else states_TD.masked_fill(~keep_T[:, None], -torch.inf)
         pooled_BD = torch.segment_reduce(kept_TD, "max", lengths=cu_seqlens.diff().long(), unsafe=True)

@@ -73,7 +73,7 @@ class Generative:
     def _second_pass(self, network: CellTransformer, cell_BD: Tensor, inputs: CellBatch, targets: Targets) -> Term:
         token_N = targets["token_N"]
         batch_ids_N = None if inputs.batch_ids_B is None else inputs.batch_ids_B[inputs.cell_of_token_T()[token_N]]
-        state_ND = network(inputs, first_BD=cell_BD)[token_N]
+        state_ND = network(inputs, first_BD=cell_BD).index_select(0, token_N)
         return squared_error(network.values(state_ND, batch_ids_N), targets["values_N"])
 
 

@@ -41,13 +41,14 @@ def value_terms(
     token_N, values_N = targets["token_N"], targets["values_N"]
     cell_N = inputs.cell_of_token_T()[token_N]
     batch_ids_N = None if inputs.batch_ids_B is None else inputs.batch_ids_B[cell_N]
-    state_ND = hidden_TD[token_N]
+    # Not by `[...]`: its gradient adds up in no fixed order on several threads.
+    state_ND = hidden_TD.index_select(0, token_N)
     loss = {"gep": squared_error(network.values(state_ND, batch_ids_N), values_N)}
     if zero_weight:
         logits_N = network.value_head.nonzero(network.with_batch(state_ND, batch_ids_N))  # type: ignore[union-attr,operator]
         loss["gep_zero"] = _zero_term(logits_N, values_N, zero_weight)
     if cell_weight:
-        cell_ND = network.pool(hidden_TD, inputs)[cell_N]
+        cell_ND = network.pool(hidden_TD, inputs).index_select(0, cell_N)
         gene_ids_N = inputs.gene_ids_T[token_N]
         loss["mvc"] = squared_error(network.values_from_cells(cell_ND, gene_ids_N, batch_ids_N), values_N, cell_weight)
         if zero_weight:
