@@ -158,9 +158,7 @@ def cuda_library(operators: Library) -> Library:
 
 
 def libraries(compiler: str) -> list[Library]:
-    operators = operator_library(compiler)
-    cuda = [cuda_library(operators)] if wants_cuda() else []
-    return [library for library in (operators, host_library(), *cuda) if library.units]
+    return [library for library in (operator_library(compiler), host_library()) if library.units]
 
 
 def compile_all(compiler: str, library: Library, build: Path) -> list[Path]:
@@ -226,6 +224,11 @@ class BuildLibraries(build_ext):
         except (RuntimeError, ImportError) as error:
             self._give_up("scfm", error)
             available = {}
+        if wants_cuda() and "scfm._C" in available:
+            try:
+                available["scfm._cuda"] = cuda_library(available["scfm._C"])
+            except RuntimeError as error:  # the CPU's kernels are built all the same
+                self._give_up("scfm._cuda", error)
         for extension in self.extensions:
             extension.optional = True
             if extension.name in available:
@@ -246,9 +249,9 @@ class BuildLibraries(build_ext):
     def _give_up(self, what: str, error: Exception) -> None:
         if truthy("SCFM_REQUIRE_EXT"):
             raise SystemExit(f"{what} could not be built, and SCFM_REQUIRE_EXT is set: {error}")
-        self.warn(
-            f"{what} is installed without compiled code: everything runs in pure Python, more slowly. Reason: {error}"
-        )
+        cuda = what == "scfm._cuda"
+        instead = "a GPU runs torch's own kernels" if cuda else "everything runs in pure Python, more slowly"
+        self.warn(f"{what} is installed without compiled code: {instead}. Reason: {error}")
 
 
 setup(

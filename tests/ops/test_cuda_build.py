@@ -68,7 +68,7 @@ def test_device_code_reaches_the_machine_through_its_header_only():
             path.name
         )
     for path in [*shared, *budget.CUDA.glob("*.cu"), budget.CUDA / "launch.h", budget.CUDA / "device.h"]:
-        assert "torch" not in re.sub(r"//.*", "", path.read_text()), path.name
+        assert not re.search(r"#include\s*[<\"]torch|\btorch::", path.read_text()), path.name
 
 
 @pytest.mark.slow  # a minute of compilation
@@ -99,7 +99,7 @@ def test_the_library_builds_without_a_cuda_build_of_torch_and_loads(tmp_path):
 
 
 def test_the_cuda_library_is_built_only_where_it_is_of_use_or_asked_for():
-    """setup.py as a module, without running it: the rule by itself."""
+    """setup.py as a module, without running it: the rule by itself, and that what is in vain costs no other library."""
     code = """
 import os, sys, setuptools, torch
 setuptools.setup = lambda **_: None
@@ -110,6 +110,19 @@ for asked in ("", "1", "0"):
     for nvcc, torch.version.cuda in (("/bin/nvcc", None), ("/bin/nvcc", "13.0"), (None, "13.0")):
         setup.find_nvcc = lambda: nvcc
         print(int(setup.wants_cuda()), end="")
+
+os.environ["SCFM_BUILD_CUDA"] = "1"
+os.environ.pop("SCFM_REQUIRE_EXT", None)
+setup.find_nvcc, setup.find_compiler, warnings = (lambda: None), (lambda: "c++"), []
+build = setup.BuildLibraries(setuptools.Distribution())
+build.extensions = [setuptools.Extension(name, sources=[]) for name in ("scfm._C", "scfm._host", "scfm._cuda")]
+build._build = lambda compiler, library: print("", library.name, end="")
+build.warn = warnings.append
+build.run()
+print("", *warnings)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "010111000"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "010111000 scfm._C scfm._host scfm._cuda is installed without compiled code: a GPU runs torch's own kernels. Reason:"
+    )
