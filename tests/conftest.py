@@ -15,6 +15,14 @@ def scfm_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(autouse=True)
+def _threads_are_given_back():
+    """Whatever a test, or what it calls, sets: rounding depends on it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -77,12 +77,13 @@ def test_skipping_the_output_projection_changes_unknown_tokens_as_published(cell
     attention, plan = network.blocks[0].attention, network.plan(inputs)
     with torch.no_grad():
         hidden_TD = network.embed_tokens(inputs, plan)
-        out_TD = attention(hidden_TD, plan)
+        nothing_TD = torch.zeros_like(hidden_TD)  # in place of the residual
+        out_TD = attention(nothing_TD, hidden_TD, plan)
         attention.skip_unknown_out = False
-        projected_TD = attention(hidden_TD, plan)
+        projected_TD = attention(nothing_TD, hidden_TD, plan)
         attention.out.weight.copy_(torch.eye(16))
         attention.out.bias.zero_()
-        mixed_TD = attention(hidden_TD, plan)
+        mixed_TD = attention(nothing_TD, hidden_TD, plan)
     token_N = targets["token_N"]
     known_T = torch.ones(cells.n_tokens, dtype=torch.bool).index_fill(0, token_N, False)
     torch.testing.assert_close(out_TD[token_N], mixed_TD[token_N])

@@ -129,9 +129,11 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from conftest import make_cells, make_network
-import lightning
+import lightning, torch
 from scfm.objectives import MaskedGenes
 from scfm.train import FitConfig, train
+
+torch.set_num_threads({threads})  # the promise holds for one and the same number
 
 class Slow(lightning.Callback):
     def on_train_batch_end(self, *_):
@@ -146,7 +148,8 @@ train(network, MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V), make_cells()
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
     config = CONFIG.replace(n_steps=60)
-    script = KILLED.format(tests=str(Path(__file__).parent), config=config.to_dict(), run=str(tmp_path / "run"))
+    script = KILLED.format(tests=str(Path(__file__).parent), config=config.to_dict(), run=str(tmp_path / "run"),
+                           threads=torch.get_num_threads())  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.time() + 120
     while newest_checkpoint(tmp_path / "run" / "checkpoints") is None and time.time() < deadline:
