@@ -21,7 +21,9 @@ def execute(path: Path, *, seconds_per_cell: int = 3600) -> nbformat.NotebookNod
     kernels = KernelSpecManager(kernel_dirs=[])  # leaves the native one: ipykernel of this environment
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, km=manager, timeout=seconds_per_cell, startup_timeout=300, resources=resources).execute()
+    client = NotebookClient(notebook, km=manager, timeout=seconds_per_cell, startup_timeout=300, resources=resources)
+    client.owns_km = True  # so that the kernel ends with the notebook
+    client.execute()
     return notebook
 
 
