@@ -212,9 +212,8 @@ def _grads_of_seen_keys(
         weighted = (grad_lse[..., None] * q.float()).to(q.dtype)
         seen_k = seen_k + flash_backward(weighted, q, key, key, out, lse_HT, layout, scale)[2].float() * scale
         mixed, alone = _seen(q, k, k, layout, scale)
-        share = torch.exp(alone - lse).masked_fill(
-            lse == -math.inf, 0.0
-        )  # of the seen keys in the merged probabilities
+        # Of the seen keys in the merged probabilities.
+        share = torch.exp(alone - lse).masked_fill(lse == -math.inf, 0.0)
         seen_q = seen_q + (grad_lse * share)[..., None] * mixed.float() * scale
     if layout.keyless_T is not None:
         seen_q = seen_q.masked_fill(layout.keyless_T[:, None, None], 0.0)
