@@ -45,24 +45,6 @@ SCFM_DEVICE void copy_queries(const Problem& problem, const Work& work, int bloc
   copies_commit();
 }
 
-// products[16 keys of this warp][queries] = keys . queries, and the same of values and grad_out.
-template <class Element, class Shape>
-SCFM_DEVICE void multiply_transposed(float (&products)[Shape::kScoreColumns][4], uint32_t keys, uint32_t queries) {
-  clear(products);
-  SCFM_UNROLL
-  for (int step = 0; step < Shape::kWidth / 16; step++) {
-    uint32_t left[4];
-    load_left<Shape::kWidth>(left, keys, 16 * warp_index(), step);
-    SCFM_UNROLL
-    for (int column = 0; column < Shape::kScoreColumns; column += 2) {
-      uint32_t right[4];
-      load_right<Shape::kWidth>(right, queries, 8 * column, step);
-      multiply<Element>(products[column], left, right[0], right[1]);
-      multiply<Element>(products[column + 1], left, right[2], right[3]);
-    }
-  }
-}
-
 // Bias of this lane's two keys in units of log 2; -inf beyond the tile, whose rows then have probability 0.
 SCFM_DEVICE Pair key_bias_of_lane(const Problem& problem, const Work& work) {
   const int row = 16 * warp_index() + accumulator_row();
@@ -106,24 +88,6 @@ SCFM_DEVICE void score_gradients(float (&grads)[Shape::kScoreColumns][4], const 
     grad[3] = probs[column][3] * (grad[3] - minus.y);
     bias_sum.x += grad[0] + grad[1];
     bias_sum.y += grad[2] + grad[3];
-  }
-}
-
-// sums[16 keys][width] += scores^T rows.
-template <class Element, class Shape>
-SCFM_DEVICE void add_product(float (&sums)[Shape::kOutColumns][4], const float (&scores)[Shape::kScoreColumns][4],
-                             uint32_t rows) {
-  SCFM_UNROLL
-  for (int step = 0; step < Shape::kQueries / 16; step++) {
-    uint32_t left[4];
-    as_left<Element>(left, scores[2 * step], scores[2 * step + 1]);
-    SCFM_UNROLL
-    for (int column = 0; column < Shape::kOutColumns; column += 2) {
-      uint32_t right[4];
-      load_right_transposed<Shape::kWidth>(right, rows, 16 * step, column);
-      multiply<Element>(sums[column], left, right[0], right[1]);
-      multiply<Element>(sums[column + 1], left, right[2], right[3]);
-    }
   }
 }
 
@@ -232,13 +196,13 @@ SCFM_KERNEL(256, 1) attention_backward_keys(SCFM_PARAMETER Problem problem) {
     if (block + 1 < n_blocks)
       copy_queries<Shape, true>(problem, work, block + 1, stages + (~block & 1) * Shape::kStageBytes);
     float probs[Shape::kScoreColumns][4], grads[Shape::kScoreColumns][4];
-    multiply_transposed<Element, Shape>(probs, keys, stage.queries);
-    multiply_transposed<Element, Shape>(grads, values, stage.grads);
+    multiply_tiles<Element, kWidth>(probs, keys, stage.queries);
+    multiply_tiles<Element, kWidth>(grads, values, stage.grads);
     probabilities<Shape>(probs, stage.lse, bias, problem.scale * kLog2E, work.tile.n_other - block * Shape::kQueries);
     score_gradients<Shape>(grads, probs, stage.delta, bias_sum);
     if (kNarrow<Element>) scale_all(grads, factor);
-    add_product<Element, Shape>(grad_v, probs, stage.grads);
-    add_product<Element, Shape>(grad_k, grads, stage.queries);
+    add_product<Element>(grad_v, probs, stage.grads);
+    add_product<Element>(grad_k, grads, stage.queries);
     if (kAddGradQ) {
       store_score_gradients<Element, Shape>(grads, score_tile);
       barrier();

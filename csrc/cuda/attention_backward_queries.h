@@ -29,24 +29,6 @@ SCFM_DEVICE void copy_stage(const Problem& problem, const Work& work, int block,
   copies_commit();
 }
 
-// products[16 rows of this warp][keys] = rows . keys
-template <class Element, class Shape>
-SCFM_DEVICE void multiply_rows(float (&products)[Shape::kScoreColumns][4], uint32_t rows, uint32_t keys) {
-  clear(products);
-  SCFM_UNROLL
-  for (int step = 0; step < Shape::kWidth / 16; step++) {
-    uint32_t left[4];
-    load_left<Shape::kWidth>(left, rows, 16 * warp_index(), step);
-    SCFM_UNROLL
-    for (int column = 0; column < Shape::kScoreColumns; column += 2) {
-      uint32_t right[4];
-      load_right<Shape::kWidth>(right, keys, 8 * column, step);
-      multiply<Element>(products[column], left, right[0], right[1]);
-      multiply<Element>(products[column + 1], left, right[2], right[3]);
-    }
-  }
-}
-
 // dP becomes factor * P (dP - delta); [..].x and .y are the two rows of a lane.
 template <class Shape>
 SCFM_DEVICE void row_score_gradients(float (&grads)[Shape::kScoreColumns][4],
@@ -65,23 +47,6 @@ SCFM_DEVICE void row_score_gradients(float (&grads)[Shape::kScoreColumns][4],
     grad[1] = exp2_fast(multiply_add(score[1], scale, offset.y - lse.x)) * (grad[1] - delta.x) * factor;
     grad[2] = exp2_fast(multiply_add(score[2], scale, offset.x - lse.y)) * (grad[2] - delta.y) * factor;
     grad[3] = exp2_fast(multiply_add(score[3], scale, offset.y - lse.y)) * (grad[3] - delta.y) * factor;
-  }
-}
-
-template <class Element, class Shape>
-SCFM_DEVICE void add_keys(float (&sums)[Shape::kOutColumns][4], const float (&grads)[Shape::kScoreColumns][4],
-                          uint32_t keys) {
-  SCFM_UNROLL
-  for (int step = 0; step < Shape::kKeys / 16; step++) {
-    uint32_t left[4];
-    as_left<Element>(left, grads[2 * step], grads[2 * step + 1]);
-    SCFM_UNROLL
-    for (int column = 0; column < Shape::kOutColumns; column += 2) {
-      uint32_t right[4];
-      load_right_transposed<Shape::kWidth>(right, keys, 16 * step, column);
-      multiply<Element>(sums[column], left, right[0], right[1]);
-      multiply<Element>(sums[column + 1], left, right[2], right[3]);
-    }
   }
 }
 
@@ -142,11 +107,11 @@ SCFM_KERNEL(256, 1) attention_backward_queries(SCFM_PARAMETER Problem problem) {
     barrier();
     if (block + 1 < n_blocks) copy_stage<Shape>(problem, work, block + 1, stages + (~block & 1) * Shape::kStageBytes);
     float scores[Shape::kScoreColumns][4], grads[Shape::kScoreColumns][4];
-    multiply_rows<Element, Shape>(scores, queries, stage);
-    multiply_rows<Element, Shape>(grads, out_grads, stage + Shape::kKeyBytes);
+    multiply_tiles<Element, kWidth>(scores, queries, stage);
+    multiply_tiles<Element, kWidth>(grads, out_grads, stage + Shape::kKeyBytes);
     row_score_gradients<Shape>(grads, scores, lse, delta, stage + 2 * Shape::kKeyBytes, has_bias, problem.scale * kLog2E,
                                factor, work.tile.n_other - block * Shape::kKeys);
-    add_keys<Element, Shape>(sums, grads, stage);
+    add_product<Element>(sums, grads, stage);
   }
   store_grad_q<Element, Shape>(problem, work, sums, 1.f / factor);
 }

@@ -51,11 +51,11 @@ SCFM_KERNEL(256, 1) attention_key_sums(SCFM_PARAMETER Problem problem) {
     if (block + 1 < n_blocks)
       copy_queries<Shape, kDeletion>(problem, work, block + 1, stages + (~block & 1) * Shape::kStageBytes);
     float scores[Shape::kScoreColumns][4];
-    multiply_transposed<Element, Shape>(scores, keys, stage.queries);
+    multiply_tiles<Element, kWidth>(scores, keys, stage.queries);
     probabilities<Shape>(scores, stage.lse, bias, problem.scale * kLog2E, work.tile.n_other - block * Shape::kQueries);
     if (kDeletion) {
       float grad_probs[Shape::kScoreColumns][4];
-      multiply_transposed<Element, Shape>(grad_probs, values, stage.grads);
+      multiply_tiles<Element, kWidth>(grad_probs, values, stage.grads);
       const int key = work.tile.begin + 16 * warp_index() + accumulator_row();
       const int own_column = key - (work.tile.other_begin + block * Shape::kQueries);
       // Far outside the block where keys are no queries.

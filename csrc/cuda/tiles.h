@@ -132,6 +132,41 @@ SCFM_DEVICE void clear(float (&values)[kCount][4]) {
   for (int i = 0; i < kCount; i++) values[i][0] = values[i][1] = values[i][2] = values[i][3] = 0.f;
 }
 
+// products[16 rows of this warp][rows of the other tile] = rows . other rows, over the width of both.
+template <class Element, int kWidth, int kColumns>
+SCFM_DEVICE void multiply_tiles(float (&products)[kColumns][4], uint32_t tile, uint32_t other) {
+  clear(products);
+  SCFM_UNROLL
+  for (int step = 0; step < kWidth / 16; step++) {
+    uint32_t left[4];
+    load_left<kWidth>(left, tile, 16 * warp_index(), step);
+    SCFM_UNROLL
+    for (int column = 0; column < kColumns; column += 2) {
+      uint32_t right[4];
+      load_right<kWidth>(right, other, 8 * column, step);
+      multiply<Element>(products[column], left, right[0], right[1]);
+      multiply<Element>(products[column + 1], left, right[2], right[3]);
+    }
+  }
+}
+
+// sums[16 rows of this warp][width] += weights[16 rows][rows of the tile] tile.
+template <class Element, int kColumns, int kWeights>
+SCFM_DEVICE void add_product(float (&sums)[kColumns][4], const float (&weights)[kWeights][4], uint32_t tile) {
+  SCFM_UNROLL
+  for (int step = 0; step < kWeights / 2; step++) {
+    uint32_t left[4];
+    as_left<Element>(left, weights[2 * step], weights[2 * step + 1]);
+    SCFM_UNROLL
+    for (int column = 0; column < kColumns; column += 2) {
+      uint32_t right[4];
+      load_right_transposed<8 * kColumns>(right, tile, 16 * step, column);
+      multiply<Element>(sums[column], left, right[0], right[1]);
+      multiply<Element>(sums[column + 1], left, right[2], right[3]);
+    }
+  }
+}
+
 // Over the four lanes that share a row.
 SCFM_DEVICE float row_sum(float value) {
   value += shuffle_xor(value, 1);
