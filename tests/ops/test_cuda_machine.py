@@ -137,6 +137,7 @@ def test_a_kernel_with_a_fault_fails_its_tests(tmp_path, name, before, after):
     source = path.read_text()
     assert before in source
     path.write_text(source.replace(before, after))
+    machine.build_operators(tmp_path / "csrc")  # a fault that does not compile would prove nothing
     chosen = "(plain or generative or past or head or range or no_key or billion or number) and not opcheck and not 128"
     run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     run += ["--import-mode=importlib", "-c", str(root / "pyproject.toml"), "--rootdir", str(tmp_path)]
@@ -145,3 +146,4 @@ def test_a_kernel_with_a_fault_fails_its_tests(tmp_path, name, before, after):
     )
     assert done.returncode == 1, done.stdout[-2000:]
     assert "AssertionError" in done.stdout or "a CUDA kernel could not run" in done.stdout, done.stdout[-2000:]
+    print(*[line for line in done.stdout.splitlines() if line.startswith("FAILED")])  # noqa: T201 (pytest -rP: killed by)
