@@ -24,7 +24,7 @@ def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Pat
     """
     if out.suffix not in suffixes:
         raise ValueError(
-            f"{out} ends in {out.suffix or 'nothing'!r}; name an output that ends in one of {', '.join(suffixes)}."
+            f"{out} {f'ends in {out.suffix!r}' if out.suffix else 'has no suffix'}; name an output that ends in one of {', '.join(suffixes)}."
         )
     if out.resolve() in [path.resolve() for path in inputs]:
         raise ValueError(f"{out} is an input. Name another output; inputs are never changed.")

@@ -31,7 +31,6 @@ static_assert(sizeof(Tile) == 32, "a tile is read as two chunks of 16 bytes");
 constexpr int kTileRows = 128;
 
 struct Problem {
-  int32_t device;
   int32_t n_heads;
   int32_t n_query_tiles, n_key_tiles;
   bool keys_are_queries;  // self-attention: a token has one number on both sides
@@ -48,8 +47,10 @@ struct Problem {
   float* bounds;      // (cells, heads, 4): what gradients of scores cannot exceed, float16 only
 };
 
-// Each launches on `stream` and returns null, or what went wrong in words.
+// Each launches on `stream` and returns null, or what went wrong in words. `ready` comes before anything else of a call, also
+// before the tiles are copied: it makes the device current, and refuses a stream that cannot take the call.
 struct AttentionKernels {
+  const char* (*ready)(int32_t device, void* stream);
   const char* (*forward)(const Problem&, void* stream);
   const char* (*backward)(const Problem&, bool deterministic, void* stream);
   const char* (*column_sums)(const Problem&, void* stream);

@@ -60,7 +60,7 @@ struct Launches {
                                                                   Backward::kSharedBytes - Backward::kScoreBytes, stream, p);
   }
 
-  static constexpr AttentionKernels table{forward, backward, key_sums<false>, key_sums<true>};
+  static constexpr AttentionKernels table{ready, forward, backward, key_sums<false>, key_sums<true>};
 };
 
 template <int kWidth>

@@ -7,6 +7,8 @@
 namespace scfm::cuda {
 
 #ifdef SCFM_EMULATE
+inline const char* ready(int32_t, void*) { return nullptr; }
+
 template <auto kKernel>
 const char* launch(int64_t blocks, int threads, int shared_bytes, void*, const Problem& problem) {
   return emulate::launch(blocks, threads, shared_bytes, [&] { kKernel(problem); });
@@ -19,27 +21,30 @@ inline const char* in_words(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-template <auto kKernel>
-const char* launch(int64_t blocks, int threads, int shared_bytes, void* stream_of_torch, const Problem& problem) {
-  if (blocks == 0) return nullptr;
-  if (blocks > 0x7fffffff) return "more blocks than a grid holds; split the batch";
-  const auto stream = static_cast<cudaStream_t>(stream_of_torch);
+inline const char* ready(int32_t device, void* stream) {
   // This library has a CUDA runtime of its own, which must look at the device that torch's looks at.
-  cudaError_t error = cudaSetDevice(problem.device);
+  cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return in_words(error);
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  error = cudaStreamIsCapturing(stream, &capture);
+  error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
   if (error != cudaSuccess) return in_words(error);
-  // A graph would outlive the list of tiles, which belongs to one batch.
-  if (capture != cudaStreamCaptureStatusNone) return "CUDA graphs cannot hold it; pass `backend=\"torch\"` inside a graph";
+  // A graph would outlive the list of tiles, which belongs to one batch; and copying that list would break the capture.
+  return capture == cudaStreamCaptureStatusNone ? nullptr
+                                                : "CUDA graphs cannot hold it; pass `backend=\"torch\"` inside a graph";
+}
+
+template <auto kKernel>
+const char* launch(int64_t blocks, int threads, int shared_bytes, void* stream, const Problem& problem) {
+  if (blocks == 0) return nullptr;
+  if (blocks > 0x7fffffff) return "more blocks than a grid holds; split the batch";
   if (shared_bytes > 48 * 1024) {  // more must be asked for, and small cards of a generation have less than its large ones
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) {
       in_words(error);
       return "this GPU has too little shared memory for it at this head width; pass `backend=\"torch\"`";
     }
   }
-  kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(problem);
+  kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(problem);
   return in_words(cudaGetLastError());
 }
 #endif

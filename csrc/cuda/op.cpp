@@ -108,6 +108,7 @@ class Call {
     kernels_ = attention_kernels(dtype_of(q), q.size(2));
     STD_TORCH_CHECK(kernels_ != nullptr, "attention: the head width is ", q.size(2),
                     "; the CUDA kernels serve 32, 64 and 128.");
+    check(kernels_->ready(here_.device(), here_.stream()));
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     STD_TORCH_CHECK(q.size(0) <= kMost && k.size(0) <= kMost, "attention: more than 2^31 - 1 tokens in one call.");
     const Cells cells = cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known);
@@ -118,7 +119,6 @@ class Call {
     problem_.n_query_tiles = tiles.n_query_tiles;
     problem_.n_key_tiles = tiles.n_key_tiles;
     problem_.keys_are_queries = cells.keys_are_queries;
-    problem_.device = here_.device();
     problem_.n_heads = static_cast<int32_t>(q.size(1));
     problem_.n_queries = q.size(0);
     problem_.scale = static_cast<float>(scale);

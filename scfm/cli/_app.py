@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from cyclopts import App, CycloptsError
 
+from scfm.cli._command import as_options
 from scfm.errors import ScfmError
 
 EXIT_USAGE = 2
@@ -114,20 +115,26 @@ def run(arguments: Sequence[str]) -> int:
         result = build_app()(list(arguments), exit_on_error=False)
     except CycloptsError:
         return EXIT_USAGE  # cyclopts has said what is wrong
-    except KeyboardInterrupt:
-        print("scfm: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, SystemExit) as stop:
+        _tell("stopped", stop)
+        return EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     except Exception as error:
         if os.environ.get("SCFM_TRACEBACK", "0") not in ("", "0"):
             raise
-        print(f"scfm: {_message(error)}", file=sys.stderr)
+        _tell(_message(error), error)
         return 1
     return result if isinstance(result, int) else 0
 
 
+def _tell(message: str, error: BaseException) -> None:
+    """Write a message on stderr, and what the functions on the way up added to it."""
+    print("\n".join([f"scfm: {message}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+
+
 def _message(error: Exception) -> str:
-    """What a user is told: our own words as they are, and where to look for what nobody foresaw."""
+    """What a user is told: our own words, arguments named as options, and where to look for what nobody foresaw."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = as_options(text)
     if isinstance(error, (ScfmError, ValueError, LookupError, OSError)):
         return text
     return f"{text} ({type(error).__name__}; SCFM_TRACEBACK=1 shows where)"

@@ -150,6 +150,12 @@ def parameter_help(documented: Callable[..., Any]) -> dict[str, str]:
     return words
 
 
+def as_options(text: str) -> str:
+    """Words of a function, with its arguments as they are written on a command line: `layer="x"` as --layer x."""
+    text = re.sub(r"`([a-z_]+)=`", lambda argument: f"`--{argument[1].replace('_', '-')}`", text)
+    return re.sub(r'\blayer="([^"]+)"', r"--layer \1", text)
+
+
 def _named(path: str) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)

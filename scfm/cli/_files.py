@@ -19,7 +19,9 @@ from scfm.data.files import open_group
 def read(path: Path) -> anndata.AnnData:
     """Read a `.h5ad` file or a `.zarr` folder."""
     open_group(path)  # says what is wrong with a file in words of ours
-    return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* names are not unique")  # where it matters, an error of ours says so
+        return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
 
 
 def write(adata: anndata.AnnData, path: Path) -> None:

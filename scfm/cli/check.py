@@ -7,7 +7,7 @@ from typing import Any
 
 import scfm
 from scfm.cli import _files
-from scfm.cli._command import command_of
+from scfm.cli._command import as_options, command_of
 
 
 @command_of(scfm.pp.check)
@@ -24,5 +24,5 @@ def check(data: Path, /, *, model: Path, json: bool = False, **options: Any) -> 
         Print the result as one JSON object instead of words.
     """
     found = scfm.pp.check(_files.read(data), scfm.load(model), **options)
-    _files.tell({"ok": found.ok, "findings": _files.records(found.table)}, as_json=json, text=str(found))
+    _files.tell({"ok": found.ok, "findings": _files.records(found.table)}, as_json=json, text=as_options(str(found)))
     return 0 if found.ok else 1

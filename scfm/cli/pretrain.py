@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from json import loads
+from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ from scfm.cli._command import command_of
 
 def _settings(*, config: train.PretrainConfig | None = None, fit: train.FitConfig | None = None) -> None:
     """Hold the signature that the options are made from."""
+
+
+def _read_config(path: Path) -> train.PretrainConfig:
+    try:
+        return train.PretrainConfig.from_dict(loads(path.read_text()))
+    except OSError as error:
+        raise OSError(f"`--config-file` {path} cannot be read: {error.strerror}.") from error
+    except JSONDecodeError as error:
+        raise ValueError(f"`--config-file` {path} is not valid JSON: {error}.") from error
 
 
 @command_of(_settings)
@@ -39,7 +48,7 @@ def pretrain(
             "`--config-file` holds all settings; leave the other options out, or write them into the file."
         )
     if config_file is not None:
-        config = train.PretrainConfig.from_dict(loads(config_file.read_text()))
+        config = _read_config(config_file)
     else:
         config = options.get("config") or train.PretrainConfig()
         config = dataclasses.replace(config, fit=options.get("fit") or config.fit)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from scfm.data.matrix import CountMatrix
+from scfm.data.matrix import CountMatrix, no_matrix
 from scfm.data.raw_hdf5 import RawDataset
 from scfm.errors import CountsError
 
@@ -48,10 +48,7 @@ def open_counts(path: str | Path, *, layer: str | None = None, depth_key: str | 
     if layer == "raw" and where not in group:
         where, var_where = "raw/X", "raw/var"
     if where not in group:
-        layers = ", ".join(sorted(group.get("layers", {}))) or "none"
-        raise CountsError(
-            f"{path} has no {where}, where counts were to be. Layers: {layers}; raw: {'there' if 'raw/X' in group else 'none'}."
-        )
+        raise CountsError(no_matrix(str(path), where, list(group.get("layers", {})), has_raw="raw/X" in group))
     if depth_key is None and "uns/scfm/depth_key" in group:
         depth_key = str(anndata.io.read_elem(group["uns/scfm/depth_key"]))
     if depth_key is not None and f"obs/{depth_key}" not in group:
@@ -162,7 +159,9 @@ def _open_hdf5(path: Path) -> Any:
             raise PermissionError(f"{path} cannot be read: permission denied.") from error
         if "truncated" in str(error):
             raise OSError(f"{path} is cut short: its end is missing. Copy or download it again.") from error
-        raise OSError(f"{path} cannot be read as an .h5ad file ({error}).") from error
+        if not path.stat().st_size:
+            raise OSError(f"{path} is empty (0 bytes). Copy or download it again.") from error
+        raise OSError(f"{path} cannot be read as an .h5ad file ({error}). Is it one, and whole?") from error
 
 
 def _matrix(element: Any) -> Any:

@@ -43,10 +43,10 @@ class Labels:
             )
             raise LabelsError(f"`labels_key` is {key!r}, which is not in `adata.obs`. {hint}")
         column = obs[key]
-        if pd.api.types.is_float_dtype(column.dtype) and column.nunique() > min(100, column.count() / 2):
+        if pd.api.types.is_numeric_dtype(column.dtype) and column.nunique() > min(100, column.count() / 2):
             raise LabelsError(
-                f"`adata.obs[{key!r}]` holds {column.nunique()} different fractional numbers, which is a measurement "
-                "and not a label. Give a column of cell types."
+                f"`adata.obs[{key!r}]` holds {column.nunique()} different numbers in {column.count()} cells, which is a "
+                "measurement and not a label. Give a column of cell types; turn numbers that name types into text."
             )
         text = (
             column.astype(object).where(column.notna(), None).map(lambda value: None if value is None else str(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,12 +152,19 @@ class CountMatrix:
     def _advice(self) -> str:
         places = self.places_with_counts()
         if places:
-            return f"Raw counts seem to be in {' and '.join(places)}: pass that `layer=`."
+            return f"Raw counts seem to be in {' and '.join(places)}: pass that."
         searched = ", ".join(self._elsewhere) or "there are no layers and no `raw`"
         return (
             f"No raw counts were found elsewhere ({searched}). Load the unnormalised matrix, keep it as "
             '`adata.layers["counts"]`, and pass `layer="counts"`.'
         )
+
+
+def no_matrix(data: str, place: str, layers: Sequence[str], *, has_raw: bool) -> str:
+    """Say that `data` has nothing at `place`, and what to do with what there is."""
+    others = [*(f'layer="{name}"' for name in sorted(layers)), *(['layer="raw"'] if has_raw else [])]
+    cure = f"Pass one of {', '.join(others)}." if others else "There is no layer and no `raw` either: load the counts."
+    return f"{data} has no {place}, where counts were to be. {cure}"
 
 
 def _row_readable(matrix: Any) -> Any:
@@ -195,7 +202,7 @@ def _csr_rows(matrix: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
 def _find_matrix(adata: Any, layer: str | None) -> tuple[Any, pd.DataFrame, str]:
     if layer is None:
         if adata.X is None:
-            raise CountsError(f"adata.X is empty. Pass `layer=`; there are {sorted(adata.layers)}.")
+            raise CountsError(no_matrix("adata", "X", list(adata.layers), has_raw=adata.raw is not None))
         return adata.X, adata.var, "adata.X"
     if layer in adata.layers:
         return adata.layers[layer], adata.var, f'adata.layers["{layer}"]'

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,18 +162,16 @@ def _write_files(folder: Path, batches: Iterable[CellBatch], encoding: Encoding)
     ends = [np.zeros(1, dtype=np.int64)]
     depths = []
     total = 0
-    tokens = _NpyWriter(folder / "gene_ids.npy", np.uint16 if small else np.int32)
-    values = _NpyWriter(folder / "values.npy", np.float32) if has_values else None
-    for batch in batches:
-        ends.append(batch.cu_seqlens[1:].numpy().astype(np.int64) + total)
-        total += batch.n_tokens
-        depths.append(np.full(batch.n_cells, np.nan) if batch.depth_B is None else batch.depth_B.numpy())
-        tokens.append(batch.gene_ids_T.numpy())
-        if values is not None and batch.values_T is not None:
-            values.append(batch.values_T.numpy())
-    tokens.close()
-    if values is not None:
-        values.close()
+    with ExitStack() as files:
+        tokens = files.enter_context(closing(_NpyWriter(folder / "gene_ids.npy", np.uint16 if small else np.int32)))
+        values = files.enter_context(closing(_NpyWriter(folder / "values.npy", np.float32))) if has_values else None
+        for batch in batches:
+            ends.append(batch.cu_seqlens[1:].numpy().astype(np.int64) + total)
+            total += batch.n_tokens
+            depths.append(np.full(batch.n_cells, np.nan) if batch.depth_B is None else batch.depth_B.numpy())
+            tokens.append(batch.gene_ids_T.numpy())
+            if values is not None and batch.values_T is not None:
+                values.append(batch.values_T.numpy())
     cu_seqlens = np.concatenate(ends)
     np.save(folder / "cu_seqlens.npy", cu_seqlens)
     np.save(folder / "depth.npy", np.concatenate([*depths, np.zeros(0)]).astype(np.float32))

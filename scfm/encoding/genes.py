@@ -221,7 +221,7 @@ def gene_names(
     if gene_key is not None:
         if gene_key not in var:
             raise VocabularyMismatchError(
-                f"`gene_key` is {gene_key!r}, which is not a column of `var` ({', '.join(map(str, var.columns[:9]))}). "
+                f"`gene_key` is {gene_key!r}, which is not a column of `var` ({', '.join(map(str, var.columns[:9])) or 'it has none'}). "
                 "Name the column that holds gene ids, or pass None to use `var_names`."
             )
         return var[gene_key].astype(str).tolist(), f'var["{gene_key}"]'
@@ -251,6 +251,9 @@ def guess_species(names: Sequence[str]) -> str:
         return _ENSEMBL_SPECIES.get(str(votes.index[0]), "unknown")
     forms = {"human": r"[A-Z][A-Z0-9.orf-]*", "mouse": r"[A-Z][a-z][a-z0-9-]*", "zebrafish": r"[a-z][a-z0-9.:-]*"}
     lettered = [name for name in sample if re.match(r"[A-Za-z]{2}", name)]
+    stems = {name.rstrip("0123456789") for name in lettered}
+    if len(stems) < len(lettered) / 10:  # gene1, gene2, ...: numbered, not named
+        return "unknown"
     for species, form in forms.items():
         if lettered and sum(re.fullmatch(form, name) is not None for name in lettered) / len(lettered) > 0.6:
             return species
@@ -302,9 +305,10 @@ def _report(
 def _refuse_misfit(report: GeneReport, names: list[str], vocabulary: Vocabulary, min_coverage: float) -> None:
     if report.n_known and report.coverage >= min_coverage:
         return
+    if not names:
+        raise VocabularyMismatchError("The data hold no genes (n_vars is 0). Was every gene filtered out?")
     found = "None" if not report.n_known else f"Only {report.n_known} ({report.gene_share:.1%})"
     share = "" if report.count_share is None else f", {report.count_share:.1%} of the counts"
-    first = repr(names[0]) if names else "no genes"
     species = {report.species, report.vocabulary_species}
     if len(species) == 2 and "unknown" not in species:
         remedy = (
@@ -319,7 +323,7 @@ def _refuse_misfit(report: GeneReport, names: list[str], vocabulary: Vocabulary,
             f"the least share accepted is {min_coverage:.0%}."
         )
     raise VocabularyMismatchError(
-        f"{found} of the {report.n_vars} genes in {report.source} is in the vocabulary{share} (first: {first}; the "
+        f"{found} of the {report.n_vars} genes in {report.source} are in the vocabulary{share} (first: {names[0]!r}; the "
         f"vocabulary uses {_KIND_NAMES[vocabulary.id_type]} such as "
         f"{vocabulary.genes[0] if vocabulary.genes else ''!r}). {remedy}"
     )

@@ -64,6 +64,7 @@ def _write(model: Model, folder: Path) -> None:
         "model_id": model.id,
         "network": model.network.config.to_dict(),
         "encoding": model.encoding.to_dict(),
+        "vocabulary": model.encoding.vocabulary.fingerprint,
         "labels": list(model.labels),
         "history": model.history,
     }
@@ -106,6 +107,11 @@ def load_own(path: Path) -> Model:
     except (TypeError, ValueError, SafetensorError, OSError) as error:
         what = str(error).rstrip(".")
         raise ModelFileError(f"{path} is damaged or incomplete: {what}. Save the model again.") from error
+    if config.get("vocabulary", vocabulary.fingerprint) != vocabulary.fingerprint:
+        raise ModelFileError(
+            f"{path / VOCABULARY} is not the vocabulary that this model was saved with, so its genes would be mistaken for "
+            "others. Put back the file of this model, or save the model again."
+        )
     network = CellTransformer.for_vocabulary(network_config, vocabulary)
     load_weights(network, read_weights(path / WEIGHTS), str(path))
     return Model(network, encoding, labels=labels, history=history)

@@ -38,7 +38,7 @@ def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = No
         pooled_BD = torch.segment_reduce(kept_TD, "max", lengths=cu_seqlens.diff().long(), unsafe=True)
         return pooled_BD.masked_fill(pooled_BD.isneginf(), 0.0)
     if how != "mean":
-        raise ValueError(f"`how` is {how!r}; choose 'mean', 'max', 'cls' or 'concat'.")
+        raise ValueError(f"The pooling is {how!r}; choose 'mean', 'max', 'cls' or 'concat'.")
     return _mean(states_TD.float(), cu_seqlens.long(), keep_T)
 
 

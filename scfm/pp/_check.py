@@ -149,7 +149,8 @@ def check(
         report.add("counts", str(error), "problem")
         return report
     report = DataCheck(n_cells=counts.n_obs, n_genes=counts.n_vars)
-    report.add("data", f"{counts.n_obs:,} cells x {counts.n_vars:,} genes in {counts.name}")
+    size = f"{counts.n_obs:,} cells x {counts.n_vars:,} genes in {counts.name}"
+    report.add("data", size, "ok" if counts.n_obs and counts.n_vars else "problem")
     sample, depth_B = _sample(counts)
     _judge_counts(report, counts, sample, depth_B)
     genes = _judge_genes(report, counts, sample, encoding, gene_key)
@@ -231,7 +232,7 @@ def _judge_tokens(
     report.truncated_share = 0.0 if config.max_genes is None else float(np.mean(expressed > config.max_genes))
     report.memory_bytes = int(cells.n_tokens * (4 + 4 * config.has_values) * scale)
     if report.empty_share:
-        advice = "filter them out with scanpy.pp.filter_cells(adata, min_genes=1)"
+        advice = "filter them out with scanpy.pp.filter_cells(adata, min_genes=1), on the known genes alone"
         report.add("empty cells", f"{report.empty_share:.2%} have no known gene: {advice}", "problem")
     report.add("tokens a cell", f"median {report.tokens_per_cell:,.0f}, most {lengths.max():,}")
     if report.truncated_share:

@@ -88,6 +88,12 @@ def encode(
     return cells
 
 
+def require_cells(adata: Any) -> None:
+    """Raise `EmptyCellError` where there is nothing to work on."""
+    if not adata.n_obs:
+        raise EmptyCellError(f"The data hold no cells ({adata.n_obs} x {adata.n_vars}). Was every cell filtered out?")
+
+
 def encoding_of(model_or_encoding: Any) -> Encoding:
     """Take the encoding of a model, or an encoding as it is."""
     encoding = getattr(model_or_encoding, "encoding", model_or_encoding)
@@ -100,8 +106,9 @@ def encoding_of(model_or_encoding: Any) -> Encoding:
 
 
 def gene_map(counts: CountMatrix, encoding: Encoding, *, gene_key: str | None = None) -> GeneMap:
-    """Map the genes of `counts`; the share of counts that is known is judged by the first cells."""
+    """Map the genes of `counts`; the share of counts that is known is judged by the first cells, if they hold counts."""
     first = counts.rows(0, min(counts.n_obs, 200))
+    counts.check(first)  # of what are no counts, no share is known
     return GeneMap.from_var(
         counts.var,
         encoding.vocabulary,
@@ -126,5 +133,5 @@ def refuse_empty(cells: CellBatch, encoding: Encoding, names: Any) -> None:
         shown = ", ".join(repr(str(name)) for name in np.asarray(names)[bare][:5])
         raise EmptyCellError(
             f"{int(bare.sum())} of {len(bare)} cells have no expressed gene that the vocabulary knows: {shown}. Filter "
-            'them out (`scanpy.pp.filter_cells(adata, min_genes=1)`), or pass `empty="keep"` to keep them so.'
+            "them out: `scanpy.pp.filter_cells(adata, min_genes=1)`, on the known genes alone where they express others."
         )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scfm import pp
 from scfm.errors import LabelsError
 from scfm.models.model import Model
+from scfm.pp._encode import require_cells
 from scfm.tl._calibrate import distances
 from scfm.tl._record import record
 
@@ -66,6 +67,10 @@ def annotate(
         If the model was fitted without labels.
     LabelsError
         If `majority_key` is missing.
+    EmptyCellError
+        If there are no cells, or one has no known gene.
+    ValueError
+        If `min_confidence` is not a probability.
 
     Examples
     --------
@@ -78,6 +83,9 @@ def annotate(
     10
     """
     model.require_labels()
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"`min_confidence` is {min_confidence}; it is a probability, from 0 to 1.")
+    require_cells(adata)
     if majority_key is not None and majority_key not in adata.obs:
         raise LabelsError(
             f"`majority_key` is {majority_key!r}, which is not in `adata.obs` ({', '.join(map(str, adata.obs))})."

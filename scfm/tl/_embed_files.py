@@ -108,14 +108,21 @@ def embed_files(
     )
     rank, world_size = torchrun_rank()
     share, part = share_of(job.n_cells, rank, world_size), _Part(job, rank, world_size)
+    spans = list(_spans(files, rows, share[part.done :]))
     try:
+        for path, _ in spans:  # that the last file does not fit is told now, not after hours
+            gene_map(open_counts(path, layer=layer, depth_key=depth_key), model.encoding, gene_key=gene_key)
         with tqdm(
             total=len(share), initial=part.done, desc="embedding", unit="cell", disable=not progress or rank > 0
         ) as bar:
-            for path, span in _spans(files, rows, share[part.done :]):
+            for path, span in spans:
                 for embedding_BD in _blocks(path, model, span, where, how):
                     part.append(embedding_BD)
                     bar.update(len(embedding_BD))
+    except BaseException as error:
+        if part.done:
+            error.add_note(f"{part.done:,} of {len(share):,} cells are in {job.folder}; the same call goes on there.")
+        raise
     finally:
         part.remove_if_empty()
     gather()  # every share is done

@@ -27,6 +27,7 @@ from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import own_preset
 from scfm.objectives import Classification, Objective, class_weights, make_objective
+from scfm.pp._encode import require_cells
 from scfm.tl._calibrate import calibrate
 from scfm.tl._record import record
 from scfm.tl._score import score_baselines, score_model
@@ -133,6 +134,7 @@ def fit(
     >>> adata.obsm["X_scfm"].shape
     (700, 128)
     """
+    require_cells(adata)
     chosen = own_preset(preset, encoding).for_objective(objective)
     settings = EncodingConfig(**chosen.encoding)
     settings = settings if context_length is None else settings.replace(context_length=context_length)

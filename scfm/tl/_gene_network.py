@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import anndata
@@ -98,14 +99,15 @@ def gene_network(
     measure = attention_edges if kind == "attention" else deletion_edges
     rng = np.random.default_rng(seed)
     with tqdm(total=1 + n_shuffles, desc=f"{kind} edges", unit="pass", disable=not progress) as bar:
-        weight_GG, n_GG = measure(model, cells, tokens, hidden_layer)
+        found = measure(model, cells, tokens, hidden_layer)
         bar.update()
-        nulls = []
+        null = Edges.none(len(tokens))
         for _ in range(n_shuffles):
             shuffled = pp.encode(shuffle_counts(adata, rng, layer), model.encoding, gene_key=gene_key, empty="keep")
-            nulls.append(measure(model, shuffled, tokens, hidden_layer)[0])
+            null += measure(model, shuffled, tokens, hidden_layer)
             bar.update()
-    table = _edges(weight_GG, n_GG, np.stack(nulls), [model.encoding.vocabulary.tokens[t] for t in tokens], min_cells)
+    table = _tested(found, null, [model.encoding.vocabulary.tokens[token] for token in tokens], min_cells)
+    table.insert(4, "null", f"{n_shuffles} shuffles of each gene's counts among the cells")
     if key_added is not None:
         adata.uns[key_added] = table.copy()
     return table
@@ -131,15 +133,44 @@ def shuffle_counts(adata: anndata.AnnData, rng: np.random.Generator, layer: str 
     return anndata.AnnData(counts.tocsr(), var=matrix.var.copy())
 
 
-Edges = tuple[NDArray[np.float64], NDArray[np.int64]]
+@dataclass
+class Edges:
+    """Counts, sums and sums of squares of what each edge weighs in cells with both genes; source by target, (G, G)."""
+
+    n_GG: NDArray[np.int64]
+    sum_GG: NDArray[np.float64]
+    square_GG: NDArray[np.float64]
+
+    @classmethod
+    def none(cls, n_genes: int) -> Edges:
+        return cls(np.zeros((n_genes,) * 2, np.int64), np.zeros((n_genes,) * 2), np.zeros((n_genes,) * 2))
+
+    def add(self, source_P: Any, target_P: Any, values_P: NDArray[np.float64]) -> None:
+        """Add one value for each pair; a pair may come more than once."""
+        for into_GG, added in ((self.n_GG, 1), (self.sum_GG, values_P), (self.square_GG, values_P**2)):
+            np.add.at(into_GG, (source_P, target_P), added)
+
+    def __add__(self, other: Edges) -> Edges:
+        return Edges(self.n_GG + other.n_GG, self.sum_GG + other.sum_GG, self.square_GG + other.square_GG)
+
+    @property
+    def mean_GG(self) -> NDArray[np.float64]:
+        """Mean over cells; 0 where there are none."""
+        return self.sum_GG / np.maximum(self.n_GG, 1)
+
+    @property
+    def std_GG(self) -> NDArray[np.float64]:
+        """Standard deviation between cells; 0 where there are fewer than two."""
+        squares_GG = self.square_GG - self.n_GG * self.mean_GG**2
+        return np.sqrt(np.maximum(squares_GG, 0) / np.maximum(self.n_GG - 1, 1))
 
 
 def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
-    """Mean attention of target (column) to source (row) times the cell's tokens, (G, G), and cells with both."""
+    """Attention of target to source, the mean of the heads, times the cell's tokens."""
     network, config = model.network.eval(), model.network.config
     if getattr(config, "attention", "softmax") != "softmax":
         raise ValueError('This model has linear attention, which has no scores. Use `kind="deletion"`.')
-    total_GG, n_GG = np.zeros((len(tokens),) * 2), np.zeros((len(tokens),) * 2, dtype=np.int64)
+    edges = Edges.none(len(tokens))
     for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
         batch = cells.select(torch.arange(rows.start, rows.stop))
         source_P, target_P, pairs_P2 = _pairs(batch, tokens)
@@ -152,9 +183,8 @@ def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], h
                 q, k, batch.cu_seqlens, pairs=torch.from_numpy(pairs_P2).to(model.device), head_mean=True
             )
         length_P = batch.lengths_B.numpy()[batch.cell_of_token_T().numpy()[pairs_P2[:, 0]]]
-        np.add.at(total_GG, (source_P, target_P), probs_P.cpu().numpy().astype(np.float64) * length_P)
-        np.add.at(n_GG, (source_P, target_P), 1)
-    return total_GG / np.maximum(n_GG, 1), n_GG
+        edges.add(source_P, target_P, probs_P.cpu().numpy().astype(np.float64) * length_P)
+    return edges
 
 
 def _pairs(
@@ -178,9 +208,9 @@ def _pairs(
 
 
 def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
-    """Mean shift of the target's state (column) when the source (row) is deleted, (G, G), and cells with both."""
+    """Shift of the target's state when the source is deleted."""
     editor = Editor.of(model.encoding, "delete")
-    total_GG, n_GG = np.zeros((len(tokens),) * 2), np.zeros((len(tokens),) * 2, dtype=np.int64)
+    edges = Edges.none(len(tokens))
     for number in range(len(cells)):
         cell = cell_of(cells, number)
         present = np.intersect1d(editor.expressed(cell), tokens).tolist()
@@ -192,10 +222,8 @@ def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hi
         for source, after in enumerate(states[1:]):
             # The deleted gene has no state afterwards.
             targets = [place for place in range(len(present)) if place != source]
-            shift = cosine_distance(states[0][targets], after[targets])
-            total_GG[rows[source], rows[targets]] += shift
-            n_GG[rows[source], rows[targets]] += 1
-    return total_GG / np.maximum(n_GG, 1), n_GG
+            edges.add(rows[source], rows[targets], cosine_distance(states[0][targets], after[targets]))
+    return edges
 
 
 def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer: int) -> list[NDArray[np.float32]]:
@@ -218,24 +246,16 @@ def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer
     return found
 
 
-def _edges(
-    weight_GG: NDArray[np.float64],
-    n_GG: NDArray[np.int64],
-    null_SGG: NDArray[np.float64],
-    names: list[str],
-    min_cells: int,
-) -> pd.DataFrame:
-    # Few shuffles say little of one edge's spread: it is pooled over the edges of a source.
-    null_GG = null_SGG.mean(0)
-    std_G1 = np.sqrt(np.maximum(null_SGG.var(0, ddof=1).mean(1, keepdims=True), 1e-300))
-    kept = (n_GG >= min_cells) & ~np.eye(len(names), dtype=bool)
+def _tested(found: Edges, null: Edges, names: list[str], min_cells: int) -> pd.DataFrame:
+    """Each edge's mean against its mean under the null, by Welch's test."""
+    kept = (found.n_GG >= min_cells) & (null.n_GG >= min_cells) & ~np.eye(len(names), dtype=bool)
     source, target = np.nonzero(kept)
-    spread = np.broadcast_to(std_G1, weight_GG.shape)[kept]
-    table = pd.DataFrame({"source": np.array(names)[source], "target": np.array(names)[target], "n_cells": n_GG[kept]})
-    table["weight"], table["null"] = weight_GG[kept], f"{len(null_SGG)} shuffles of each gene's counts among the cells"
-    table["null_mean"], table["null_std"] = null_GG[kept], spread
-    # The mean of few shuffles is itself uncertain.
-    table["z"] = (table["weight"] - table["null_mean"]) / (spread * np.sqrt(1 + 1 / len(null_SGG)))
-    table["p_value"] = 2 * stats.norm.sf(table["z"].abs())
+    table = pd.DataFrame({"source": np.array(names)[source], "target": np.array(names)[target]})
+    table["n_cells"], table["weight"] = found.n_GG[kept], found.mean_GG[kept]
+    table["null_mean"], table["null_std"] = null.mean_GG[kept], null.std_GG[kept]
+    table["statistic"], table["p_value"] = stats.ttest_ind_from_stats(
+        table["weight"], found.std_GG[kept], table["n_cells"],
+        table["null_mean"], table["null_std"], null.n_GG[kept], equal_var=True,
+    )  # fmt: skip
     table["fdr"] = stats.false_discovery_control(table["p_value"]) if len(table) else []
-    return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)
+    return table.sort_values("statistic", ascending=False, kind="stable", ignore_index=True)

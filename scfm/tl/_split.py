@@ -68,6 +68,11 @@ def split_for_fit(
             labels=labels.codes[labels.labelled], groups=groups_B, test_fraction=test_fraction, seed=seed
         )
         learn, test = labels.labelled[parts.train], labels.labelled[parts.test]
+    if not len(test):
+        raise LabelsError(
+            f"No cell can be held out to score the model: of {len(labels.names)} classes with {len(labels.labelled)} cells "
+            f"{'`test_key` names none' if test_key else 'none has two'}. Give more labelled cells, or fit without labels."
+        )
     learn_labels = np.unique(labels.codes[learn])
     if len(learn_labels) < len(labels.names):
         lost = [name for code, name in enumerate(labels.names) if code not in learn_labels]

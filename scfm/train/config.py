@@ -82,7 +82,7 @@ class FitConfig:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
             raise ValueError(f"FitConfig.tokens_per_step is {self.tokens_per_step}; it must be at least 1, or None.")
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:  # NaN is not either
             raise ValueError(f"FitConfig.learning_rate is {self.learning_rate}; it must be positive.")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"FitConfig.warmup_fraction is {self.warmup_fraction}; it must be in [0, 1).")

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
+from scfm._output import require_folder
 from scfm.data import CellBatch, CellStream
 from scfm.data.files import count_rows, open_counts
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, build_vocabulary
@@ -133,6 +134,7 @@ def pretrain(
     True
     """
     files, out, config = [Path(path) for path in paths], Path(out), config or PretrainConfig()
+    require_folder(out)
     rank, world_size = rank_and_world_size(config.fit)
     fingerprint = data_fingerprint(files)
     encoding = learn_encoding(files, config)

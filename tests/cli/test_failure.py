@@ -35,7 +35,8 @@ def test_log_normalised_counts_name_the_cure_and_leave_no_file(command, folder, 
     normalised.write_h5ad(tmp_path / "log.h5ad")
     code, _, err = command("embed", tmp_path / "log.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
     assert code == 1
-    assert 'Raw counts seem to be in layer="counts"' in err
+    assert "Raw counts seem to be in --layer counts: pass that" in err  # as an option, which it is here
+    assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["log.h5ad"]
 
 
@@ -44,6 +45,7 @@ def bad(tmp_path_factory):
     """Files and models with one fault each."""
     place = tmp_path_factory.mktemp("bad")
     (place / "text.h5ad").write_text("hello")
+    (place / "nothing.h5ad").touch()
     with h5py.File(place / "other.h5ad", "w") as file:
         file["x"] = 1
     (place / "folder.h5ad").mkdir()
@@ -52,8 +54,75 @@ def bad(tmp_path_factory):
     return place
 
 
+def with_value(adata, value):
+    adata.X = adata.X.toarray().astype("float32")
+    adata.X[3, 7] = value
+
+
+def without_counts_in_a_cell(adata):
+    adata.X = adata.X.toarray()
+    adata.X[3] = 0
+
+
+SPOILED = {
+    "infinite": (lambda adata: with_value(adata, float("inf")), "holds infinite values"),
+    "nan": (lambda adata: with_value(adata, float("nan")), "holds NaN"),
+    "negative": (lambda adata: with_value(adata, -1), "holds negative values"),
+    "no-matrix": (lambda adata: anndata.AnnData(obs=adata.obs, var=adata.var), "has no X, where counts were to be"),
+    "no-genes": (lambda adata: adata[:, :0].copy(), "hold no genes"),
+    "empty-cell": (without_counts_in_a_cell, "1 of 60 cells have no expressed gene"),
+    "duplicated": (lambda adata: setattr(adata, "var_names", ["CST3", *adata.var_names[:-1]]), "several columns each"),
+    "numbered": (lambda adata: setattr(adata, "var_names", [f"gene{n}" for n in range(765)]), "None of the 765 genes"),
+    "mouse": (lambda adata: setattr(adata, "var_names", adata.var_names.str.capitalize()), "look like mouse"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*names are not unique")
+@pytest.mark.parametrize("command_name", ["annotate", "embed", "perturb"])
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_cannot_be_used_is_told_in_one_line_and_leaves_no_file(
+    command, folder, cells, tmp_path, command_name, name
+):
+    spoil, words = SPOILED[name]
+    adata = cells.copy()
+    adata = spoil(adata) or adata
+    adata.write_h5ad(tmp_path / "bad.h5ad")
+    out = tmp_path / ("out.csv" if command_name == "perturb" else "out.h5ad")
+    code, _, err = command(command_name, tmp_path / "bad.h5ad", out, "--model", folder / "model")
+    assert code == 1
+    assert words in err.splitlines()[-1]
+    assert "Warning" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.h5ad"]
+
+
+@pytest.mark.parametrize("command_name", ["annotate", "perturb", "screen", "fit", "check"])
+def test_no_cells_are_told(command, folder, cells, tmp_path, command_name):
+    cells[:0].copy().write_h5ad(tmp_path / "none.h5ad")
+    out = {"annotate": ["out.h5ad"], "check": []}.get(command_name, ["out.csv"])
+    model = [] if command_name == "fit" else ["--model", folder / "model"]
+    code, told, err = command(command_name, tmp_path / "none.h5ad", *(tmp_path / name for name in out), *model)
+    assert code == 1
+    assert "0 cells x 765 genes" in told if command_name == "check" else "hold no cells (0 x 765)" in err
+
+
+def test_a_misfit_among_many_files_is_told_before_any_work(command, folder, cells, tmp_path):
+    mouse = cells.copy()
+    mouse.var_names = mouse.var_names.str.capitalize()
+    mouse.write_h5ad(tmp_path / "mouse.h5ad")
+    inputs = (folder / "cells.h5ad", tmp_path / "mouse.h5ad")
+    code, _, err = command("embed", *inputs, tmp_path / "out.npy", "--model", folder / "model")
+    assert code == 1
+    assert "look like mouse" in err
+    assert "embedding" not in err  # no bar
+    assert [path.name for path in tmp_path.iterdir()] == ["mouse.h5ad"]
+
+
 def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def rename_gene(path):
+    path.write_text(path.read_text().replace('"CST3"', '"CST4"'))
 
 
 @pytest.mark.parametrize("command_name", ["annotate", "embed"])  # in memory, and streamed
@@ -61,6 +130,7 @@ def cut_in_half(path):
     ("name", "words"),
     [
         ("text.h5ad", "cannot be read as an .h5ad file"),
+        ("nothing.h5ad", "is empty (0 bytes)"),
         ("other.h5ad", "holds no AnnData: it has no obs and no var"),
         ("folder.h5ad", "is a folder"),
         ("folder.zarr", "folder.zarr"),
@@ -89,6 +159,7 @@ def test_a_file_that_is_cut_short_is_told_apart(command, folder, tmp_path):
         (lambda model: cut_in_half(model / "weights.safetensors"), "cut short"),
         (lambda model: (model / "weights.safetensors").unlink(), "weights.safetensors"),
         (lambda model: (model / "vocabulary.json").unlink(), "vocabulary.json"),
+        (lambda model: rename_gene(model / "vocabulary.json"), "is not the vocabulary that this model was saved with"),
         (lambda model: cut_in_half(model / "config.json"), "not valid JSON"),
         (lambda model: (model / "config.json").write_text('{"format": "scfm"}'), "has no entry 'network'"),
     ],
@@ -160,10 +231,43 @@ def test_fit_does_not_train_for_a_place_it_may_not_save_to(command, folder, bad,
         assert "not overwritten" in err
 
 
-def test_a_measurement_is_no_label(command, folder, tmp_path):
-    code, _, err = command("fit", folder / "cells.h5ad", tmp_path / "m", "--labels-key", "S_score", "--no-progress")
+@pytest.mark.parametrize("column", ["S_score", "n_counts"])  # fractions, and whole numbers
+def test_a_measurement_is_no_label(command, folder, tmp_path, column):
+    code, _, err = command("fit", folder / "cells.h5ad", tmp_path / "m", "--labels-key", column, "--no-progress")
     assert code == 1
     assert "is a measurement" in err
+
+
+def test_too_few_cells_to_hold_one_out_are_told(command, folder, cells, tmp_path):
+    one_each = cells.obs.groupby("bulk_labels", observed=True).head(1).index
+    cells[one_each].copy().write_h5ad(tmp_path / "few.h5ad")
+    code, _, err = command("fit", tmp_path / "few.h5ad", tmp_path / "m", "--labels-key", "bulk_labels", "--no-progress")
+    assert code == 1
+    assert "No cell can be held out" in err
+
+
+def test_a_confidence_is_a_probability(command, folder, tmp_path):
+    where = (folder / "cells.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
+    code, _, err = command("annotate", *where, "--min-confidence", "2")
+    assert code == 1
+    assert "from 0 to 1" in err
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "cannot be read"), ("{", "is not valid JSON")])
+def test_a_config_file_that_cannot_be_read_is_named(command, folder, tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    code, _, err = command("pretrain", folder / "cells.h5ad", tmp_path / "run", "--config-file", tmp_path / "run.json")
+    assert code == 1
+    assert "run.json" in err
+    assert words in err
+
+
+def test_a_run_is_no_file(command, folder, bad):
+    code, _, err = command("pretrain", folder / "cells.h5ad", bad / "file", "--n-steps", "1", "--no-progress")
+    assert code == 1
+    assert "Name another output" in err
+    assert (bad / "file").read_text() == "mine"
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_that_says_where_to_look(command, monkeypatch):

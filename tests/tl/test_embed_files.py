@@ -102,8 +102,11 @@ def stop_after(model, n_blocks, monkeypatch):
 def test_a_stopped_run_goes_on_where_it_was(model, files, expected, tmp_path, monkeypatch, n_blocks):
     with monkeypatch.context() as patch:
         first = stop_after(model, n_blocks, patch)
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as stopped:
             scfm.tl.embed_files(files, tmp_path / "out.npy", model, progress=False)
+    assert stopped.value.__notes__ == [
+        f"{sum(first)} of 73 cells are in {tmp_path / 'out.npy.part'}; the same call goes on there."
+    ]
     assert not (tmp_path / "out.npy").exists()
     with monkeypatch.context() as patch:
         second = stop_after(model, 99, patch)
