@@ -32,7 +32,7 @@ def attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, n_known=None, key_bias=
             bias = bias[:, None].expand(-1, q.shape[1]) if bias.dim() == 1 else bias
             scores = scores + bias.T[:, None]
         mask = visible(len(query), len(key), None if n_known is None else int(n_known[cell]))
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask.to(scores.device), -torch.inf)
         empty = (scores == -torch.inf).all(-1, keepdim=True)
         probs = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         lse = torch.logsumexp(scores.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, -torch.inf)

@@ -140,6 +140,17 @@ def test_a_lone_unknown_token_sees_itself(make_problem, deterministic):
     torch.testing.assert_close(found["v"], problem.grad_out)
 
 
+def test_a_low_bias_of_all_keys_brings_nothing_from_past_the_end(make_problem, deterministic):
+    """Rows past the end score 0: far above every true key here, so that counting them would overflow, and 0 times inf is NaN."""
+    problem = make_problem([20, 70], dtype=torch.bfloat16, bias="key", known=[20, 66])
+    expected = problem.run(machine.attention)
+    problem.options["key_bias"] -= 200.0
+    found = problem.run(machine.attention)
+    torch.testing.assert_close(found.pop("lse") + 200.0, expected.pop("lse"), rtol=0, atol=1e-3)
+    for name, value in found.items():
+        assert largest_error(value, expected[name].double()) <= 2e-2 * expected[name].abs().max(), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("known", [None, [17, 21]], ids=["plain", "generative"])
 def test_not_a_number_stays_in_its_cell(make_problem, dtype, known, deterministic):

@@ -108,7 +108,7 @@ MUTANTS = {
     "no wait in the forward": ("attention_forward.h", "    copies_wait();\n", ""),
     "the buffer in use is filled": ("attention_forward.h", "(~block & 1)", "(block & 1)"),
     "no barrier before dQ": ("attention_backward.h", "      barrier();\n", ""),
-    "rows past the end are read": ("tiles.h", "const bool valid = row < n_valid;\n    copy_chunk", "const bool valid = true;\n    copy_chunk"),
+    "rows past the end are read": ("tiles.h", "const bool valid = row < n_valid;\n    copy_chunk", "const bool valid = row < n_valid || n_valid > 0;\n    copy_chunk"),
     "the last block is not masked": ("attention_forward.h", "if (n_valid < Shape::kKeys) {", "if (false) {"),
     "queries past the end count": ("attention_backward.h", "if (n_valid < Shape::kQueries) {", "if (false) {"),
     "keys past the end count": ("attention_backward.h", "Pair bias{-kInfinity, -kInfinity};", "Pair bias{0.f, 0.f};"),
@@ -118,7 +118,7 @@ MUTANTS = {
     "swapped halves of a pair": ("tiles.h", "words[1] = pack<Element>(first[2], first[3]);", "words[1] = pack<Element>(first[3], first[2]);"),
     "float16 gradients unscaled": ("attention_rows.h", "exponent > -100.f && exponent < 100.f", "exponent > 200.f"),
     "32-bit offsets": ("tiles.h", "2 * (token * tokens.token_stride", "2 * (int32_t)(token * tokens.token_stride"),
-    "grad_lse is forgotten": ("attention_rows.h", "delta -= scalar_or_zero(problem.grad_lse, token, work.head);", ";"),
+    "grad_lse is forgotten": ("attention_rows.h", "delta -= scalar_or_zero(problem.grad_lse, token, work.head);", "delta -= 0.f;"),
     "empty rows are not": ("attention_rows.h", "natural == -kInfinity ? kInfinity : natural * kLog2E", "natural * kLog2E"),
 }  # fmt: skip
 
