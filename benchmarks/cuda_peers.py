@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from scfm.ops.device_record import Case
 
 N_HEADS = 8
+CALLS_A_TURN = 5
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,25 +76,29 @@ def make_batch(case: Case, lengths: list[int], device: str, n_heads: int = N_HEA
     return Batch(q, k, v, grad_out, draw(n, n_heads).float(), boundaries(lengths), lengths, options)
 
 
-def milliseconds(calls: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str, float | str]:
-    """Median time of each call, taking turns; the reason in words where a call cannot be made."""
+def milliseconds(calls: dict[str, Callable[[], Any]], repeats: int = 9) -> dict[str, float | str]:
+    """Median time of each call, taking turns; the reason in words where a call cannot be made.
+
+    A turn makes a call several times, as the layers of a model do, so that the GPU need not wait for the first launch.
+    """
     found: dict[str, float | str] = {}
     for name, call in calls.items():
         try:
             for _ in range(3):
                 call()
             torch.cuda.synchronize()
-        except (RuntimeError, ValueError, TypeError, ImportError) as error:
-            found[name] = str(error).strip().splitlines()[0][:80]
+        except Exception as error:  # compilers of several libraries, each with errors of its own
+            found[name] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:100]
     times: dict[str, list[float]] = {name: [] for name in calls if name not in found}
     for _ in range(repeats):
         for name, taken in times.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            calls[name]()
+            for _ in range(CALLS_A_TURN):
+                calls[name]()
             end.record()
             end.synchronize()
-            taken.append(start.elapsed_time(end))
+            taken.append(start.elapsed_time(end) / CALLS_A_TURN)
     return found | {name: statistics.median(taken) for name, taken in times.items()}
 
 
@@ -130,12 +136,13 @@ def key_calls(case: Case, batch: Batch, operators: Any) -> tuple[Callable[[], An
 
 def padded_calls(batch: Batch, *, backward: bool) -> dict[str, Callable[[], Any]]:
     """Padded scaled_dot_product_attention, each backend by name, with the mask that the batch needs."""
-    longest, lengths_B = max(batch.lengths), torch.tensor(batch.lengths, device="cuda")
-    position_L = torch.arange(longest, device="cuda")
+    device, longest = batch.q.device, max(batch.lengths)
+    lengths_B = torch.tensor(batch.lengths, device=device)
+    position_L = torch.arange(longest, device=device)
     mask = (position_L < lengths_B[:, None])[:, None, None]
     if "n_known" in batch.options:
-        known_B = batch.options["n_known"].cuda()
-        eye = torch.eye(longest, dtype=torch.bool, device="cuda")
+        known_B = batch.options["n_known"].to(device)
+        eye = torch.eye(longest, dtype=torch.bool, device=device)
         mask = ((position_L < known_B[:, None])[:, None] | eye)[:, None]
 
     def pad(tensor: Tensor) -> Tensor:
@@ -158,11 +165,11 @@ def padded_calls(batch: Batch, *, backward: bool) -> dict[str, Callable[[], Any]
 
 
 def varlen_call(batch: Batch, *, backward: bool) -> Callable[[], Any]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    bounds, longest = batch.cu_seqlens.cuda().int(), max(batch.lengths)
+    bounds, longest = batch.cu_seqlens.to(batch.q.device, torch.int32), max(batch.lengths)
 
     def call() -> None:
+        from torch.nn.attention.varlen import varlen_attn
+
         leaves = [t.detach().requires_grad_(backward) for t in (batch.q, batch.k, batch.v)]
         out = varlen_attn(*leaves, bounds, bounds, longest, longest)
         if backward:
@@ -175,7 +182,7 @@ def flex_calls(batch: Batch) -> dict[str, Callable[[], Any]]:
     """Compiled FlexAttention over padded cells, its block mask made beforehand or each time."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    longest, known_B = max(batch.lengths), batch.options["n_known"].cuda()
+    longest, known_B = max(batch.lengths), batch.options["n_known"].to(batch.q.device)
     tensors = [
         torch.nn.utils.rnn.pad_sequence(t.split(batch.lengths), batch_first=True).transpose(1, 2).contiguous()
         for t in (batch.q, batch.k, batch.v)
@@ -186,9 +193,9 @@ def flex_calls(batch: Batch) -> dict[str, Callable[[], Any]]:
 
     compiled, make = torch.compile(flex_attention), torch.compile(create_block_mask)
     shape = (visible, len(batch.lengths), None, longest, longest)
-    mask = make(*shape)
+    prebuilt = functools.cache(lambda: make(*shape))  # at the first call: what cannot be compiled costs no other peer
     return {
-        "FlexAttention, mask prebuilt": lambda: compiled(*tensors, block_mask=mask),
+        "FlexAttention, mask prebuilt": lambda: compiled(*tensors, block_mask=prebuilt()),
         "FlexAttention, mask rebuilt": lambda: compiled(*tensors, block_mask=make(*shape)),
     }
 
@@ -200,8 +207,8 @@ def goal_batch(name: str) -> Batch:
     return make_batch(Case(dtype="bfloat16", head_dim=64, options=options), lengths, "cuda")
 
 
-def measure_peers(*, with_kernels: bool) -> dict[str, dict[str, float | str]]:
-    results = {}
+def measure_peers(*, with_kernels: bool) -> Iterator[tuple[str, dict[str, float | str]]]:
+    """Title and times of each comparison, as soon as they are known."""
     for name, backward in itertools.product(("ragged", "generative", "equal lengths"), (False, True)):
         batch = goal_batch(name)
         calls = {"flash, merged": packed_call(batch, torch.ops.scfm, "flash_attention", backward=backward)}
@@ -213,7 +220,7 @@ def measure_peers(*, with_kernels: bool) -> dict[str, dict[str, float | str]]:
             calls |= padded_calls(batch, backward=backward)
         if name == "generative" and not backward:
             calls |= flex_calls(batch)
-        title = f"{name} {'forward + backward' if backward else 'forward'}"
-        results[title] = milliseconds(calls) | {"flops": float(batch.flops)}
-        print(title, {key: value for key, value in results[title].items() if key != "flops"}, flush=True)
-    return results
+        yield (
+            f"{name} {'forward + backward' if backward else 'forward'}",
+            milliseconds(calls) | {"flops": float(batch.flops)},
+        )

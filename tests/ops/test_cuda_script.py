@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from scfm.ops import device_record
 from scfm.ops.device_record import Case
+from scfm.ops.reference import keys as reference
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "attention_cuda.py"
@@ -53,6 +55,24 @@ def test_an_unknown_step_is_refused(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["measure"])
     assert "invalid choice: 'measure'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("generative", "key_bias"), ("cross",)])
+def test_nothing_mixes_host_and_device(script, options):
+    """Tensors without memory stand in for those on a GPU: torch refuses to mix them with others on the CPU just the same."""
+    batch = script.make_batch(Case(dtype="bfloat16", head_dim=32, options=frozenset(options)), [20, 0, 65], "meta", 2)
+    check, peers = sys.modules["cuda_check"], sys.modules["cuda_peers"]
+    results = [check.oracle_results(batch, script.load_oracle(), torch.float64)]
+    results += [check.kernel_results(batch, torch.ops.scfm, deterministic=False)]
+    assert all(tensor.device.type == "meta" for result in results for tensor in result.values())
+    assert results[0].keys() == results[1].keys()
+    if "cross" not in options:
+        calls = peers.padded_calls(batch, backward=True)
+        calls["padded math"]()
+    out = torch.empty_like(batch.q)
+    tensors = (batch.grad_out, batch.q, batch.k, batch.v, out)
+    assert reference.column_sums(batch.q, batch.k, *batch.bounds).device.type == "meta"
+    assert reference.deletion_effects(*tensors, *batch.bounds).device.type == "meta"
 
 
 @pytest.mark.parametrize("operator", device_record.OPERATORS)
@@ -108,7 +128,7 @@ def test_speed_is_the_time_of_torch_over_that_of_the_kernels(script, machine, mo
 
     called = []
 
-    def clock(calls, repeats):
+    def clock(calls):
         for name, call in calls.items():
             call()
             called.append(name)
@@ -119,7 +139,7 @@ def test_speed_is_the_time_of_torch_over_that_of_the_kernels(script, machine, mo
     batch = script.make_batch(case, [20, 3], "cpu", 1)
     assert script.speed_of(case, batch, Operators(), backward=False) == 1.5
     assert called == ["ours", "theirs"]
-    monkeypatch.setattr(script, "milliseconds", lambda calls, repeats: {"ours": 2.0, "theirs": "out of memory"})
+    monkeypatch.setattr(script, "milliseconds", lambda calls: {"ours": 2.0, "theirs": "out of memory"})
     assert script.speed_of(case, batch, Operators(), backward=False) is None
 
 
@@ -160,6 +180,102 @@ def test_what_is_not_recorded(script, passed, hazards, clean):
     assert script.passed_cases(checked(passed, hazards)[0], clean, []) == ()
 
 
-def test_results_are_left_as_json(script, tmp_path):
-    script.save(tmp_path / "new", "check", {"cases": []})
-    assert json.loads((tmp_path / "new" / "check.json").read_text()) == {"cases": []}
+MACHINE = {"card": "a card", "capability": [9, 0], "torch": "2.11", "cuda": "13.0"}
+
+
+@pytest.fixture
+def here(script, monkeypatch):
+    """As if on a GPU, with the kernels of today."""
+    machine = MACHINE | {"kernels": device_record.kernel_sources(ROOT / "csrc")}
+    monkeypatch.setattr(script, "this_machine", lambda: machine)
+    return machine
+
+
+def test_a_case_that_crashes_is_named_and_the_others_go_on(script, here, monkeypatch, tmp_path):
+    cases, ran = script.all_cases()[:3], []
+
+    def check_case(case, *_):
+        ran.append(case)
+        if case == cases[1]:
+            raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+        return 0.5
+
+    monkeypatch.setattr(script, "all_cases", lambda: cases)
+    monkeypatch.setattr(script, "check_case", check_case)
+    monkeypatch.setattr(script, "run_tests", lambda chosen: True)
+    monkeypatch.setattr(script, "context_is_lost", lambda: False)
+    assert not script.check(tmp_path)
+    found = script.load(tmp_path, "check")["results"]
+    assert [entry["passed"] for entry in found["cases"]] == [True, False, True]
+    assert found["cases"][1]["reason"] == "CUDA error: an illegal memory access"
+    assert found["hazards"]
+
+    # Cut off behind the first case, it goes on with the second; at its end, it starts anew.
+    found["cases"], found["hazards"] = found["cases"][:1], None
+    script.save(tmp_path, "check", found)
+    ran.clear()
+    script.check(tmp_path)
+    assert ran == cases[1:]
+    script.check(tmp_path)
+    assert ran == cases[1:] + cases
+
+
+def test_what_hangs_is_stopped_with_all_that_it_started(script, monkeypatch, tmp_path, capfd):
+    late, hanging = tmp_path / "late", tmp_path / "hanging.py"
+    child = f"import time; time.sleep(3); open({str(late)!r}, 'w')"
+    hanging.write_text(
+        f"import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "print('started', sys.argv[1], flush=True)\ntime.sleep(60 if sys.argv[1] == 'check' else 0)\n"
+        "child.kill()\nsys.exit(sys.argv[1] == 'speed')\n"
+    )
+    monkeypatch.setattr(script, "__file__", str(hanging))
+    assert not script.run_step("check", tmp_path, limit_s=1.0)
+    assert not script.run_step("speed", tmp_path)
+    assert script.run_step("goals", tmp_path)
+    time.sleep(2.5)
+    assert not late.exists()
+    said = [line.split(" in ")[0] for line in capfd.readouterr().out.splitlines()]
+    assert said == [
+        "started check", "--- check: STOPPED", "started speed", "--- speed: FAILED", "started goals", "--- goals: done",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (None, "1 of 108 cases recorded for a card"),
+        (lambda found: found.pop("speed"), "lacks the results of speed"),
+        (lambda found: found["racecheck"]["machine"].update(torch="2.12"), "of several machines"),
+        (lambda found: [content["machine"].update(kernels="old") for content in found.values()], "other kernels"),
+        (lambda found: found["memcheck"].update(results=None), "compute-sanitizer or every case failed"),
+    ],
+    ids=["all", "a step did not run", "two versions of torch", "kernels changed", "memory not checked"],
+)
+def test_a_record_is_of_one_machine_and_of_the_kernels_of_today(
+    script, here, monkeypatch, tmp_path, capsys, change, why
+):
+    recorded = []
+    monkeypatch.setattr(script, "add_run", recorded.append)
+    results = {"check": checked(True)[0], "memcheck": True, "racecheck": True, "speed": []}
+    found = {name: {"machine": dict(here), "date": "2026-01-01", "results": result} for name, result in results.items()}
+    if change is not None:
+        change(found)
+    for name, content in found.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert script.main(["record", "--out", str(tmp_path)]) == (0 if change is None else 1)
+    assert why in capsys.readouterr().out
+    assert [(run.card, run.capability, run.date) for run in recorded] == (
+        [("a card", (9, 0), "2026-01-01")] if change is None else []
+    )
+
+
+def test_the_report_is_of_what_there_is(script, here, tmp_path, capsys):
+    assert script.main(["report", "--out", str(tmp_path)]) == 1
+    script.save(tmp_path, "check", checked(False)[0])
+    script.save(tmp_path, "baselines", MEASURED)
+    assert script.main(["report", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "check: 0 of 108 cases passed" in lines
+    assert any(line.startswith("FAIL    0.700 of what is allowed  attention bfloat16 64 generative") for line in lines)
+    assert "memcheck: did not run" in lines
+    assert lines[-len(script.GOALS) - 2 :] == script.goal_table(MEASURED).splitlines()
