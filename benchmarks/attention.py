@@ -8,7 +8,7 @@ multiply-adds in registers, on the unit that the kernels use for the dtype.
 
 `--clock cpu` counts the seconds of one thread's work, for machines that others use at the same time. Two more tables:
 
-    python benchmarks/attention.py --extras   column sums and deletion effects beside a backward; FAVOR+ in a forward of scBERT
+    python benchmarks/attention.py --extras   column sums and deletion effects beside a backward; FAVOR+ beside torch and in scBERT
     python benchmarks/attention.py --auto     kernels beside `backend="torch"`, for what `backend="auto"` should take;
                                               SCFM_FORCE_ISA with ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: other processors
 """
@@ -189,29 +189,38 @@ def extra_rows(options: argparse.Namespace, clock: Callable[[], float]) -> Itera
         seconds = dict(zip(calls, medians(list(calls.values()), options.repeats, clock)))
         for name in ("column sums", "deletion effects"):
             yield extra_row(name, dtype, seconds[name], "backward", seconds["backward"])
-    yield favor_share(options, clock)
+    for dtype in DTYPES:
+        yield from favor_rows(dtype, options, clock)
 
 
-def favor_share(options: argparse.Namespace, clock: Callable[[], float]) -> list[str]:
-    """Linear attention within one block of scBERT's shape (10 heads of width 64 over 200 dimensions)."""
+def favor_rows(dtype: torch.dtype, options: argparse.Namespace, clock: Callable[[], float]) -> Iterator[list[str]]:
+    """Linear attention of scBERT's shape (10 heads of width 64 over 200 dimensions): beside plain torch, and within a block."""
     config = preset("scbert").model_config(n_tokens=100)
-    block = Block(config).eval()
+    block = Block(config).eval().to(dtype)
     lengths = [options.tokens // 2] * 2
     plan = ops.make_plan(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]))
-    hidden_TD = torch.randn(sum(lengths), config.d_model)
-    qkv = torch.randn(sum(lengths), 3, config.n_heads, config.d_head)
+    hidden_TD = torch.randn(sum(lengths), config.d_model).to(dtype)
+    qkv = torch.randn(sum(lengths), 3, config.n_heads, config.d_head).to(dtype).requires_grad_()
+    grad_out = torch.randn(sum(lengths), config.n_heads, config.d_head).to(dtype)
     projection_MK = block.attention.projection_MK
 
-    def attend() -> None:
-        with torch.inference_mode():
-            ops.linear_attention(*qkv.unbind(1), plan.cu_seqlens, projection_MK, plan=plan)
+    def attend(backend: Literal["fused", "torch"], backward: bool) -> None:
+        with torch.set_grad_enabled(backward):
+            q, k, v = qkv.unbind(1)
+            out = ops.linear_attention(q, k, v, plan.cu_seqlens, projection_MK, plan=plan, backend=backend)
+            if backward:
+                torch.autograd.grad(out, qkv, grad_out)
 
     def forward() -> None:
         with torch.inference_mode():
             block(hidden_TD, plan)
 
-    inner, whole = medians([attend, forward], options.repeats, clock)
-    return extra_row("FAVOR+ attention", torch.float32, inner, "block of scBERT", whole)
+    for name, backward in (("FAVOR+", False), ("FAVOR+ forward + backward", True)):
+        calls = [partial(attend, "fused", backward), partial(attend, "torch", backward)]
+        ours, theirs = medians(calls, options.repeats, clock)
+        yield extra_row(name, dtype, ours, "plain torch", theirs)
+    inner, whole = medians([partial(attend, "fused", False), forward], options.repeats, clock)
+    yield extra_row("FAVOR+", dtype, inner, "block of scBERT", whole)
 
 
 def extra_row(name: str, dtype: torch.dtype, seconds: float, peer: str, peer_seconds: float) -> list[str]:

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -71,6 +72,11 @@ Tensor new_like(const Tensor& tensor) {
   return torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
 }
 
+// Autograd may hand over an expanded gradient, whose strides are all zero.
+Tensor readable(const Tensor& grad) {
+  return grad.dim() == 3 && grad.size(2) > 1 && grad.stride(2) != 1 ? torch::stable::contiguous(grad) : grad;
+}
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Tensor& cu_seqlens, std::optional<Tensor> cu_seqlens_k,
                                              std::optional<Tensor> n_known, std::optional<Tensor> key_bias,
@@ -91,10 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::optional<Tensor> n_known, std::optional<Tensor> key_bias, double scale) {
   AttentionProblem problem = problem_of(q, k, v, key_bias, scale);
   const Cells cells = cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known);
-  // Autograd may hand over an expanded gradient, whose strides are all zero.
-  const Tensor grad = grad_out.dim() == 3 && grad_out.size(2) > 1 && grad_out.stride(2) != 1
-                          ? torch::stable::contiguous(grad_out)
-                          : grad_out;
+  const Tensor grad = readable(grad_out);
   check_tokens(grad, q, q.size(0), "grad_out");
   check_tokens(out, q, q.size(0), "out");
   const scfm::ConstScalars lse_read = read_scalars(lse, q.size(0), q.size(1), "lse");
@@ -144,6 +147,51 @@ Tensor attention_deletion_effects(const Tensor& grad_out, const Tensor& q, const
   const AttentionProblem problem = key_problem(grad_out, q, k, v, out, lse, key_bias, scale, result);
   scfm::run_deletion_effects(problem, cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known), q.size(1), dtype_of(q, "q"));
   return result;
+}
+
+scfm::LinearAttentionProblem linear_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& projection,
+                                            double floor) {
+  scfm::LinearAttentionProblem problem{};
+  static_cast<AttentionProblem&>(problem) =
+      problem_of(q, k, v, std::nullopt, 1.0 / std::sqrt(std::sqrt(static_cast<double>(q.size(2)))));
+  STD_TORCH_CHECK(projection.is_cpu() && projection.scalar_type() == ScalarType::Float && projection.dim() == 2 &&
+                      projection.size(0) >= 1 && projection.size(1) == q.size(2) && projection.is_contiguous(),
+                  "linear_attention: `projection` must be contiguous float32 of shape (features, ", q.size(2),
+                  ") on the CPU.");
+  problem.projection = static_cast<const float*>(projection.const_data_ptr());
+  problem.n_features = projection.size(0);
+  problem.floor = static_cast<float>(floor);
+  return problem;
+}
+
+Tensor linear_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                std::optional<Tensor> cu_seqlens_k, const Tensor& projection, double floor) {
+  scfm::LinearAttentionProblem problem = linear_problem(q, k, v, projection, floor);
+  const Cells cells = cells_of(q, k, cu_seqlens, cu_seqlens_k, std::nullopt);
+  Tensor out = new_like(q);
+  problem.out = write_tokens(out);
+  scfm::run_linear_attention_forward(problem, cells, q.size(1), dtype_of(q, "q"));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                             const Tensor& v, const Tensor& out,
+                                                             const Tensor& cu_seqlens,
+                                                             std::optional<Tensor> cu_seqlens_k,
+                                                             const Tensor& projection, double floor) {
+  scfm::LinearAttentionProblem problem = linear_problem(q, k, v, projection, floor);
+  const Cells cells = cells_of(q, k, cu_seqlens, cu_seqlens_k, std::nullopt);
+  const Tensor grad = readable(grad_out);
+  check_tokens(grad, q, q.size(0), "grad_out");
+  check_tokens(out, q, q.size(0), "out");
+  Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);
+  problem.grad_out = read_tokens(grad);
+  problem.out = {const_cast<void*>(out.const_data_ptr()), out.stride(0), out.stride(1)};
+  problem.grad_q = write_tokens(grad_q);
+  problem.grad_k = write_tokens(grad_k);
+  problem.grad_v = write_tokens(grad_v);
+  scfm::run_linear_attention_backward(problem, cells, q.size(1), dtype_of(q, "q"));
+  return {grad_q, grad_k, grad_v};
 }
 
 // Rows of a matrix as the tokens of one head.
@@ -203,6 +251,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(scfm, m) {
   m.def(
       "attention_deletion_effects(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) -> Tensor");
+  m.def(
+      "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, "
+      "Tensor projection, float floor) -> Tensor");
+  m.def(
+      "linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor cu_seqlens, "
+      "Tensor? cu_seqlens_k, Tensor projection, float floor) -> (Tensor, Tensor, Tensor)");
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor");
   m.def("cpu_isa() -> int");
   m.def("cpu_peak_gflops(bool bfloat16) -> float");
@@ -213,6 +267,8 @@ STABLE_TORCH_LIBRARY_IMPL(scfm, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_column_sums", TORCH_BOX(&attention_column_sums));
   m.impl("attention_deletion_effects", TORCH_BOX(&attention_deletion_effects));
+  m.impl("linear_attention_forward", TORCH_BOX(&linear_attention_forward));
+  m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward));
   m.impl("linear", TORCH_BOX(&linear));
 }
 

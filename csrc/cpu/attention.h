@@ -41,6 +41,14 @@ struct AttentionProblem {
   Scalars grad_bias;
 };
 
+// Random features in place of the softmax: `scale` is that of queries and keys, head width ** -0.25. No bias, no
+// log-sum-exp.
+struct LinearAttentionProblem : AttentionProblem {
+  const float* projection;  // [n_features][head_dim]
+  int64_t n_features;
+  float floor;  // added to every feature
+};
+
 // One piece of work: some queries of one cell, one head. Token numbers count from the start of the batch.
 struct AttentionTask {
   int64_t head;
@@ -76,6 +84,11 @@ struct AttentionKernels {
   // These take a backward task and its scratch.
   void (*column_sums)(const AttentionProblem&, const AttentionTask&, void* scratch);
   void (*deletion_effects)(const AttentionProblem&, const AttentionTask&, void* scratch);
+
+  int64_t (*linear_attention_scratch)(const LinearAttentionProblem&);
+  void (*linear_attention_forward)(const LinearAttentionProblem&, const AttentionTask&, void* scratch);
+  int64_t (*linear_attention_backward_scratch)(const LinearAttentionProblem&);
+  void (*linear_attention_backward)(const LinearAttentionProblem&, const AttentionTask&, void* scratch);
 
   int64_t (*linear_panel_bytes)(const LinearProblem&);
   int64_t (*linear_scratch)(const LinearProblem&);

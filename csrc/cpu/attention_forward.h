@@ -4,7 +4,7 @@
 // in the first-level cache. An epilogue adds the own key of unknown queries and divides by the sum.
 #pragma once
 
-#include "pack.h"
+#include "row_walk.h"
 
 namespace {
 
@@ -22,7 +22,7 @@ struct ForwardBuffers {
     key_rows = arena.take<uint32_t>(kKeys * words);
     key_panels = arena.take<uint32_t>(kKeys * words);
     value_panels = arena.take<uint32_t>(kKeys / Engine::kGroup * round_up(width, kPanel));
-    constexpr int64_t kTile = Engine::kForwardRows * kKeys * (Engine::kInSteps ? 2 : 1);
+    constexpr int64_t kTile = tile_rows<Engine>() * kKeys;
     scores = arena.take<float>(kTile);
     probs = Engine::kGroup == 1 ? reinterpret_cast<uint32_t*>(scores) : arena.take<uint32_t>(kTile / Engine::kGroup);
     out = arena.take<float>(rows * width);
@@ -129,65 +129,14 @@ void add_own_key(const AttentionProblem& problem, int64_t token, int64_t head, i
     Vec::store(out + d, Vec::fma(Vec::load(out + d), shrink, Vec::mul(prob, Vec::load(value + d))));
 }
 
-template <class Engine>
-SoftmaxRow softmax_of(const ForwardBuffers<Engine>& buffers, int64_t row, int64_t place, int64_t width) {
-  const int64_t start = place * Engine::kForwardKeys;
-  return {buffers.scores + start, buffers.row_max + row, buffers.row_sum + row * Vec::kWidth,
-          buffers.out + row * width, buffers.probs + start / Engine::kGroup};
-}
-
 // All rows of the task over one packed block of keys.
 template <class Engine, bool kBiased>
-void attend(const ForwardBuffers<Engine>& buffers, int64_t n_rows, int64_t n_padded, int64_t n_keys, int64_t width,
-            float scale) {
-  constexpr int64_t kKeys = Engine::kForwardKeys, kRows = Engine::kForwardRows, kKeyWords = kKeys / Engine::kGroup;
-  const int64_t words = width / Engine::kGroup;
-  for (int64_t row = 0; row < n_padded; row += kRows) {
-    const int64_t rows = smaller(kRows, n_padded - row), real_rows = smaller(kRows, n_rows - row);
-    const uint32_t* query = buffers.query + row * words;
-    Engine::template gemm<false>(rows, n_keys, words, query, words, buffers.key_panels, buffers.scores, kKeys);
-    for (int64_t i = 0; i < real_rows; i++) {
-      const SoftmaxRow one = softmax_of(buffers, row + i, i, width);
-      softmax_row<Engine, kBiased>(one, n_keys, scale, buffers.bias, width, [&] {
-        if constexpr (Engine::kGroup == 1)
-          Engine::template gemm<false>(1, n_keys, words, query + i * words, words, buffers.key_panels, one.scores,
-                                       kKeys);
-      });
-    }
-    Engine::template gemm<true>(rows, width, n_keys / Engine::kGroup, buffers.probs, kKeyWords, buffers.value_panels,
-                                buffers.out + row * width, width);
-  }
-}
-
-// The same with both products of neighbouring rows in flight while the vector unit works on the softmax of these rows:
-// turn t does the softmax of row block t, P V of block t - 1 and Q K^T of block t + 1.
-template <class Engine, bool kBiased>
-void attend_in_steps(const ForwardBuffers<Engine>& buffers, int64_t n_rows, int64_t n_padded, int64_t n_keys,
-                     int64_t width, float scale) {
-  constexpr int64_t kKeys = Engine::kForwardKeys, kRows = Engine::kForwardRows, kKeyWords = kKeys / Engine::kGroup;
-  using Product = typename Engine::Product;
-  const int64_t words = width / Engine::kGroup, blocks = (n_padded + kRows - 1) / kRows;
-  const auto rows_of = [=](int64_t block) {
-    return block < 0 || block >= blocks ? 0 : smaller(kRows, n_padded - block * kRows);
-  };
-  for (int64_t block = -1; block <= blocks; block++) {
-    const int64_t first = block * kRows, rows = smaller(rows_of(block), n_rows - first);
-    const int64_t even = (block & 1) * kRows, odd = kRows - even;
-    Product score(rows_of(block + 1), n_keys, words, buffers.query + (first + kRows) * words, words,
-                  buffers.key_panels, buffers.scores + odd * kKeys, kKeys);
-    Product mix(rows_of(block - 1), width, n_keys / Engine::kGroup, buffers.probs + odd * kKeyWords, kKeyWords,
-                buffers.value_panels, buffers.out + (first - kRows) * width, width);
-    const int64_t steps = score.steps() + mix.steps(), share = rows > 0 ? (steps << 16) / rows : 0;
-    int64_t done = 0;
-    for (int64_t i = 0; i < rows; i++) {
-      for (const int64_t due = ((i + 1) * share) >> 16; done < due; done++)
-        if (!score.template step<false>()) mix.template step<true>();
-      softmax_row<Engine, kBiased>(softmax_of(buffers, first + i, even + i, width), n_keys, scale, buffers.bias, width,
-                                   [] {});
-    }
-    for (; done < steps; done++)
-      if (!score.template step<false>()) mix.template step<true>();
-  }
+void attend(const ForwardBuffers<Engine>& buffers, const RowWalk& walk, float scale) {
+  walk_rows<Engine>(walk, [&](int64_t row, float* scores, uint32_t* probs, const auto& again) {
+    const SoftmaxRow one{scores, buffers.row_max + row, buffers.row_sum + row * Vec::kWidth, walk.out + row * walk.width,
+                         probs};
+    softmax_row<Engine, kBiased>(one, walk.columns, scale, buffers.bias, walk.width, again);
+  });
 }
 
 template <class Engine, class Source>
@@ -218,11 +167,9 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
     panels_of_rows(reinterpret_cast<const Element*>(buffers.key_rows), n_keys, width, buffers.value_panels);
     if (biased) copy_bias(problem.key_bias, task.key_begin + begin, task.head, n, n_keys, buffers.bias);
 
-    if constexpr (Engine::kInSteps)
-      (biased ? attend_in_steps<Engine, true> : attend_in_steps<Engine, false>)(buffers, n_rows, n_padded, n_keys,
-                                                                                width, scale);
-    else
-      (biased ? attend<Engine, true> : attend<Engine, false>)(buffers, n_rows, n_padded, n_keys, width, scale);
+    const RowWalk walk{n_rows,         n_padded,           words,         n_keys, width, buffers.query, buffers.key_panels,
+                       buffers.value_panels, buffers.scores, buffers.probs, kKeys,  buffers.out};
+    (biased ? attend<Engine, true> : attend<Engine, false>)(buffers, walk, scale);
   }
 
   for (int64_t row = 0; row < n_rows; row++) {

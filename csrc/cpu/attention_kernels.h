@@ -5,6 +5,7 @@
 #include "attention_forward.h"
 #include "attention_keys.h"
 #include "linear.h"
+#include "linear_attention_backward.h"
 
 namespace {
 
@@ -17,6 +18,10 @@ constexpr AttentionKernels kernels_of() {
           Engine::burn,
           attention_keys<Engine, Source, false>,
           attention_keys<Engine, Source, true>,
+          linear_attention_scratch<Engine>,
+          linear_attention_forward<Engine, Source>,
+          linear_attention_backward_scratch<Engine>,
+          linear_attention_backward<Engine, Source>,
           linear_panel_bytes<Engine>,
           linear_scratch<Engine>,
           pack_weight<Engine, Source>,

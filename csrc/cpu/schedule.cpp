@@ -149,6 +149,22 @@ void run_deletion_effects(const AttentionProblem& problem, const Cells& cells, i
   run_whole_cells(problem, cells, n_heads, kernels, kernels.deletion_effects);
 }
 
+void run_linear_attention_forward(const LinearAttentionProblem& problem, const Cells& cells, int64_t n_heads,
+                                  Dtype dtype) {
+  const AttentionKernels& kernels = attention_kernels(dtype);
+  const auto tasks = list_tasks(cells, n_heads, std::numeric_limits<int64_t>::max(), false);
+  run_tasks(tasks, kernels.linear_attention_scratch(problem),
+            [&](const AttentionTask& task, void* scratch) { kernels.linear_attention_forward(problem, task, scratch); });
+}
+
+void run_linear_attention_backward(const LinearAttentionProblem& problem, const Cells& cells, int64_t n_heads,
+                                   Dtype dtype) {
+  const AttentionKernels& kernels = attention_kernels(dtype);
+  const auto tasks = list_tasks(cells, n_heads, std::numeric_limits<int64_t>::max(), true);
+  run_tasks(tasks, kernels.linear_attention_backward_scratch(problem),
+            [&](const AttentionTask& task, void* scratch) { kernels.linear_attention_backward(problem, task, scratch); });
+}
+
 void run_linear(const LinearProblem& problem, Dtype dtype) {
   if (problem.n_rows == 0 || problem.n_outputs == 0) return;
   const AttentionKernels& kernels = attention_kernels(dtype);

@@ -23,6 +23,8 @@ void run_attention_forward(const AttentionProblem&, const Cells&, int64_t n_head
 void run_attention_backward(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_column_sums(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_deletion_effects(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
+void run_linear_attention_forward(const LinearAttentionProblem&, const Cells&, int64_t n_heads, Dtype);
+void run_linear_attention_backward(const LinearAttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_linear(const LinearProblem& problem, Dtype dtype);
 
 }  // namespace scfm

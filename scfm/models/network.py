@@ -124,7 +124,7 @@ class CellTransformer(nn.Module):
 
         The same as `network(cells)[token_N]`; the last block is worked out for these tokens alone.
         """
-        if self.config.attention == "linear" or cells.n_known is not None:
+        if cells.n_known is not None:
             return self(cells).index_select(0, token_N)
         hidden_TD = self(cells, hidden_layer=-2)
         bounds = torch.searchsorted(token_N, cells.cu_seqlens.to(token_N.dtype))

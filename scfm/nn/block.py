@@ -69,7 +69,14 @@ class Attention(nn.Module):
             query_THK = query_THK.index_select(0, at_N)
         if self.projection_MK is not None:
             attended_THK = ops.linear_attention(
-                query_THK, key_THK, value_THK, plan.cu_seqlens, self.projection_MK, plan=plan
+                query_THK,
+                key_THK,
+                value_THK,
+                plan.cu_seqlens,
+                self.projection_MK,
+                cu_seqlens_k=plan.cu_seqlens_k,
+                plan=plan,
+                backend=self.backend,
             )
         else:
             attended_THK = ops.attention(

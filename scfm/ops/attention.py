@@ -139,7 +139,7 @@ def attention(
     >>> ops.attention(q, k, v, torch.tensor([0, 2, 5])).shape
     torch.Size([5, 2, 16])
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast_qkv(q, k, v)
     check_qkv(q, k, v)
     q, k, v = readable(q), readable(k), readable(v)
     bias_TH = None if key_bias is None else check_key_bias(key_bias, k)
@@ -245,7 +245,8 @@ def check_scale(scale: float | None, q: Tensor) -> float:
     return float(scale)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def autocast_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in the dtype that autocast asks for."""
     device = q.device.type
     if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v

@@ -1,14 +1,17 @@
 """Linear attention by random features (FAVOR+) on packed cells, for the scBERT and scFoundation families."""
 
-# Axes: B cells, T packed tokens, H heads, K head width, M random features, L longest cell.
+# Axes: B cells, T packed tokens (Tq queries, Tk keys), H heads, K head width, M random features, L tokens of one cell.
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scfm.ops.attention import check_qkv
-from scfm.ops.plan import AttentionPlan, make_plan
+from scfm.ops.attention import Backend, autocast_qkv, check_qkv, checked_plan, readable
+from scfm.ops.backend import EXTENSION_PATH, choose_backend
+from scfm.ops.plan import AttentionPlan
 
 # Added to every feature, so that no query is without weight.
 FEATURE_FLOOR = 1e-4
@@ -60,36 +63,48 @@ def linear_attention(
     cu_seqlens: Tensor,
     projection: Tensor,
     *,
+    cu_seqlens_k: Tensor | None = None,
     plan: AttentionPlan | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attention of each cell through positive random features, at a cost linear in its length.
 
     Parameters
     ----------
     q, k, v
-        Queries, keys and values, shape (T, H, K), one real dtype.
+        Queries (Tq, H, K), keys and values (Tk, H, K), one real dtype. Only the last axis must be contiguous.
     cu_seqlens
-        Cell boundaries, shape (B + 1,), int32 or int64, first 0, last T.
+        Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, last Tq.
     projection
         Random projection W, shape (M, K), as of :func:`random_projection`.
+    cu_seqlens_k
+        Cell boundaries of the keys, shape (B + 1,), last Tk; without it keys and queries share `cu_seqlens`.
     plan
         :func:`scfm.ops.make_plan` of the same boundaries; without it the op builds one.
+    backend
+        `"fused"` (compiled kernels, on the CPU), `"torch"` (plain torch), or `"auto"`: kernels wherever they serve.
 
     Returns
     -------
-    Output (T, H, K) in the dtype of `q`; differentiable. Features and their sums are float32 at least.
+    Output (Tq, H, K) in the dtype of `q`; differentiable in `q`, `k` and `v`, by `"torch"` in `projection` too. A query
+    without keys has output 0.
 
     Raises
     ------
     TypeError, ValueError
         If shapes, dtypes or boundaries do not fit.
+    RuntimeError
+        If `backend="fused"` is asked for where it cannot serve.
 
     Notes
     -----
     With x' = x K^(-1/4): phi(x) = M^(-1/2) (exp(W x' - |x'|^2 / 2 - c) + 1e-4) and out = phi(q) (phi(K)^T V) /
     (phi(q) sum phi(K)), as in Performer (Choromanski et al. 2021). The stabiliser c is the maximum of W x' over the row
     for queries, and over the cell and head for keys; published code takes the latter over the whole batch, so that a cell's
-    result depends on its batch-mates.
+    result depends on its batch-mates. It counts as a constant in the gradient.
+
+    Exponents, sums and the floor are float32 at least; the kernels round W, features and sums to bfloat16 for products
+    of bfloat16 tensors. They hold no features of a whole cell.
 
     Examples
     --------
@@ -102,26 +117,47 @@ def linear_attention(
     >>> float((approximate - scfm.ops.attention(q, k, v, cu_seqlens)).abs().max()) < 0.05
     True
     """
+    q, k, v = autocast_qkv(q, k, v)
     check_qkv(q, k, v)
-    if projection.dim() != 2 or projection.shape[1] != q.shape[2]:
+    if projection.dim() != 2 or projection.shape[1] != q.shape[2] or not projection.shape[0]:
         raise ValueError(
             f"`projection` has shape {tuple(projection.shape)}; it must be (features, {q.shape[2]}), the head width."
         )
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"`q` has {q.shape[0]} tokens and `k` {k.shape[0]}; linear attention is self-attention.")
-    if plan is None:
-        plan = make_plan(cu_seqlens, n_tokens=q.shape[0])
-    lengths = plan.cu_seqlens.diff().tolist()
+    plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, None, q, k)
+    if _serves(q, projection, backend):
+        weight_MK = projection.detach().float().contiguous()
+        return torch.ops.scfm.linear_attention_forward(
+            readable(q), readable(k), readable(v), plan.cu_seqlens, plan.cu_seqlens_k, weight_MK, FEATURE_FLOOR
+        )
+    bounds_k = plan.cu_seqlens if plan.cu_seqlens_k is None else plan.cu_seqlens_k
+    lengths, lengths_k = plan.cu_seqlens.diff().tolist(), bounds_k.diff().tolist()
     dtype = torch.promote_types(q.dtype, torch.float32)
     weight_MK = projection.to(device=q.device, dtype=dtype) * q.shape[2] ** -0.25
-    outs = [
-        _cell_attention(query.to(dtype), key.to(dtype), value.to(dtype), weight_MK)
-        for query, key, value in zip(q.split(lengths), k.split(lengths), v.split(lengths))
-    ]
+    with torch.autocast(q.device.type, enabled=False):
+        outs = [
+            _cell_attention(query.to(dtype), key.to(dtype), value.to(dtype), weight_MK)
+            for query, key, value in zip(q.split(lengths), k.split(lengths_k), v.split(lengths_k))
+        ]
     return torch.cat(outs).to(q.dtype) if outs else torch.empty_like(q)
 
 
+def _serves(q: Tensor, projection: Tensor, backend: Backend) -> bool:
+    """Whether the kernels do."""
+    obstacle = None
+    if q.is_cuda:
+        obstacle = "linear attention has no kernel for GPUs"
+    elif projection.requires_grad and torch.is_grad_enabled():
+        obstacle = "the kernels give no gradient to the projection"
+    if obstacle is not None:
+        if backend == "fused":
+            raise RuntimeError(f'`backend="fused"` cannot serve this call: {obstacle}. Pass `backend="auto"`.')
+        backend = "torch" if backend == "auto" else backend
+    return choose_backend(backend, q) == "fused"
+
+
 def _cell_attention(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, weight_MK: Tensor) -> Tensor:
+    if not key_LHK.shape[0]:
+        return torch.zeros_like(query_LHK)
     query_HLM = _features(query_LHK.transpose(0, 1), weight_MK, over=(-1,))
     key_HLM = _features(key_LHK.transpose(0, 1), weight_MK, over=(-2, -1))
     summary_HMK = key_HLM.mT @ value_LHK.transpose(0, 1)
@@ -136,3 +172,28 @@ def _features(x_HLK: Tensor, weight_MK: Tensor, *, over: tuple[int, ...]) -> Ten
     stabiliser = projected_HLM.detach().amax(over, keepdim=True) if projected_HLM.numel() else 0.0
     n_features = weight_MK.shape[0]
     return (torch.exp(projected_HLM - half_norm_HL1 - stabiliser) + FEATURE_FLOOR) * n_features**-0.5
+
+
+def _fake_forward(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_forward(q), _fake_forward(k), _fake_forward(v)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, cu_seqlens, cu_seqlens_k, projection, floor = inputs
+    ctx.save_for_backward(q, k, v, output, cu_seqlens, cu_seqlens_k, projection)
+    ctx.floor = floor
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.scfm.linear_attention_backward(grad_out, *ctx.saved_tensors, ctx.floor)
+    return *grads, None, None, None, None
+
+
+if EXTENSION_PATH is not None:
+    torch.library.register_fake("scfm::linear_attention_forward", _fake_forward)
+    torch.library.register_fake("scfm::linear_attention_backward", _fake_backward)
+    torch.library.register_autograd("scfm::linear_attention_forward", _backward, setup_context=_context)
