@@ -67,6 +67,12 @@ const std::function<void()> kKernels[] = {
       store_global(output + thread_index(), 1.f);
       add_global(output + (thread_index() & 62), {1.f, 1.f});
     },
+    [] {
+      store_shared(slot(thread_index()), 0u);
+      barrier();
+      uint32_t words[4];
+      load_matrices(words, shared_base() + 128 * (thread_index() & 1));
+    },
 };
 
 }  // namespace
@@ -103,13 +109,14 @@ extern "C" const char* run_product(const uint16_t* a, const uint16_t* b, float* 
   emulate::allow(c, 512, true);
   return emulate::launch(1, 32, 768, [&] {
     const int lane = thread_index();
-    copy_chunk(shared_base() + 16 * lane, a + 8 * lane, true);
+    // The left and the right half of a, each row 16 bytes on from the last.
+    copy_chunk(shared_base() + 256 * (lane % 2) + 16 * (lane / 2), a + 8 * lane, true);
     if (lane < 16) copy_chunk(shared_base() + 512 + 16 * lane, b + 8 * lane, true);
     copies_commit();
     copies_wait();
     barrier();
     uint32_t left[4], right[4];
-    load_matrices(left, shared_base() + 32 * (lane & 15) + 16 * (lane >> 4));
+    load_matrices(left, shared_base() + 256 * (lane >> 4) + 16 * (lane & 15));
     load_matrices_transposed(right, shared_base() + 512 + 16 * (lane & 15));
     float sums[4] = {0.f, 0.f, 0.f, 0.f};
     multiply<BFloat16>(sums, left, right[0], right[1]);

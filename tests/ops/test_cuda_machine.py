@@ -40,6 +40,7 @@ FAULTS = {
     "global off alignment": "global memory: an access is off its alignment",
     "another thread's word": "a word is read that another thread writes",
     "written and added to": "a word is both written and added to",
+    "same banks": "two rows of a matrix load are in the same banks",
 }
 
 
@@ -113,6 +114,7 @@ MUTANTS = {
     "queries past the end count": ("attention_backward.h", "if (n_valid < Shape::kQueries) {", "if (false) {"),
     "keys past the end count": ("attention_backward.h", "Pair bias{-kInfinity, -kInfinity};", "Pair bias{0.f, 0.f};"),
     "own key without bias": ("attention_forward.h", "scalar_or_zero(problem.key_bias, token, work.head) * kLog2E);\n  const float before", "0.f);\n  const float before"),
+    "rows not swizzled": ("tiles.h", "chunk ^ (row & 7)", "chunk + 0 * row"),
     "log 2 for ln": ("attention_forward.h", "log2_fast(sum)) * kLn2", "log2_fast(sum))"),
     "scale applied twice": ("attention_backward.h", "grad_k, problem.scale * undo", "grad_k, problem.scale * problem.scale * undo"),
     "swapped halves of a pair": ("tiles.h", "words[1] = pack<Element>(first[2], first[3]);", "words[1] = pack<Element>(first[3], first[2]);"),
@@ -124,7 +126,7 @@ MUTANTS = {
 
 
 @pytest.mark.slow  # half a minute each: the kernels are built anew
-@pytest.mark.skipif("SCFM_TEST_MUTANTS" not in os.environ, reason="takes ten minutes: SCFM_TEST_MUTANTS=1 runs it")
+@pytest.mark.skipif("SCFM_TEST_MUTANTS" not in os.environ, reason="takes fifteen minutes: SCFM_TEST_MUTANTS=1 runs it")
 @pytest.mark.parametrize(("name", "before", "after"), MUTANTS.values(), ids=MUTANTS.keys())
 def test_a_kernel_with_a_fault_fails_its_tests(tmp_path, name, before, after):
     """What test_cuda_kernels.py is worth: every fault planted in the kernels' sources must make it fail."""

@@ -296,11 +296,21 @@ float shuffle_xor(float value, int mask) {
   return result;
 }
 
+// A matrix load takes the eight rows of a matrix at once, 16 bytes from each: 128 bytes hold every bank once.
+void check_banks(const Warp& warp) {
+  for (int lane = 0; lane < 32; lane++)
+    for (int other = lane / 8 * 8; other < lane; other++) {
+      const auto a = *static_cast<const uint32_t*>(warp.in[lane]), b = *static_cast<const uint32_t*>(warp.in[other]);
+      if (a != b && a % 128 == b % 128) fail("shared memory: two rows of a matrix load are in the same banks");
+    }
+}
+
 // PTX ISA, ldmatrix: lane 8 m + r names row r of matrix m, 16 bytes. Lane t receives of each matrix the elements 2 (t mod 4)
 // and 2 (t mod 4) + 1 of row t / 4; with .trans those of column t / 4.
 void load_matrices(uint32_t (&words)[4], uint32_t address, bool transposed) {
   shared_word(address, 16, false);
   collective(transposed ? "transposed matrix load" : "matrix load", &address, words, [&](Warp& warp) {
+    check_banks(warp);
     for (int lane = 0; lane < 32; lane++)
       for (int matrix = 0; matrix < 4; matrix++) {
         uint16_t pair[2];
