@@ -71,7 +71,7 @@ def attention(
     token_G = np.asarray(model.encoding.vocabulary.require(genes), dtype=np.int64)
     order_G = np.argsort(token_G)
     cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, empty="keep")
-    weight_GG, n_GG = attention_edges(model, cells, token_G[order_G], hidden_layer)
+    edges = attention_edges(model, cells, token_G[order_G], hidden_layer)
     place_G = np.argsort(order_G)
-    looked_at_GG = np.where(n_GG > 0, weight_GG, np.nan)[np.ix_(place_G, place_G)]
+    looked_at_GG = np.where(edges.n_GG > 0, edges.mean_GG, np.nan)[np.ix_(place_G, place_G)]
     return pd.DataFrame(looked_at_GG.T, index=pd.Index(genes, name="looks"), columns=pd.Index(genes, name="looked at"))

@@ -72,12 +72,14 @@ def gene_network(
     Returns
     -------
     A row an edge, the most surprising first: `source`, `target`, `n_cells`, `weight` (mean over cells), `null` in words,
-    `null_mean`, `null_std` (between shuffles and edges of the same source), `z`, `p_value` (normal, two-sided), `fdr`.
+    `null_mean`, `null_std` (between cells), `z` (the difference in standard errors), `p_value` (Student's, two-sided), `fdr`
+    (Benjamini-Hochberg).
 
     Notes
     -----
     Only pairs of the chosen genes are ever computed: memory goes with their number squared, not with a cell's length
-    squared. An edge says that two genes matter to each other in the model, not that one regulates the other.
+    squared. An edge says that two genes matter to each other in the model, not that one regulates the other. Cells are
+    taken as independent; where they come from few donors, p-values are too small.
 
     Examples
     --------
@@ -106,7 +108,7 @@ def gene_network(
             shuffled = pp.encode(shuffle_counts(adata, rng, layer), model.encoding, gene_key=gene_key, empty="keep")
             null += measure(model, shuffled, tokens, hidden_layer)
             bar.update()
-    table = _tested(found, null, [model.encoding.vocabulary.tokens[token] for token in tokens], min_cells)
+    table = edge_table(found, null, [model.encoding.vocabulary.tokens[token] for token in tokens], min_cells)
     table.insert(4, "null", f"{n_shuffles} shuffles of each gene's counts among the cells")
     if key_added is not None:
         adata.uns[key_added] = table.copy()
@@ -246,16 +248,27 @@ def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer
     return found
 
 
-def _tested(found: Edges, null: Edges, names: list[str], min_cells: int) -> pd.DataFrame:
-    """Each edge's mean against its mean under the null, by Welch's test."""
+def edge_table(found: Edges, null: Edges, names: list[str], min_cells: int) -> pd.DataFrame:
+    """Each edge's mean beside its mean in shuffled cells, by Student's test: under the null their deviations are equal."""
     kept = (found.n_GG >= min_cells) & (null.n_GG >= min_cells) & ~np.eye(len(names), dtype=bool)
     source, target = np.nonzero(kept)
-    table = pd.DataFrame({"source": np.array(names)[source], "target": np.array(names)[target]})
-    table["n_cells"], table["weight"] = found.n_GG[kept], found.mean_GG[kept]
-    table["null_mean"], table["null_std"] = null.mean_GG[kept], null.std_GG[kept]
-    table["statistic"], table["p_value"] = stats.ttest_ind_from_stats(
-        table["weight"], found.std_GG[kept], table["n_cells"],
-        table["null_mean"], table["null_std"], null.n_GG[kept], equal_var=True,
-    )  # fmt: skip
+    result = stats.ttest_ind_from_stats(
+        found.mean_GG[kept],
+        found.std_GG[kept],
+        found.n_GG[kept],
+        null.mean_GG[kept],
+        null.std_GG[kept],
+        null.n_GG[kept],
+    )
+    columns = {
+        "n_cells": found.n_GG[kept],
+        "weight": found.mean_GG[kept],
+        "null_mean": null.mean_GG[kept],
+        "null_std": null.std_GG[kept],
+        "z": result.statistic,
+        "p_value": result.pvalue,
+    }
+    ends = {"source": np.array(names)[source], "target": np.array(names)[target]}
+    table = pd.DataFrame({**ends, **columns})
     table["fdr"] = stats.false_discovery_control(table["p_value"]) if len(table) else []
-    return table.sort_values("statistic", ascending=False, kind="stable", ignore_index=True)
+    return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)
