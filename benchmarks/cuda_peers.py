@@ -192,7 +192,7 @@ def flex_calls(batch: Batch) -> dict[str, Callable[[], Any]]:
         return (key < known_B[cell]) | (query == key)
 
     compiled, make = torch.compile(flex_attention), torch.compile(create_block_mask)
-    shape = (visible, len(batch.lengths), None, longest, longest)
+    shape = (visible, len(batch.lengths), None, longest, longest, batch.q.device)
     prebuilt = functools.cache(lambda: make(*shape))  # at the first call: what cannot be compiled costs no other peer
     return {
         "FlexAttention, mask prebuilt": lambda: compiled(*tensors, block_mask=prebuilt()),

@@ -6,7 +6,8 @@
 // - reads or writes shared memory outside its size, off its alignment, or reads what nobody wrote;
 // - touches the target of an asynchronous copy before the copy has been waited for, or ends with one under way;
 // - accesses a word of shared memory from two threads, one of them writing, without a barrier between;
-// - lets some lanes of a warp miss a shuffle, a matrix load or a product, or some threads a barrier.
+// - lets some lanes of a warp miss a shuffle, a matrix load or a product, or some threads a barrier;
+// - takes two rows of a matrix load from the same banks, which is not wrong but slow.
 //
 // Order: within a warp lanes run one after the other, each up to the next operation of the whole warp; a warp runs up to the
 // next barrier, then the next warp does; blocks run by number. The rules above are about pairs of accesses between barriers,
@@ -14,7 +15,7 @@
 // instead: any lane of any warp, after each operation of a warp, each barrier and some of the accesses, and blocks in any
 // order. Blocks never run side by side.
 //
-// What it cannot say: anything of speed, of the order in which a GPU's memory shows writes to other threads beyond the
+// What it cannot say: anything else of speed, of the order in which a GPU's memory shows writes to other threads beyond the
 // rules above, of the exact rounding inside a matrix product, and of the inline assembly of ../device.h.
 #pragma once
 
