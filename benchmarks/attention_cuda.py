@@ -126,9 +126,14 @@ def baselines(out: Path) -> bool:
 
 
 def goals(out: Path) -> bool:
-    crashed = [case for case in results_here(out, "check", {"cases": []})["cases"] if "reason" in case]
+    crashed = [entry for entry in results_here(out, "check", {"cases": []})["cases"] if "reason" in entry]
+    crashed = [entry for entry in crashed if (entry["dtype"], entry["head_dim"]) == ("bfloat16", 64)]
     if crashed:
-        print("The kernels are left out: some case crashed, and would take the baselines with it.")
+        print(
+            "The kernels are left out, because they would take the baselines with them:",
+            *map(verdict, crashed),
+            sep="\n",
+        )
     return peers(out, "goals", with_kernels=not crashed) and not crashed
 
 
@@ -173,8 +178,7 @@ def context_is_lost() -> bool:
 
 def verdict(entry: dict[str, Any]) -> str:
     error = f"{entry['error']:7.3f} of what is allowed"
-    what = " ".join([entry["operator"], entry["dtype"], str(entry["head_dim"]), *entry["options"]])
-    return f"{'pass' if entry['passed'] else 'FAIL'}  {error}  {what}  {entry.get('reason', '')}".rstrip()
+    return f"{'pass' if entry['passed'] else 'FAIL'}  {error}  {describe(case_of(entry))}  {entry.get('reason', '')}".rstrip()
 
 
 def sanitize(out: Path, tool: str) -> bool:
