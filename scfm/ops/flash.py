@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,26 @@ def layout_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor |
     )
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One attention, and how the flash kernels are given it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: Layout
+    scale: float
+
+    def known(self, tensor: Tensor) -> Tensor:
+        """Rows of the keys that all queries of a cell see."""
+        return tensor if self.layout.known_S is None else tensor[self.layout.known_S]
+
+    def scores_of_own_keys(self) -> Tensor:
+        """(U, H), float32."""
+        unknown_U = self.layout.unknown_U
+        return (self.q[unknown_U].float() * self.k[unknown_U].float()).sum(-1) * self.scale
+
+
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     """Torch's kernel: output (Tq, H, K) and log-sum-exp (H, Tq), float32; queries without keys are undefined."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -101,7 +121,7 @@ def forward(
     if key_bias is not None or not is_trusted(q):
         return reference.forward(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, True)
     make_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, n_tokens=q.shape[0], n_tokens_k=k.shape[0])
-    return _forward(q, k, v, layout_of(cu_seqlens, cu_seqlens_k, n_known, q.device), scale)
+    return _forward(Problem(q, k, v, layout_of(cu_seqlens, cu_seqlens_k, n_known, q.device), scale))
 
 
 def backward(
@@ -121,24 +141,17 @@ def backward(
     """Gradients of `q`, `k`, `v`, and of `key_bias` ((Tk, H), or (0, H) without one)."""
     if key_bias is not None or not is_trusted(q):
         return reference.backward(grad_out, grad_lse, q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale)
-    layout = layout_of(cu_seqlens, cu_seqlens_k, n_known, q.device)
-    grads = _backward(grad_out.contiguous(), grad_lse, q, k, v, out, lse, layout, scale)
+    problem = Problem(q, k, v, layout_of(cu_seqlens, cu_seqlens_k, n_known, q.device), scale)
+    grads = _backward(problem, out, lse, grad_out.contiguous(), grad_lse)
     return *grads, q.new_empty((0, q.shape[1]), dtype=torch.float32)
 
 
-def _known(tensor: Tensor, layout: Layout) -> Tensor:
-    return tensor if layout.known_S is None else tensor[layout.known_S]
-
-
-def _scores_of_own_keys(q: Tensor, k: Tensor, unknown_U: Tensor, scale: float) -> Tensor:
-    return (q[unknown_U].float() * k[unknown_U].float()).sum(-1) * scale
-
-
-def _seen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+def _seen(problem: Problem) -> tuple[Tensor, Tensor]:
     """Attention over the keys that all queries of a cell see, float32 log-sum-exp (Tq, H)."""
+    q, layout = problem.q, problem.layout
     if layout.longest_q == 0 or layout.longest_k == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-    out, lse_HT = flash_forward(q, _known(k, layout), _known(v, layout), layout, scale)
+    out, lse_HT = flash_forward(q, problem.known(problem.k), problem.known(problem.v), layout, problem.scale)
     lse = lse_HT.T
     if layout.keyless_T is not None:
         out = out.masked_fill(layout.keyless_T[:, None, None], 0.0)
@@ -146,16 +159,18 @@ def _seen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tupl
     return out, lse
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _seen(q, k, v, layout, scale)
+def _forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    out, lse = _seen(problem)
     out, lse = out.contiguous(), lse.contiguous()
-    if layout.unknown_U is None:
+    unknown_U = problem.layout.unknown_U
+    if unknown_U is None:
         return out, lse
-    unknown_U = layout.unknown_U
-    own_UH = _scores_of_own_keys(q, k, unknown_U, scale)
+    own_UH = problem.scores_of_own_keys()
     merged_UH = torch.logaddexp(lse[unknown_U], own_UH)
     weight_UH1 = torch.exp(lse[unknown_U] - merged_UH)[..., None]
-    merged_UHK = out[unknown_U].float() * weight_UH1 + torch.exp(own_UH - merged_UH)[..., None] * v[unknown_U].float()
+    merged_UHK = (
+        out[unknown_U].float() * weight_UH1 + torch.exp(own_UH - merged_UH)[..., None] * problem.v[unknown_U].float()
+    )
     return (
         out.index_copy(0, unknown_U, merged_UHK.to(out.dtype)),
         lse.index_copy(0, unknown_U, merged_UH),
@@ -163,25 +178,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> t
 
 
 def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: Layout,
-    scale: float,
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = _grads_of_seen_keys(grad_out, grad_lse, q, k, v, out, lse, layout, scale)
-    if layout.unknown_U is not None:
-        unknown_U = layout.unknown_U
+    q, k, v, unknown_U = problem.q, problem.k, problem.v, problem.layout.unknown_U
+    grad_q, grad_k, grad_v = _grads_of_seen_keys(problem, out, lse, grad_out, grad_lse)
+    if unknown_U is not None:
         grad_UHK, query_UHK, key_UHK, value_UHK = (t[unknown_U].float() for t in (grad_out, q, k, v))
-        prob_UH = torch.exp(_scores_of_own_keys(q, k, unknown_U, scale) - lse[unknown_U])
+        prob_UH = torch.exp(problem.scores_of_own_keys() - lse[unknown_U])
         delta_UH = (grad_UHK * out[unknown_U].float()).sum(-1)
         if grad_lse is not None:
             delta_UH = delta_UH - grad_lse[unknown_U]
-        grad_score_UH1 = (prob_UH * ((grad_UHK * value_UHK).sum(-1) - delta_UH) * scale)[..., None]
+        grad_score_UH1 = (prob_UH * ((grad_UHK * value_UHK).sum(-1) - delta_UH) * problem.scale)[..., None]
         # Nobody else attends to an unknown key: its gradients are complete.
         grad_q = grad_q.index_add(0, unknown_U, grad_score_UH1 * key_UHK)
         grad_k = grad_k.index_copy(0, unknown_U, grad_score_UH1 * query_UHK)
@@ -190,28 +197,21 @@ def _backward(
 
 
 def _grads_of_seen_keys(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: Layout,
-    scale: float,
+    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What goes through the keys that all queries of a cell see; float32 (Tq or Tk, H, K)."""
-    grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (q, k, v))
+    q, layout, scale = problem.q, problem.layout, problem.scale
+    grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (q, problem.k, problem.v))
     if layout.longest_q == 0 or layout.longest_k == 0:
         return grad_q, grad_k, grad_v
-    key, value = _known(k, layout), _known(v, layout)
+    key, value = problem.known(problem.k), problem.known(problem.v)
     lse_HT = lse.masked_fill(lse == -math.inf, math.inf).T.contiguous()
     seen_q, seen_k, seen_v = (t.float() for t in flash_backward(grad_out, q, key, value, out, lse_HT, layout, scale))
     if grad_lse is not None:
         # With the keys in place of the values the output is P K, and the gradient of the "values" P^T grad_out.
         weighted = (grad_lse[..., None] * q.float()).to(q.dtype)
         seen_k = seen_k + flash_backward(weighted, q, key, key, out, lse_HT, layout, scale)[2].float() * scale
-        mixed, alone = _seen(q, k, k, layout, scale)
+        mixed, alone = _seen(replace(problem, v=problem.k))
         # Of the seen keys in the merged probabilities.
         share = torch.exp(alone - lse).masked_fill(lse == -math.inf, 0.0)
         seen_q = seen_q + (grad_lse * share)[..., None] * mixed.float() * scale
@@ -250,10 +250,10 @@ def _complaint(device: torch.device, dtype: torch.dtype, head_dim: int) -> str |
         (None, torch.tensor([0, 2, 0, 70])),
         (torch.tensor([0, 0, 20, 50, 140]), None),
     ):
-        layout = layout_of(cu_seqlens, cu_seqlens_k, n_known, device)
+        problem = Problem(q, k, v, layout_of(cu_seqlens, cu_seqlens_k, n_known, device), scale)
         try:
-            out, lse = _forward(q, k, v, layout, scale)
-            grads = _backward(grad_out, grad_lse, q, k, v, out, lse, layout, scale)
+            out, lse = _forward(problem)
+            grads = _backward(problem, out, lse, grad_out, grad_lse)
         except (RuntimeError, NotImplementedError) as error:
             return f"fails ({str(error).splitlines()[0]})"
         bounds = (cu_seqlens, cu_seqlens_k, n_known, None, scale)

@@ -19,24 +19,34 @@ QUERIES_PER_CHUNK = 256
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Some queries of one cell, by their place among the packed tokens, and the keys that all of them see."""
+
+    queries: slice
+    keys: slice
+    sees_itself: bool  # each query sees its own key as well
+
+    @property
+    def n_keys(self) -> int:
+        return self.keys.stop - self.keys.start
+
+
+@dataclass(frozen=True)
 class Cell:
     """One cell's place among the packed tokens."""
 
-    start_q: int
-    end_q: int
-    start_k: int
-    n_keys: int  # keys that every query of the cell may see
+    queries: slice
+    keys: slice  # that every query of the cell sees
     n_known: int | None  # queries from here on see their own key as well
 
-    def chunks(self) -> Iterator[tuple[int, int, bool]]:
-        """Ranges of queries, and whether they see their own key; no range straddles the last known one."""
-        first_unknown = self.end_q if self.n_known is None else self.start_q + self.n_known
-        for begin, end, sees_itself in (
-            (self.start_q, first_unknown, False),
-            (first_unknown, self.end_q, True),
-        ):
-            for start in range(begin, end, QUERIES_PER_CHUNK):
-                yield start, min(start + QUERIES_PER_CHUNK, end), sees_itself
+    def chunks(self) -> Iterator[Chunk]:
+        """All queries that see a key; no chunk straddles the last known one."""
+        start, end = self.queries.start, self.queries.stop
+        first_unknown = end if self.n_known is None else start + self.n_known
+        last_seeing = first_unknown if self.keys.start < self.keys.stop else start
+        for begin, stop, sees_itself in ((start, last_seeing, False), (first_unknown, end, True)):
+            for first in range(begin, stop, QUERIES_PER_CHUNK):
+                yield Chunk(slice(first, min(first + QUERIES_PER_CHUNK, stop)), self.keys, sees_itself)
 
 
 def cells_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor | None) -> Iterator[Cell]:
@@ -44,9 +54,9 @@ def cells_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor | 
     bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
     known = None if n_known is None else n_known.tolist()
     for cell in range(len(bounds) - 1):
-        length_k = bounds_k[cell + 1] - bounds_k[cell]
         limit = None if known is None else known[cell]
-        yield Cell(bounds[cell], bounds[cell + 1], bounds_k[cell], length_k if limit is None else limit, limit)
+        end_k = bounds_k[cell + 1] if limit is None else bounds_k[cell] + limit
+        yield Cell(slice(bounds[cell], bounds[cell + 1]), slice(bounds_k[cell], end_k), limit)
 
 
 def forward(
@@ -68,20 +78,19 @@ def forward(
     # Cheap, and the only look at the values when a compiled graph runs.
     make_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, n_tokens=q.shape[0], n_tokens_k=k.shape[0])
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    by_torch = n_known is None and key_bias is None and not return_lse and is_fused_by_torch(q)
     lse = torch.full((q.shape[0] if return_lse else 0, q.shape[1]), -math.inf, dtype=_compute_dtype(q), device=q.device)
     for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
-        if cell.n_keys == 0 and n_known is None:
+        if by_torch and cell.keys.start < cell.keys.stop:
+            out[cell.queries] = _torch_attention(q, k, v, cell, scale)
             continue
-        if n_known is None and key_bias is None and not return_lse and is_fused_by_torch(q):
-            out[cell.start_q : cell.end_q] = _torch_attention(q, k, v, cell, scale)
-            continue
-        for start, end, sees_itself in cell.chunks():
-            scores_HQN = scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+        for chunk in cell.chunks():
+            scores_HQN = scores(q, k, key_bias, chunk, scale)
             lse_HQ = finite_lse(scores_HQN)
             if return_lse:
-                lse[start:end] = torch.where(lse_HQ == math.inf, -math.inf, lse_HQ).T
+                lse[chunk.queries] = torch.where(lse_HQ == math.inf, -math.inf, lse_HQ).T
             probs_HQN = torch.exp(scores_HQN - lse_HQ[..., None])
-            out[start:end] = _mix(probs_HQN, v, cell, start, end).to(q.dtype)
+            out[chunk.queries] = _mix(probs_HQN, v, chunk).to(q.dtype)
     return out, lse
 
 
@@ -104,37 +113,35 @@ def backward(
     grad_v = torch.zeros(v.shape, dtype=dtype, device=v.device)
     grad_bias = torch.zeros((0 if key_bias is None else k.shape[0], q.shape[1]), dtype=dtype, device=q.device)
     for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
-        keys = slice(cell.start_k, cell.start_k + cell.n_keys)
-        for start, end, sees_itself in cell.chunks():
-            if cell.n_keys == 0 and not sees_itself:
-                continue
-            scores_HQN = scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+        for chunk in cell.chunks():
+            queries, keys = chunk.queries, chunk.keys
+            scores_HQN = scores(q, k, key_bias, chunk, scale)
             probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])
-            grad_HQK = grad_out[start:end].to(dtype).transpose(0, 1)
+            grad_HQK = grad_out[queries].to(dtype).transpose(0, 1)
             grad_probs_HQN = grad_HQK @ v[keys].to(dtype).permute(1, 2, 0)
-            if sees_itself:
-                own_HQ = (grad_HQK * v[start:end].to(dtype).transpose(0, 1)).sum(-1)
+            if chunk.sees_itself:
+                own_HQ = (grad_HQK * v[queries].to(dtype).transpose(0, 1)).sum(-1)
                 grad_probs_HQN = torch.cat([grad_probs_HQN, own_HQ[..., None]], -1)
             delta_HQ1 = (probs_HQN * grad_probs_HQN).sum(-1, keepdim=True)
             if grad_lse is not None:
-                delta_HQ1 = delta_HQ1 - grad_lse[start:end].to(dtype).T[..., None]
+                delta_HQ1 = delta_HQ1 - grad_lse[queries].to(dtype).T[..., None]
             grad_scores_HQN = probs_HQN * (grad_probs_HQN - delta_HQ1)
 
-            known = slice(None, cell.n_keys)
-            query_HQK = q[start:end].to(dtype).transpose(0, 1)
+            known = slice(None, chunk.n_keys)
+            query_HQK = q[queries].to(dtype).transpose(0, 1)
             grad_query_HQK = grad_scores_HQN[..., known] @ k[keys].to(dtype).transpose(0, 1)
             grad_k[keys] += (grad_scores_HQN[..., known].mT @ query_HQK).transpose(0, 1) * scale
             grad_v[keys] += (probs_HQN[..., known].mT @ grad_HQK).transpose(0, 1)
             if key_bias is not None:
                 grad_bias[keys] += grad_scores_HQN[..., known].sum(1).T
-            if sees_itself:
+            if chunk.sees_itself:
                 own_HQ1 = grad_scores_HQN[..., -1:]
-                grad_query_HQK = grad_query_HQK + own_HQ1 * k[start:end].to(dtype).transpose(0, 1)
-                grad_k[start:end] = (own_HQ1 * query_HQK).transpose(0, 1) * scale
-                grad_v[start:end] = (probs_HQN[..., -1:] * grad_HQK).transpose(0, 1)
+                grad_query_HQK = grad_query_HQK + own_HQ1 * k[queries].to(dtype).transpose(0, 1)
+                grad_k[queries] = (own_HQ1 * query_HQK).transpose(0, 1) * scale
+                grad_v[queries] = (probs_HQN[..., -1:] * grad_HQK).transpose(0, 1)
                 if key_bias is not None:
-                    grad_bias[start:end] = own_HQ1[..., 0].T
-            grad_q[start:end] = (grad_query_HQK * scale).transpose(0, 1).to(q.dtype)
+                    grad_bias[queries] = own_HQ1[..., 0].T
+            grad_q[queries] = (grad_query_HQK * scale).transpose(0, 1).to(q.dtype)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias
 
 
@@ -148,36 +155,25 @@ def is_fused_by_torch(q: Tensor) -> bool:
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, cell: Cell, scale: float) -> Tensor:
-    keys = slice(cell.start_k, cell.start_k + cell.n_keys)
-    query_1HQK = q[cell.start_q : cell.end_q].transpose(0, 1)[None]
-    out_1HQK = scaled_dot_product_attention(
-        query_1HQK, k[keys].transpose(0, 1)[None], v[keys].transpose(0, 1)[None], scale=scale
+    query_1HQK, key_1HNK, value_1HNK = (
+        tensor[part].transpose(0, 1)[None] for tensor, part in ((q, cell.queries), (k, cell.keys), (v, cell.keys))
     )
+    out_1HQK = scaled_dot_product_attention(query_1HQK, key_1HNK, value_1HNK, scale=scale)
     return out_1HQK[0].transpose(0, 1)
 
 
-def scores(
-    q: Tensor,
-    k: Tensor,
-    key_bias: Tensor | None,
-    cell: Cell,
-    start: int,
-    end: int,
-    sees_itself: bool,
-    scale: float,
-) -> Tensor:
+def scores(q: Tensor, k: Tensor, key_bias: Tensor | None, chunk: Chunk, scale: float) -> Tensor:
     """Scaled and biased scores (H, Q, N) of a chunk of queries; a last column holds each query's own key."""
     dtype = _compute_dtype(q)
-    keys = slice(cell.start_k, cell.start_k + cell.n_keys)
-    query_HQK = q[start:end].to(dtype).transpose(0, 1) * scale
-    scores_HQN = query_HQK @ k[keys].to(dtype).permute(1, 2, 0)
+    query_HQK = q[chunk.queries].to(dtype).transpose(0, 1) * scale
+    scores_HQN = query_HQK @ k[chunk.keys].to(dtype).permute(1, 2, 0)
     if key_bias is not None:
-        scores_HQN += key_bias[keys].to(dtype).T[:, None]
-    if not sees_itself:
+        scores_HQN += key_bias[chunk.keys].to(dtype).T[:, None]
+    if not chunk.sees_itself:
         return scores_HQN
-    own_HQ = (query_HQK * k[start:end].to(dtype).transpose(0, 1)).sum(-1)
+    own_HQ = (query_HQK * k[chunk.queries].to(dtype).transpose(0, 1)).sum(-1)
     if key_bias is not None:
-        own_HQ = own_HQ + key_bias[start:end].to(dtype).T
+        own_HQ = own_HQ + key_bias[chunk.queries].to(dtype).T
     return torch.cat([scores_HQN, own_HQ[..., None]], -1)
 
 
@@ -187,10 +183,9 @@ def finite_lse(scores_HQN: Tensor) -> Tensor:
     return torch.where(lse_HQ == -math.inf, math.inf, lse_HQ)
 
 
-def _mix(probs_HQN: Tensor, v: Tensor, cell: Cell, start: int, end: int) -> Tensor:
+def _mix(probs_HQN: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
     dtype = probs_HQN.dtype
-    keys = slice(cell.start_k, cell.start_k + cell.n_keys)
-    mixed_HQK = probs_HQN[..., : cell.n_keys] @ v[keys].to(dtype).transpose(0, 1)
-    if probs_HQN.shape[-1] > cell.n_keys:
-        mixed_HQK = mixed_HQK + probs_HQN[..., -1:] * v[start:end].to(dtype).transpose(0, 1)
+    mixed_HQK = probs_HQN[..., : chunk.n_keys] @ v[chunk.keys].to(dtype).transpose(0, 1)
+    if chunk.sees_itself:
+        mixed_HQK = mixed_HQK + probs_HQN[..., -1:] * v[chunk.queries].to(dtype).transpose(0, 1)
     return mixed_HQK.transpose(0, 1)

@@ -25,14 +25,12 @@ def column_sums(
     """Sum over queries of each key's probability, (Tk, H)."""
     sums_TH = torch.zeros(k.shape[:2], dtype=_result_dtype(q), device=q.device)
     for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
-        for start, end, sees_itself in cell.chunks():
-            if cell.n_keys == 0 and not sees_itself:
-                continue
-            scores_HQN = scores(q, k, key_bias, cell, start, end, sees_itself, scale)
+        for chunk in cell.chunks():
+            scores_HQN = scores(q, k, key_bias, chunk, scale)
             probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])
-            sums_TH[cell.start_k : cell.start_k + cell.n_keys] += probs_HQN[..., : cell.n_keys].sum(1).T
-            if sees_itself:
-                sums_TH[start:end] = probs_HQN[..., -1].T
+            sums_TH[chunk.keys] += probs_HQN[..., : chunk.n_keys].sum(1).T
+            if chunk.sees_itself:
+                sums_TH[chunk.queries] = probs_HQN[..., -1].T
     return sums_TH
 
 
@@ -52,18 +50,16 @@ def deletion_effects(
     dtype = _result_dtype(q)
     effects_TH = torch.zeros(k.shape[:2], dtype=dtype, device=q.device)
     for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
-        keys = slice(cell.start_k, cell.start_k + cell.n_keys)
-        for start, end, sees_itself in cell.chunks():
-            if cell.n_keys == 0:
-                continue
-            scores_HQN = scores(q, k, key_bias, cell, start, end, sees_itself, scale)
-            probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])[..., : cell.n_keys]
-            grad_HQK = grad_out[start:end].to(dtype).transpose(0, 1)
-            delta_HQ1 = (grad_HQK * out[start:end].to(dtype).transpose(0, 1)).sum(-1, keepdim=True)
+        for chunk in cell.chunks():
+            queries, keys = chunk.queries, chunk.keys
+            scores_HQN = scores(q, k, key_bias, chunk, scale)
+            probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])[..., : chunk.n_keys]
+            grad_HQK = grad_out[queries].to(dtype).transpose(0, 1)
+            delta_HQ1 = (grad_HQK * out[queries].to(dtype).transpose(0, 1)).sum(-1, keepdim=True)
             moved_HQN = delta_HQ1 - grad_HQK @ v[keys].to(dtype).permute(1, 2, 0)
             effects_HQN = torch.where(probs_HQN < ALL_ATTENTION, probs_HQN / (1.0 - probs_HQN) * moved_HQN, -delta_HQ1)
             if cu_seqlens_k is None:  # the key's own query goes with it
-                first = start - cell.start_q
+                first = queries.start - cell.queries.start
                 effects_HQN.diagonal(first, 1, 2).zero_()
             effects_TH[keys] += effects_HQN.sum(1).T
     return effects_TH
