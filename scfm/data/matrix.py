@@ -82,7 +82,10 @@ class CountMatrix:
         ------
         CountsError
             If `layer` or `depth_key` is not there, or the depths are not positive numbers.
+        TypeError
+            If `adata` is no AnnData.
         """
+        require_adata(adata)
         matrix, var, name = _find_matrix(adata, layer)
         elsewhere = {f'layer="{key}"': adata.layers[key] for key in adata.layers if key != layer}
         if adata.raw is not None and name != "adata.raw.X":
@@ -157,6 +160,15 @@ class CountMatrix:
         return (
             f"No raw counts were found elsewhere ({searched}). Load the unnormalised matrix, keep it as "
             '`adata.layers["counts"]`, and pass `layer="counts"`.'
+        )
+
+
+def require_adata(adata: Any) -> None:
+    """Raise `TypeError` for what is no AnnData: a path, a matrix, a data frame, or two arguments in the wrong order."""
+    if not hasattr(adata, "obs_names"):
+        raise TypeError(
+            f"`adata` is a {type(adata).__name__}, not an AnnData. Read a file with `anndata.read_h5ad(path)`, or wrap a "
+            "matrix of cells by genes in `anndata.AnnData(matrix)` and set `var_names`."
         )
 
 

@@ -47,6 +47,11 @@ def power_in_label(axis: Axis, label: str) -> None:
 
 def measure_of(effects: pd.DataFrame) -> tuple[str, str]:
     """Column prefix of what a table of perturbations ranks by, and its words for an axis."""
+    if not {"shift_mean", "goal_shift_mean"} & set(effects):
+        raise KeyError(
+            f"The table has no column 'shift_mean' ({', '.join(map(str, effects.columns[:8])) or 'no columns'}). Pass what "
+            "`scfm.tl.perturb` or `scfm.tl.screen` returned."
+        )
     if "goal_shift_mean" in effects:
         return "goal_shift", "shift toward the goal, change of cosine"
     return "shift", "shift of the embedding, 1 - cosine"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from scfm.data.batch import CellBatch
-from scfm.data.matrix import BLOCK_ROWS, CountMatrix
+from scfm.data.matrix import BLOCK_ROWS, CountMatrix, require_adata
 from scfm.encoding.base import Backend, Encoding
 from scfm.encoding.genes import GeneMap
 from scfm.errors import EmptyCellError
@@ -90,6 +90,7 @@ def encode(
 
 def require_cells(adata: Any) -> None:
     """Raise `EmptyCellError` where there is nothing to work on."""
+    require_adata(adata)
     if not adata.n_obs:
         raise EmptyCellError(f"The data hold no cells ({adata.n_obs} x {adata.n_vars}). Was every cell filtered out?")
 
@@ -99,8 +100,8 @@ def encoding_of(model_or_encoding: Any) -> Encoding:
     encoding = getattr(model_or_encoding, "encoding", model_or_encoding)
     if not isinstance(encoding, Encoding):
         raise TypeError(
-            f"`model_or_encoding` is a {type(model_or_encoding).__name__}; pass a model, or an encoding from "
-            "`scfm.encoding.make_encoding`."
+            f"`model_or_encoding` is a {type(model_or_encoding).__name__}; pass a model, which `scfm.fit` gives and "
+            "`scfm.load` opens, or an encoding from `scfm.encoding.make_encoding`."
         )
     return encoding
 

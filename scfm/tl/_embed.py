@@ -69,7 +69,7 @@ def embed(
     (700, 128)
     """
     adata = adata.copy() if copy else adata
-    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key)
+    cells = pp.encode(adata, model, layer=layer, gene_key=gene_key)
     how = {"hidden_layer": hidden_layer, "pooling": pooling, "normalize": normalize, "precision": precision}
     adata.obsm[key_added] = model.embed(cells, **how)  # type: ignore[arg-type]
     record(adata, model, key_added, layer=layer, gene_key=gene_key, **how)

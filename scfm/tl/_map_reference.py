@@ -14,6 +14,7 @@ from scfm import pp
 from scfm.data.labels import Labels
 from scfm.errors import LabelsError
 from scfm.models.model import Model
+from scfm.pp._encode import require_cells
 from scfm.tl._record import record
 
 
@@ -62,6 +63,8 @@ def map_reference(
     ------
     LabelsError
         If `labels_key` is missing, or fewer reference cells than neighbours have a label.
+    EmptyCellError
+        If there are no cells in `query`, or a cell has no known gene.
 
     Examples
     --------
@@ -73,6 +76,7 @@ def map_reference(
     >>> query.obsm["scfm_mapped_neighbors"].shape
     (50, 15)
     """
+    require_cells(query)
     labels = Labels.from_obs(reference.obs, labels_key)
     if len(labels.labelled) < n_neighbors:
         raise LabelsError(

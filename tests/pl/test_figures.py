@@ -117,6 +117,12 @@ def test_missing_columns_name_those_that_exist(adata):
         scfm.pl.confusion(adata, truth="bulk_labels", show=False)
 
 
+def test_another_table_is_told_which_was_wanted(adata):
+    for draw in (scfm.pl.perturbation, scfm.pl.volcano, scfm.pl.screen):
+        with pytest.raises(KeyError, match=r"no column 'shift_mean' \(bulk_labels"):
+            draw(adata.obs, show=False)
+
+
 def test_colours_differ_for_colour_blind_eyes():
     """Simulated deuteranopia and protanopia (Vienot et al. 1999): all colours stay apart, and apart from the unlabelled grey."""
     linear = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in [*COLORS, UNLABELLED]]) ** 2.2

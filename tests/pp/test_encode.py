@@ -64,8 +64,24 @@ def test_a_model_is_taken_by_its_encoding(pbmc, encoding):
     model = Model()
     model.encoding = encoding
     assert torch.equal(scfm.pp.encode(pbmc, model).gene_ids_T, scfm.pp.encode(pbmc, encoding).gene_ids_T)
-    with pytest.raises(TypeError, match="pass a model, or an encoding"):
+    with pytest.raises(TypeError, match=r"is a str; pass a model, which .*`scfm.load` opens"):
         scfm.pp.encode(pbmc, "rank")
+
+
+def test_what_is_no_adata_is_told_what_to_do(pbmc, encoding):
+    for other in ("pbmc.h5ad", pbmc.X, pbmc.to_df(), encoding):
+        with pytest.raises(TypeError, match=rf"is a {type(other).__name__}, not an AnnData. Read a file with"):
+            scfm.pp.encode(other, encoding)
+    with pytest.raises(TypeError, match="not an AnnData"):
+        scfm.fit("pbmc.h5ad")
+
+
+def test_a_layer_is_named_where_there_is_no_x(pbmc, encoding):
+    adata = pbmc.copy()
+    adata.layers["counts"] = adata.X
+    adata.X = None
+    with pytest.raises(CountsError, match=r'no X, where counts were to be. Pass one of layer="counts"'):
+        scfm.pp.encode(adata, encoding)
 
 
 def test_empty_cells_are_named_or_kept(pbmc, encoding):

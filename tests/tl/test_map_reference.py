@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import scfm
-from scfm.errors import LabelsError, ModelTaskError
+from scfm.errors import EmptyCellError, LabelsError, ModelTaskError
 from scfm.tl._integrate import _with_integration_heads
 from scfm.tl._map_reference import _shares
 
@@ -50,6 +50,11 @@ def test_reference_cells_without_a_label_are_never_neighbours(blood, rank_model,
 def test_more_neighbours_than_labelled_cells_is_an_error(blood, rank_model):
     with pytest.raises(LabelsError, match="`n_neighbors` is 500, and 120 reference cells"):
         scfm.tl.map_reference(blood[:5].copy(), blood, rank_model, labels_key="bulk_labels", n_neighbors=500)
+
+
+def test_a_query_without_cells_is_an_error(blood, rank_model):
+    with pytest.raises(EmptyCellError, match="hold no cells"):
+        scfm.tl.map_reference(blood[:0].copy(), blood, rank_model, labels_key="bulk_labels")
 
 
 def test_nearer_neighbours_weigh_more():
