@@ -43,6 +43,20 @@ def test_every_kernel_keeps_to_its_registers_and_spills_nothing_more():
             assert not same_compiler or use["registers"] <= limit["registers"], (architecture, kernel)
 
 
+@pytest.mark.slow  # a quarter of a minute of compilation
+@NEEDS_SOURCES
+@NEEDS_NVCC
+def test_the_intermediate_code_assembles_for_the_latest_card_that_nvcc_knows(tmp_path):
+    """What the driver does with it on cards later than Hopper; the widest kernels have the fewest registers to spare."""
+    known = subprocess.run([budget.find_nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    latest = max(re.findall(r"^sm_(\d+)$", known, re.MULTILINE), key=int)
+    command = [budget.find_nvcc(), "-std=c++17", "-O3", "-gencode", f"arch=compute_80,code=sm_{latest}", "-cubin"]
+    command += [str(budget.CUDA / "attention_d128.cu"), "-o", str(tmp_path / "kernels.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert int(latest) > 90
+    assert done.returncode == 0, done.stderr
+
+
 @NEEDS_SOURCES
 def test_the_budget_leaves_room_for_the_blocks_that_the_kernels_are_made_for():
     allowed = json.loads(budget.BUDGET.read_text())
