@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -73,5 +73,18 @@ template <class Source>
 inline void write_row(const float* from, float factor, int64_t n, Source* to) {
   for (int64_t i = 0; i < n; i++) from_float(from[i] * factor, to[i]);
 }
+#if defined(__AVX512BF16__)
+// One instruction rounds what the loop above takes six for; it counts denormal numbers as 0.
+inline void write_row(const float* from, float factor, int64_t n, BFloat16* to) {
+  const __m512 by = _mm512_set1_ps(factor);
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(from + i), by);
+    const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(from + i + 16), by);
+    _mm512_storeu_si512(to + i, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+  for (; i < n; i++) from_float(from[i] * factor, to[i]);
+}
+#endif
 
 }  // namespace
