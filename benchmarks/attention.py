@@ -10,7 +10,7 @@ multiply-adds in registers, on the unit that the kernels use for the dtype.
 
     python benchmarks/attention.py --extras   column sums and deletion effects beside a backward; FAVOR+ beside torch and in scBERT
     python benchmarks/attention.py --auto     kernels beside `backend="torch"`, for what `backend="auto"` should take;
-                                              SCFM_FORCE_ISA with ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: other processors
+                                              for other processors see scfm/ops/backend.py
 """
 
 # Axes: B cells, T packed tokens, H heads, K head width, N tokens of a cell, L longest cell.

@@ -17,19 +17,21 @@ EXTENSION_PATH, EXTENSION_REASON = load_extension()
 CUDA_PATH, CUDA_REASON = load_cuda_extension()
 PROVEN = proven_cases()
 
-# "auto" takes the fused kernels wherever they can serve. Speed over plain torch on one core with the same instruction set
-# (cells of 300 and 700 tokens, head width 64; forward, forward + backward):
+# "auto" takes the fused kernels wherever they can serve. Speed over plain torch on one core held to one instruction set,
+# forward and forward + backward, head width 64, cells of 256 tokens | of 1,024:
 #
-#                 float32                       bfloat16                      float16
-#                 plain        generative      plain        generative      plain        generative
-# portable        1.29, 1.67   2.03, 1.86      1.48, 1.84   2.15, 2.00      1.78, 1.78   2.11, 1.80
-# avx2            1.21, 2.13   2.29, 2.49      1.45, 2.37   2.51, 2.44      1.24, 3.21   2.14, 2.36
-# avx512          1.47, 3.11   2.85, 3.05      0.93, 3.43   3.06, 3.59      1.43, 2.98   2.82, 2.72
-# amx             (float as avx512)            1.77, 8.72   5.53, 8.40
+#               float32                    bfloat16                   float16
+# portable      1.41, 1.76 | 1.27, 1.59    1.54, 1.75 | 1.42, 1.62    1.75, 1.63 | 1.56, 1.62
+# avx2          1.24, 1.87 | 1.20, 2.26    1.37, 1.98 | 1.30, 1.87    1.11, 1.78 | 1.27, 1.91
+# avx512        1.36, 2.48 | 1.43, 3.32    1.79, 2.65 | 1.54, 3.08    1.21, 1.81 | 1.39, 2.57
+# avx512_bf16   (float as avx512)          1.44, 1.87 | 1.25, 2.07
+# amx           (float as avx512)          1.87, 5.09 | 2.01, 8.99
 #
-# and at head widths 32, 128 and 256, plain: float32 1.34 to 1.47 forward, bfloat16 (amx) 1.81 to 1.86. Measured before the
-# forward kept its reference from block to block, which made it 10 to 20 % faster. `benchmarks/attention.py --auto` prints such
-# a table; for other processors set SCFM_FORCE_ISA, and ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA for torch's side.
+# Cells of 32 tokens and width 16 gain more, width 256 less, the generative mask twice as much. Below 1, in the forward alone and
+# on sets that few models meet: float16 of width 256 in cells of 32 (0.92 to 0.98), float32 of width 256 in cells of 1,024 on
+# portable (0.97), bfloat16 of width 16 in cells of 1,024 on avx512_bf16 (0.87). `benchmarks/attention.py --auto` prints the
+# table. For another instruction set give SCFM_FORCE_ISA, and to torch ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and
+# MKL_ENABLE_INSTRUCTIONS (without the last, torch's products go on using AMX).
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_MAX_HEAD_DIM = 256
 
