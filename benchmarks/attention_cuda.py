@@ -163,8 +163,12 @@ def check(out: Path) -> bool:
 def outcome(case: Case, oracle: Any) -> dict[str, Any]:
     try:
         error = check_case(case, torch.ops.scfm, oracle, "cuda", CHECK_LENGTHS)
-    except RuntimeError as failure:
-        return {"error": float("inf"), "passed": False, "reason": str(failure).strip().splitlines()[0][:200]}
+    except Exception as failure:  # whatever it is, it is of this case
+        return {
+            "error": float("inf"),
+            "passed": False,
+            "reason": f"{type(failure).__name__}: {failure}".splitlines()[0][:200],
+        }
     return {"error": error, "passed": error <= 1.0}
 
 

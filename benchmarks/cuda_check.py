@@ -117,7 +117,7 @@ def check_case(
 
 def run_tests(chosen: str, prefix: tuple[str, ...] = (), **environment: str) -> bool:
     """The kernel tests that `chosen` selects (pytest -k), on the GPU; those of what only a GPU shows among them."""
-    command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
+    command = [*prefix, sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-k", chosen]
     command += ["tests/ops/test_cuda_kernels.py", "tests/ops/test_cuda_on_gpu.py"]
     environment = {**os.environ, "SCFM_TEST_GPU": "1", **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0

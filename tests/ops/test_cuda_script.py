@@ -207,7 +207,7 @@ def test_a_case_that_crashes_is_named_and_the_others_go_on(script, here, monkeyp
     assert not script.check(tmp_path)
     found = script.load(tmp_path, "check")["results"]
     assert [entry["passed"] for entry in found["cases"]] == [True, False, True]
-    assert found["cases"][1]["reason"] == "CUDA error: an illegal memory access"
+    assert found["cases"][1]["reason"] == "RuntimeError: CUDA error: an illegal memory access"
     assert found["hazards"]
 
     # Cut off behind the first case, it goes on with the second; at its end, it starts anew.
