@@ -37,6 +37,9 @@ model.embed = embed
 adata = scfm.datasets.pbmc()[:9].copy()
 table = scfm.tl.perturb(adata, model, n_bootstrap=50, checkpoint=folder / "perturb.npz", progress=False)
 table.to_pickle(folder / f"table-{rank}.pkl")
+genes = table.index[table["n_cells"] > 2][:2].tolist()
+by_gene = scfm.tl.perturb(adata, model, genes=genes, effect_on="genes", n_bootstrap=50, progress=False)
+by_gene.to_pickle(folder / f"genes-{rank}.pkl")
 """
 
 
@@ -73,3 +76,16 @@ def test_two_processes_embed_and_perturb_what_one_does(tmp_path):
     pd.testing.assert_frame_equal(*tables)
     pd.testing.assert_frame_equal(tables[0].loc[one.index], one, rtol=1e-9)
     assert (tables[0]["p_value"].loc[one.index] == one["p_value"]).all()
+
+    genes = [pd.read_pickle(tmp_path / f"genes-{rank}.pkl") for rank in (0, 1)]
+    pd.testing.assert_frame_equal(*genes)
+    of_one = scfm.tl.perturb(
+        adata[:9].copy(),
+        model,
+        genes=genes[0]["gene"].unique().tolist(),
+        effect_on="genes",
+        n_bootstrap=50,
+        progress=False,
+    )
+    key = ["gene", "affected"]
+    pd.testing.assert_frame_equal(*(frame.set_index(key).sort_index() for frame in (genes[0], of_one)), rtol=1e-9)
