@@ -205,7 +205,9 @@ def score_denoising(steps: int, seed: int) -> pd.DataFrame:
     config = ModelConfig(**{**SCFOUNDATION_WIRING, **shape, **decoder}, n_tokens=len(vocabulary))
     network = CellTransformer.for_vocabulary(config, vocabulary)
     target, source = (vocabulary.special_id(role) for role in ("target_depth", "source_depth"))
-    objective = ReadDepth(is_gene_V=network.is_gene_V, target_id=target, source_id=source)
+    objective = ReadDepth(
+        is_gene_V=network.is_gene_V, target_id=target, source_id=source, downsample_probability=1.0, masked=False
+    )
     cells = scfm.pp.encode(learn, encoding.replace(include_zeros=True))
     settings = scfm.FitConfig(n_steps=steps, tokens_per_step=16_384, learning_rate=2e-3, seed=seed)
     train(network, objective, cells, settings, title="read depth", progress=False)

@@ -26,6 +26,10 @@ class ReadDepth:
     value above 0 a share `mask_fraction` are targets, of those at 0 a share `mask_fraction_zero`; of these 80 % become
     the mask value, 10 % the value of a random gene of the batch, 10 % stay. Loss = sum (pred - original)^2 / N.
 
+    With ``masked=False`` nothing is masked and every gene is a target: the network sees in training what `scfm.tl.denoise`
+    will give it. Asking for 30 % of the expressed genes and 3 % of the others instead makes it expect far too much where nothing was
+    counted.
+
     The cells must hold every gene of the panel (`include_zeros=True`). The published code draws r from another distribution.
 
     Examples
@@ -54,12 +58,16 @@ class ReadDepth:
     lowest_rate: float = 0.1
     mask_fraction: float = 0.3
     mask_fraction_zero: float = 0.03
+    masked: bool = True
     name: str = "read_depth"
 
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
         original_T = values_of(cells)
         is_gene_T = self.is_gene_V[cells.gene_ids_T.long()]
         values_T = self._downsample(cells, original_T, is_gene_T, generator)
+        if not self.masked:
+            token_N = is_gene_T.nonzero().squeeze(1)
+            return cells.replace(values_T=values_T), {"token_N": token_N, "values_N": original_T[token_N]}
         fraction_T = torch.where(values_T > 0, self.mask_fraction, self.mask_fraction_zero)
         target_T = is_gene_T & (torch.rand(cells.n_tokens, generator=generator) < fraction_T)
         token_N, genes = target_T.nonzero().squeeze(1), is_gene_T.nonzero().squeeze(1)

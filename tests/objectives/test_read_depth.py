@@ -69,6 +69,16 @@ def test_without_thinning_only_masked_genes_change(cells):
     assert 0.7 < float(hidden) < 0.9
 
 
+def test_without_masks_thinned_cells_are_whole_and_every_gene_is_asked_for(cells):
+    whole = objective(downsample_probability=1.0, masked=False)
+    inputs, targets = whole.corrupt(cells, torch.Generator().manual_seed(0))
+    assert (inputs.values_T >= 0).all()  # the mask value is negative
+    is_gene_T = cells.gene_ids_T < N_GENES
+    torch.testing.assert_close(targets["token_N"], is_gene_T.nonzero().squeeze(1))
+    torch.testing.assert_close(targets["values_N"], cells.values_T[is_gene_T])
+    assert (inputs.values_T[is_gene_T] != cells.values_T[is_gene_T]).any()
+
+
 def test_shares_of_targets_are_those_of_expressed_and_silent_genes(cells):
     counted = {True: [], False: []}
     for seed in range(100):
