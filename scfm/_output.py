@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zattrs")
 
@@ -46,6 +48,13 @@ def require_folder(folder: Path) -> None:
         raise NotADirectoryError(f"{folder} is a file, so nothing can be written below it. Name another output.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"The folder {folder} cannot be written to. Name an output elsewhere.")
+
+
+def write_adata(adata: Any, path: Path) -> None:
+    """Write an AnnData as `.zarr` or `.h5ad`, without anndata's words on its next default format: no matter of a user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
 
 
 @contextmanager

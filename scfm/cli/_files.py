@@ -12,7 +12,7 @@ from typing import Any
 import anndata
 import pandas as pd
 
-from scfm._output import whole
+from scfm._output import whole, write_adata
 from scfm.data.files import open_group
 
 
@@ -26,9 +26,8 @@ def read(path: Path) -> anndata.AnnData:
 
 def write(adata: anndata.AnnData, path: Path) -> None:
     """Write as `.h5ad` or `.zarr`."""
-    with whole(path) as beside, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of anndata's next default format, which is not a user's matter
-        adata.write_zarr(beside) if path.suffix == ".zarr" else adata.write_h5ad(beside)
+    with whole(path) as beside:
+        write_adata(adata, beside)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

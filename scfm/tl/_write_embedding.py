@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from scfm._output import whole
+from scfm._output import whole, write_adata
 from scfm.data.files import open_group
 
 SUFFIXES = (".h5ad", ".zarr", ".parquet", ".npy", ".csv")
@@ -89,4 +89,4 @@ def _write_anndata(
         adata = anndata.AnnData(obs=_obs_of_all(files))
     adata.obsm[key] = np.asarray(embedding_ND)
     adata.uns["scfm"] = {**adata.uns.get("scfm", {}), key: record}
-    adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
+    write_adata(adata, path)

@@ -49,6 +49,7 @@ def embedding_in(path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:anndata")
 @pytest.mark.filterwarnings("ignore::UserWarning:zarr")
+@pytest.mark.filterwarnings("error:Writing zarr v2:UserWarning")  # what a user can do nothing about
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr", ".parquet", ".npy", ".csv"])
 @pytest.mark.parametrize("n_files", [1, 2])
 def test_every_form_holds_the_numbers_of_embed(model, files, expected, tmp_path, suffix, n_files):
