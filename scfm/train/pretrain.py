@@ -154,7 +154,12 @@ def pretrain(
         gene_key=config.gene_key,
         depth_key=config.depth_key,
     )
-    module = train(network, objective, stream, config.fit, title="pretraining", run_dir=out, progress=progress)
+    try:
+        module = train(network, objective, stream, config.fit, title="pretraining", run_dir=out, progress=progress)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if any((out / "checkpoints").glob("*.ckpt")):
+            stop.add_note(f"Checkpoints are in {out / 'checkpoints'}; the same call goes on from the newest.")
+        raise
     losses = [float(loss) for loss in module.losses]
     stage = {"name": "pretraining", "objective": objective.name, "config": config.to_dict(), "losses": losses}
     if encoding.config.kind == "continuous":  # its encoder reads expressed genes only; zeros were for the decoder
