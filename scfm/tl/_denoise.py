@@ -60,7 +60,8 @@ def denoise(
 
     Notes
     -----
-    Read-depth enhancement of scFoundation (Hao et al. 2024).
+    Read-depth enhancement of scFoundation (Hao et al. 2024). A network to be trained for this alone does better on whole cells than
+    on masked ones: ``ReadDepth(masked=False, downsample_probability=1.0)``.
 
     Examples
     --------
