@@ -9,9 +9,10 @@ import torch
 from scipy.stats import spearmanr
 
 import scfm
+from scfm.models import CellTransformer
 from scfm.tl._screen import calibrate
 from scfm.tl._screen.estimate import Estimator
-from scfm.tl._screen.ranks import RankMoves
+from scfm.tl._screen.ranks import RankMoves, own_paths
 from scfm.tl._screen.recall import recall_estimate
 
 N_CELLS = 3
@@ -177,7 +178,7 @@ def test_ranks_that_move_up_are_exact_at_known_places_and_between_them_where_the
                 for block in model.network.blocks:
                     hidden = block(hidden, plan)
             expected = hidden.mean(0).double() - before[cell].double()
-            found = moves.displacement_TD[bounds[cell] + place]
+            found = moves.following(torch.zeros_like(moves.exact_TD), moves.exact_TD)[bounds[cell] + place]
             is_known = place in moves.places[cell]
             known += is_known
             size = expected.norm().item()
@@ -197,11 +198,59 @@ def test_rough_ranks_do_not_mislead_the_goal_estimate(adata, monkeypatch):
     table = scfm.tl.screen(some, model, **state, n_verify=0, n_bootstrap=0, progress=False)
     mended = spearmanr(table.loc[exact.index, "estimate_mean"], exact["goal_shift_mean"]).statistic
     monkeypatch.setattr(Estimator, "_moves", None)
-    monkeypatch.setattr(Estimator, "known_share", lambda self: self.own_share().double())
     linear = scfm.tl.screen(some, model, **state, n_verify=0, n_bootstrap=0, progress=False)
     unmended = spearmanr(linear.loc[exact.index, "estimate_mean"], exact["goal_shift_mean"]).statistic
     assert mended > 0.95
     assert mended > unmended
+
+
+def test_rough_ranks_do_not_mislead_the_undirected_estimate(adata, monkeypatch):
+    """Straight lines between known ranks lose the best genes, and all directions for keys do not bring them back."""
+    model = scfm.fit(adata.copy(), config=scfm.FitConfig(n_steps=2, tokens_per_step=2048), progress=False)
+    with torch.no_grad():
+        model.network.embedding.rank.weight.mul_(4)
+    exact = scfm.tl.perturb(adata[:1], model, n_bootstrap=0, progress=False)
+    best, options = set(exact.index[:20]), {"n_verify": 0, "n_bootstrap": 0, "progress": False}
+    found = len(best & set(scfm.tl.screen(adata[:1], model, **options).index[:30]))
+    monkeypatch.setattr("scfm.tl._screen.estimate.own_paths", lambda *given: torch.zeros_like(given[-1]).double())
+    by_lines = len(best & set(scfm.tl.screen(adata[:1], model, **options | {"n_projections": 128}).index[:30]))
+    assert found >= 18
+    assert by_lines < found
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_own_paths_agree_with_one_token_moved_at_a_time(adata, norm):
+    """Oracle: whole attention matrices in float64, in which one query sees the keys of the cell as it is."""
+    encoding = scfm.encoding.make_encoding("rank", adata=adata)
+    config = scfm.ModelConfig(
+        n_tokens=len(encoding.vocabulary), context_length=1024, positions="rank", norm=norm, final_norm=norm == "pre",
+        d_model=16, n_heads=2, n_layers=2, d_ff=24,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = CellTransformer.for_vocabulary(config, encoding.vocabulary).double().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(5 if parameter.dim() == 2 else 1)
+    cells = scfm.pp.encode(adata[:2], encoding)
+    estimator = Estimator(network, cells)
+    keys = [(k, v) for _, k, v, _, _ in estimator._attention]
+    found = own_paths(network, cells, keys, estimator.states_TD.detach())
+    start, stop = cells.cu_seqlens.tolist()[1:3]
+    ids, step = cells.gene_ids_T[start:stop], torch.zeros(stop - start, 16, dtype=torch.float64)
+    for place in range(1, stop - start):
+        hidden = network.embedding(ids[place : place + 1], None, torch.tensor([place - 1]))
+        for block, (k, v) in zip(network.blocks, keys):
+            inner = block.attention_norm(hidden) if norm == "pre" else hidden
+            q = block.attention.qkv(inner).view(3, 2, 8)[0]
+            probs = torch.softmax(torch.einsum("hk,jhk->hj", q, k[start:stop]) * 8**-0.5, -1)
+            hidden = hidden + block.attention.out(torch.einsum("hj,jhk->hk", probs, v[start:stop]).reshape(1, 16))
+            hidden = hidden if norm == "pre" else block.attention_norm(hidden)
+            inner = block.feed_forward_norm(hidden) if norm == "pre" else hidden
+            hidden = hidden + block.feed_forward.down(torch.relu(block.feed_forward.up(inner)))
+            hidden = hidden if norm == "pre" else block.feed_forward_norm(hidden)
+        step[place] = (network.norm(hidden)[0] - estimator.states_TD[start + place]) / (stop - start)
+    for place in (0, 3, stop - start - 2, stop - start - 1):
+        torch.testing.assert_close(found[start + place], step[place + 1 :].sum(0).detach(), rtol=1e-6, atol=1e-12)
 
 
 def test_recall_estimate_is_right_on_average():

@@ -84,7 +84,7 @@ def embed_run(network: CellTransformer, cell: TokenCell, versions: FirstLayer, r
     n_left, config, block = len(cell) - 1, network.config, network.blocks[0]
     stays, moved = versions.hidden
     hidden_TD = torch.cat([part for place in run for part in (stays[:place], moved[place + 1 :])])
-    hidden_TD = _after_attention(block, hidden_TD, _attend(versions.qkv, run))
+    hidden_TD = after_attention(block, hidden_TD, _attend(versions.qkv, run))
     layer = config.embedding_layer % (config.n_layers + 1)
     ids_N = torch.from_numpy(cell.gene_ids_N)
     ids_T = torch.cat([part for place in run for part in (ids_N[:place], ids_N[place + 1 :])])
@@ -140,7 +140,7 @@ def _merge(scores_HQJ: Tensor, outside_HQK: Tensor, v_HJK: Tensor, seen_J: Tenso
     into_QHK.copy_(joined_HQK.transpose(0, 1))
 
 
-def _after_attention(block: Any, hidden_TD: Tensor, attended_TD: Tensor) -> Tensor:
+def after_attention(block: Any, hidden_TD: Tensor, attended_TD: Tensor) -> Tensor:
     """What `Block.forward` does once its heads have attended."""
     hidden_TD = block.attention.out(attended_TD, residual=hidden_TD)
     if block.norm_first:

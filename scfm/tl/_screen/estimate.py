@@ -17,7 +17,7 @@ from scfm import ops
 from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.tl._screen.ranks import RankMoves
+from scfm.tl._screen.ranks import RankMoves, own_paths, sum_of_later
 
 
 @dataclass
@@ -59,9 +59,10 @@ class Estimator:
     - its own share, (m - h_g) / (N - 1), in all dimensions;
     - N / (N - 1) times its share as a key, for each direction r: over layers, heads and queries i, the sum of
       a_ig / (1 - a_ig) G_i . (o_i - v_g), the softmax without key g, with G the gradient of r . m at the attention outputs;
-    - N / (N - 1) times what the ranks that move up do, in all dimensions. It is computed exactly for nine of the N
-      places, by as many forward passes, and interpolated. Along a goal the line between them follows the linear term, the sum
-      over later genes j of X_j . (P_{j-1} - P_j), with X the gradient at the rank embeddings P.
+    - N / (N - 1) times what the ranks that move up do, in all dimensions: exact at nine of the N places, by as many forward
+      passes; between them it follows, by one more pass, what moving up does to each token's own state (`own_paths`). Along a
+      goal it follows the linear term, the sum over later genes j of X_j . (P_{j-1} - P_j), with X the gradient at the rank
+      embeddings P.
 
     Where the embedding is the `cls` state there is no own share and no factor.
 
@@ -75,7 +76,9 @@ class Estimator:
     A network with blocks in bfloat16 serves as well: effects are sums over many queries, added up in double precision.
 
     The linear term alone fails where rank embeddings are rough, as they are after short training: on a model of 150 steps
-    the exact best 50 of 1,893 genes toward a goal were in its best 75 to 42 %, with nine exact ranks to 100 %.
+    the exact best 50 of 1,893 genes toward a goal were in its best 75 to 42 %, with nine exact ranks to 100 %. Undirected, the
+    energy that the estimate left of the best genes' moves came from ranks for nine tenths, spread over all dimensions: own paths
+    raise the best 75 from 82 to 100 % there, where 32 projections in place of 8 changed nothing.
     """
 
     def __init__(self, network: CellTransformer, cells: CellBatch, *, positions: str = "shift") -> None:
@@ -158,9 +161,7 @@ class Estimator:
         position_T = self.cells.position_T()
         with torch.no_grad():
             step_TD = rank.weight[(position_T - 1).clamp(min=0)] - rank.weight[position_T]
-            moved_T = (gradient_TD * step_TD).sum(1, dtype=torch.float64)
-            upto_T = moved_T.cumsum(0)
-            return upto_T[self.cells.cu_seqlens[1:].long() - 1][self.cell_T] - upto_T
+            return sum_of_later((gradient_TD * step_TD).sum(1, dtype=torch.float64), self.cells)
 
     @cached_property
     def _moves(self) -> RankMoves | None:
@@ -169,7 +170,11 @@ class Estimator:
     def known_share(self) -> Tensor:
         """What is known of each move in all dimensions, shape (T, D), float64: own share, and ranks that move up."""
         known_TD = self.own_share().double()
-        return known_TD if self._moves is None else known_TD + self.factor_T1 * self._moves.displacement_TD
+        if self._moves is None:
+            return known_TD
+        keys = [(k, v) for _, k, v, _, _ in self._attention]
+        paths_TD = own_paths(self.network, self.cells, keys, self.states_TD.detach())
+        return known_TD + self.factor_T1 * self._moves.following(paths_TD, self._moves.exact_TD)
 
     def displacement(self, projections_DR: Tensor) -> Tensor:
         """Estimated move of the embedding on each deletion, shape (T, D), float64."""
@@ -189,13 +194,14 @@ class Estimator:
         length_B1 = mean_BD.norm(dim=1, keepdim=True)
         unit_BD, goal_D = mean_BD / length_B1, goal_D / goal_D.norm()
         direction_BD = (goal_D - (unit_BD @ goal_D)[:, None] * unit_BD) / length_B1
-        known_T = (self.known_share() * direction_BD[self.cell_T]).sum(1)
+        own_T = (self.own_share() * direction_BD[self.cell_T]).sum(1)
         # Gradients are linear in the direction; one of length 1 keeps them inside float32's range.
         scale_B1 = direction_BD.norm(dim=1, keepdim=True).clamp(min=1e-300)
         effect_T, ranks_T = self.along(direction_BD / scale_B1)
-        if self._moves is not None:  # what the ranks do between those that are known
-            effect_T = effect_T + ranks_T - self._moves.interpolate(ranks_T)
-        return known_T + self.factor_T1[:, 0] * effect_T * scale_B1[self.cell_T, 0]
+        if self._moves is not None:
+            exact_T = (self._moves.exact_TD * (direction_BD / scale_B1)[self.cell_T]).sum(1)
+            ranks_T = self._moves.following(ranks_T[:, None], exact_T[:, None])[:, 0]
+        return own_T + self.factor_T1[:, 0] * (effect_T + ranks_T) * scale_B1[self.cell_T, 0]
 
 
 def require_screenable(model: Model) -> None:

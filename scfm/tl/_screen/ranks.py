@@ -1,67 +1,111 @@
-"""What it does to a cell when all its genes after one move up a rank: exact at few places, interpolated between."""
+"""What it does to a cell when all its genes after one move up a rank: exact at few places, own paths between."""
 
-# Axes: B cells, T packed tokens, N tokens of one cell, K known places, D model width.
+# Axes: T packed tokens, V known places of all cells, N tokens of one cell, K known places of one, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scfm import ops
 from scfm.data import CellBatch
 from scfm.models.network import CellTransformer
+from scfm.tl._perturb.deletions import after_attention
 from scfm.tl._perturb.edits import TokenCell
 from scfm.tl._perturb.stream import embed_variants
 from scfm.tl._perturb.variants import cell_of
 
-N_RANKS = 9  # 5 lose up to a quarter of the best 50 toward a goal, 17 gain no more than a twentieth
+N_RANKS = 9  # toward a goal 5 lose up to a quarter of the best 50, 17 gain no more than a twentieth
+
+
+def sum_of_later(values_T: Tensor, cells: CellBatch) -> Tensor:
+    """Sum over the later tokens of the cell, shape (T,) or (T, D)."""
+    upto_T = values_T.cumsum(0)
+    return upto_T[cells.cu_seqlens[1:].long() - 1][cells.cell_of_token_T()] - upto_T
+
+
+@torch.no_grad()
+def own_paths(
+    network: CellTransformer, cells: CellBatch, keys: Sequence[tuple[Tensor, Tensor]], states_TD: Tensor
+) -> Tensor:
+    """What moving all later tokens up a rank does by their own paths, to the mean of gene states, shape (T, D), float64.
+
+    Each token's state is worked out a rank higher in a cell whose keys and values stay as they are: one pass for all tokens,
+    and what a token takes in place of `states_TD` is exact but for its effect on others. Zeros where the embedding is the
+    `cls` state, which does not move.
+
+    Parameters
+    ----------
+    network, cells
+        As they are.
+    keys
+        Keys and values, (T, H, K), of each layer below the embedding.
+    states_TD
+        States of the tokens in their places, of the layer that cells are embedded by.
+    """
+    config = network.config
+    if config.pooling == "cls":
+        return torch.zeros_like(states_TD, dtype=torch.float64)
+    hidden_TD = network.embedding(cells.gene_ids_T, cells.values_T, (cells.position_T() - 1).clamp(min=0))
+    hidden_TD = hidden_TD.to(states_TD.dtype)
+    blocks: Any = network.blocks
+    for block, (k, v) in zip(blocks, keys):
+        inner_TD = block.attention_norm(hidden_TD) if block.norm_first else hidden_TD
+        q = block.attention.qkv(inner_TD).view(-1, 3, config.n_heads, config.d_head)[:, 0]
+        hidden_TD = after_attention(block, hidden_TD, ops.attention(q, k, v, cells.cu_seqlens).flatten(1))
+    if len(keys) == config.n_layers:
+        hidden_TD = network.norm(hidden_TD)
+    is_gene_T = network.is_gene_V[cells.gene_ids_T.long()]
+    cell_T = cells.cell_of_token_T()
+    n_genes_B = torch.zeros(len(cells), device=cells.device).index_add_(0, cell_T, is_gene_T.float()).clamp(min=1)
+    step_TD = (hidden_TD.double() - states_TD.double()) * (is_gene_T / n_genes_B[cell_T])[:, None]
+    return sum_of_later(step_TD, cells)
 
 
 @dataclass(frozen=True)
 class RankMoves:
-    """Moves of the embeddings of a batch of cells.
+    """Moves of the embeddings of a batch of cells when every token after one moves up a rank.
 
     Attributes
     ----------
     places
-        Of each cell, its places that are known, ascending from 0 to its last.
-    displacement_TD
-        Move of the cell's embedding when every token after this one moves up a rank, shape (T, D), float64.
+        Of each cell, its places at which the move is known, ascending from 0 to its last.
+    left_T, right_T, share_T1
+        The known tokens about each token, and how far it stands from the left to the right one.
+    exact_TD
+        The move at the known places, float64; zeros elsewhere.
     """
 
     places: tuple[NDArray[np.int64], ...]
-    displacement_TD: Tensor
+    left_T: Tensor
+    right_T: Tensor
+    share_T1: Tensor
+    exact_TD: Tensor
 
     @classmethod
     def of(cls, network: CellTransformer, cells: CellBatch, embedding_BD: Tensor) -> RankMoves:
         """Compute the moves; `embedding_BD` are the embeddings of the cells as they are."""
-        lengths = cells.lengths_B.tolist()
+        lengths, on_host = cells.lengths_B.tolist(), cells.to("cpu")
         places = tuple(np.unique(np.linspace(0, length - 1, N_RANKS).round().astype(np.int64)) for length in lengths)
         # After the last token nothing moves.
-        on_host = cells.to("cpu")
-        variants = [
-            _moved_up(cell_of(on_host, cell), int(place)) for cell, known in enumerate(places) for place in known[:-1]
-        ]
-        moved_VD = embed_variants(network, variants).astype(np.float64)
-        parts, first = [], 0
-        for known, length, before_D in zip(places, lengths, embedding_BD.double().cpu().numpy()):
-            n_moved = len(known) - 1
-            step_KD = np.concatenate([moved_VD[first : first + n_moved] - before_D, np.zeros((1, len(before_D)))])
-            parts.append(_between(known, step_KD, length))
-            first += n_moved
-        return cls(places, torch.from_numpy(np.concatenate(parts)).to(cells.device))
+        wanted = [(cell, int(place)) for cell, known in enumerate(places) for place in known[:-1]]
+        variants = [_moved_up(cell_of(on_host, cell), place) for cell, place in wanted]
+        moved_VD = torch.from_numpy(embed_variants(network, variants)).to(cells.device).double()
+        cell_V, place_V = torch.tensor(wanted, dtype=torch.int64, device=cells.device).view(-1, 2).unbind(1)
+        exact_TD = moved_VD.new_zeros(cells.n_tokens, moved_VD.shape[1])
+        exact_TD[cells.cu_seqlens[cell_V].long() + place_V] = moved_VD - embedding_BD.double()[cell_V]
+        return cls(places, *_lines(places, cells), exact_TD)
 
-    def interpolate(self, values_T: Tensor) -> Tensor:
-        """Draw straight lines through a quantity at the known places, shape (T,), float64."""
-        lengths = [int(known[-1]) + 1 for known in self.places]
-        parts = [
-            np.interp(np.arange(len(values_N)), known, values_N.numpy()[known])
-            for known, values_N in zip(self.places, values_T.cpu().split(lengths))
-        ]
-        return torch.from_numpy(np.concatenate(parts)).to(values_T.device)
+    def following(self, guide_TX: Tensor, exact_TX: Tensor) -> Tensor:
+        """What is exact at the known places, and between them the guide, plus a straight line for its errors; (T, X)."""
+        error_TX = exact_TX - guide_TX
+        return guide_TX + torch.lerp(error_TX[self.left_T], error_TX[self.right_T], self.share_T1)
 
 
 def _moved_up(cell: TokenCell, place: int) -> TokenCell:
@@ -70,12 +114,17 @@ def _moved_up(cell: TokenCell, place: int) -> TokenCell:
     return TokenCell(cell.gene_ids_N, cell.values_N, place_N)
 
 
-def _between(known_K: NDArray[np.int64], values_KD: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-    """Straight lines between the rows of known places, shape (length, D)."""
-    place_N = np.arange(length)
-    right_N = np.searchsorted(known_K, place_N).clip(min=1, max=max(len(known_K) - 1, 1))
-    if len(known_K) == 1:
-        return np.repeat(values_KD, length, 0)
-    left_K, right_K = known_K[right_N - 1], known_K[right_N]
-    share_N1 = ((place_N - left_K) / (right_K - left_K))[:, None]
-    return (1 - share_N1) * values_KD[right_N - 1] + share_N1 * values_KD[right_N]
+def _lines(places: tuple[NDArray[np.int64], ...], cells: CellBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The known tokens to the left and right of each token, and its share of the way between them."""
+    left, right, share = [], [], []
+    for start, known_K in zip(cells.cu_seqlens.tolist(), places):
+        place_N = np.arange(known_K[-1] + 1)
+        right_N = np.searchsorted(known_K, place_N)
+        left_N = (right_N - 1).clip(min=0)
+        left.append(start + known_K[left_N])
+        right.append(start + known_K[right_N])
+        share.append((place_N - known_K[left_N]) / np.maximum(known_K[right_N] - known_K[left_N], 1))
+    left_T, right_T, share_T = (
+        torch.from_numpy(np.concatenate(parts)).to(cells.device) for parts in (left, right, share)
+    )
+    return left_T, right_T, share_T[:, None]

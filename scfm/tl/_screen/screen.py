@@ -131,12 +131,14 @@ def screen(
         directions = projections(model, states.cells, positions=positions, n_projections=n_projections, seed=seed)
     network = model.network_in(precision)
     estimate_all(network, states, estimates, directions, positions=positions, progress=progress)
-    rankable = estimates.rows[estimates.n_R[estimates.rows] >= min_cells]
-    best, checked = _choose(estimates, measure, rankable, n_verify, n_check, seed)
+    candidates = _candidates(estimates, measure, min_cells)
+    best, others = candidates.index[:n_verify].to_numpy(), candidates.index[n_verify:].to_numpy()
+    n_check = min(n_check if n_verify else 0, len(others))
+    checked = np.random.default_rng(seed).choice(others, n_check, replace=False)
     exact = _verify(model, states, np.concatenate([best, checked]), positions, seed, progress)
 
     table = _joined(estimates, exact, measure, model, n_bootstrap=n_bootstrap, seed=seed)
-    table.attrs = _summary(estimates, exact, measure, rankable, best, checked)
+    table.attrs = _summary(candidates, exact, measure, best, checked)
     if key_added is not None:
         adata.uns[key_added] = table.copy()
         note(
@@ -193,15 +195,11 @@ def relative_place(cells: CellBatch, is_gene_T: NDArray[np.bool_]) -> NDArray[np
     return place_T
 
 
-def _choose(
-    estimates: ShiftRecord, measure: str, rankable: NDArray[np.int64], n_verify: int, n_check: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens of the best by estimate, and of random others, of those in enough cells."""
-    means = estimates.mean(measure)[np.isin(estimates.rows, rankable)]
-    order = rankable[np.argsort(-means, kind="stable")]
-    best, others = order[:n_verify], order[n_verify:]
-    n_check = min(n_check if n_verify else 0, len(others))
-    return best, np.random.default_rng(seed).choice(others, n_check, replace=False)
+def _candidates(estimates: ShiftRecord, measure: str, min_cells: int) -> pd.DataFrame:
+    """Tokens of the genes in enough cells, the best by `estimate` first, with their `place` among a cell's genes."""
+    table = pd.DataFrame({"estimate": estimates.mean(measure), "place": estimates.mean("rank_only")}, estimates.rows)
+    enough = estimates.n_R[estimates.rows] >= min_cells
+    return table[enough].sort_values("estimate", ascending=False, kind="stable")
 
 
 def _verify(
@@ -237,30 +235,23 @@ def _joined(
 
 
 def _summary(
-    estimates: ShiftRecord,
+    candidates: pd.DataFrame,
     exact: ShiftRecord | None,
     measure: str,
-    rankable: NDArray[np.int64],
     best: NDArray[np.int64],
     checked: NDArray[np.int64],
 ) -> dict[str, float]:
     if exact is None:
         return {"recall_estimate": float("nan"), "rank_only_recall": float("nan"), "n_top": 0}
-    estimate = dict(zip(estimates.rows.tolist(), estimates.mean(measure)))
-    truth = dict(zip(exact.rows.tolist(), exact.mean(measure)))
-    unverified = np.setdiff1d(rankable, best)
+    estimate, truth = candidates["estimate"], pd.Series(exact.mean(measure), exact.rows)
     n_top = min(N_TOP, max(1, 2 * len(best) // 3))
-
-    def of(values: dict[int, float], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.array([values[int(token)] for token in tokens])
-
     recall = recall_estimate(
-        exact_V=of(truth, best), estimate_V=of(estimate, best), exact_C=of(truth, checked),
-        estimate_C=of(estimate, checked), estimate_U=of(estimate, unverified), n_top=n_top, ratios=measure == "shift",
+        exact_V=truth[best].to_numpy(), estimate_V=estimate[best].to_numpy(), exact_C=truth[checked].to_numpy(),
+        estimate_C=estimate[checked].to_numpy(), estimate_U=estimate.drop(best).to_numpy(), n_top=n_top,
+        ratios=measure == "shift",
     )  # fmt: skip
-    top = best[np.argsort(-of(truth, best), kind="stable")[:n_top]]
-    places = estimates.mean("rank_only")[np.isin(estimates.rows, rankable)]
-    by_rank = rankable[np.argsort(places, kind="stable")[: len(best)]]
-    summary = {"recall_estimate": recall, "rank_only_recall": float(np.isin(top, by_rank).mean()), "n_top": n_top}
+    top = truth[best].sort_values(ascending=False, kind="stable").index[:n_top]
+    by_rank = candidates["place"].sort_index().sort_values(kind="stable").index[: len(best)]
+    summary = {"recall_estimate": recall, "rank_only_recall": float(top.isin(by_rank).mean()), "n_top": n_top}
     _log.info("expected recall of the best %d: %.2f (by rank alone: %.2f)", n_top, recall, summary["rank_only_recall"])
     return summary
