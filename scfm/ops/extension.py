@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+# Of the newest sources: a build without them is older than the Python code.
+OPERATORS = ("attention_forward", "linear", "linear_attention_forward")
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -24,6 +26,8 @@ def load_extension() -> tuple[Path | None, str]:
         torch.ops.load_library(spec.origin)
     except (OSError, RuntimeError) as error:
         return None, f"cannot be loaded: {error}"
+    if not all(hasattr(torch.ops.scfm, name) for name in OPERATORS):
+        return None, "older than the Python code: install again (`pip install . --no-build-isolation`)"
     return Path(spec.origin), "loaded"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scfm import ops
+from scfm.ops import extension
 
 HAS_KERNELS = ops.extension_info()["available"]
 NEEDS_KERNELS = pytest.mark.skipif(not HAS_KERNELS, reason="needs the compiled extension")
@@ -152,6 +153,14 @@ def test_the_extension_can_be_turned_off():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "12.0"
+
+
+@NEEDS_KERNELS
+def test_a_build_older_than_the_code_is_named(monkeypatch):
+    monkeypatch.setattr(extension, "OPERATORS", ("attention_forward", "operator_of_tomorrow"))
+    path, reason = extension.load_extension.__wrapped__()
+    assert path is None
+    assert "older than the Python code: install again" in reason
 
 
 @pytest.mark.slow
