@@ -2,7 +2,7 @@
 //
 #include "engine_float.h"
 //
-#include "engine_amx.h"
+#include "engine_amx_float.h"
 //
 #include "attention_kernels.h"
 
@@ -10,8 +10,9 @@ namespace scfm {
 
 // Only what this instruction set adds; the scheduler goes on to AVX-512 for the other dtypes.
 const AttentionKernels* attention_kernels_amx(Dtype dtype) {
+  static constexpr AttentionKernels kFloat = kernels_of<FloatEngine, float, AmxFloatEngine>();
   static constexpr AttentionKernels kBFloat16 = kernels_of<AmxEngine, BFloat16>();
-  return dtype == Dtype::kBFloat16 ? &kBFloat16 : nullptr;
+  return dtype == Dtype::kFloat ? &kFloat : dtype == Dtype::kBFloat16 ? &kBFloat16 : nullptr;
 }
 
 }  // namespace scfm

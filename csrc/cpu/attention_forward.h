@@ -16,15 +16,15 @@ struct ForwardBuffers {
 
   ForwardBuffers(void* scratch, int64_t max_queries, int64_t width) {
     constexpr int64_t kKeys = Engine::kForwardKeys;
-    const int64_t rows = round_up(smaller(max_queries, kQueriesPerTask), 16), words = width / Engine::kGroup;
+    const int64_t rows = round_up(smaller(max_queries, kQueriesPerTask), 16), words = width / Engine::kGroup * Engine::kParts;
     Arena arena{static_cast<char*>(scratch)};
     query = arena.take<uint32_t>(rows * words);
     key_rows = arena.take<uint32_t>(kKeys * words);
     key_panels = arena.take<uint32_t>(kKeys * words);
-    value_panels = arena.take<uint32_t>(kKeys / Engine::kGroup * round_up(width, kPanel));
+    value_panels = arena.take<uint32_t>(kKeys / Engine::kGroup * Engine::kParts * round_up(width, kPanel));
     constexpr int64_t kTile = tile_rows<Engine>() * kKeys;
     scores = arena.take<float>(kTile);
-    probs = Engine::kGroup == 1 ? reinterpret_cast<uint32_t*>(scores) : arena.take<uint32_t>(kTile / Engine::kGroup);
+    probs = Engine::kGroup == 1 ? reinterpret_cast<uint32_t*>(scores) : arena.take<uint32_t>(kTile / Engine::kGroup * Engine::kParts);
     out = arena.take<float>(rows * width);
     row_max = arena.take<float>(rows);
     row_sum = arena.take<float>(rows * Vec::kWidth);
@@ -161,10 +161,9 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
     const bool biased = problem.key_bias.data != nullptr || n != n_keys || !(scale > 0.f);
     copy_rows<Element, Source>(problem.k, task.key_begin + begin, task.head, n, n_keys, problem.head_dim, width,
                                buffers.key_rows);
-    panels_of_columns(buffers.key_rows, n_keys, words, buffers.key_panels);
-    copy_rows<Element, Source>(problem.v, task.key_begin + begin, task.head, n, n_keys, problem.head_dim, width,
-                               buffers.key_rows);
-    panels_of_rows(reinterpret_cast<const Element*>(buffers.key_rows), n_keys, width, buffers.value_panels);
+    panels_of_columns(buffers.key_rows, n_keys, words * Engine::kParts, buffers.key_panels);
+    pack_values<Engine, Source>(problem.v, task.key_begin + begin, task.head, n, n_keys, problem.head_dim, width,
+                                buffers.key_rows, buffers.value_panels);
     if (biased) copy_bias(problem.key_bias, task.key_begin + begin, task.head, n, n_keys, buffers.bias);
 
     const RowWalk walk{n_rows,         n_padded,           words,         n_keys, width, buffers.query, buffers.key_panels,

@@ -11,6 +11,7 @@ namespace {
 struct BFloat16Base {
   using Element = BFloat16;
   static constexpr int64_t kGroup = 2;       // elements in a 32-bit word
+  static constexpr int64_t kParts = 1;       // of an element, see engine_amx_float.h
   static constexpr int64_t kWidthStep = 32;  // head widths are padded to a multiple of this
 
   // 2^x, relative error 9e-5, a fortieth of what rounding to bfloat16 costs (minimax polynomial of degree 3 on [0, 1]).

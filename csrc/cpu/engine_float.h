@@ -14,6 +14,7 @@ struct FloatDot {
 struct FloatEngine {
   using Element = float;
   static constexpr int64_t kGroup = 1;      // elements in a 32-bit word
+  static constexpr int64_t kParts = 1;      // of an element, see engine_amx_float.h
   static constexpr int64_t kWidthStep = 16;  // head widths are padded to a multiple of this
   static constexpr bool kInSteps = false;     // see engine_amx.h
   static constexpr int64_t kRowStep = 1;    // rows of A likewise

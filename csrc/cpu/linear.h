@@ -20,7 +20,8 @@ struct LinearBuffers {
 
   LinearBuffers(void* scratch, const LinearProblem& problem) {
     Arena arena{static_cast<char*>(scratch)};
-    rows = arena.take<uint32_t>(kLinearRows * round_up(problem.n_inputs, Engine::kWidthStep) / Engine::kGroup);
+    rows = arena.take<uint32_t>(kLinearRows * round_up(problem.n_inputs, Engine::kWidthStep) / Engine::kGroup *
+                                Engine::kParts);
     bias = arena.take<float>(round_up(problem.n_outputs, kPanel));
     block = arena.take<float>(kLinearRows * kPanel);
     bytes = arena.used;
@@ -34,12 +35,13 @@ int64_t linear_scratch(const LinearProblem& problem) {
 
 template <class Engine>
 int64_t linear_panel_bytes(const LinearProblem& problem) {
-  return round_up(problem.n_outputs, kPanel) * round_up(problem.n_inputs, Engine::kWidthStep) / Engine::kGroup * 4;
+  return round_up(problem.n_outputs, kPanel) * round_up(problem.n_inputs, Engine::kWidthStep) / Engine::kGroup *
+         Engine::kParts * 4;
 }
 
 template <class Engine, class Source>
 void pack_weight(const LinearProblem& problem, uint32_t* panels, void* scratch) {
-  const int64_t width = round_up(problem.n_inputs, Engine::kWidthStep), words = width / Engine::kGroup;
+  const int64_t width = round_up(problem.n_inputs, Engine::kWidthStep), words = width / Engine::kGroup * Engine::kParts;
   const LinearBuffers<Engine> buffers(scratch, problem);
   for (int64_t begin = 0; begin < problem.n_outputs; begin += kPanel) {
     copy_rows<typename Engine::Element, Source>(problem.weight, begin, 0, smaller(kPanel, problem.n_outputs - begin),
@@ -80,10 +82,11 @@ void linear_rows(const LinearProblem& problem, int64_t row, const uint32_t* pane
     read_row(static_cast<const Source*>(problem.bias.data), problem.n_outputs, buffers.bias);
   for (int64_t column = 0; column < problem.n_outputs; column += kPanel) {
     const int64_t columns = smaller(kPanel, round_up(problem.n_outputs - column, kColumnStep));
-    for (int64_t word = 0; word < words; word += kLinearWords) {
+    const int64_t most = Engine::kParts == 1 ? kLinearWords : words;  // products of parts keep to the cache by themselves
+    for (int64_t word = 0; word < words; word += most) {
       const auto gemm = word == 0 ? Engine::template gemm<false> : Engine::template gemm<true>;
-      gemm(n_padded, columns, smaller(kLinearWords, words - word), buffers.rows + word, words,
-           panels + column * words + word * kPanel, buffers.block, kPanel);
+      gemm(n_padded, columns, smaller(most, words - word), buffers.rows + word, words * Engine::kParts,
+           panels + column * words * Engine::kParts + word * kPanel, buffers.block, kPanel);
     }
     finish_block<Source>(problem, row, n, column, buffers.bias, buffers.block);
   }

@@ -95,8 +95,8 @@ void summarize_keys(const LinearAttentionProblem& problem, const AttentionTask& 
     const int64_t n = smaller(kKeys, task.n_keys - begin), n_keys = round_up(n, kKeyStep), token = task.key_begin + begin;
     copy_rows<Element, Source>(problem.k, token, task.head, n, n_keys, problem.head_dim, width, buffers.rows);
     panels_of_columns(buffers.rows, n_keys, width / Engine::kGroup, buffers.key_panels);
-    copy_rows<Element, Source>(problem.v, token, task.head, n, n_keys, problem.head_dim, width, buffers.rows);
-    panels_of_rows(reinterpret_cast<const Element*>(buffers.rows), n_keys, width, buffers.value_panels);
+    pack_values<Engine, Source>(problem.v, token, task.head, n, n_keys, problem.head_dim, width, buffers.rows,
+                                buffers.value_panels);
     for (int64_t i = 0; i < n_keys; i++) buffers.bias[i] = -kInfinity;
     for (int64_t i = 0; i < n; i++) {
       read_padded<Source>(problem.k, token + i, task.head, problem.head_dim, width, row);

@@ -53,6 +53,13 @@ inline void convert_row(const Element* from, int64_t n, Element* to) {
 inline void convert_row(const BFloat16* from, int64_t n, float* to) { read_row(from, n, to); }
 inline void convert_row(const Half* from, int64_t n, float* to) { read_row(from, n, to); }
 
+// One row of an operand, zeros from `n` to `width`.
+template <class Element, class Source>
+inline void copy_row(const Source* from, int64_t n, int64_t width, Element* to) {
+  convert_row(from, n, to);
+  for (int64_t d = n; d < width; d++) to[d] = Element{};
+}
+
 // Rows as operand A: `n` tokens of `head_dim` elements, padded to `n_padded` rows of `width`. Rows past the end are zero,
 // not only masked: 0 times a NaN would be NaN.
 template <class Element, class Source>
@@ -64,8 +71,7 @@ void copy_rows(const ConstTokens& tokens, int64_t begin, int64_t head, int64_t n
     const char* ahead = reinterpret_cast<const char*>(token_row<Source>(tokens, begin + smaller(row + 8, n - 1), head));
     for (int64_t byte = 0; byte < head_dim * static_cast<int64_t>(sizeof(Source)); byte += 64)
       __builtin_prefetch(ahead + byte);
-    convert_row(token_row<Source>(tokens, begin + row, head), head_dim, to + row * width);
-    for (int64_t d = head_dim; d < width; d++) to[row * width + d] = Element{};
+    copy_row(token_row<Source>(tokens, begin + row, head), head_dim, width, to + row * width);
   }
   for (int64_t i = n * width; i < n_padded * width; i++) to[i] = Element{};
 }
@@ -100,6 +106,19 @@ inline void panels_of_rows(const BFloat16* rows, int64_t n, int64_t width, uint3
       const int64_t columns = smaller(kPanel, width - begin);
       for (int64_t j = 0; j < columns; j++) words[j] = upper[j].bits | uint32_t{lower[j].bits} << 16;
     }
+}
+
+// Values as that operand, by way of `rows`.
+template <class Engine, class Source>
+void pack_values(const ConstTokens& values, int64_t begin, int64_t head, int64_t n, int64_t n_padded, int64_t head_dim,
+                 int64_t width, uint32_t* rows, uint32_t* to) {
+  if constexpr (Engine::kParts == 1) {
+    copy_rows<typename Engine::Element, Source>(values, begin, head, n, n_padded, head_dim, width, rows);
+    panels_of_rows(reinterpret_cast<const typename Engine::Element*>(rows), n_padded, width, to);
+  } else {
+    copy_rows<float, Source>(values, begin, head, n, n_padded, head_dim, width, rows);
+    Engine::split_panels(reinterpret_cast<const float*>(rows), n_padded, width, to);
+  }
 }
 
 // Bias of a block of keys in units of log 2; -inf past the end, so that padding gets no probability.

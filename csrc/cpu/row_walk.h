@@ -7,7 +7,7 @@ namespace {
 
 struct RowWalk {
   int64_t rows, rows_padded;  // of A; padded to a multiple of Engine::kRowStep
-  int64_t words;              // of the summed axis of A B
+  int64_t words;              // of the summed axis of A B (of one part, see engine_amx_float.h)
   int64_t columns;            // of B: rows of V
   int64_t width;              // columns of V
   const uint32_t *a, *b, *values;
@@ -28,16 +28,16 @@ constexpr int64_t tile_rows() {
 template <class Engine, class Work>
 void walk_row_blocks(RowWalk walk, const Work& work) {
   constexpr int64_t kRows = Engine::kForwardRows;
-  const int64_t factor_stride = walk.stride / Engine::kGroup;
+  const int64_t factor_stride = walk.stride / Engine::kGroup * Engine::kParts, a_stride = walk.words * Engine::kParts;
   for (int64_t row = 0; row < walk.rows_padded; row += kRows) {
     const int64_t rows = smaller(kRows, walk.rows_padded - row), real_rows = smaller(kRows, walk.rows - row);
-    const uint32_t* a = walk.a + row * walk.words;
-    Engine::template gemm<false>(rows, walk.columns, walk.words, a, walk.words, walk.b, walk.products, walk.stride);
+    const uint32_t* a = walk.a + row * a_stride;
+    Engine::template gemm<false>(rows, walk.columns, walk.words, a, a_stride, walk.b, walk.products, walk.stride);
     for (int64_t i = 0; i < real_rows; i++) {
       float* products = walk.products + i * walk.stride;
       work(row + i, products, walk.factors + i * factor_stride, [&] {
         if constexpr (Engine::kGroup == 1)
-          Engine::template gemm<false>(1, walk.columns, walk.words, a + i * walk.words, walk.words, walk.b, products,
+          Engine::template gemm<false>(1, walk.columns, walk.words, a + i * a_stride, a_stride, walk.b, products,
                                        walk.stride);
       });
     }
@@ -52,14 +52,15 @@ template <class Engine, class Work>
 void walk_rows_in_steps(RowWalk walk, const Work& work) {
   constexpr int64_t kRows = Engine::kForwardRows;
   using Product = typename Engine::Product;
-  const int64_t blocks = (walk.rows_padded + kRows - 1) / kRows, factor_stride = walk.stride / Engine::kGroup;
+  const int64_t factor_stride = walk.stride / Engine::kGroup * Engine::kParts, a_stride = walk.words * Engine::kParts;
+  const int64_t blocks = (walk.rows_padded + kRows - 1) / kRows;
   const auto rows_of = [&](int64_t block) {
     return block < 0 || block >= blocks ? 0 : smaller(kRows, walk.rows_padded - block * kRows);
   };
   for (int64_t block = -1; block <= blocks; block++) {
     const int64_t first = block * kRows, rows = smaller(rows_of(block), walk.rows - first);
     const int64_t even = (block & 1) * kRows, odd = kRows - even;
-    Product ahead(rows_of(block + 1), walk.columns, walk.words, walk.a + (first + kRows) * walk.words, walk.words, walk.b,
+    Product ahead(rows_of(block + 1), walk.columns, walk.words, walk.a + (first + kRows) * a_stride, a_stride, walk.b,
                   walk.products + odd * walk.stride, walk.stride);
     Product behind(rows_of(block - 1), walk.width, walk.columns / Engine::kGroup, walk.factors + odd * factor_stride,
                    factor_stride, walk.values, walk.out + (first - kRows) * walk.width, walk.width);

@@ -1,0 +1,210 @@
+// Products of float on the tile unit (AMX), which multiplies bfloat16: every float is the exact sum of three bfloat16, 24
+// bits in pieces of 8, and six of the nine products of pieces are summed in float (Henry, Tang and Heinecke 2019,
+// "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations"). The three left out are
+// below 2^-24 of the product, a rounding of float. A sixth of the bfloat16 rate is still above that of the vector unit,
+// which is free for other work meanwhile.
+//
+// An operand is its three parts one after the other on the summed axis: a row of A has `a_stride` / 3 words a part, a panel
+// of B `words`. A word holds elements i and i + 16 of each 32 on that axis, the same in both operands, which
+// spares every shuffle.
+#pragma once
+
+#include "engine_amx.h"
+#include "engine_float.h"
+#include "pack.h"
+
+namespace {
+
+struct SplitFloat {
+  BFloat16 parts[3];  // for its size: how a row is laid out is said above
+};
+
+// 16 floats and 16 others, as words of each part.
+//
+// An infinity or NaN is a last part alone: there it meets nothing but the first part of the other factor, which is zero only
+// where the product with an infinity is NaN anyway.
+struct SplitPair {
+  __m512 left, right;
+
+  static __m512 upper(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
+  }
+  static __mmask16 not_finite(__m512 x) { return _mm512_fpclass_ps_mask(x, 0x01 | 0x08 | 0x10 | 0x80); }
+
+  static __m512i words(__m512 left, __m512 right) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(left), 16);
+    return _mm512_or_si512(low, _mm512_castps_si512(upper(right)));
+  }
+  void store(uint32_t* to, int64_t part_stride) const {
+    const __mmask16 odd_left = not_finite(left), odd_right = not_finite(right);
+    __m512 l = _mm512_maskz_mov_ps(_knot_mask16(odd_left), left), r = _mm512_maskz_mov_ps(_knot_mask16(odd_right), right);
+    _mm512_storeu_si512(to, words(l, r));
+    l = _mm512_sub_ps(l, upper(l)), r = _mm512_sub_ps(r, upper(r));
+    _mm512_storeu_si512(to + part_stride, words(l, r));
+    l = _mm512_mask_mov_ps(_mm512_sub_ps(l, upper(l)), odd_left, left);
+    r = _mm512_mask_mov_ps(_mm512_sub_ps(r, upper(r)), odd_right, right);
+    _mm512_storeu_si512(to + 2 * part_stride, words(l, r));
+  }
+};
+
+// One row of an operand, zeros from `n` to `width` (see copy_rows).
+inline void copy_row(const float* from, int64_t n, int64_t width, SplitFloat* to_row) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(to_row);
+  for (int64_t d = 0; d < width; d += 32) {
+    const auto some = [&](int64_t first) {
+      const int64_t left = n - first;
+      const __mmask16 there = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+      return _mm512_maskz_loadu_ps(there, from + first);
+    };
+    SplitPair{some(d), some(d + 16)}.store(to + d / 2, width / 2);
+  }
+}
+
+struct AmxFloatEngine : AmxEngine {
+  using Element = SplitFloat;
+  static constexpr int64_t kParts = 3;
+  static constexpr int kProducts = 6;
+
+  static Vec::Reg exp2(Vec::Reg x) { return FloatEngine::exp2(x); }
+
+  // Two vectors of one row of probabilities.
+  static void store_row(uint32_t* row, int64_t column, Vec::Reg left, Vec::Reg right) {
+    SplitPair{left, right}.store(row + column / 2, kForwardKeys / 2);
+  }
+
+  // Rows of floats as operand B whose summed axis is the rows (see panels_of_rows).
+  static void split_panels(const float* rows, int64_t n, int64_t width, uint32_t* to) {
+    for (int64_t begin = 0; begin < width; begin += kPanel, to += n / 2 * kParts * kPanel)
+      for (int64_t row = 0; row < n; row++) {
+        if (row % 32 >= 16) continue;
+        const float *left = rows + row * width + begin, *right = left + 16 * width;
+        uint32_t* words = to + (row / 32 * 16 + row % 32) * kPanel;
+        for (int64_t j = 0; j < smaller(kPanel, width - begin); j += 16)
+          SplitPair{Vec::load(left + j), Vec::load(right + j)}.store(words + j, n / 2 * kPanel);
+      }
+  }
+
+  // Parts of A and B that are multiplied, small products first: what is added to a small sum is rounded finely.
+  static int64_t part_of_a(int product) { return "\2\1\0\1\0\0"[product]; }
+  static int64_t part_of_b(int product) { return "\0\1\2\0\1\0"[product]; }
+
+  template <bool kAccumulate, bool kFour>
+  static inline __attribute__((always_inline)) void begin_tiles(const float* c, int64_t c_bytes) {
+    if constexpr (kAccumulate) {
+      _tile_loadd(0, c, c_bytes);
+      _tile_loadd(1, c + 16, c_bytes);
+      if constexpr (kFour) _tile_loadd(2, c + 32, c_bytes);
+      if constexpr (kFour) _tile_loadd(3, c + 48, c_bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (kFour) _tile_zero(2);
+      if constexpr (kFour) _tile_zero(3);
+    }
+  }
+  template <bool kFour>
+  static inline __attribute__((always_inline)) void multiply_tiles(const uint32_t* a, int64_t a_bytes, const uint32_t* b) {
+    constexpr int64_t kBytes = kPanel * 4;
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(5, b, kBytes);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, b + 16, kBytes);
+    _tile_dpbf16ps(1, 4, 6);
+    if constexpr (kFour) {
+      _tile_loadd(7, b + 32, kBytes);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, b + 48, kBytes);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  template <bool kFour>
+  static inline __attribute__((always_inline)) void end_tiles(float* c, int64_t c_bytes) {
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
+    if constexpr (kFour) _tile_stored(2, c + 32, c_bytes);
+    if constexpr (kFour) _tile_stored(3, c + 48, c_bytes);
+  }
+
+  // As AmxEngine::Product: `rows` and `words` are multiples of 16, `columns` of 32; `words` counts one part.
+  struct Product {
+    int64_t rows, columns, words;
+    const uint32_t* a;
+    int64_t a_stride;
+    const uint32_t* b;
+    float* c;
+    int64_t c_stride, row = 0, column = 0, word = 0;
+    int product = 0;
+
+    Product(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride, const uint32_t* b,
+            float* c, int64_t c_stride)
+        : rows(rows), columns(rows == 0 ? 0 : columns), words(words), a(a), a_stride(a_stride), b(b), c(c), c_stride(c_stride) {}
+
+    int64_t steps() const { return (rows / 16) * ((columns + 63) / 64) * (words / 16) * kProducts; }
+
+    // False when all is done.
+    template <bool kAccumulate>
+    inline __attribute__((always_inline)) bool step() {
+      if (column >= columns) return false;
+      __asm__ volatile("" ::: "memory");  // see AmxEngine
+      if (column + 32 < columns)
+        tiles<kAccumulate, true>();
+      else
+        tiles<kAccumulate, false>();
+      __asm__ volatile("" ::: "memory");
+      if ((word += 16) < words) return true;
+      word = 0;
+      if (++product < kProducts) return true;
+      product = 0;
+      if ((row += 16) < rows) return true;
+      row = 0;
+      column += 64;
+      return true;
+    }
+
+    template <bool kAccumulate, bool kFour>
+    inline __attribute__((always_inline)) void tiles() const {
+      float* to = c + row * c_stride + column;
+      if (word == 0 && product == 0) begin_tiles<kAccumulate, kFour>(to, c_stride * 4);
+      multiply_tiles<kFour>(a + row * a_stride + part_of_a(product) * (a_stride / kParts) + word, a_stride * 4,
+                            b + (column * kParts + part_of_b(product) * kPanel) * words + word * kPanel);
+      if (word + 16 == words && product + 1 == kProducts) end_tiles<kFour>(to, c_stride * 4);
+    }
+  };
+
+  // All at once, a piece of the summed axis at a time, so that 64 columns of it stay in the first-level cache; the small
+  // products of all pieces come before the first large one.
+  template <bool kAccumulate>
+  static void gemm(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride,
+                   const uint32_t* b, float* c, int64_t c_stride) {
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      const auto first = column + 32 < columns ? pieces<kAccumulate, true> : pieces<kAccumulate, false>;
+      const auto last = column + 32 < columns ? pieces<true, true> : pieces<true, false>;
+      const uint32_t* panel = b + column * kParts * words;
+      first(0, kProducts - 1, 32, rows, words, a, a_stride, panel, c + column, c_stride);
+      last(kProducts - 1, kProducts, 128, rows, words, a, a_stride, panel, c + column, c_stride);
+    }
+  }
+  template <bool kAccumulate, bool kFour>
+  static void pieces(int first_product, int end_product, int64_t piece, int64_t rows, int64_t words, const uint32_t* a,
+                     int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride) {
+    for (int64_t begin = 0; begin < words; begin += piece)
+      for (int64_t row = 0; row < rows; row += 16) {
+        float* to = c + row * c_stride;
+        __asm__ volatile("" ::: "memory");
+        if (kAccumulate || begin > 0)
+          begin_tiles<true, kFour>(to, c_stride * 4);
+        else
+          begin_tiles<false, kFour>(to, c_stride * 4);
+        for (int product = first_product; product < end_product; product++)
+          for (int64_t word = begin; word < smaller(begin + piece, words); word += 16)
+            multiply_tiles<kFour>(a + row * a_stride + part_of_a(product) * (a_stride / kParts) + word, a_stride * 4,
+                                  b + (part_of_b(product) * words + word) * kPanel);
+        end_tiles<kFour>(to, c_stride * 4);
+        __asm__ volatile("" ::: "memory");
+      }
+  }
+
+  static int64_t burn(int64_t rounds) { return AmxEngine::burn(rounds) / kProducts; }
+};
+
+}  // namespace
