@@ -21,8 +21,6 @@ from scfm.tl._perturb.edits import TokenCell
 from scfm.tl._perturb.stream import embed_variants
 from scfm.tl._perturb.variants import cell_of
 
-N_RANKS = 9  # toward a goal 5 lose up to a quarter of the best 50, 17 gain no more than a twentieth
-
 
 def sum_of_later(values_T: Tensor, cells: CellBatch) -> Tensor:
     """Sum over the later tokens of the cell, shape (T,) or (T, D)."""
@@ -89,10 +87,10 @@ class RankMoves:
     exact_TD: Tensor
 
     @classmethod
-    def of(cls, network: CellTransformer, cells: CellBatch, embedding_BD: Tensor) -> RankMoves:
-        """Compute the moves; `embedding_BD` are the embeddings of the cells as they are."""
+    def of(cls, network: CellTransformer, cells: CellBatch, embedding_BD: Tensor, n_ranks: int) -> RankMoves:
+        """Compute the moves at `n_ranks` places of each cell; `embedding_BD` are the embeddings of the cells as they are."""
         lengths, on_host = cells.lengths_B.tolist(), cells.to("cpu")
-        places = tuple(np.unique(np.linspace(0, length - 1, N_RANKS).round().astype(np.int64)) for length in lengths)
+        places = tuple(np.unique(np.linspace(0, length - 1, n_ranks).round().astype(np.int64)) for length in lengths)
         # After the last token nothing moves.
         wanted = [(cell, int(place)) for cell, known in enumerate(places) for place in known[:-1]]
         variants = [_moved_up(cell_of(on_host, cell), place) for cell, place in wanted]

@@ -56,7 +56,7 @@ def screen(
     """Estimate what deleting each gene does, for all genes of each cell at once, and verify the best.
 
     Exact deletion of the N genes of a cell takes N forward passes. The estimate takes `n_projections` backward passes,
-    or one toward a goal, and under a rank encoding that shifts eight forward passes more.
+    or one toward a goal, and under a rank encoding that shifts five forward passes more, or eight toward a goal.
 
     Parameters
     ----------
@@ -110,8 +110,8 @@ def screen(
     Notes
     -----
     Where rank embeddings are rough (short training), moving up a rank dominates every shift, and the best genes are the
-    highest ranked: look at `rank_only_recall`, and use ``positions="held"``. The estimate follows such ranks too, by eight
-    exact passes a cell.
+    highest ranked: look at `rank_only_recall`, and use ``positions="held"``. The estimate follows such ranks too, by the forward
+    passes named above.
 
     Examples
     --------
