@@ -122,7 +122,8 @@ def build_vocabulary(counts: CountMatrix, config: EncodingConfig, *, gene_key: s
         raise VocabularyMismatchError(
             f"{len(seen) - len(distinct)} names in {source} are duplicated (such as "
             f"{next(name for place, name in enumerate(seen) if name in seen[:place])!r}). Keep one column of each "
-            '(`adata[:, ~adata.var_names.duplicated()]`), or sum them with `EncodingConfig(duplicates="sum")`.'
+            "(`adata[:, ~adata.var_names.duplicated()]`), or fit with an encoding that sums them "
+            '(`encoding=scfm.EncodingConfig(kind=..., duplicates="sum")`).'
         )
     special = ["pad", "mask"]
     special += ["cls"] * bool(config.add_cls) + ["eos"] * bool(config.add_eos)

@@ -166,7 +166,8 @@ class GeneMap:
             raise VocabularyMismatchError(
                 f"{len(report.duplicated)} genes have several columns each in {source}: "
                 f"{', '.join(map(repr, report.duplicated[:5]))}. Keep one column of each "
-                '(`adata[:, ~adata.var_names.duplicated()]`), or sum them with `EncodingConfig(duplicates="sum")`.'
+                "(`adata[:, ~adata.var_names.duplicated()]`), or fit with an encoding that sums them "
+                '(`encoding=scfm.EncodingConfig(kind=..., duplicates="sum")`).'
             )
         return cls(vocabulary, ids, report)
 

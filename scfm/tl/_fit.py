@@ -47,7 +47,7 @@ def fit(
     batch_key: str | None = None,
     test_key: str | None = None,
     transductive: bool = False,
-    encoding: str = "rank",
+    encoding: str | EncodingConfig = "rank",
     context_length: int | None = None,
     objective: str = "masked",
     pretrain: bool = True,
@@ -85,9 +85,10 @@ def fit(
         says how well the cells at hand are labelled, not new ones, and its rows say "transductive".
     encoding
         "rank": genes in order of their expression over their usual one (Geneformer). "bin": genes with binned
-        values (scGPT).
+        values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind, which is taken as it is.
     context_length
-        Most tokens of a cell; None for the preset's own, 1,024. Attention costs its square.
+        Most tokens of a cell; None for the preset's own, 1,024, or that of the given configuration. Attention costs its
+        square.
     objective
         "masked": guess hidden genes (rank) or hidden values (bin). "generative": from known genes the values of all
         others (bin; scGPT).
@@ -135,8 +136,9 @@ def fit(
     (700, 128)
     """
     require_cells(adata)
-    chosen = own_preset(preset, encoding).for_objective(objective)
-    settings = EncodingConfig(**chosen.encoding)
+    kind = encoding.kind if isinstance(encoding, EncodingConfig) else encoding
+    chosen = own_preset(preset, kind).for_objective(objective)
+    settings = encoding if isinstance(encoding, EncodingConfig) else EncodingConfig(**chosen.encoding)
     settings = settings if context_length is None else settings.replace(context_length=context_length)
     split = split_for_fit(
         adata.obs, labels_key, batch_key, test_fraction, seed, test_key=test_key, transductive=transductive

@@ -8,7 +8,7 @@ import torch
 
 import scfm
 from scfm import baselines
-from scfm.errors import LabelsError
+from scfm.errors import LabelsError, VocabularyMismatchError
 from scfm.models import generate
 from scfm.tl._calibrate import fit_temperature
 from scfm.tl._split import split_for_fit
@@ -87,6 +87,17 @@ def test_cells_without_a_label_are_fitted_on_but_neither_trained_nor_tested(bloo
     assert (adata.obs["scfm_split"][:20] == "unlabelled").all()
     assert not (adata.obs["scfm_split"][20:] == "unlabelled").any()
     assert np.isfinite(adata.obsm["X_scfm"]).all()
+
+
+def test_columns_of_one_gene_are_summed_where_the_encoding_says_so(blood):
+    adata = blood[:60].copy()
+    adata.var_names = [adata.var_names[0], *adata.var_names[:-1]]
+    with pytest.raises(VocabularyMismatchError, match=r'EncodingConfig.*duplicates="sum"'):
+        scfm.fit(adata, encoding="bin", config=SHORT, progress=False)
+    encoding = scfm.EncodingConfig(kind="bin", duplicates="sum")
+    model = scfm.fit(adata, encoding=encoding, context_length=300, config=SHORT, progress=False)
+    assert model.encoding.config == encoding.replace(context_length=300)
+    assert adata.obsm["X_scfm"].shape[0] == 60
 
 
 def test_a_missing_labels_key_is_named_with_the_nearest_one(blood):

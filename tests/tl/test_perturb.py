@@ -9,7 +9,7 @@ from scipy import stats
 
 import scfm
 from scfm.encoding import EncodingConfig, make_encoding
-from scfm.errors import LabelsError, VocabularyMismatchError
+from scfm.errors import EmptyCellError, LabelsError, VocabularyMismatchError
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import WIRING
@@ -355,6 +355,11 @@ def test_the_table_survives_h5ad(cells, rank_model, tmp_path):
     back = anndata.read_h5ad(tmp_path / "cells.h5ad")
     pd.testing.assert_frame_equal(back.uns["deletions"], table, check_dtype=False)
     assert back.uns["scfm"]["deletions"]["kind"] == "delete"
+
+
+def test_no_cells_at_all_are_named(cells, rank_model):
+    with pytest.raises(EmptyCellError, match="The data hold no cells"):
+        scfm.tl.perturb(cells[:0].copy(), rank_model, progress=False)
 
 
 @pytest.mark.parametrize(

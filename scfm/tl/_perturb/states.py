@@ -14,6 +14,7 @@ from scfm import pp
 from scfm.data import CellBatch
 from scfm.errors import LabelsError
 from scfm.models.model import Model, Precision
+from scfm.pp._encode import require_cells
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def read_states(
 
     Without `start`, all cells but those of the goal are perturbed; without `groupby`, all cells.
     """
+    require_cells(adata)
     group_B = _groups(adata, groupby, {"start": start, "goal": goal})
     chosen = np.ones(adata.n_obs, dtype=bool)
     if group_B is not None and start is not None:
