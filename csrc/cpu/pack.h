@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "attention.h"
 #include "convert.h"
@@ -25,7 +28,16 @@ struct Arena {
   template <class T>
   T* take(int64_t n) {
     T* piece = reinterpret_cast<T*>(base + used);
-    used += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    used += round_up(bytes, 64);
+#if defined(__SANITIZE_ADDRESS__)  // the sanitizer sees one block: between pieces it is told where each ends
+    used += 64;
+    if (base != nullptr) {
+      __asan_unpoison_memory_region(piece, static_cast<std::size_t>(bytes));
+      __asan_poison_memory_region(reinterpret_cast<char*>(piece) + bytes,
+                                  static_cast<std::size_t>(base + used - reinterpret_cast<char*>(piece) - bytes));
+    }
+#endif
     return base == nullptr ? nullptr : piece;
   }
 };
