@@ -82,6 +82,8 @@ void linear_rows(const LinearProblem& problem, int64_t row, const uint32_t* pane
     read_row(static_cast<const Source*>(problem.bias.data), problem.n_outputs, buffers.bias);
   for (int64_t column = 0; column < problem.n_outputs; column += kPanel) {
     const int64_t columns = smaller(kPanel, round_up(problem.n_outputs - column, kColumnStep));
+    if (words == 0)  // no inputs: the loop below would leave the sums as they are
+      for (int64_t i = 0; i < kLinearRows * kPanel; i++) buffers.block[i] = 0.f;
     const int64_t most = Engine::kParts == 1 ? kLinearWords : words;  // products of parts keep to the cache by themselves
     for (int64_t word = 0; word < words; word += most) {
       const auto gemm = word == 0 ? Engine::template gemm<false> : Engine::template gemm<true>;

@@ -115,7 +115,7 @@ void summarize_keys(const LinearAttentionProblem& problem, const AttentionTask& 
     });
   }
 
-  summary.stabiliser = task.n_keys == 0 ? 0.f : top * scale.product;
+  summary.stabiliser = top * scale.product;
   for (int64_t m = 0; m < n_features; m++) {  // from each feature's own reference to the common one
     const Vec::Reg factor = FloatEngine::exp2(Vec::set1(buffers.reference[m] - summary.stabiliser));
     summary.weights[m] = Vec::reduce_add(Vec::mul(Vec::load(buffers.sums + m * Vec::kWidth), factor));
@@ -134,6 +134,12 @@ void convert_rows(const float* from, int64_t n, uint32_t* to) {
   else
     for (int64_t i = 0; i < n; i += 2 * Vec::kWidth)
       Engine::store_row(to, i, Vec::load(from + i), Vec::load(from + i + Vec::kWidth));
+}
+
+template <class Source>
+void write_zeros(const Tokens& tokens, int64_t begin, int64_t end, int64_t head, int64_t head_dim) {
+  const float zeros[kMaxWidth] = {};
+  for (int64_t token = begin; token < end; token++) write_row(zeros, 1.f, head_dim, token_row<Source>(tokens, token, head));
 }
 
 // Sum of rows; `n` of them, `width` wide.
@@ -196,6 +202,10 @@ void linear_attention_forward(const LinearAttentionProblem& problem, const Atten
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
   const int64_t n_features = round_up(problem.n_features, kKeyStep);
   const FeatureScale scale(problem);
+  if (task.n_keys == 0) {
+    write_zeros<Source>(problem.out, task.query_begin, task.query_end, task.head, problem.head_dim);
+    return;
+  }
   LinearAttentionBuffers<Engine> buffers(scratch, n_features, width);
   KeySummary& summary = buffers.summary;
   copy_features<Engine>(problem, n_features, width, buffers.features);
@@ -226,9 +236,7 @@ void linear_attention_forward(const LinearAttentionProblem& problem, const Atten
       float* out = buffers.out + i * width;
       const float weight = buffers.weights[i] + floor_weight;
       for (int64_t d = 0; d < width; d++) out[d] += problem.floor * floor_sums[d];
-      // Without a key there is no weight either: output 0.
-      write_row(out, weight == 0.f ? 0.f : 1.f / weight, problem.head_dim,
-                token_row<Source>(problem.out, begin + i, task.head));
+      write_row(out, 1.f / weight, problem.head_dim, token_row<Source>(problem.out, begin + i, task.head));
     }
   }
 }

@@ -191,8 +191,7 @@ void query_gradients(const LinearAttentionProblem& problem, int64_t head, int64_
     float* grad = buffers.grad_rows + i * width;
     read_padded<Source>(problem.grad_out, token + i, head, problem.head_dim, width, grad);
     read_padded<Source>(outputs, token + i, head, problem.head_dim, width, out);
-    const float factor = block.weight[i] == 0.f ? 0.f : 1.f / block.weight[i];
-    for (int64_t d = 0; d < width; d++) grad[d] *= factor;
+    for (int64_t d = 0; d < width; d++) grad[d] /= block.weight[i];
     for (int64_t d = 0; d < width; d++) grad_total[d] += grad[d];
     block.effect[i] = -dot(grad, out, width);
     effect_total += block.effect[i];
@@ -255,6 +254,13 @@ void linear_attention_backward(const LinearAttentionProblem& problem, const Atte
   [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep);
   const int64_t n_features = round_up(problem.n_features, kKeyStep), n_sums = n_features * width;
+  const int64_t key_end = task.key_begin + task.n_keys;
+  if (task.n_keys == 0 || task.query_begin == task.query_end) {  // nobody sees anybody
+    write_zeros<Source>(problem.grad_q, task.query_begin, task.query_end, task.head, problem.head_dim);
+    write_zeros<Source>(problem.grad_k, task.key_begin, key_end, task.head, problem.head_dim);
+    write_zeros<Source>(problem.grad_v, task.key_begin, key_end, task.head, problem.head_dim);
+    return;
+  }
   LinearAttentionGradBuffers<Engine> buffers(scratch, n_features, width);
   copy_features<Engine>(problem, n_features, width, buffers.features);
   transpose_rows<Engine>(buffers.features, n_features, width, buffers.rows, buffers.feature_columns);
@@ -275,7 +281,6 @@ void linear_attention_backward(const LinearAttentionProblem& problem, const Atte
   for (int64_t d = 0; d < width; d++) grad_floor[d] *= problem.floor;
   convert_rows<Engine>(buffers.grad_sums, n_sums, buffers.summary_rows);
   transpose_rows<Engine>(buffers.summary_rows, n_features, width, buffers.rows, buffers.grad_columns);
-  const int64_t key_end = task.key_begin + task.n_keys;
   for (int64_t token = task.key_begin; token < key_end; token += kQueryBlock)
     key_gradients<Engine, Source>(problem, task.head, token, smaller(kQueryBlock, key_end - token), n_features, width,
                                   grad_floor, buffers);

@@ -248,7 +248,8 @@ def check_scale(scale: float | None, q: Tensor) -> float:
 def autocast_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values in the dtype that autocast asks for."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    usable = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not usable or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from scfm.ops.attention import Backend, autocast_qkv, check_qkv, checked_plan, readable
 from scfm.ops.backend import EXTENSION_PATH, choose_backend
 from scfm.ops.plan import AttentionPlan
+from scfm.ops.registration import no_second_derivative
 
 # Added to every feature, so that no query is without weight.
 FEATURE_FLOOR = 1e-4
@@ -103,8 +104,9 @@ def linear_attention(
     for queries, and over the cell and head for keys; published code takes the latter over the whole batch, so that a cell's
     result depends on its batch-mates. It counts as a constant in the gradient.
 
-    Exponents, sums and the floor are float32 at least; the kernels round W, features and sums to bfloat16 for products
-    of bfloat16 tensors. They hold no features of a whole cell.
+    Exponents, sums and the floor are float32 at least. For bfloat16 tensors the kernels round W, features and sums to
+    bfloat16 before a product, which makes their error 1.3 to 5 times that of `"torch"`. They hold no features of a whole
+    cell, and give no second derivatives.
 
     Examples
     --------
@@ -125,7 +127,7 @@ def linear_attention(
         )
     plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, None, q, k)
     if _serves(q, projection, backend):
-        weight_MK = projection.detach().float().contiguous()
+        weight_MK = projection.detach().to(device=q.device, dtype=torch.float32).contiguous()
         return torch.ops.scfm.linear_attention_forward(
             readable(q), readable(k), readable(v), plan.cu_seqlens, plan.cu_seqlens_k, weight_MK, FEATURE_FLOOR
         )
@@ -156,7 +158,7 @@ def _serves(q: Tensor, projection: Tensor, backend: Backend) -> bool:
 
 
 def _cell_attention(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, weight_MK: Tensor) -> Tensor:
-    if not key_LHK.shape[0]:
+    if not key_LHK.shape[0] or not query_LHK.shape[0]:
         return torch.zeros_like(query_LHK)
     query_HLM = _features(query_LHK.transpose(0, 1), weight_MK, over=(-1,))
     key_HLM = _features(key_LHK.transpose(0, 1), weight_MK, over=(-2, -1))
@@ -197,3 +199,4 @@ if EXTENSION_PATH is not None:
     torch.library.register_fake("scfm::linear_attention_forward", _fake_forward)
     torch.library.register_fake("scfm::linear_attention_backward", _fake_backward)
     torch.library.register_autograd("scfm::linear_attention_forward", _backward, setup_context=_context)
+    torch.library.register_autograd("scfm::linear_attention_backward", no_second_derivative)

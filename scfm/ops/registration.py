@@ -35,6 +35,7 @@ def register() -> None:
     torch.library.register_autograd(
         "scfm::torch_attention_forward", _torch_backward, setup_context=_torch_context, lib=_LIBRARY
     )
+    torch.library.register_autograd("scfm::torch_attention_backward", no_second_derivative, lib=_LIBRARY)
     _LIBRARY.define(f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_BOUNDS}) -> (Tensor, Tensor)")
     _LIBRARY.define(
         "flash_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -79,7 +80,16 @@ def _register_pair(library: torch.library.Library, name: str, adds_in_any_order:
     for form, operator in forms.items():
         if operator is not None:
             torch.library.register_fake(f"{library.ns}::{name}_{form}", _fake_fused_backward, lib=library)
+            torch.library.register_autograd(f"{library.ns}::{name}_{form}", no_second_derivative, lib=library)
     torch.library.register_autograd(forward, backward, setup_context=_fused_context, lib=library)
+
+
+def no_second_derivative(*_: Any) -> None:
+    """Autograd of a backward operator: without it a second derivative would be zero in silence."""
+    raise NotImplementedError(
+        "The gradients of scfm's attention cannot be differentiated again. For a second derivative write this attention "
+        'in plain torch (`torch.nn.functional.scaled_dot_product_attention`; linear attention has `backend="torch"`).'
+    )
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ HAS_KERNELS = ops.extension_info()["available"]
 NEEDS_KERNELS = pytest.mark.skipif(not HAS_KERNELS, reason="needs the compiled extension")
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1), (2, 1, 40), (95, 33, 65), (97, 300, 31), (300, 512, 128), (0, 8, 8), (5, 8, 0)]
+SHAPES = [(1, 1, 1), (2, 1, 40), (95, 33, 65), (97, 300, 31), (300, 512, 128), (0, 8, 8), (5, 8, 0), (5, 0, 40)]
 
 
 def draw(n_rows, n_inputs, n_outputs, dtype=torch.float32):
@@ -119,6 +119,17 @@ def test_nan_and_infinity_come_through():
         found = linear(input_ND, weight_ED, bias_E, relu=True, residual_NE=residual_NE)
     plain = by_definition(input_ND, weight_ED, bias_E, residual_NE, True, torch.float32)
     torch.testing.assert_close(found, plain, equal_nan=True)
+
+
+def test_infinities_and_nans_of_every_kind_multiply_as_they_should():
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 1.0, -1.0078125, 3e38, -1e-30])
+    quiet = torch.tensor([0x7F800001, 0xFF801234 - 2**32], dtype=torch.int32).view(torch.float32)
+    values = torch.cat([special, quiet])  # NaNs whose payload is in the low half, of either sign
+    with torch.inference_mode():
+        found = linear(values[:, None], values[:, None])
+    expected = values[:, None] * values[None]
+    assert torch.equal(found.isnan(), expected.isnan())
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 def test_a_residual_of_another_dtype_is_added_as_torch_adds_it():

@@ -177,6 +177,7 @@ def test_queries_of_their_own(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_query_without_keys_gives_zero_and_a_key_without_queries_gets_none(backend):
     q, k, v, _, _, projection_MK = draw((6,), 40, 32)
+    q[0], k[1] = torch.nan, torch.inf  # of those that see nobody
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     bounds, bounds_k = torch.tensor([0, 2, 2, 6]), torch.tensor([0, 0, 3, 6])
     out = ops.linear_attention(*leaves, bounds, projection_MK, cu_seqlens_k=bounds_k, backend=backend)
@@ -218,6 +219,29 @@ def test_the_projection_can_be_trained_by_torch():
     if HAS_KERNELS:
         with pytest.raises(RuntimeError, match="no gradient to the projection"):
             fused(q, k, v, bounds, projection_MK)
+
+
+@NEEDS_KERNELS
+def test_a_second_derivative_is_refused_and_given_by_torch():
+    q, k, v, _, bounds, projection_MK = draw((9,), 12, 8)
+    q.requires_grad_()
+    for backend in ("fused", "torch"):
+        out = ops.linear_attention(q, k, v, bounds, projection_MK, backend=backend)
+        (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        if backend == "torch":
+            assert torch.autograd.grad(grad.square().sum(), q)[0].abs().sum() > 0
+        else:
+            with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+                torch.autograd.grad(grad.square().sum(), q)
+
+
+@NEEDS_KERNELS
+def test_a_projection_elsewhere_does_not_reach_the_kernel():
+    q, k, v, _, bounds, projection_MK = draw((9,), 12, 8)
+    with pytest.raises(NotImplementedError, match="meta"):
+        ops.linear_attention(q, k, v, bounds, projection_MK.to("meta"))
+    doubled = ops.linear_attention(q, k, v, bounds, projection_MK.double())
+    assert torch.equal(doubled, ops.linear_attention(q, k, v, bounds, projection_MK))
 
 
 def test_autocast_sets_the_dtype():

@@ -73,6 +73,15 @@ def test_boundaries_are_checked_when_a_compiled_graph_runs(backend):
         compiled(torch.randn(5, 32), torch.tensor([0, 2, 4]))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend):
+    q = torch.randn(5, 2, 8, requires_grad=True)
+    out = ops.attention(q, q, q, torch.tensor([0, 5]), backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        grad.square().sum().backward()
+
+
 Q = torch.zeros(6, 2, 8)
 BOUNDS = torch.tensor([0, 2, 6])
 REFUSED = {
