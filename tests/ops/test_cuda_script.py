@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scfm import ops
 from scfm.ops import device_record
 from scfm.ops.device_record import Case
 from scfm.ops.reference import keys as reference
@@ -57,6 +58,7 @@ def test_an_unknown_step_is_refused(script, capsys):
     assert "invalid choice: 'measure'" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not ops.extension_info()["available"], reason="the operators come with the compiled extension")
 @pytest.mark.parametrize("options", [(), ("generative", "key_bias"), ("cross",)])
 def test_nothing_mixes_host_and_device(script, options):
     """Tensors without memory stand in for those on a GPU: torch refuses to mix them with others on the CPU just the same."""
