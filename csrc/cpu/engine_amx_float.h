@@ -66,10 +66,16 @@ inline void copy_row(const float* from, int64_t n, int64_t width, SplitFloat* to
   }
 }
 
+// Small products come first: what is added to a small sum is rounded finely.
+struct ThreePieces {
+  static constexpr int kParts = 3, kProducts = 6;
+  static constexpr int8_t kPartOfA[kProducts] = {2, 1, 0, 1, 0, 0}, kPartOfB[kProducts] = {0, 1, 2, 0, 1, 0};
+};
+
 struct AmxFloatEngine : AmxEngine {
   using Element = SplitFloat;
-  static constexpr int64_t kParts = 3;
-  static constexpr int kProducts = 6;
+  using Product = TileProduct<ThreePieces>;
+  static constexpr int64_t kParts = ThreePieces::kParts;
 
   static Vec::Reg exp2(Vec::Reg x) { return FloatEngine::exp2(x); }
 
@@ -88,92 +94,6 @@ struct AmxFloatEngine : AmxEngine {
       }
   }
 
-  // Parts of A and B that are multiplied, small products first: what is added to a small sum is rounded finely.
-  static constexpr int8_t kPartOfA[kProducts] = {2, 1, 0, 1, 0, 0}, kPartOfB[kProducts] = {0, 1, 2, 0, 1, 0};
-
-  template <bool kAccumulate, bool kFour>
-  static inline __attribute__((always_inline)) void begin_tiles(const float* c, int64_t c_bytes) {
-    if constexpr (kAccumulate) {
-      _tile_loadd(0, c, c_bytes);
-      _tile_loadd(1, c + 16, c_bytes);
-      if constexpr (kFour) _tile_loadd(2, c + 32, c_bytes);
-      if constexpr (kFour) _tile_loadd(3, c + 48, c_bytes);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      if constexpr (kFour) _tile_zero(2);
-      if constexpr (kFour) _tile_zero(3);
-    }
-  }
-  template <bool kFour>
-  static inline __attribute__((always_inline)) void multiply_tiles(const uint32_t* a, int64_t a_bytes, const uint32_t* b) {
-    constexpr int64_t kBytes = kPanel * 4;
-    _tile_loadd(4, a, a_bytes);
-    _tile_loadd(5, b, kBytes);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, b + 16, kBytes);
-    _tile_dpbf16ps(1, 4, 6);
-    if constexpr (kFour) {
-      _tile_loadd(7, b + 32, kBytes);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, b + 48, kBytes);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-  }
-  template <bool kFour>
-  static inline __attribute__((always_inline)) void end_tiles(float* c, int64_t c_bytes) {
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + 16, c_bytes);
-    if constexpr (kFour) _tile_stored(2, c + 32, c_bytes);
-    if constexpr (kFour) _tile_stored(3, c + 48, c_bytes);
-  }
-
-  // As AmxEngine::Product: `rows` and `words` are multiples of 16, `columns` of 32; `words` counts one part.
-  struct Product {
-    int64_t rows, columns, words;
-    const uint32_t* a;
-    int64_t a_stride;
-    const uint32_t* b;
-    float* c;
-    int64_t c_stride, row = 0, column = 0, word = 0;
-    int product = 0;
-
-    Product(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride, const uint32_t* b,
-            float* c, int64_t c_stride)
-        : rows(rows), columns(rows == 0 ? 0 : columns), words(words), a(a), a_stride(a_stride), b(b), c(c), c_stride(c_stride) {}
-
-    int64_t steps() const { return (rows / 16) * ((columns + 63) / 64) * (words / 16) * kProducts; }
-
-    // False when all is done.
-    template <bool kAccumulate>
-    inline __attribute__((always_inline)) bool step() {
-      if (column >= columns) return false;
-      __asm__ volatile("" ::: "memory");  // see AmxEngine
-      if (column + 32 < columns)
-        tiles<kAccumulate, true>();
-      else
-        tiles<kAccumulate, false>();
-      __asm__ volatile("" ::: "memory");
-      if ((word += 16) < words) return true;
-      word = 0;
-      if (++product < kProducts) return true;
-      product = 0;
-      if ((row += 16) < rows) return true;
-      row = 0;
-      column += 64;
-      return true;
-    }
-
-    template <bool kAccumulate, bool kFour>
-    inline __attribute__((always_inline)) void tiles() const {
-      float* to = c + row * c_stride + column;
-      if (word == 0 && product == 0) begin_tiles<kAccumulate, kFour>(to, c_stride * 4);
-      multiply_tiles<kFour>(a + row * a_stride + kPartOfA[product] * (a_stride / kParts) + word, a_stride * 4,
-                            b + (column * kParts + kPartOfB[product] * kPanel) * words + word * kPanel);
-      if (word + 16 == words && product + 1 == kProducts) end_tiles<kFour>(to, c_stride * 4);
-    }
-  };
-
   // All at once, a piece of the summed axis at a time, so that 64 columns of it stay in the first-level cache; the small
   // products of all pieces come before the first large one.
   template <bool kAccumulate>
@@ -183,8 +103,8 @@ struct AmxFloatEngine : AmxEngine {
       const auto first = column + 32 < columns ? pieces<kAccumulate, true> : pieces<kAccumulate, false>;
       const auto last = column + 32 < columns ? pieces<true, true> : pieces<true, false>;
       const uint32_t* panel = b + column * kParts * words;
-      first(0, kProducts - 1, 32, rows, words, a, a_stride, panel, c + column, c_stride);
-      last(kProducts - 1, kProducts, 128, rows, words, a, a_stride, panel, c + column, c_stride);
+      first(0, ThreePieces::kProducts - 1, 32, rows, words, a, a_stride, panel, c + column, c_stride);
+      last(ThreePieces::kProducts - 1, ThreePieces::kProducts, 128, rows, words, a, a_stride, panel, c + column, c_stride);
     }
   }
   template <bool kAccumulate, bool kFour>
@@ -200,14 +120,14 @@ struct AmxFloatEngine : AmxEngine {
           begin_tiles<false, kFour>(to, c_stride * 4);
         for (int product = first_product; product < end_product; product++)
           for (int64_t word = begin; word < smaller(begin + piece, words); word += 16)
-            multiply_tiles<kFour>(a + row * a_stride + kPartOfA[product] * (a_stride / kParts) + word, a_stride * 4,
-                                  b + (kPartOfB[product] * words + word) * kPanel);
+            multiply_tiles<kFour>(a + row * a_stride + ThreePieces::kPartOfA[product] * (a_stride / kParts) + word,
+                                  a_stride * 4, b + (ThreePieces::kPartOfB[product] * words + word) * kPanel);
         end_tiles<kFour>(to, c_stride * 4);
         __asm__ volatile("" ::: "memory");
       }
   }
 
-  static int64_t burn(int64_t rounds) { return AmxEngine::burn(rounds) / kProducts; }
+  static int64_t burn(int64_t rounds) { return AmxEngine::burn(rounds) / ThreePieces::kProducts; }
 };
 
 }  // namespace
