@@ -140,7 +140,7 @@ def linear_attention(
             _cell_attention(query.to(dtype), key.to(dtype), value.to(dtype), weight_MK)
             for query, key, value in zip(q.split(lengths), k.split(lengths_k), v.split(lengths_k))
         ]
-    return torch.cat(outs).to(q.dtype) if outs else torch.empty_like(q)
+    return torch.cat(outs).to(q.dtype) if outs else _zeros_of(q, k, v)
 
 
 def _serves(q: Tensor, projection: Tensor, backend: Backend) -> bool:
@@ -159,12 +159,19 @@ def _serves(q: Tensor, projection: Tensor, backend: Backend) -> bool:
 
 def _cell_attention(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, weight_MK: Tensor) -> Tensor:
     if not key_LHK.shape[0] or not query_LHK.shape[0]:
-        return torch.zeros_like(query_LHK)
+        return _zeros_of(query_LHK, key_LHK, value_LHK)
     query_HLM = _features(query_LHK.transpose(0, 1), weight_MK, over=(-1,))
     key_HLM = _features(key_LHK.transpose(0, 1), weight_MK, over=(-2, -1))
     summary_HMK = key_HLM.mT @ value_LHK.transpose(0, 1)
     weight_HL1 = query_HLM @ key_HLM.sum(-2)[..., None]
     return (query_HLM @ summary_HMK / weight_HL1).transpose(0, 1)
+
+
+def _zeros_of(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
+    """Zeros like the query, whose gradients are zeros and not missing, whatever the tensors hold."""
+    every = torch.ones((), dtype=torch.bool, device=query_LHK.device)
+    query_LHK, key_LHK, value_LHK = (tensor.masked_fill(every, 0.0) for tensor in (query_LHK, key_LHK, value_LHK))
+    return query_LHK + key_LHK.sum() + value_LHK.sum()
 
 
 def _features(x_HLK: Tensor, weight_MK: Tensor, *, over: tuple[int, ...]) -> Tensor:

@@ -189,6 +189,16 @@ def test_a_query_without_keys_gives_zero_and_a_key_without_queries_gets_none(bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bounds", [(0, 0, 0), (0,)], ids=["empty cells", "no cells"])
+def test_nothing_at_all_has_gradients_too(backend, bounds):
+    leaves = [torch.zeros(0, 2, 8, requires_grad=True) for _ in range(3)]
+    out = ops.linear_attention(*leaves, torch.tensor(bounds), torch.ones(4, 8), backend=backend)
+    out.sum().backward()
+    assert out.shape == (0, 2, 8)
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_features_estimate_softmax_attention(backend):
     q, k, v, _, bounds, _ = draw((7, 1, 22), 1, 16)
     q, k = q * 0.5, k * 0.5
