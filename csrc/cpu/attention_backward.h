@@ -85,14 +85,11 @@ template <class Engine, class Source>
 void pack_keys(const AttentionProblem& problem, const AttentionTask& task, int64_t begin, int64_t n, int64_t n_keys,
                int64_t width, const BackwardBuffers<Engine>& buffers) {
   using Element = typename Engine::Element;
-  const int64_t token = task.key_begin + begin, key_words = n_keys / Engine::kGroup;
+  const int64_t token = task.key_begin + begin;
   copy_rows<Element, Source>(problem.v, token, task.head, n, n_keys, problem.head_dim, width, buffers.value_rows);
   copy_rows<Element, Source>(problem.k, token, task.head, n, n_keys, problem.head_dim, width, buffers.key_rows);
   copy_bias(problem.key_bias, token, task.head, n, n_keys, buffers.bias);
-  panels_of_rows(reinterpret_cast<const Element*>(buffers.key_rows), n_keys, width, buffers.rows);
-  for (int64_t d = 0; d < width; d += kPanel)
-    transpose_words(buffers.rows + d * key_words, kPanel, key_words, smaller(kPanel, width - d),
-                    buffers.key_columns + d * key_words, key_words);
+  transpose_rows<Engine>(buffers.key_rows, n_keys, width, buffers.rows, buffers.key_columns);
   for (int64_t i = 0; i < n_keys * width; i++) buffers.grad_key[i] = buffers.grad_value[i] = 0.f;
   for (int64_t i = 0; i < n_keys * Vec::kWidth; i++) buffers.grad_bias[i] = 0.f;
 }

@@ -31,6 +31,19 @@ void copy_features(const LinearAttentionProblem& problem, int64_t n_padded, int6
   }
 }
 
+// -|x|^2 / 2 of tokens, -inf past the end.
+template <class Source>
+void half_norms(const LinearAttentionProblem& problem, const ConstTokens& tokens, int64_t token, int64_t head, int64_t n,
+                int64_t n_padded, int64_t width, float* to) {
+  const float factor = -FeatureScale(problem).half_norm;
+  float row[kMaxWidth];
+  for (int64_t i = 0; i < n_padded; i++) to[i] = -kInfinity;
+  for (int64_t i = 0; i < n; i++) {
+    read_padded<Source>(tokens, token + i, head, problem.head_dim, width, row);
+    to[i] = factor * dot(row, row, width);
+  }
+}
+
 // What the keys of a cell and head come to.
 struct KeySummary {
   float *value_sums, *weights;  // S [M][width], z [M]
@@ -97,10 +110,8 @@ void summarize_keys(const LinearAttentionProblem& problem, const AttentionTask& 
     panels_of_columns(buffers.rows, n_keys, width / Engine::kGroup, buffers.key_panels);
     pack_values<Engine, Source>(problem.v, token, task.head, n, n_keys, problem.head_dim, width, buffers.rows,
                                 buffers.value_panels);
-    for (int64_t i = 0; i < n_keys; i++) buffers.bias[i] = -kInfinity;
+    half_norms<Source>(problem, problem.k, token, task.head, n, n_keys, width, buffers.bias);
     for (int64_t i = 0; i < n; i++) {
-      read_padded<Source>(problem.k, token + i, task.head, problem.head_dim, width, row);
-      buffers.bias[i] = -scale.half_norm * dot(row, row, width);
       read_padded<Source>(problem.v, token + i, task.head, problem.head_dim, width, row);
       for (int64_t d = 0; d < width; d++) total[d] += row[d];
     }

@@ -56,16 +56,6 @@ struct LinearAttentionGradBuffers {
   }
 };
 
-// [M][width] as [width][M].
-template <class Engine>
-void transpose_rows(const uint32_t* rows, int64_t n_features, int64_t width, uint32_t* panels, uint32_t* to) {
-  const int64_t feature_words = n_features / Engine::kGroup;
-  panels_of_rows(reinterpret_cast<const typename Engine::Element*>(rows), n_features, width, panels);
-  for (int64_t d = 0; d < width; d += kPanel)
-    transpose_words(panels + d * feature_words, kPanel, feature_words, smaller(kPanel, width - d), to + d * feature_words,
-                    feature_words);
-}
-
 // One number a token of a block.
 struct TokenBlock {
   float offset[kQueryBlock];     // of the exponents; -inf past the end
@@ -128,17 +118,23 @@ void feature_gradients(const LinearAttentionGradBuffers<Engine>& buffers, int64_
   }
 }
 
+// grad_rows <- columns [width][M] times a panel of the block, as rows of tokens.
+template <class Engine>
+void sum_features(const LinearAttentionGradBuffers<Engine>& buffers, const uint32_t* columns, const uint32_t* panel,
+                  int64_t n_features, int64_t width) {
+  const int64_t words = n_features / Engine::kGroup;
+  Engine::template gemm<false>(width, kQueryBlock, words, columns, words, panel, buffers.transposed, kQueryBlock);
+  transpose_words(reinterpret_cast<const uint32_t*>(buffers.transposed), kQueryBlock, width, kQueryBlock,
+                  reinterpret_cast<uint32_t*>(buffers.grad_rows), width);
+}
+
 // dq or dk of a block: scale (W^T dP^T) - scale^2 sum(dP) x.
 template <class Engine, class Source>
 void write_input_gradients(const LinearAttentionProblem& problem, const ConstTokens& inputs, const Tokens& grads,
                            int64_t token, int64_t head, int64_t n, int64_t n_features, int64_t width,
                            const LinearAttentionGradBuffers<Engine>& buffers, const TokenBlock& block) {
-  const int64_t feature_words = n_features / Engine::kGroup;
   float row[kMaxWidth];
-  Engine::template gemm<false>(width, kQueryBlock, feature_words, buffers.feature_columns, feature_words,
-                               buffers.grad_panel, buffers.transposed, kQueryBlock);
-  transpose_words(reinterpret_cast<const uint32_t*>(buffers.transposed), kQueryBlock, width, kQueryBlock,
-                  reinterpret_cast<uint32_t*>(buffers.grad_rows), width);
+  sum_features(buffers, buffers.feature_columns, buffers.grad_panel, n_features, width);
   for (int64_t i = 0; i < n; i++) {
     float* grad = buffers.grad_rows + i * width;
     read_padded<Source>(inputs, token + i, head, problem.head_dim, width, row);
@@ -147,16 +143,17 @@ void write_input_gradients(const LinearAttentionProblem& problem, const ConstTok
   }
 }
 
+// products <- W x^T of a block of tokens; their exponents' offsets <- -|x|^2 / 2.
 template <class Engine, class Source>
-void half_norms(const LinearAttentionProblem& problem, const ConstTokens& tokens, int64_t token, int64_t head, int64_t n,
-                int64_t width, TokenBlock& block) {
-  const FeatureScale scale(problem);
-  float row[kMaxWidth];
-  for (int64_t i = 0; i < kQueryBlock; i++) block.offset[i] = -kInfinity;
-  for (int64_t i = 0; i < n; i++) {
-    read_padded<Source>(tokens, token + i, head, problem.head_dim, width, row);
-    block.offset[i] = -scale.half_norm * dot(row, row, width);
-  }
+void multiply_features(const LinearAttentionProblem& problem, const ConstTokens& inputs, int64_t token, int64_t head,
+                       int64_t n, int64_t n_features, int64_t width, const LinearAttentionGradBuffers<Engine>& buffers,
+                       TokenBlock& block) {
+  const int64_t words = width / Engine::kGroup;
+  half_norms<Source>(problem, inputs, token, head, n, kQueryBlock, width, block.offset);
+  copy_rows<typename Engine::Element, Source>(inputs, token, head, n, kQueryBlock, problem.head_dim, width, buffers.rows);
+  panels_of_columns(buffers.rows, kQueryBlock, words, buffers.inputs);
+  Engine::template gemm<false>(n_features, kQueryBlock, words, buffers.features, words, buffers.inputs, buffers.products,
+                               kQueryBlock);
 }
 
 // One block of queries: dq, and its share of dS and dz.
@@ -169,11 +166,7 @@ void query_gradients(const LinearAttentionProblem& problem, int64_t head, int64_
   const int64_t words = width / Engine::kGroup, row_words = kQueryBlock / Engine::kGroup;
   const ConstTokens outputs{problem.out.data, problem.out.token_stride, problem.out.head_stride};
   TokenBlock block;
-  half_norms<Engine, Source>(problem, problem.q, token, head, n, width, block);
-  copy_rows<Element, Source>(problem.q, token, head, n, kQueryBlock, problem.head_dim, width, buffers.rows);
-  panels_of_columns(buffers.rows, kQueryBlock, words, buffers.inputs);
-  Engine::template gemm<false>(n_features, kQueryBlock, words, buffers.features, words, buffers.inputs, buffers.products,
-                               kQueryBlock);
+  multiply_features<Engine, Source>(problem, problem.q, token, head, n, n_features, width, buffers, block);
   subtract_largest(buffers.products, n_features, scale.product, block);
   exponentiate(buffers.products, n_features, scale.product, block);
   for (int64_t i = 0; i < kQueryBlock; i += Vec::kWidth) {
@@ -217,28 +210,21 @@ void key_gradients(const LinearAttentionProblem& problem, int64_t head, int64_t 
                    int64_t width, const float* grad_floor, const LinearAttentionGradBuffers<Engine>& buffers) {
   using Element = typename Engine::Element;
   const FeatureScale scale(problem);
-  const int64_t words = width / Engine::kGroup, feature_words = n_features / Engine::kGroup;
+  const int64_t words = width / Engine::kGroup;
   TokenBlock block;
-  half_norms<Engine, Source>(problem, problem.k, token, head, n, width, block);
+  multiply_features<Engine, Source>(problem, problem.k, token, head, n, n_features, width, buffers, block);
   for (int64_t i = 0; i < kQueryBlock; i++) {
     block.offset[i] -= buffers.summary.stabiliser;
     block.effect[i] = 1.f;
   }
-  copy_rows<Element, Source>(problem.k, token, head, n, kQueryBlock, problem.head_dim, width, buffers.rows);
-  panels_of_columns(buffers.rows, kQueryBlock, words, buffers.inputs);
   copy_rows<Element, Source>(problem.v, token, head, n, kQueryBlock, problem.head_dim, width, buffers.rows);
   panels_of_columns(buffers.rows, kQueryBlock, words, buffers.others);
-  Engine::template gemm<false>(n_features, kQueryBlock, words, buffers.features, words, buffers.inputs, buffers.products,
-                               kQueryBlock);
   exponentiate(buffers.products, n_features, scale.product, block);
   Engine::template gemm<false>(n_features, kQueryBlock, words, buffers.summary_rows, words, buffers.others,
                                buffers.grad_products, kQueryBlock);
   feature_gradients<Engine>(buffers, n_features, buffers.grad_weights, true, block);
 
-  Engine::template gemm<false>(width, kQueryBlock, feature_words, buffers.grad_columns, feature_words,
-                               buffers.factor_panel, buffers.transposed, kQueryBlock);
-  transpose_words(reinterpret_cast<const uint32_t*>(buffers.transposed), kQueryBlock, width, kQueryBlock,
-                  reinterpret_cast<uint32_t*>(buffers.grad_rows), width);
+  sum_features(buffers, buffers.grad_columns, buffers.factor_panel, n_features, width);
   for (int64_t i = 0; i < n; i++) {
     float* grad = buffers.grad_rows + i * width;
     for (int64_t d = 0; d < width; d++) grad[d] += grad_floor[d];

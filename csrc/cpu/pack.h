@@ -120,6 +120,15 @@ inline void panels_of_rows(const BFloat16* rows, int64_t n, int64_t width, uint3
     }
 }
 
+// Rows [n][width] as [width][n], by way of `panels`.
+template <class Engine>
+void transpose_rows(const uint32_t* rows, int64_t n, int64_t width, uint32_t* panels, uint32_t* to) {
+  const int64_t words = n / Engine::kGroup;
+  panels_of_rows(reinterpret_cast<const typename Engine::Element*>(rows), n, width, panels);
+  for (int64_t d = 0; d < width; d += kPanel)
+    transpose_words(panels + d * words, kPanel, words, smaller(kPanel, width - d), to + d * words, words);
+}
+
 // Values as that operand, by way of `rows`.
 template <class Engine, class Source>
 void pack_values(const ConstTokens& values, int64_t begin, int64_t head, int64_t n, int64_t n_padded, int64_t head_dim,

@@ -11,7 +11,6 @@ import pandas as pd
 import scfm
 from scfm._output import require_writable
 from scfm.cli import _files
-from scfm.pp._encode import require_cells
 
 SUFFIXES = (".csv", ".parquet")
 SHOWN_ROWS = 10
@@ -22,9 +21,7 @@ def rank_genes(
 ) -> None:
     """Apply `ranking` to the cells of `data`, write its table to `table`, and tell the first rows."""
     require_writable(table, SUFFIXES)
-    adata = _files.read(data)
-    require_cells(adata)
-    effects = ranking(adata, scfm.load(model), **options)
+    effects = ranking(_files.read(data), scfm.load(model), **options)
     _files.write_table(effects, table)
     top = effects.head(SHOWN_ROWS)
     facts = {"output": table, "n_genes": len(effects), "top": _files.records(top)}
