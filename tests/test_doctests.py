@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 
+import docstring_parser
 import matplotlib
 import pytest
 
@@ -64,4 +65,32 @@ def test_public_functions_say_what_each_parameter_is(path):
         assert inspect.getdoc(named)
         return
     described = parameter_help(named)
-    assert set(inspect.signature(named).parameters) - {"self", "options"} <= set(described)
+    missing = [
+        name
+        for name in inspect.signature(named).parameters
+        if name not in ("self", "options") and not described.get(name)
+    ]
+    assert missing == []
+
+
+def test_shared_descriptions_are_complete_entries():
+    from scfm._docs import SHARED
+
+    for entry in SHARED.values():
+        parsed = docstring_parser.parse(f"Parameters\n----------{entry}", docstring_parser.DocstringStyle.NUMPYDOC)
+        assert all(parameter.description.endswith(".") for parameter in parsed.params)
+
+
+def test_a_shared_description_that_does_not_exist_is_refused():
+    from scfm._docs import document
+
+    def misspelt():
+        """Embed.
+
+        Parameters
+        ----------
+        {progess}
+        """
+
+    with pytest.raises(KeyError, match="progess"):
+        document(misspelt)

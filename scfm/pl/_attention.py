@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from scfm._docs import document
 from scfm.pl._figure import UNLABELLED, axes_of, finish
 
 
+@document
 def attention(
     table: pd.DataFrame,
     *,
@@ -24,8 +26,7 @@ def attention(
     ----------
     table
         What `scfm.tl.attention` returned.
-    ax, show, save
-        As in `scfm.pl.embedding`.
+    {figure}
 
     Returns
     -------

@@ -8,9 +8,11 @@ import anndata
 import pandas as pd
 from matplotlib.axes import Axes
 
+from scfm._docs import document
 from scfm.pl._figure import axes_of, finish
 
 
+@document
 def confusion(
     adata: anndata.AnnData,
     *,
@@ -28,8 +30,7 @@ def confusion(
         The cells to count; take held-out ones (`adata[adata.obs["scfm_split"] == "test"]`). Cells without a true label are left out.
     truth, predicted
         Columns of `obs`.
-    ax, show, save
-        As in `scfm.pl.embedding`.
+    {figure}
 
     Returns
     -------

@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from scfm._docs import document
 from scfm.pl._figure import COLORS, UNLABELLED, finish
 
 LEGEND_ROWS = 16  # names in a column of the legend
 
 
+@document
 def embedding(
     adata: anndata.AnnData,
     *,
@@ -37,10 +39,7 @@ def embedding(
         Columns of `obs`: categories get a legend, numbers a colour bar.
     basis
         Key of `obsm`. For a UMAP of the model's embedding: `sc.pp.neighbors(adata, use_rep="X_scfm"); sc.tl.umap(adata)`.
-    ax
-        Axes to draw on, for one panel; None to make them.
-    show, save
-        As in scanpy; `save` is a path.
+    {figure}
 
     Returns
     -------

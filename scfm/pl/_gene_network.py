@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from scfm._docs import document
 from scfm.pl._figure import COLORS, GREY, axes_of, finish
 
 MORE, LESS = COLORS[0], COLORS[5]
 
 
+@document
 def gene_network(
     edges: pd.DataFrame,
     *,
@@ -37,8 +39,7 @@ def gene_network(
         False discovery rate up to which an edge is drawn.
     n_edges
         How many edges to draw at most, the largest |z| first.
-    ax, show, save
-        As in `scfm.pl.embedding`.
+    {figure}
 
     Returns
     -------

@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from scfm._docs import document
 from scfm.pl._figure import COLORS, GREY, axes_of, finish, measure_of, name_points, power_in_label
 
 
+@document
 def perturbation(
     effects: pd.DataFrame,
     *,
@@ -30,8 +32,7 @@ def perturbation(
         How many genes to draw.
     min_cells
         Leave out genes that fewer cells express, whose mean says little.
-    ax, show, save
-        As in `scfm.pl.embedding`.
+    {figure}
 
     Returns
     -------
@@ -72,6 +73,7 @@ def perturbation(
     return ax
 
 
+@document
 def volcano(
     effects: pd.DataFrame,
     *,
@@ -91,8 +93,7 @@ def volcano(
         False discovery rate up to which a perturbation is drawn in colour; the dashed line.
     n_names
         How many of the coloured ones to name at most, the surest first.
-    ax, show, save
-        As in `scfm.pl.embedding`.
+    {figure}
 
     Returns
     -------

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from scfm._docs import document
 from scfm.models.model import Model
 from scfm.pl._figure import COLORS, axes_of, finish
 
 
+@document
 def report(
     model: Model | pd.DataFrame,
     *,
@@ -28,8 +30,7 @@ def report(
         A model that was fitted with labels, or what `model.report()` returned.
     score
         Column of the report.
-    ax, show, save
-        As in `scfm.pl.embedding`.
+    {figure}
 
     Returns
     -------

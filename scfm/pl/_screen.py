@@ -7,9 +7,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 
+from scfm._docs import document
 from scfm.pl._figure import COLORS, GREY, axes_of, finish, measure_of, name_points, power_in_label
 
 
+@document
 def screen(
     table: pd.DataFrame,
     *,
@@ -26,8 +28,7 @@ def screen(
         What `scfm.tl.screen` returned.
     n_names
         How many genes to name at most, the largest exact effects first.
-    ax, show, save
-        As in `scfm.pl.embedding`.
+    {figure}
 
     Returns
     -------

@@ -8,11 +8,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from scfm._docs import document
 from scfm.errors import ModelTaskError
 from scfm.models.model import Model
 from scfm.pl._figure import COLORS, axes_of, finish
 
 
+@document
 def training(
     model: Model,
     *,
@@ -29,8 +31,7 @@ def training(
         From `scfm.fit`.
     smoothing
         Steps of the running mean.
-    ax, show, save
-        As in `scfm.pl.embedding`.
+    {figure}
 
     Returns
     -------
