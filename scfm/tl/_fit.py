@@ -220,7 +220,7 @@ def _fine_tune(
     stage = config or default_config(len(split.train), seed)
     if config is None:
         stage = stage.replace(n_steps=max(15, stage.n_steps // 2))
-    stage = stage.replace(learning_rate=FINE_TUNING_SHARE * stage.learning_rate)
+    stage = stage.replace(learning_rate=FINE_TUNING_SHARE * (stage.learning_rate or 1e-3))
     _run_stage(model, "fine-tuning", objective, train_cells, stage, progress)
 
 
@@ -230,4 +230,4 @@ def _run_stage(
     module = train(model.network, objective, cells, config, title=name, progress=progress)
     losses = [float(loss) for loss in module.losses]
     stages = model.history.setdefault("stages", [])
-    stages.append({"name": name, "objective": objective.name, "config": config.to_dict(), "losses": losses})
+    stages.append({"name": name, "objective": objective.name, "config": module.config.to_dict(), "losses": losses})

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Schedule = Literal["cosine", "linear", "constant"]
 
+STAGE_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "trainable": "all"}  # of pretraining
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
@@ -23,8 +25,10 @@ class FitConfig:
         flat. None measures what a token costs and takes what fits into half of the free memory.
     accumulate
         Batches whose gradients are added before a step.
-    learning_rate, weight_decay, warmup_fraction, schedule
-        AdamW's peak rate and decay (matrices only); linear warm-up over a share of the steps, then the schedule to 0.
+    learning_rate
+        Peak learning rate of AdamW. None: 1e-3 for pretraining; for fine-tuning the default of `trainable`.
+    weight_decay, warmup_fraction, schedule
+        AdamW's decay (matrices only); linear warm-up over a fraction of the steps, then the schedule to 0.
     clip_norm
         Largest norm of the gradient.
     precision
@@ -33,7 +37,8 @@ class FitConfig:
         As Lightning's Trainer takes them; start several processes with torchrun. "ddp": each device holds the whole model;
         "fsdp": a shard of it (CUDA only).
     trainable
-        "all", "head", "last:N" (head and the last N blocks), or "lora:R" (head, and low-rank updates of rank R).
+        "all", "head", "last:N" (head and the last N blocks), or "lora:R" (head, and low-rank updates of rank R). None:
+        "all" for pretraining; for fine-tuning `scfm.fit` chooses by the size of the model.
     activation_checkpointing
         Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time.
     validate_every, patience
@@ -59,7 +64,7 @@ class FitConfig:
     n_steps: int = 300
     tokens_per_step: int | None = 8192
     accumulate: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     weight_decay: float = 0.01
     warmup_fraction: float = 0.1
     schedule: Schedule = "cosine"
@@ -69,7 +74,7 @@ class FitConfig:
     devices: int | str = 1
     n_nodes: int = 1
     strategy: str = "auto"
-    trainable: str = "all"
+    trainable: str | None = None
     activation_checkpointing: bool = False
     validate_every: int = 50
     patience: int | None = None
@@ -82,13 +87,17 @@ class FitConfig:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.tokens_per_step is not None and self.tokens_per_step < 1:
             raise ValueError(f"FitConfig.tokens_per_step is {self.tokens_per_step}; it must be at least 1, or None.")
-        if not self.learning_rate > 0:  # NaN is not either
+        if self.learning_rate is not None and not self.learning_rate > 0:  # NaN is not either
             raise ValueError(f"FitConfig.learning_rate is {self.learning_rate}; it must be positive.")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"FitConfig.warmup_fraction is {self.warmup_fraction}; it must be in [0, 1).")
         for name, allowed in (("precision", get_args(Precision)), ("schedule", get_args(Schedule))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
+
+    def with_defaults(self, **defaults: Any) -> FitConfig:
+        """Fill in the fields that are None, such as the learning rate that suits a stage."""
+        return self.replace(**{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def replace(self, **changes: Any) -> FitConfig:
         return dataclasses.replace(self, **changes)

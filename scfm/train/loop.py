@@ -25,7 +25,7 @@ from scfm.models.network import CellTransformer
 from scfm.train.budget import choose_tokens_per_step, training_device
 from scfm.train.callbacks import CleanStop, ProgressBar, StopOnNonFiniteLoss
 from scfm.train.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
-from scfm.train.config import FitConfig
+from scfm.train.config import STAGE_DEFAULTS, FitConfig
 from scfm.train.module import TrainingModule
 from scfm.train.ranks import rank_and_world_size
 from scfm.train.sharding import GatherShards, ShardedPrecision, is_sharded, make_strategy
@@ -101,10 +101,12 @@ def train(
     >>> len(run.losses)
     3
     """
+    config = config.with_defaults(**STAGE_DEFAULTS)
     if config.tokens_per_step is None and isinstance(cells, CellBatch):
         config = config.replace(
             tokens_per_step=choose_tokens_per_step(network, objective, cells, device=training_device(config))
         )
+    assert config.trainable is not None
     n_trainable = set_trainable(network, config.trainable)
     logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
     strategy = make_strategy(config)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scfm import objectives
 from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
-from scfm.train.config import FitConfig
+from scfm.train.config import STAGE_DEFAULTS, FitConfig
 from scfm.train.sharding import is_sharded, matrices, plain_name
 from scfm.train.steps import step_seed
 
@@ -37,7 +37,7 @@ class TrainingModule(lightning.LightningModule):
 
     def __init__(self, network: CellTransformer, objective: objectives.Objective, config: FitConfig) -> None:
         super().__init__()
-        self.network, self.objective, self.config = network, objective, config
+        self.network, self.objective, self.config = network, objective, config.with_defaults(**STAGE_DEFAULTS)
         self.matrices = matrices(network)
         self.losses: list[Tensor] = []
         self.validation_losses: list[tuple[int, float]] = []

@@ -215,7 +215,7 @@ def test_shards_do_what_one_device_does_with_the_same_global_batch(tiny, tmp_pat
 def _train_on_joined_batches(network, objective, cells, config, n_ranks):
     """A plain loop in one process over the union of what the ranks see."""
     recipe = TrainingModule(network, objective, config)
-    optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=recipe.config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate_at)
     lengths = cells.lengths_B.numpy()
     samplers = [

@@ -185,7 +185,7 @@ def test_the_log_holds_loss_terms_and_rate_also_of_a_resumed_run(tiny, tmp_path)
         assert log["loss"].tolist() == pytest.approx(expected)
         assert (log["loss_gep"] + log["loss_mvc"]).tolist() == pytest.approx(expected)
         assert log["learning_rate"].tolist() == pytest.approx(
-            [config.learning_rate * module.rate_at(step) for step in log["step"]]
+            [module.config.learning_rate * module.rate_at(step) for step in log["step"]]
         )
 
 
