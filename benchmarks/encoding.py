@@ -25,9 +25,10 @@ import scipy.sparse as sp
 import torch
 
 import scfm.pp
-from scfm.data import CellStream, host_info
+from scfm.data import host_info
 from scfm.data.counts import row_totals
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, make_encoding
+from scfm.train.stream import CellStream
 
 N_GENES, GENES_PER_CELL = 24_000, 3_000
 BUFFER_CELLS = 4_096

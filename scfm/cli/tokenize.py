@@ -11,7 +11,8 @@ import scfm
 from scfm._output import require_folder
 from scfm.cli import _files
 from scfm.cli._command import command_of
-from scfm.data import CellStream, TokenStore
+from scfm.data import TokenStore
+from scfm.train.stream import CellStream
 
 BATCH_CELLS = 1024
 

@@ -1,4 +1,4 @@
-"""Cells and counts: packed batches, matrices in every form, files, splits, samplers, streams, stores."""
+"""Cells and counts: packed batches, matrices in every form, files, splits, samplers, stores."""
 
 from scfm.data.batch import CellBatch
 from scfm.data.files import open_counts
@@ -7,11 +7,9 @@ from scfm.data.matrix import CountMatrix
 from scfm.data.sampler import TokenBudgetSampler
 from scfm.data.splits import Split, split_cells
 from scfm.data.store import TokenStore
-from scfm.data.stream import CellStream
 
 __all__ = [
     "CellBatch",
-    "CellStream",
     "CountMatrix",
     "Split",
     "TokenBudgetSampler",

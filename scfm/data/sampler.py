@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,8 +15,8 @@ class TokenBudgetSampler:
     """Yields rows of cells, batch by batch, each batch within a budget of tokens.
 
     Every cell comes once an epoch; where the batches do not divide among the ranks, some come again to fill the last
-    round. An epoch's order is a function of `seed` and `epoch` alone, so any rank can work out every other's, and a run
-    resumed from `state_dict` goes on at the next batch.
+    round. An epoch's order is a function of the seed and the number of the epoch, so any rank can compute that of every
+    other, and `seek` resumes at any batch.
 
     Parameters
     ----------
@@ -63,30 +62,25 @@ class TokenBudgetSampler:
         self._next = 0
         self._planned: tuple[int, list[NDArray[np.int64]]] | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; to the epoch already under way changes nothing."""
-        if epoch != self.epoch:
-            self.epoch, self._next = epoch, 0
+    def seek(self, step: int) -> None:
+        """Go to the batch of this rank that comes `step` batches after its first one, over all epochs."""
+        self.epoch, self._next = 0, step
+        while batches := self.batches():
+            if self._next < len(batches):
+                break
+            self.epoch, self._next = self.epoch + 1, self._next - len(batches)
 
     def __len__(self) -> int:
         """Batches of this rank in the current epoch."""
         return len(self.batches())
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the rows of each batch from where the epoch stands, then move on to the next epoch."""
+        """Yield the rows of each remaining batch of the epoch, then move on to the next epoch."""
         batches = self.batches()
         while self._next < len(batches):
             self._next += 1
             yield batches[self._next - 1]
         self.epoch, self._next = self.epoch + 1, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "next": self._next, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["seed"] != self.seed:
-            raise ValueError(f"The state was taken with seed {state['seed']}; this sampler has seed {self.seed}.")
-        self.epoch, self._next = state["epoch"], state["next"]
 
     def batches(self) -> list[NDArray[np.int64]]:
         """All batches of this rank in the current epoch."""

@@ -4,9 +4,11 @@ from scfm.train.config import FitConfig
 from scfm.train.loop import train
 from scfm.train.module import NonFiniteLossError, TrainingModule
 from scfm.train.pretrain import PretrainConfig, pretrain
+from scfm.train.stream import CellStream
 from scfm.train.trainable import merge, set_trainable
 
 __all__ = [
+    "CellStream",
     "FitConfig",
     "NonFiniteLossError",
     "PretrainConfig",

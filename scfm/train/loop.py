@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import Strategy
 from torch.utils.data import DataLoader
 
 from scfm import objectives
-from scfm.data import CellBatch, CellStream, TokenBudgetSampler
+from scfm.data import CellBatch, TokenBudgetSampler
 from scfm.models.network import CellTransformer
 from scfm.train.budget import choose_tokens_per_step, training_device
 from scfm.train.callbacks import CleanStop, ProgressBar, StopOnNonFiniteLoss
@@ -30,6 +30,7 @@ from scfm.train.module import TrainingModule
 from scfm.train.ranks import rank_and_world_size
 from scfm.train.sharding import GatherShards, ShardedPrecision, is_sharded, make_strategy
 from scfm.train.steps import MemorySource, Steps
+from scfm.train.stream import CellStream
 from scfm.train.trainable import keep_activations, merge, recompute_blocks, set_trainable
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm._output import require_folder
-from scfm.data import CellBatch, CellStream
+from scfm.data import CellBatch
 from scfm.data.files import count_rows, open_counts
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, build_vocabulary
 from scfm.encoding.build import ENCODINGS
@@ -29,6 +29,7 @@ from scfm.train.budget import choose_tokens_per_step, training_device
 from scfm.train.config import FitConfig
 from scfm.train.loop import train
 from scfm.train.ranks import rank_and_world_size
+from scfm.train.stream import CellStream
 from scfm.train.writing import write_run
 
 MOST_CELLS_TO_LEARN_FROM = 50_000  # of medians: twelve bytes a non-zero count

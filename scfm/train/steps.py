@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from scfm import objectives
-from scfm.data import CellBatch, CellStream, TokenBudgetSampler
+from scfm.data import CellBatch, TokenBudgetSampler
+from scfm.train.stream import CellStream
 
 StepBatch = tuple[CellBatch, objectives.Targets]
 
@@ -56,14 +57,8 @@ class MemorySource:
         self.cells, self.sampler = cells, sampler
 
     def seek(self, step: int) -> None:
-        """Go to the batch that comes `step` batches after the first one of epoch 0."""
-        epoch = 0
-        self.sampler.set_epoch(0)
-        while step >= len(self.sampler):
-            step -= len(self.sampler)
-            epoch += 1
-            self.sampler.set_epoch(epoch)
-        self.sampler.load_state_dict({"epoch": epoch, "next": step, "seed": self.sampler.seed})
+        """Go to the batch that comes `step` batches after the first one, over all epochs."""
+        self.sampler.seek(step)
 
     def __iter__(self) -> Iterator[CellBatch]:
         for rows in self.sampler:

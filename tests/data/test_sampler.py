@@ -35,8 +35,7 @@ def test_every_cell_once_within_the_budget(lengths, max_tokens, max_cells, world
 def test_epochs_are_shuffled_anew_and_repeat_by_seed():
     def order(seed, epoch):
         sampler = TokenBudgetSampler(LENGTHS, max_tokens=2000, seed=seed)
-        sampler.set_epoch(epoch)
-        return np.concatenate(list(sampler)).tolist()
+        return [np.concatenate(list(sampler)).tolist() for _ in range(epoch + 1)][epoch]
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1)
@@ -52,19 +51,26 @@ def test_batches_hold_cells_of_like_length():
     assert spread < in_order / 5
 
 
-def test_a_resumed_run_goes_on_where_it_was():
-    whole = TokenBudgetSampler(LENGTHS, max_tokens=3000, seed=4)
-    expected = [*whole, *whole]
-    first = TokenBudgetSampler(LENGTHS, max_tokens=3000, seed=4)
-    batches = iter(first)
-    seen = [next(batches) for _ in range(7)]
-    resumed = TokenBudgetSampler(LENGTHS, max_tokens=3000, seed=4)
-    resumed.load_state_dict(first.state_dict())
-    seen += [*resumed, *resumed]
-    assert len(seen) == len(expected)
-    assert all(np.array_equal(one, other) for one, other in zip(seen, expected))
-    with pytest.raises(ValueError, match="seed 4"):
-        TokenBudgetSampler(LENGTHS, max_tokens=3000, seed=5).load_state_dict(first.state_dict())
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_position_is_a_number_of_batches_over_all_epochs(world_size):
+    def sampler():
+        return TokenBudgetSampler(LENGTHS, max_tokens=3000, seed=4, rank=world_size - 1, world_size=world_size)
+
+    whole = sampler()
+    expected = [*whole, *whole, *whole]
+    for step in (0, 7, len(expected) // 2, len(expected) - 1):
+        resumed = sampler()
+        resumed.seek(step)
+        seen: list = []
+        while len(seen) < len(expected) - step:
+            seen += resumed
+        assert all(np.array_equal(one, other) for one, other in zip(seen, expected[step:], strict=True)), step
+
+
+def test_no_cells_are_no_batches_wherever_it_stands():
+    sampler = TokenBudgetSampler([], max_tokens=10)
+    sampler.seek(5)
+    assert list(sampler) == []
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"max_tokens": 9, "max_cells": 0}, {"max_tokens": 9, "rank": 1}])

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,7 @@ from scfm.data.batch import CellBatch
 from scfm.data.files import count_rows, open_counts
 from scfm.data.host import host_threads, keep_to_one_thread
 from scfm.data.matrix import CountMatrix
-
-if TYPE_CHECKING:
-    from scfm.encoding.base import Encoding
-    from scfm.encoding.genes import GeneMap
+from scfm.encoding import Encoding, GeneMap
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,9 @@ class CellStream(IterableDataset[CellBatch]):
     threads; the buffer's cells are shuffled and cut into batches while the next one is read. At most two buffers of
     tokens, and a block of counts a thread, are in memory. Every rank gets the same number of batches.
 
-    The order is a function of `seed` and epoch alone. `state_dict` names the next batch, and a stream that loads it
-    goes on there. Workers of a `torch.utils.data.DataLoader` (with ``batch_size=None``) share a rank's buffers; they have
-    copies of the stream, so call `set_epoch` before each epoch, and resume through a loader that saves the states of
-    its workers, such as `torchdata.stateful_dataloader.StatefulDataLoader`.
+    The order is a function of the seed and the number of the epoch, and `seek` resumes at any batch. Workers of a
+    `torch.utils.data.DataLoader` (with ``batch_size=None``) share the buffers of a rank; each has a copy of the stream, so
+    resume without workers.
 
     Parameters
     ----------
@@ -83,7 +79,7 @@ class CellStream(IterableDataset[CellBatch]):
     >>> adata = scfm.datasets.pbmc()
     >>> adata.write_h5ad("cells.h5ad")
     >>> encoding = scfm.encoding.make_encoding("rank", adata=adata)
-    >>> stream = scfm.data.CellStream(["cells.h5ad"], encoding, batch_cells=100)
+    >>> stream = scfm.train.CellStream(["cells.h5ad"], encoding, batch_cells=100)
     >>> sorted(len(cells) for cells in stream)
     [100, 100, 100, 100, 100, 100, 100]
     """
@@ -128,28 +124,15 @@ class CellStream(IterableDataset[CellBatch]):
         """Batches of this rank in an epoch, over all workers."""
         return sum(self._batches_of(buffer) for buffer in self._buffers())
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; to the epoch already under way changes nothing."""
-        if epoch != self.epoch:
-            self.epoch, self._next_buffer, self._next_batch = epoch, 0, 0
-
     def seek(self, step: int) -> None:
-        """Go to the batch that comes `step` batches after the first one of epoch 0; nothing is read on the way."""
+        """Go to the batch of this rank that comes `step` batches after its first one, over all epochs; nothing is read."""
         self.epoch, left = divmod(step, len(self))
         ends = np.cumsum([self._batches_of(buffer) for buffer in self._buffers()])
         self._next_buffer = int(np.searchsorted(ends, left, side="right"))
         self._next_batch = left - (int(ends[self._next_buffer - 1]) if self._next_buffer else 0)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "buffer": self._next_buffer, "batch": self._next_batch, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["seed"] != self.seed:
-            raise ValueError(f"The state was taken with seed {state['seed']}; this stream has seed {self.seed}.")
-        self.epoch, self._next_buffer, self._next_batch = state["epoch"], state["buffer"], state["batch"]
-
     def __iter__(self) -> Iterator[CellBatch]:
-        """Yield batches from where the epoch stands, then move on to the next epoch."""
+        """Yield the remaining batches of the epoch, then move on to the next epoch."""
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         buffers = self._buffers()
@@ -214,8 +197,6 @@ class CellStream(IterableDataset[CellBatch]):
 
     def _open(self, source: int) -> tuple[CountMatrix, GeneMap]:
         if source not in self._opened:
-            from scfm.encoding.genes import GeneMap
-
             counts = open_counts(self.paths[source], **self._where)
             genes = GeneMap.from_var(
                 counts.var,
