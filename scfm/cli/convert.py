@@ -45,7 +45,7 @@ def convert(
         Print the result as one JSON object instead of words.
     """
     model = convert_model(checkpoint, output, to=to, vocabulary=vocabulary, medians=medians, strict=strict, **options)
-    unused = model.history.get("published", {}).get("unused", {})
+    unused = dict(model.checkpoint.unused) if model.checkpoint else {}
     text = f"{model!r}\nwritten to {output}"
     if unused:
         text += f"\nnot used ({len(unused)} tensors): {', '.join(unused)}"

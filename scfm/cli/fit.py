@@ -8,7 +8,7 @@ from typing import Any
 import scfm
 from scfm.cli import _files
 from scfm.cli._command import command_of
-from scfm.models.saving import require_replaceable
+from scfm.models.io.save import require_replaceable
 
 
 @command_of(scfm.fit, leave_out={"key_added"})
@@ -27,7 +27,7 @@ def fit(data: Path, output: Path, /, *, json: bool = False, **options: Any) -> N
     require_replaceable(output)
     model = scfm.fit(_files.read(data), **options)
     model.save(output)
-    report = model.report() if "report" in model.history else None
+    report = model.report() if model.scores is not None else None
     facts: dict[str, Any] = {"model": output, "model_id": model.id, "n_parameters": model.n_parameters}
     text = f"{model!r}\nsaved as {output}"
     if report is not None:

@@ -153,7 +153,7 @@ def set_vote_weights(
     if len(asked):
         limits = [(-LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)] * 2
         best = minimize(surprise, np.zeros(2), method="L-BFGS-B", bounds=limits)
-        network.gene_classifier.vote_weights.copy_(torch.from_numpy(np.exp(best.x)))  # type: ignore[union-attr]
+        network.gene_classifier.ensemble_weights.copy_(torch.from_numpy(np.exp(best.x)))  # type: ignore[union-attr]
 
 
 def _folds(labels_B: NDArray[np.int64], seed: int) -> NDArray[np.int64]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from scfm.errors import ModelFileError
 from scfm.models.interop import geneformer, scbert, scfoundation, scgpt
-from scfm.models.interop.dictionaries import Source
+from scfm.models.io.dictionaries import Source
+from scfm.models.io.load import is_saved, load_saved
 from scfm.models.model import Model
-from scfm.models.saving import is_own_directory, load_own
 
 FAMILIES: dict[str, ModuleType] = {family.NAME: family for family in (geneformer, scgpt, scbert, scfoundation)}
 FAMILY_OF_ENCODING = {"rank": "geneformer", "bin": "scgpt", "bucket": "scbert", "continuous": "scfoundation"}
@@ -24,7 +24,7 @@ def load(
     Read are our own directory, a Geneformer directory (V1 or V2; pretrained, cell or gene classifier), an scGPT directory, an
     scBERT file and an scFoundation file. Nothing in the files is executed: weights are safetensors, or are read
     with torch's weights-only loader; pickled dictionaries pass an allow-list. Every tensor is accounted for: it is loaded, or
-    listed with the reason under ``model.history["published"]["unused"]``.
+    listed with the reason in ``model.checkpoint.unused``.
 
     Parameters
     ----------
@@ -57,12 +57,12 @@ def load(
         )
     if path.suffix in (".h5ad", ".zarr"):
         raise ModelFileError(f"{path} holds cells, not a model. Give a directory that `model.save` wrote.")
-    if is_own_directory(path):
+    if is_saved(path):
         if vocabulary is not None or medians is not None:
             raise ModelFileError(
                 f"{path} is a saved scfm model and holds its own dictionaries; leave `vocabulary` and `medians` out."
             )
-        return load_own(path)
+        return Model(**vars(load_saved(path)))
     family = _family_of(path)
     arguments: dict[str, Any] = {"vocabulary": vocabulary, "strict": strict}
     if family is geneformer:
@@ -117,7 +117,7 @@ def convert(
     source, target = Path(source), Path(target)
     model = load(source, vocabulary=vocabulary, medians=medians, strict=strict)
     if to is None:
-        to = FAMILY_OF_ENCODING[model.encoding.config.kind] if is_own_directory(source) else "scfm"
+        to = FAMILY_OF_ENCODING[model.encoding.config.kind] if is_saved(source) else "scfm"
     if to == "scfm":
         model.save(target)
         return model

@@ -1,14 +1,13 @@
-"""`Model`: what a user holds. A network, the encoding that feeds it, its labels, and its history."""
+"""`Model`: what a user holds. A network, the encoding that feeds it, and typed state."""
 
 # Axes: B cells, T packed tokens, D model width, C classes.
 
 from __future__ import annotations
 
-import hashlib
 import html
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,20 +15,22 @@ from numpy.typing import NDArray
 
 from scfm.data.batch import CellBatch
 from scfm.errors import ModelTaskError
+from scfm.models.io.hub import fetched, push, save_pretrained
+from scfm.models.io.load import load_saved
+from scfm.models.io.save import save
 from scfm.models.network import CellTransformer
+from scfm.models.state import Calibration, ModelState
 
 if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
 
-    from scfm.encoding import Encoding
-
 Precision = Literal["fp32", "bf16"]
 TOKENS_PER_BATCH = 16_384  # of inference: large enough to fill the cores, small enough for a laptop's memory
 
 
-class Model:
-    """A trained model, ready for `scfm.tl` and `scfm.pl`.
+class Model(ModelState):
+    """A trained model, ready for `scfm.tl` and `scfm.pl`: a network, the encoding that feeds it, and typed state.
 
     Attributes
     ----------
@@ -38,9 +39,17 @@ class Model:
     encoding
         How cells become tokens: configuration, vocabulary, medians.
     labels
-        Names of the classes that the network tells apart; empty where it was not trained to.
+        Names of the classes that the network predicts; empty if it was not trained to classify.
+    calibration
+        Temperatures of its probabilities; None if they were not calibrated.
+    scores
+        Rows of `report`; None if the model was fitted without labels.
+    screen
+        Directions that `scfm.tl.screen` projects on, by kind of measure.
+    checkpoint
+        The published checkpoint that the model was read from, if any.
     history
-        What was done to get here, JSON-able: settings and losses of each stage, scores.
+        How the model was made: settings and losses of each stage. No prediction depends on it.
 
     Examples
     --------
@@ -54,37 +63,6 @@ class Model:
     >>> model.embed(scfm.pp.encode(adata[:3], model)).shape
     (3, 128)
     """
-
-    def __init__(
-        self,
-        network: CellTransformer,
-        encoding: Encoding,
-        *,
-        labels: tuple[str, ...] = (),
-        history: dict[str, Any] | None = None,
-    ) -> None:
-        self.network = network.eval()
-        self.encoding = encoding
-        self.labels = tuple(labels)
-        self.history: dict[str, Any] = history or {}
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.embedding.gene.weight.device
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.network.parameters())
-
-    @property
-    def id(self) -> str:
-        """Twelve hexadecimal digits that change with any weight, token or setting."""
-        digest = hashlib.sha256(repr((self.network.config, self.encoding.config, self.labels)).encode())
-        digest.update(self.encoding.vocabulary.fingerprint.encode())
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:12]
 
     def to(self, device: torch.device | str) -> Model:
         """Move the network, in place, and return the model."""
@@ -114,8 +92,6 @@ class Model:
         >>> scfm.load("my_model").id == model.id
         True
         """
-        from scfm.models.saving import save
-
         save(self, Path(path))
 
     def save_pretrained(
@@ -141,29 +117,25 @@ class Model:
         >>> scfm.Model.from_pretrained("blood").id == model.id
         True
         """
-        from scfm.models.hub import save_pretrained
-
         save_pretrained(self, Path(path), name=name or Path(path).name, data=data, licence=licence)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
-    ) -> Model:
-        """Open a directory, or a repository on the model hub; nothing in either is executed.
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Model:
+        """Open a model in scfm's format: a directory, or a repository on the model hub. Nothing in either is executed.
+
+        `scfm.load` also opens published checkpoints of other packages.
 
         Parameters
         ----------
         path
-            Directory, or "owner/name" of a repository, which is fetched (JSON, safetensors and TSV; never a pickle).
+            Directory, or "owner/name" of a repository, whose JSON, safetensors and TSV files are fetched.
         revision, token
-            Of the repository: branch, tag or commit, and what gives access to a private one.
-        **options
-            As in `scfm.load`, for published checkpoints: `vocabulary`, `medians`, `strict`.
+            Branch, tag or commit of the repository, and the token that gives access to a private one.
 
         Raises
         ------
         ModelFileError
-            As in `scfm.load`, and if there is no such directory or repository.
+            If there is no such directory or repository, or it does not hold a saved model.
         ImportError
             If a repository is named and huggingface_hub is not installed (extra `hub`).
 
@@ -172,11 +144,7 @@ class Model:
         >>> import scfm
         >>> model = scfm.Model.from_pretrained("owner/name", revision="v1")  # doctest: +SKIP
         """
-        from scfm.models.hub import fetch
-        from scfm.models.loading import load
-
-        folder = Path(path) if Path(path).exists() else fetch(str(path), revision=revision, token=token)
-        return load(folder, **options)
+        return cls(**vars(load_saved(fetched(path, revision=revision, token=token))))
 
     def push_to_hub(
         self,
@@ -211,8 +179,6 @@ class Model:
         --------
         >>> model.push_to_hub("owner/name", licence="bsd-3-clause", private=True)  # doctest: +SKIP
         """
-        from scfm.models.hub import push
-
         return push(self, repository, data=data, licence=licence, private=private, revision=revision, token=token)
 
     def report(self) -> pd.DataFrame:
@@ -236,11 +202,11 @@ class Model:
         """
         import pandas as pd
 
-        if "report" not in self.history:
+        if self.scores is None:
             raise ModelTaskError(
                 "This model has no report: it was fitted without labels. Call `scfm.fit(adata, labels_key=...)`."
             )
-        table = pd.DataFrame(self.history["report"]).set_index("method")
+        table = pd.DataFrame(self.scores).set_index("method")
         table["above_scfm"] = table["macro_f1"] > table["macro_f1"].iloc[0]
         return table
 
@@ -298,12 +264,13 @@ class Model:
         self, logits_BC: torch.Tensor, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
     ) -> NDArray[np.float32]:
         """`predict_proba` from the transformer's logits, shape (B, C), where these are at hand."""
-        member, classifier = "transformer", self.network.gene_classifier
+        fitted, classifier = self.calibration or Calibration(n_cells=0), self.network.gene_classifier
+        temperature = fitted.transformer_temperature
         if expression_BV is not None and classifier is not None:
             logits_BC = classifier.joined_with(logits_BC, expression_BV)
-            member = "ensemble"
+            temperature = fitted.ensemble_temperature
         if calibrated:
-            logits_BC = logits_BC / self.history.get("calibration", {}).get("temperature", {}).get(member, 1.0)
+            logits_BC = logits_BC / temperature
         return torch.softmax(logits_BC, -1).numpy()
 
     def network_in(self, precision: Precision) -> CellTransformer:
@@ -330,19 +297,11 @@ class Model:
             for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
                 yield cells.select(torch.arange(rows.start, rows.stop)).to(self.device)
 
-    def __repr__(self) -> str:
-        config = self.network.config
-        labels = f", {len(self.labels)} labels" if self.labels else ""
-        return (
-            f"Model({self.encoding.config.kind} encoding, {len(self.encoding.vocabulary):,} tokens, "
-            f"{config.n_layers} layers, width {config.d_model}, {self.n_parameters:,} parameters{labels})"
-        )
-
     def _repr_html_(self) -> str:
         rows = [("model", repr(self))]
         rows += [("labels", ", ".join(self.labels))] if self.labels else []
         cells = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
-        report = self.report().to_html(float_format="{:.3f}".format) if "report" in self.history else ""
+        report = self.report().to_html(float_format="{:.3f}".format) if self.scores is not None else ""
         return f"<table>{cells}</table>{report}"
 
 

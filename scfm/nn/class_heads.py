@@ -72,14 +72,14 @@ class GeneClassifier(nn.Module):
     scale_V: Tensor
     weight_VC: Tensor
     bias_C: Tensor
-    vote_weights: Tensor
+    ensemble_weights: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.register_buffer("scale_V", torch.ones(config.n_tokens))
         self.register_buffer("weight_VC", torch.zeros(config.n_tokens, config.n_classes))
         self.register_buffer("bias_C", torch.zeros(config.n_classes))
-        self.register_buffer("vote_weights", torch.ones(2))  # of the network, of this classifier
+        self.register_buffer("ensemble_weights", torch.ones(2))  # of the network, of this classifier
 
     def scaled(self, expression_BV: csr_matrix) -> csr_matrix:
         """Scale and cut off log1p counts per 10,000 by token id, shape (B, V)."""
@@ -95,7 +95,7 @@ class GeneClassifier(nn.Module):
     def joined_with(self, network_logits_BC: Tensor, expression_BV: csr_matrix) -> Tensor:
         """Logits of both votes together: the weighted sum of their log-probabilities, shape (B, C)."""
         votes = (network_logits_BC, torch.from_numpy(self.logits(expression_BV)))
-        weights = self.vote_weights.tolist()
+        weights = self.ensemble_weights.tolist()
         return sum(w * F.log_softmax(logits_BC, -1) for w, logits_BC in zip(weights, votes))
 
 

@@ -45,7 +45,7 @@ def annotate(
         Cells whose most probable label is less probable than this become "unassigned".
     max_distance
         Cells further than this from the training cells become "unassigned". Distances are in standard deviations of the
-        training cells; `model.history["calibration"]["usual_distance"]` is the one that 99 of 100 held-out cells keep.
+        training cells; `model.calibration.typical_distance` is the one that 99 of 100 held-out cells keep.
         None rejects none.
     majority_key
         Column of `adata.obs` with clusters; every cell then gets the label that most cells of its cluster got, before

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,30 +12,12 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from scfm.models.model import Model
+from scfm.models.state import Calibration
 from scfm.tl._split import FitSplit
 
 FEWEST_CELLS = 10
 LARGEST_TEMPERATURE = 10.0
-USUAL_DISTANCE = 0.99  # quantile of the calibration cells
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was learned from cells that took no part in training.
-
-    Attributes
-    ----------
-    n_cells
-        Calibration cells; with fewer than `FEWEST_CELLS` temperatures stay at 1.
-    temperature
-        By which log-probabilities are divided: of the "transformer" alone, and of the "ensemble".
-    usual_distance
-        The distance to the training cells (see `distances`) that 99 of 100 calibration cells keep; None without cells.
-    """
-
-    n_cells: int
-    temperature: dict[str, float]
-    usual_distance: float | None
+TYPICAL_DISTANCE = 0.99  # quantile of the calibration cells
 
 
 def calibrate(
@@ -50,14 +30,19 @@ def calibrate(
     assert split.labels is not None
     rows = split.calibration
     if not len(rows):
-        return Calibration(0, {"transformer": 1.0, "ensemble": 1.0}, None)
+        return Calibration(n_cells=0)
     logits_BC, labels_B = class_logits(model, features_BE[rows]), split.labels.codes[rows]
     votes = {
         "transformer": model.proba_of_logits(logits_BC, calibrated=False),
         "ensemble": model.proba_of_logits(logits_BC, expression_BV[rows], calibrated=False),
     }
     temperature = {name: fit_temperature(proba_BC, labels_B) for name, proba_BC in votes.items()}
-    return Calibration(len(rows), temperature, float(np.quantile(distances(model, features_BE[rows]), USUAL_DISTANCE)))
+    return Calibration(
+        n_cells=len(rows),
+        transformer_temperature=temperature["transformer"],
+        ensemble_temperature=temperature["ensemble"],
+        typical_distance=float(np.quantile(distances(model, features_BE[rows]), TYPICAL_DISTANCE)),
+    )
 
 
 @torch.inference_mode()

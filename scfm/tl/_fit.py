@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import anndata
@@ -159,10 +158,10 @@ def fit(
         _fine_tune(model, cells, expression_BV, split, config, seed, progress)
         embedding_BD = model.class_features(cells)  # the embedding of our own presets; one pass serves all that follows
         network.class_head.set_statistics(torch.from_numpy(embedding_BD[split.train]))
-        model.history["calibration"] = asdict(calibrate(model, embedding_BD, expression_BV, split))
-        model.history["report"] = score_model(model, embedding_BD, expression_BV, split)
+        model.calibration = calibrate(model, embedding_BD, expression_BV, split)
+        model.scores = score_model(model, embedding_BD, expression_BV, split)
         if baselines:
-            model.history["report"] += score_baselines(adata, split, layer, seed)
+            model.scores += score_baselines(adata, split, layer, seed)
         adata.obs["scfm_split"] = split.names(adata.n_obs)
     adata.obsm[key_added] = model.embed(cells) if split.labels is None else embedding_BD
     record(adata, model, key_added, layer=layer, gene_key=gene_key, labels_key=labels_key, batch_key=batch_key)

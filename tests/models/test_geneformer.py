@@ -125,7 +125,7 @@ def test_old_bin_files_may_repeat_tied_tensors_but_not_change_them(tmp_path):
     state["bert.embeddings.position_ids"] = torch.arange(64)[None]
     assert "cls.predictions.decoder.weight" in state
     torch.save(state, tmp_path / "pytorch_model.bin")
-    unused = scfm.load(tmp_path).history["published"]["unused"]
+    unused = scfm.load(tmp_path).checkpoint.unused
     assert set(unused) == {
         "cls.predictions.decoder.weight",
         "cls.predictions.decoder.bias",

@@ -11,7 +11,7 @@ import pytest
 
 import scfm
 from scfm.errors import ModelFileError
-from scfm.models import hub
+from scfm.models.io import hub
 
 
 @pytest.fixture(scope="module")

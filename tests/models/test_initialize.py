@@ -31,7 +31,7 @@ def weights_of(features, components, labels):
     config = ModelConfig(n_tokens=4, d_model=8, n_heads=1, n_classes=int(labels.max()) + 1)
     network = SimpleNamespace(gene_classifier=GeneClassifier(config))
     set_vote_weights(network, features.astype(np.float32), components.astype(np.float64), labels)
-    return network.gene_classifier.vote_weights.numpy()
+    return network.gene_classifier.ensemble_weights.numpy()
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_each_attention_layout_round_trips_to_the_bit(transformer_model, tmp_pat
     model, cells = scfm.load(tmp_path / "theirs"), scgpt_cells(ragged)
     with torch.no_grad():
         close(model.network.embed_cells(cells), run(peer, cells)["cell_emb"])
-    assert model.history["published"]["unused"] == {}
+    assert model.checkpoint.unused == {}
     convert(tmp_path / "theirs", tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back")
     again = torch.load(tmp_path / "back" / "best_model.pt", weights_only=True)

@@ -55,7 +55,7 @@ def test_both_votes_count_by_their_weights(fitted):
     cells, expression = pp.encode(adata, model), pp.log_expression(adata, model)
     network = model.predict_proba(cells, calibrated=False)
     genes = softmax(model.network.gene_classifier.logits(expression), axis=1)
-    weights = model.network.gene_classifier.vote_weights.numpy()
+    weights = model.network.gene_classifier.ensemble_weights.numpy()
     together = network ** weights[0] * genes ** weights[1]
     expected = together / together.sum(1, keepdims=True)
     np.testing.assert_allclose(model.predict_proba(cells, expression, calibrated=False), expected, atol=1e-5)

@@ -148,12 +148,12 @@ def test_temperatures_come_from_the_calibration_cells_alone(fitted):
     rows = np.flatnonzero(adata.obs["scfm_split"] == "calibration")
     truth = pd.Categorical(adata.obs["bulk_labels"].iloc[rows], categories=model.labels).codes
     cells, expression = scfm.pp.encode(adata, model), scfm.pp.log_expression(adata, model)
-    assert model.history["calibration"]["n_cells"] == len(rows)
+    assert model.calibration.n_cells == len(rows)
     for member, read in (("ensemble", expression[rows]), ("transformer", None)):
         proba = model.predict_proba(cells.select(rows), read, calibrated=False)
         expected = fit_temperature(proba, truth.astype(np.int64))
         assert expected != 1
-        assert model.history["calibration"]["temperature"][member] == pytest.approx(expected, rel=1e-3)
+        assert getattr(model.calibration, f"{member}_temperature") == pytest.approx(expected, rel=1e-3)
 
 
 def test_parts_are_disjoint_and_small_classes_follow_the_rule():
@@ -191,7 +191,7 @@ def test_rows_of_a_transductive_fit_say_so_and_test_labels_are_not_read(blood):
     assert set(model.report()["setting"]) == {"transductive"}
     assert list(model.report().index) == ["scfm", "scfm, transformer alone"]
     assert other.id == model.id
-    assert other.history["calibration"] == model.history["calibration"]
+    assert other.calibration == model.calibration
     assert other.report()["accuracy"].iloc[0] != model.report()["accuracy"].iloc[0]
 
 

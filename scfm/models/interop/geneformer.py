@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.models.config import ClassHeadKind, ModelConfig
-from scfm.models.interop.dictionaries import Source, find_medians, find_vocabulary, write_dictionaries
-from scfm.models.interop.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require, tied
+from scfm.models.io.dictionaries import Source, find_medians, find_vocabulary, write_dictionaries
+from scfm.models.io.load import read_json, read_weights
+from scfm.models.io.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require, tied
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import GENEFORMER_WIRING
-from scfm.models.saving import read_json, read_weights
+from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "geneformer"
@@ -53,7 +54,7 @@ def read(path: Path, *, vocabulary: Source | None, medians: Source | None, stric
         network, state, places(config), source=str(path), unused=_copies(state, config, path), strict=strict
     )
     labels = _labels(bert) if config.n_classes else ()
-    return Model(network, encoding, labels=labels, history={"published": {"family": NAME, "unused": unused}})
+    return Model(network, encoding, labels=labels, checkpoint=Checkpoint(family=NAME, unused=unused))
 
 
 def write(model: Model, path: Path) -> None:

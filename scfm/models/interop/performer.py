@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from scfm.models.interop.tensors import Place, pair, place, tied
+from scfm.models.io.tensors import Place, pair, place, tied
 
 COUNTERS = ("calls_since_last_redraw", "proj_updater.calls_since_last_redraw")
 

@@ -9,12 +9,13 @@ import torch
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
-from scfm.models.interop.dictionaries import Source, find_vocabulary
 from scfm.models.interop.performer import block_places, counter_name, registered_twice
-from scfm.models.interop.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.io.dictionaries import Source, find_vocabulary
+from scfm.models.io.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import SCBERT_WIRING
+from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "scbert"
@@ -43,18 +44,20 @@ def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
         strict=strict,
     )
     encoding = make_encoding(EncodingConfig(kind="bucket", n_bins=config.n_value_bins - 1), vocabulary=tokens)
-    history = {"published": {"family": NAME, "unused": unused, "counter": counter}}
-    return Model(network, encoding, labels=tuple(map(str, range(config.n_classes))), history=history)
+    checkpoint = Checkpoint(family=NAME, unused=unused, settings={"counter": counter})
+    return Model(network, encoding, labels=tuple(map(str, range(config.n_classes))), checkpoint=checkpoint)
 
 
 def write(model: Model, path: Path) -> None:
     """Write `{"model_state_dict": ...}` under the names that it was read with; the file holds no gene names."""
-    config, published = model.network.config, model.history.get("published", {})
+    config, checkpoint = model.network.config, model.checkpoint or Checkpoint(family=NAME)
     require(config, {name: value for name, value in SCBERT_WIRING.items() if name not in _FREE}, "scBERT")
     if config.n_classes and config.class_head != "panel":
         raise ModelFileError(f"This model has a class head of kind {config.class_head!r}; scBERT's is a 'panel'.")
-    state = read_network(model.network, places(config, published.get("counter", counter_name({}, "performer"))))
-    for copy, reason in published.get("unused", {}).items():
+    state = read_network(
+        model.network, places(config, checkpoint.settings.get("counter", counter_name({}, "performer")))
+    )
+    for copy, reason in checkpoint.unused.items():
         if reason.startswith("a copy of "):
             state[copy] = state[reason.removeprefix("a copy of ")]
     torch.save({STATE: state}, path)

@@ -11,12 +11,13 @@ import torch
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
-from scfm.models.interop.dictionaries import Source, find_vocabulary
 from scfm.models.interop.performer import block_places, counter_name, registered_twice
-from scfm.models.interop.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.io.dictionaries import Source, find_vocabulary
+from scfm.models.io.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import SCFOUNDATION_WIRING
+from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "scfoundation"
@@ -49,26 +50,21 @@ def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
     unused = fill_network(network, state, places(config, counter), source=source, unused=unused, strict=strict)
     encoding = make_encoding(EncodingConfig(kind="continuous"), vocabulary=tokens)
     stored = f"{PREFIX}{counter}" in content[part]["state_dict"]
-    published = {
-        "family": NAME,
-        "unused": unused,
-        "part": part,
-        "config": settings,
-        "counter": counter if stored else None,
-    }
-    return Model(network, encoding, history={"published": published})
+    published = {"part": part, "config": settings, "counter": counter if stored else None}
+    return Model(network, encoding, checkpoint=Checkpoint(family=NAME, unused=unused, settings=published))
 
 
 def write(model: Model, path: Path) -> None:
     """Write the model as the part that it was read from ("cell" for our own)."""
-    config, published = model.network.config, model.history.get("published", {})
+    config, checkpoint = model.network.config, model.checkpoint or Checkpoint(family=NAME)
+    published = checkpoint.settings
     require(config, {name: value for name, value in SCFOUNDATION_WIRING.items() if name not in _FREE}, "scFoundation")
     if config.n_classes:
         raise ModelFileError("scFoundation has no class head. Convert a model that was fitted without labels.")
     counter = published.get("counter", counter_name({}, PERFORMER))
     state = read_network(model.network, places(config, counter or "counter"))
     state.pop("counter", None)
-    for copy, reason in published.get("unused", {}).items():
+    for copy, reason in checkpoint.unused.items():
         if reason.startswith("a copy of "):
             state[copy] = state[reason.removeprefix("a copy of ")]
     named = {PREFIX + name: tensor for name, tensor in state.items()}

@@ -13,12 +13,13 @@ import torch
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
-from scfm.models.interop.dictionaries import Source, find_vocabulary
-from scfm.models.interop.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.io.dictionaries import Source, find_vocabulary
+from scfm.models.io.load import read_json
+from scfm.models.io.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import SCGPT_WIRING
-from scfm.models.saving import read_json
+from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "scgpt"
@@ -49,13 +50,13 @@ def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
     network = CellTransformer.for_vocabulary(config, tokens)
     unused = fill_network(network, state, places(config, *layout), source=str(weights), strict=strict)
     encoding = make_encoding(_encoding_config(arguments, config), vocabulary=tokens)
-    history = {"published": {"family": NAME, "unused": unused, "layout": list(layout), "arguments": arguments}}
-    return Model(network, encoding, labels=_labels(arguments, config), history=history)
+    checkpoint = Checkpoint(family=NAME, unused=unused, settings={"layout": list(layout), "arguments": arguments})
+    return Model(network, encoding, labels=_labels(arguments, config), checkpoint=checkpoint)
 
 
 def write(model: Model, path: Path) -> None:
     """Write a directory as scGPT does, with the attention keys as they were read (else torch's `in_proj_*`)."""
-    config, published = model.network.config, model.history.get("published", {})
+    config, published = model.network.config, model.checkpoint.settings if model.checkpoint else {}
     wired = {name: SCGPT_WIRING[name] for name in _FIXED} | _PLAIN | {"d_head": config.d_model // config.n_heads}
     require(config, wired, "scGPT")
     if config.n_classes and config.class_head != "mlp":

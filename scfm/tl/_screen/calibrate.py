@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 
 import numpy as np
@@ -26,19 +25,12 @@ _log = logging.getLogger(__name__)
 
 
 def projections(model: Model, cells: CellBatch, *, positions: str, n_projections: int, seed: int = 0) -> Tensor:
-    """Directions of a model, shape (D, n_projections), float32; from its history, or found now and put there.
-
-    `model.save` keeps them, base64 of little-endian float32 in `history["screen"]`.
-    """
-    weights = model.id
-    saved = model.history.get("screen", {}).get(positions)
-    if saved is None or saved["n_projections"] < n_projections or saved["model_id"] != weights:
-        directions_DR = principal_directions(model, cells, positions=positions, n_projections=n_projections, seed=seed)
-        content = base64.b64encode(np.ascontiguousarray(directions_DR, dtype="<f4").tobytes()).decode()
-        saved = {"n_projections": n_projections, "model_id": weights, "directions": content}
-        model.history.setdefault("screen", {})[positions] = saved
-    flat = np.frombuffer(base64.b64decode(saved["directions"]), dtype="<f4").astype(np.float32)
-    return torch.from_numpy(flat.reshape(-1, saved["n_projections"])[:, :n_projections].copy()).to(model.device)
+    """Directions of a model, shape (D, n_projections), float32; from `model.screen`, or found now and put there."""
+    directions_DR = model.screen.get(positions)
+    if directions_DR is None or directions_DR.shape[1] < n_projections:
+        found = principal_directions(model, cells, positions=positions, n_projections=n_projections, seed=seed)
+        directions_DR = model.screen[positions] = torch.from_numpy(found.astype(np.float32))
+    return directions_DR[:, :n_projections].to(model.device)
 
 
 def principal_directions(

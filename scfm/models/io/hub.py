@@ -5,24 +5,27 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scfm.errors import ModelFileError
-from scfm.models.card import model_card
-from scfm.models.saving import save
-
-if TYPE_CHECKING:
-    from scfm.models.model import Model
+from scfm.models.io.card import model_card
+from scfm.models.io.save import save
+from scfm.models.state import ModelState
 
 CARD = "README.md"
 PATTERNS = ["*.json", "*.safetensors", "*.tsv", CARD]  # what is fetched; pickles are not
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def save_pretrained(model: Model, folder: Path, *, name: str, data: str | None, licence: str | None) -> None:
+def save_pretrained(model: ModelState, folder: Path, *, name: str, data: str | None, licence: str | None) -> None:
     """Write `folder` as `model.save` does, with a model card; see `Model.save_pretrained`."""
     save(model, folder)
     (folder / CARD).write_text(model_card(model, name=name, data=data, licence=licence))
+
+
+def fetched(path: str | Path, *, revision: str | None, token: str | None) -> Path:
+    """Return the directory `path`, or that of the repository of this name on the hub, once its files are here."""
+    return Path(path) if Path(path).exists() else fetch(str(path), revision=revision, token=token)
 
 
 def fetch(repository: str, *, revision: str | None, token: str | None) -> Path:
@@ -41,7 +44,7 @@ def fetch(repository: str, *, revision: str | None, token: str | None) -> Path:
 
 
 def push(
-    model: Model,
+    model: ModelState,
     repository: str,
     *,
     data: str | None,

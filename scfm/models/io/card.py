@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from scfm.models.model import Model
+from scfm.models.state import ModelState
 
 UNSTATED = "Not stated by who saved the model."
 LIMITS = """\
@@ -18,7 +16,7 @@ Research on single-cell expression: embedding, annotation, in-silico perturbatio
 - In-silico perturbation ranks genes by how they move the model's embedding: a hypothesis, not a measurement."""
 
 
-def model_card(model: Model, *, name: str, data: str | None = None, licence: str | None = None) -> str:
+def model_card(model: ModelState, *, name: str, data: str | None = None, licence: str | None = None) -> str:
     """Write the model card of `model`, in Markdown with the head that model hubs read.
 
     Parameters
@@ -53,30 +51,27 @@ def _use(name: str) -> str:
     )
 
 
-def _genes(model: Model) -> str:
+def _genes(model: ModelState) -> str:
     vocabulary = model.encoding.vocabulary
     names = [vocabulary.tokens[place] for place in vocabulary.gene_ids[:3]]
     text = f"{len(vocabulary.gene_ids):,} genes, such as {', '.join(names)}."
     return text + (f" Labels: {', '.join(model.labels)}." if model.labels else "")
 
 
-def _training(model: Model) -> str:
+def _training(model: ModelState) -> str:
     lines = [
         f"- {stage['name']}: objective `{stage['objective']}`, {len(stage['losses']):,} steps, "
         f"peak learning rate {stage['config']['learning_rate']:g}, seed {stage['config']['seed']}"
         for stage in model.history.get("stages", [])
     ]
-    published = model.history.get("published")
-    lines += (
-        [f"- weights of a published checkpoint ({published.get('family', 'see config.json')})"] if published else []
-    )
+    lines += [f"- weights of a published checkpoint ({model.checkpoint.family})"] if model.checkpoint else []
     return "\n".join(lines) or UNSTATED
 
 
-def _scores(model: Model) -> str:
-    if "report" not in model.history:
+def _scores(model: ModelState) -> str:
+    if model.scores is None:
         return "None: the model was not fitted with labels, so there is nothing to score it on."
-    rows = model.history["report"]
+    rows = model.scores
     columns = [name for name in ("accuracy", "macro_f1", "balanced_accuracy") if name in rows[0]]
     lines = ["| method | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     lines += [f"| {row['method']} | " + " | ".join(f"{row[name]:.3f}" for name in columns) + " |" for row in rows]

@@ -1,88 +1,37 @@
-"""Our own format: a directory of JSON and safetensors, written beside and renamed, checked when read."""
+"""Reading scfm's own format: a directory of JSON and safetensors, of any past version."""
 
 from __future__ import annotations
 
+import base64
 import json
-import shutil
-import uuid
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from scfm._output import require_folder
 from scfm.encoding import encoding_from_dict
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
-from scfm.models.model import Model
+from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, SCREEN, VOCABULARY, WEIGHTS
 from scfm.models.network import CellTransformer
+from scfm.models.state import Calibration, Checkpoint, ModelState
 from scfm.vocab import Vocabulary
 
-FORMAT = "scfm"
-FORMAT_VERSION = 1
-CONFIG, VOCABULARY, WEIGHTS, ARRAYS = "config.json", "vocabulary.json", "weights.safetensors", "encoding.safetensors"
+# Names of tensors in files of format 1, and what they are called now.
+_RENAMED = {"gene_classifier.vote_weights": "gene_classifier.ensemble_weights"}
 
 
-def save(model: Model, path: Path) -> None:
-    """Write `model` as the directory `path`, replacing a model that is there; see `Model.save`."""
-    require_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    beside.mkdir()
-    try:
-        _write(model, beside)
-        if path.exists():
-            old = beside.with_name(beside.name + ".old")
-            path.rename(old)
-            beside.rename(path)
-            shutil.rmtree(old)
-        else:
-            beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def require_replaceable(path: Path) -> None:
-    """Raise `ModelFileError` if a model cannot, or should not, be saved as `path`: ask before the training, not after."""
-    if path.exists() and not is_own_directory(path):
-        raise ModelFileError(
-            f"{path} exists and is not a saved scfm model, so it is not overwritten. Choose another path, or remove it."
-        )
-    require_folder(path.parent)
-
-
-def _write(model: Model, folder: Path) -> None:
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "scfm_version": version("single-cell-fm"),
-        "model_id": model.id,
-        "network": model.network.config.to_dict(),
-        "encoding": model.encoding.to_dict(),
-        "vocabulary": model.encoding.vocabulary.fingerprint,
-        "labels": list(model.labels),
-        "history": model.history,
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False))
-    model.encoding.vocabulary.to_json(folder / VOCABULARY)
-    if arrays := model.encoding.arrays():
-        save_arrays(arrays, folder / ARRAYS)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def is_own_directory(path: Path) -> bool:
-    """Whether `path` holds a model in our own format, of any version."""
+def is_saved(path: Path) -> bool:
+    """Whether `path` holds a model in scfm's own format, of any version."""
     config = path / CONFIG
     return config.is_file() and read_json(config).get("format") == FORMAT
 
 
-def load_own(path: Path) -> Model:
+def load_saved(path: Path) -> ModelState:
     """Read a directory that `save` wrote.
 
     Raises
@@ -96,12 +45,17 @@ def load_own(path: Path) -> Model:
             f"{path} has format version {config['format_version']}; this scfm reads up to {FORMAT_VERSION}. "
             "Upgrade: pip install -U single-cell-fm"
         )
+    screen = read_weights(path / SCREEN) if (path / SCREEN).is_file() else {}
+    if config.get("format_version") == 1:
+        config, screen = _of_format_1(config)
     try:
         network_config = ModelConfig.from_dict(config["network"])
         vocabulary = Vocabulary.from_json(path / VOCABULARY)
         arrays = load_arrays(path / ARRAYS) if (path / ARRAYS).is_file() else {}
         encoding = encoding_from_dict(config["encoding"], vocabulary, arrays)
-        labels, history = tuple(config["labels"]), dict(config["history"])
+        calibration = None if config["calibration"] is None else Calibration(**config["calibration"])
+        checkpoint = None if config["checkpoint"] is None else Checkpoint(**config["checkpoint"])
+        labels, scores, history = tuple(config["labels"]), config["scores"], dict(config["history"])
     except KeyError as error:
         raise ModelFileError(f"{path / CONFIG} has no entry {error}. It is damaged; save the model again.") from error
     except (TypeError, ValueError, SafetensorError, OSError) as error:
@@ -113,8 +67,50 @@ def load_own(path: Path) -> Model:
             "others. Put back the file of this model, or save the model again."
         )
     network = CellTransformer.for_vocabulary(network_config, vocabulary)
-    load_weights(network, read_weights(path / WEIGHTS), str(path))
-    return Model(network, encoding, labels=labels, history=history)
+    weights = {_RENAMED.get(name, name): tensor for name, tensor in read_weights(path / WEIGHTS).items()}
+    load_weights(network, weights, str(path))
+    return ModelState(
+        network,
+        encoding,
+        labels=labels,
+        calibration=calibration,
+        scores=scores,
+        screen=screen,
+        checkpoint=checkpoint,
+        history=history,
+    )
+
+
+def _of_format_1(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Content of a config.json of format 1 as format 2 has it, and the directions of the screen.
+
+    Format 1 kept calibration, scores, checkpoint and directions (base64 of little-endian float32) in the history.
+    """
+    history = dict(config["history"])
+    fitted = history.pop("calibration", None)
+    published = history.pop("published", None)
+    screen = {}
+    for measure, saved in history.pop("screen", {}).items():
+        flat = torch.frombuffer(bytearray(base64.b64decode(saved["directions"])), dtype=torch.float32)
+        screen[measure] = flat.view(-1, saved["n_projections"])
+    state = {
+        "calibration": fitted
+        and {
+            "n_cells": fitted["n_cells"],
+            "transformer_temperature": fitted["temperature"]["transformer"],
+            "ensemble_temperature": fitted["temperature"]["ensemble"],
+            "typical_distance": fitted["usual_distance"],
+        },
+        "checkpoint": published
+        and {
+            "family": published["family"],
+            "unused": published["unused"],
+            "settings": {name: value for name, value in published.items() if name not in ("family", "unused")},
+        },
+        "scores": history.pop("report", None),
+        "history": history,
+    }
+    return {**config, **state}, screen
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

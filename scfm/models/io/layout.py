@@ -1,0 +1,8 @@
+"""Names of the files in a directory of scfm's own format, and the version of the format."""
+
+from __future__ import annotations
+
+FORMAT = "scfm"
+FORMAT_VERSION = 2
+CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocabulary.json", "weights.safetensors"
+ARRAYS, SCREEN = "encoding.safetensors", "screen.safetensors"

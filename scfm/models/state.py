@@ -1,0 +1,120 @@
+"""What a model consists of: network, encoding, and the typed state that its predictions depend on."""
+
+# Axes: D model width, R directions.
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfm.encoding import Encoding
+from scfm.models.network import CellTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was learned from cells that took no part in training.
+
+    Attributes
+    ----------
+    n_cells
+        Number of calibration cells.
+    transformer_temperature, ensemble_temperature
+        Divisors of the log-probabilities of the transformer alone, and of its ensemble with the gene classifier.
+    typical_distance
+        Distance to the training cells below which 99 of 100 calibration cells lie; None if it was not measured.
+    """
+
+    n_cells: int
+    transformer_temperature: float = 1.0
+    ensemble_temperature: float = 1.0
+    typical_distance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The published checkpoint that a model was read from.
+
+    Attributes
+    ----------
+    family
+        Name of the family in `scfm.families`.
+    unused
+        Tensors of the checkpoint that the network does not use, by name, with the reason.
+    settings
+        What the family needs to write the checkpoint as it was: names of tensors, settings without a use here. JSON-able.
+    """
+
+    family: str
+    unused: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False, repr=False)
+class ModelState:
+    """Everything that is saved of a model; `scfm.Model` adds what can be done with it.
+
+    Attributes
+    ----------
+    network
+        The transformer, a `torch.nn.Module`.
+    encoding
+        How cells become tokens: configuration, vocabulary, medians.
+    labels
+        Names of the classes that the network predicts; empty if it was not trained to classify.
+    calibration
+        Temperatures of its probabilities; None if they were not calibrated.
+    scores
+        Rows of `Model.report`; None if the model was fitted without labels.
+    screen
+        Directions that `scfm.tl.screen` projects on, by kind of measure, shape (D, R), float32.
+    checkpoint
+        The published checkpoint that the model was read from, if any.
+    history
+        How the model was made, JSON-able: settings and losses of each stage. A record only: no prediction depends on it.
+    """
+
+    network: CellTransformer
+    encoding: Encoding
+    labels: tuple[str, ...] = field(default=(), kw_only=True)
+    calibration: Calibration | None = field(default=None, kw_only=True)
+    scores: list[dict[str, Any]] | None = field(default=None, kw_only=True)
+    screen: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    checkpoint: Checkpoint | None = field(default=None, kw_only=True)
+    history: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.network.eval()
+        self.labels = tuple(self.labels)
+        self.screen, self.history = dict(self.screen or {}), self.history or {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.embedding.gene.weight.device
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that change with any weight, token or setting."""
+        digest = hashlib.sha256(repr((self.network.config, self.encoding.config, self.labels)).encode())
+        digest.update(self.encoding.vocabulary.fingerprint.encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:12]
+
+    def __repr__(self) -> str:
+        config = self.network.config
+        labels = f", {len(self.labels)} labels" if self.labels else ""
+        return (
+            f"Model({self.encoding.config.kind} encoding, {len(self.encoding.vocabulary):,} tokens, "
+            f"{config.n_layers} layers, width {config.d_model}, {self.n_parameters:,} parameters{labels})"
+        )
