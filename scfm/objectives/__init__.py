@@ -3,6 +3,7 @@
 from scfm.objectives.base import Loss, Objective, Targets, Term, at_step, total
 from scfm.objectives.choose import make_objective
 from scfm.objectives.classify import Classification, class_weights
+from scfm.objectives.classify_genes import GeneClassification
 from scfm.objectives.generative import Generative
 from scfm.objectives.integrate import Integration
 from scfm.objectives.masked import MaskedBuckets, MaskedGenes, MaskedValues
@@ -10,6 +11,7 @@ from scfm.objectives.read_depth import ReadDepth
 
 __all__ = [
     "Classification",
+    "GeneClassification",
     "Generative",
     "Integration",
     "Loss",

@@ -39,12 +39,12 @@ def bert_config(n_tokens, **changes):
     return transformers.BertConfig(**settings | changes)
 
 
-def shaken(module, seed=0):
+def shaken(module, seed=0, scale=0.1):
     """Give every parameter a random value, so that no bias, gain or zero row hides an exchange."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return module.eval()
 
 

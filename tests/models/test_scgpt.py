@@ -38,8 +38,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def transformer_model():
+def published_class():
     """scGPT's class, imported past the package's `__init__`, which needs torchtext (no longer built for torch)."""
     spec = importlib.util.find_spec("scgpt")
     if spec is None:
@@ -50,6 +49,11 @@ def transformer_model():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # says that flash-attn is not there
         return importlib.import_module("scgpt_models.model").TransformerModel
+
+
+@pytest.fixture(scope="module")
+def transformer_model():
+    return published_class()
 
 
 def build(transformer_model, **options):
@@ -66,9 +70,9 @@ def build(transformer_model, **options):
     return peer
 
 
-def save(folder, state):
+def save(folder, state, **arguments):
     folder.mkdir(exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(ARGUMENTS))
+    (folder / "args.json").write_text(json.dumps(ARGUMENTS | arguments))
     (folder / "vocab.json").write_text(json.dumps(TOKENS))
     torch.save(state, folder / "best_model.pt")
 
