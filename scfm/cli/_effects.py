@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 import scfm
-from scfm._output import require_writable
+from scfm._files import require_writable
 from scfm.cli import _files
 
 SUFFIXES = (".csv", ".parquet")

@@ -12,7 +12,7 @@ from typing import Any
 import anndata
 import pandas as pd
 
-from scfm._output import whole, write_adata
+from scfm._files import atomic_write, write_adata
 from scfm.data.files import open_group
 
 
@@ -26,14 +26,14 @@ def read(path: Path) -> anndata.AnnData:
 
 def write(adata: anndata.AnnData, path: Path) -> None:
     """Write as `.h5ad` or `.zarr`."""
-    with whole(path) as beside:
-        write_adata(adata, beside)
+    with atomic_write(path) as temporary_path:
+        write_adata(adata, temporary_path)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write as `.csv` or `.parquet`."""
-    with whole(path) as beside:
-        table.to_parquet(beside) if path.suffix == ".parquet" else table.to_csv(beside)
+    with atomic_write(path) as temporary_path:
+        table.to_parquet(temporary_path) if path.suffix == ".parquet" else table.to_csv(temporary_path)
 
 
 def tell(facts: dict[str, Any], *, as_json: bool, text: str) -> None:

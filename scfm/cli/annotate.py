@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import scfm
-from scfm._output import require_writable
+from scfm._files import require_writable
 from scfm.cli import _files
 from scfm.cli._command import command_of
 

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import scfm
-from scfm._output import require_folder
+from scfm._files import require_folder
 from scfm.cli import _files
 from scfm.cli._command import command_of
 from scfm.data import TokenStore

@@ -9,8 +9,6 @@ be decoded, and a cell is two slices.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from torch.utils.data import Dataset
 
+from scfm._files import atomic_write
 from scfm.data.batch import CellBatch
 from scfm.errors import ModelFileError, VocabularyMismatchError
 
@@ -145,15 +144,9 @@ class TokenStore(Dataset[CellBatch]):
             raise FileExistsError(f"{str(path)!r} exists; choose another name, or pass `overwrite=True`.")
         if path.exists() and not (path / "info.json").exists():
             raise FileExistsError(f"{str(path)!r} exists and is no token store; it is not replaced.")
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        beside.mkdir(parents=True)
-        try:
-            _write_files(beside, batches, encoding)
-            if path.exists():
-                shutil.rmtree(path)
-            beside.rename(path)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with atomic_write(path) as temporary_path:
+            temporary_path.mkdir()
+            _write_files(temporary_path, batches, encoding)
 
 
 def _write_files(folder: Path, batches: Iterable[CellBatch], encoding: Encoding) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from scfm._config import Config
 
 EncodingKind = Literal["rank", "bin", "bucket", "continuous"]
 DuplicatePolicy = Literal["error", "sum"]
@@ -58,7 +58,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodingConfig:
+class EncodingConfig(Config):
     """How a cell becomes tokens. None means "as the family does", and is replaced by that value on construction.
 
     Attributes
@@ -152,16 +152,3 @@ class EncodingConfig:
     def has_values(self) -> bool:
         """Whether tokens carry values (`CellBatch.values_T`)."""
         return self.kind != "rank"
-
-    def replace(self, **changes: Any) -> EncodingConfig:
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> EncodingConfig:
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(content) - known):
-            raise ValueError(f"Unknown encoding settings {unknown}; known are {sorted(known)}.")
-        return cls(**content)

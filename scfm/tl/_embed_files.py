@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from scfm._output import require_writable
+from scfm._files import atomic_write, require_writable
 from scfm.data import open_counts
 from scfm.data.files import count_rows
 from scfm.data.ranks import gather, share_of, torchrun_rank
@@ -191,9 +191,8 @@ class _Part:
         self.embedding_ND[self.done : self.done + len(embedding_BD)] = embedding_BD
         self.embedding_ND.flush()  # type: ignore[attr-defined]  # a memory map
         self.done += len(embedding_BD)
-        beside = self.folder / "state.json.part"
-        beside.write_text(json.dumps({"job": self._job.settings, "done": self.done}))
-        beside.replace(self.folder / "state.json")
+        with atomic_write(self.folder / "state.json") as temporary_path:
+            temporary_path.write_text(json.dumps({"job": self._job.settings, "done": self.done}))
 
     def remove_if_empty(self) -> None:
         """Leave nothing behind of a job that failed before its first block."""

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from scfm._output import whole, write_adata
+from scfm._files import atomic_write, write_adata
 from scfm.data.files import open_group
 
 SUFFIXES = (".h5ad", ".zarr", ".parquet", ".npy", ".csv")
@@ -23,16 +23,16 @@ SUFFIXES = (".h5ad", ".zarr", ".parquet", ".npy", ".csv")
 def write_embedding(
     out: Path, files: list[Path], embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
 ) -> None:
-    """Write the embedding of the cells of `files` beside `out`, then rename."""
-    with whole(out) as beside:
+    """Write the embedding of the cells of `files` to `out`."""
+    with atomic_write(out) as temporary_path:
         if out.suffix == ".npy":
-            np.save(beside, embedding_ND)
+            np.save(temporary_path, embedding_ND)
         elif out.suffix in (".csv", ".parquet"):
-            _write_table(beside, files, embedding_ND)
+            _write_table(temporary_path, files, embedding_ND)
         elif len(files) == 1 and files[0].suffix == out.suffix:
-            _write_into_copy(beside, files[0], embedding_ND, key=key, record=record)
+            _write_into_copy(temporary_path, files[0], embedding_ND, key=key, record=record)
         else:
-            _write_anndata(beside, files, embedding_ND, key=key, record=record)
+            _write_anndata(temporary_path, files, embedding_ND, key=key, record=record)
 
 
 def read_obs(path: Path) -> pd.DataFrame:

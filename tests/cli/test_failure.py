@@ -11,7 +11,7 @@ import anndata
 import h5py
 import pytest
 
-from scfm._output import whole
+from scfm._files import atomic_write
 
 
 def test_usage_errors_exit_with_2(command, folder):
@@ -297,8 +297,8 @@ def test_a_stopped_write_leaves_what_was_there(tmp_path):
     target.write_text("before")
 
     def stopped():
-        with whole(target) as beside:
-            beside.write_text("half")
+        with atomic_write(target) as temporary_path:
+            temporary_path.write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -310,10 +310,10 @@ def test_a_stopped_write_leaves_what_was_there(tmp_path):
 def test_sigterm_leaves_no_half_file(tmp_path):
     """A child says when it has begun to write, and is then told to stop."""
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom scfm._output import whole\nfrom scfm.cli import _app\nimport signal\n"
+        "import sys, time\nfrom pathlib import Path\nfrom scfm._files import atomic_write\nfrom scfm.cli import _app\nimport signal\n"
         "signal.signal(signal.SIGTERM, _app._stop)\n"
-        "with whole(Path(sys.argv[1])) as beside:\n"
-        "    beside.write_text('half')\n    print('writing', flush=True)\n    time.sleep(60)\n"
+        "with atomic_write(Path(sys.argv[1])) as temporary_path:\n"
+        "    temporary_path.write_text('half')\n    print('writing', flush=True)\n    time.sleep(60)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "out.csv")], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"writing\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from scfm._output import require_folder
+from scfm._files import require_folder
 from scfm.errors import ModelFileError
 from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, SCREEN, VOCABULARY, WEIGHTS
 from scfm.models.io.load import is_saved

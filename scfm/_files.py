@@ -1,0 +1,261 @@
+"""Output files and folders: written completely or not at all, and refused before any work if they cannot be written."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import itertools
+import os
+import re
+import shutil
+import socket
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from scfm.errors import OutputError
+
+ZARR_FILES = ("zarr.json", ".zgroup", ".zattrs")
+
+_HOST = re.sub(r"\W", "-", socket.gethostname())[:40]
+_counter = itertools.count()
+_in_use: set[Path] = set()
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, n_bytes: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path` to write a file or a folder to, and rename it at the end.
+
+    At every instant, `path` is what it was before or is complete, also if the process is killed. Temporary files that
+    killed processes of this machine left for the same `path` are removed.
+
+    Parameters
+    ----------
+    path
+        The file or folder to write; one that exists is replaced.
+    n_bytes
+        Disk space that the output needs, where that is known; it is compared with the free space before anything is
+        written.
+
+    Raises
+    ------
+    OutputError
+        If the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    if n_bytes is not None:
+        require_space(path, n_bytes)
+    temporary_path = _temporary_path(path)
+    _in_use.add(temporary_path)
+    try:
+        yield temporary_path
+        _move(temporary_path, path)
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full_error(path, _size(temporary_path) + _free(path), at_least=True) from error
+        raise
+    finally:
+        _remove(temporary_path)
+        _in_use.discard(temporary_path)
+
+
+@contextmanager
+def output_lock(path: str | Path) -> Iterator[None]:
+    """Hold the only right to write `path`; other processes that ask for it meanwhile are refused.
+
+    Raises
+    ------
+    OutputError
+        If another process holds it.
+    """
+    import fcntl
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = path.with_name(f".{path.name}.lock")
+    while True:
+        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 100, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise OutputError(
+                f"{path} is being written by {holder}. Wait until it has finished, or name another output."
+            ) from None
+        except OSError:  # the file system has no locks
+            pass
+        with suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == lock_path.stat().st_ino:
+                break
+        os.close(descriptor)  # the holder before us removed the file
+    try:
+        os.pwrite(descriptor, f"process {os.getpid()} on {_HOST}".encode(), 0)
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Path] = ()) -> None:
+    """Refuse an output that cannot, or should not, be written when the work is done.
+
+    Raises
+    ------
+    ValueError
+        If `out` has none of `suffixes`, is one of `inputs`, or is a folder other than a .zarr; or if its suffix needs a
+        package that is missing.
+    OSError
+        If the folder of `out` cannot be written to.
+    """
+    if out.suffix not in suffixes:
+        raise ValueError(
+            f"{out} {f'ends in {out.suffix!r}' if out.suffix else 'has no suffix'}; name an output that ends in one of {', '.join(suffixes)}."
+        )
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise ValueError(f"{out} is an input. Name another output; inputs are never changed.")
+    if out.is_dir() and not (out.suffix == ".zarr" and any((out / name).exists() for name in ZARR_FILES)):
+        raise ValueError(f"{out} is a folder that scfm has not written, so it is not replaced. Name another output.")
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise ValueError('Writing .parquet needs pyarrow: pip install "single-cell-fm[parquet]".') from error
+    require_folder(out.parent)
+
+
+def require_folder(folder: Path) -> None:
+    """Raise `OSError` unless files can be written to `folder`, or it can be made."""
+    folder = _existing(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, so nothing can be written below it. Name another output.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {folder} cannot be written to. Name another output.")
+
+
+def require_space(path: Path, n_bytes: int) -> None:
+    """Raise `OutputError` unless the disk of `path` has `n_bytes` free."""
+    if _free(path) < n_bytes:
+        raise disk_full_error(path, n_bytes)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, of whichever library, says that a disk is full or a quota is reached."""
+    if isinstance(error, OutputError):
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # HDF5 and safetensors give the system's text; NumPy and torch say how much they failed to write.
+    return re.search(
+        r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+",
+        str(error),
+    ) is not None  # fmt: skip
+
+
+def disk_full_error(path: Path, n_bytes: int, *, at_least: bool = False) -> OutputError:
+    """The error for a `path` that needs `n_bytes`, which its disk does not have."""
+    return OutputError(
+        f"The disk is full: {path} needs {'more than ' if at_least else ''}{_readable(n_bytes)}, and {_readable(_free(path))} "
+        f"are free. Free some space, or name an output on another disk. "
+        f"{f'{path} is unchanged.' if path.exists() else 'Nothing was written.'}"
+    )
+
+
+def write_adata(adata: Any, path: Path) -> None:
+    """Write an AnnData as `.zarr` or `.h5ad`, without anndata's warnings about its next default format."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
+
+
+def _free(path: Path) -> int:
+    """Free bytes of the disk that `path` is on, or will be on."""
+    return shutil.disk_usage(_existing(path.parent)).free
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _readable(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+
+
+# A temporary path names the machine and the process that writes it, so that what a killed process left is recognised.
+
+
+def _temporary_path(path: Path, ending: str = "") -> Path:
+    # File names are limited to 255 bytes. Writers recognise the format by the suffix, so it stays.
+    return path.with_name(f".{path.stem[:40]}.{_HOST}-{os.getpid()}-{next(_counter)}{ending}{path.suffix}")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files for `path` whose process is gone; restore what it had only moved aside."""
+    pattern = re.compile(
+        rf"\.{re.escape(path.stem[:40])}\.{re.escape(_HOST)}-(\d+)-\d+(?P<old>-old)?{re.escape(path.suffix)}"
+    )
+    for other in list(path.parent.glob(f".*{_HOST}-*")):
+        found = pattern.fullmatch(other.name)
+        if found is None or other in _in_use or (int(found[1]) != os.getpid() and _is_running(int(found[1]))):
+            continue
+        with suppress(OSError):
+            if found["old"] and not path.exists():
+                other.rename(path)
+            else:
+                _remove(other)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _move(temporary_path: Path, path: Path) -> None:
+    """Rename `temporary_path` to `path`; what was there is replaced in one step."""
+    if not path.is_dir() and not (temporary_path.is_dir() and path.exists()):
+        temporary_path.replace(path)
+    elif _exchange(temporary_path, path):
+        _remove(temporary_path)
+    else:
+        old = _temporary_path(path, "-old")
+        path.rename(old)
+        temporary_path.rename(path)
+        _remove(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step; False where the system cannot."""
+    libc = ctypes.CDLL(None)
+    names = os.fsencode(first), os.fsencode(second)
+    if hasattr(libc, "renameat2"):  # Linux: AT_FDCWD is -100, RENAME_EXCHANGE is 2
+        return libc.renameat2(-100, names[0], -100, names[1], ctypes.c_uint(2)) == 0
+    if hasattr(libc, "renamex_np"):  # macOS: RENAME_SWAP is 2
+        return libc.renamex_np(*names, ctypes.c_uint(2)) == 0
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    with suppress(OSError):
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        return sum(file.stat().st_size for file in files)
+    return 0
