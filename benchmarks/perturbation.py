@@ -26,12 +26,12 @@ from scipy.stats import spearmanr
 import scfm
 from scfm import ops
 from scfm.models.network import CellTransformer
-from scfm.tl._perturb.deletions import embed_deletions, embed_run, first_layer
-from scfm.tl._perturb.edits import Editor
-from scfm.tl._perturb.shifts import cosine_distance, goal_shift
-from scfm.tl._perturb.variants import cell_of, pack
-from scfm.tl._screen.calibrate import projections
-from scfm.tl._screen.estimate import Estimator, tapped
+from scfm.perturbation.deletions import embed_deletions, embed_run, first_layer
+from scfm.perturbation.edits import Editor
+from scfm.perturbation.screening.directions import projections
+from scfm.perturbation.screening.estimate import Estimator, tapped
+from scfm.perturbation.shifts import cosine_distance, goal_shift
+from scfm.perturbation.variants import cell_of, pack
 
 # Geneformer V1-10M; its embedding is the mean of the second-to-last hidden state.
 V1 = {"d_model": 256, "n_heads": 4, "n_layers": 6, "d_ff": 512, "context_length": 2048, "embedding_layer": -2}

@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from scfm.perturbation.network import gene_network
 from scfm.tl._annotate import annotate
 from scfm.tl._attention import attention
 from scfm.tl._denoise import denoise, evaluate_denoising
 from scfm.tl._embed import embed
 from scfm.tl._embed_files import embed_files
 from scfm.tl._gene_embeddings import gene_embeddings
-from scfm.tl._gene_network import gene_network
 from scfm.tl._genes import classify_genes, similar_genes
 from scfm.tl._map_reference import map_reference
 from scfm.tl._perturb import perturb
-from scfm.tl._predict import predict_perturbation, score_perturbation_prediction
+from scfm.tl._predict_perturbation import predict_perturbation
+from scfm.tl._score_perturbation_prediction import score_perturbation_prediction
 from scfm.tl._screen import screen
 
 if TYPE_CHECKING:

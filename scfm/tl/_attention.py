@@ -1,18 +1,14 @@
-"""`scfm.tl.attention`: how much chosen genes look at each other."""
-
-# Axes: G chosen genes.
+"""`scfm.tl.attention`: how strongly chosen genes attend to each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import anndata
-import numpy as np
 import pandas as pd
 
-from scfm import pp
+from scfm import perturbation
 from scfm.models.model import Model
-from scfm.tl._gene_network import attention_edges
 
 
 def attention(
@@ -65,13 +61,11 @@ def attention(
     >>> scfm.tl.attention(b_cells, model, ["CD74", "CD79A", "HLA-DRA"]).shape
     (3, 3)
     """
-    genes = list(genes)
-    if len(genes) < 2 or len(set(genes)) < len(genes):
-        raise ValueError(f"`genes` is {genes}; name at least two genes, each once.")
-    token_G = np.asarray(model.encoding.vocabulary.require(genes), dtype=np.int64)
-    order_G = np.argsort(token_G)
-    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, empty="keep")
-    edges = attention_edges(model, cells, token_G[order_G], hidden_layer)
-    place_G = np.argsort(order_G)
-    looked_at_GG = np.where(edges.n_GG > 0, edges.mean_GG, np.nan)[np.ix_(place_G, place_G)]
-    return pd.DataFrame(looked_at_GG.T, index=pd.Index(genes, name="looks"), columns=pd.Index(genes, name="looked at"))
+    return perturbation.attention(
+        adata,
+        model,
+        genes,
+        hidden_layer=hidden_layer,
+        layer=layer,
+        gene_key=gene_key,
+    )

@@ -1,29 +1,13 @@
-"""`scfm.tl.gene_network`: which genes of a group of cells look at, or move, which."""
-
-# Axes: B cells, G genes of the network, P pairs of tokens, T packed tokens.
+"""`scfm.tl.gene_network`: edges between genes of a group of cells, tested against shuffled counts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import anndata
-import numpy as np
 import pandas as pd
-import torch
-from numpy.typing import NDArray
-from scipy import sparse, stats
-from tqdm.auto import tqdm
 
-from scfm import ops, pp
-from scfm.data import CellBatch, CountMatrix
-from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
-from scfm.tl._perturb.edits import Editor
-from scfm.tl._perturb.shifts import cosine_distance
-from scfm.tl._perturb.variants import cell_of, pack
-from scfm.tl._screen.estimate import tapped
-
-N_GENES = 50  # of the network, where none are named
+from scfm import perturbation
+from scfm.models.model import Model
+from scfm.tl._record import store_table
 
 
 def gene_network(
@@ -92,183 +76,18 @@ def gene_network(
     >>> len(edges)
     6
     """
-    if kind not in ("attention", "deletion"):
-        raise ValueError(f"`kind` is {kind!r}; choose 'attention' or 'deletion'.")
-    if n_shuffles < 2:
-        raise ValueError(f"`n_shuffles` is {n_shuffles}; a null needs at least 2.")
-    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, empty="keep")
-    tokens = _tokens(genes, cells, model)
-    measure = attention_edges if kind == "attention" else deletion_edges
-    rng = np.random.default_rng(seed)
-    with tqdm(total=1 + n_shuffles, desc=f"{kind} edges", unit="pass", disable=not progress) as bar:
-        found = measure(model, cells, tokens, hidden_layer)
-        bar.update()
-        null = Edges.none(len(tokens))
-        for _ in range(n_shuffles):
-            shuffled = pp.encode(shuffle_counts(adata, rng, layer), model.encoding, gene_key=gene_key, empty="keep")
-            null += measure(model, shuffled, tokens, hidden_layer)
-            bar.update()
-    table = edge_table(found, null, [model.encoding.vocabulary.tokens[token] for token in tokens], min_cells)
-    table.insert(4, "null", f"{n_shuffles} shuffles of each gene's counts among the cells")
-    if key_added is not None:
-        adata.uns[key_added] = table.copy()
-    return table
-
-
-def _tokens(genes: list[str] | None, cells: CellBatch, model: Model) -> NDArray[np.int64]:
-    vocabulary = model.encoding.vocabulary
-    if genes is not None:
-        return np.unique(vocabulary.require(genes)).astype(np.int64)
-    counts = np.bincount(cells.gene_ids_T.numpy(), minlength=len(vocabulary))
-    common = vocabulary.gene_ids[np.argsort(-counts[vocabulary.gene_ids], kind="stable")]
-    return np.sort(common[:N_GENES]).astype(np.int64)
-
-
-def shuffle_counts(adata: anndata.AnnData, rng: np.random.Generator, layer: str | None) -> anndata.AnnData:
-    """Deal each gene's counts anew among the cells: genes keep their distributions and lose what ties them together."""
-    matrix = CountMatrix.from_adata(adata, layer=layer)
-    counts = sparse.vstack([block for _, block, _ in matrix.blocks()]).tocsc().copy()
-    for column in range(counts.shape[1]):
-        span = slice(counts.indptr[column], counts.indptr[column + 1])
-        counts.indices[span] = rng.choice(counts.shape[0], span.stop - span.start, replace=False)
-    counts.has_sorted_indices = False
-    return anndata.AnnData(counts.tocsr(), var=matrix.var.copy())
-
-
-@dataclass
-class Edges:
-    """Counts, sums and sums of squares of what each edge weighs in cells with both genes; source by target, (G, G)."""
-
-    n_GG: NDArray[np.int64]
-    sum_GG: NDArray[np.float64]
-    square_GG: NDArray[np.float64]
-
-    @classmethod
-    def none(cls, n_genes: int) -> Edges:
-        return cls(np.zeros((n_genes,) * 2, np.int64), np.zeros((n_genes,) * 2), np.zeros((n_genes,) * 2))
-
-    def add(self, source_P: Any, target_P: Any, values_P: NDArray[np.float64]) -> None:
-        """Add one value for each pair; a pair may come more than once."""
-        for into_GG, added in ((self.n_GG, 1), (self.sum_GG, values_P), (self.square_GG, values_P**2)):
-            np.add.at(into_GG, (source_P, target_P), added)
-
-    def __add__(self, other: Edges) -> Edges:
-        return Edges(self.n_GG + other.n_GG, self.sum_GG + other.sum_GG, self.square_GG + other.square_GG)
-
-    @property
-    def mean_GG(self) -> NDArray[np.float64]:
-        """Mean over cells; 0 where there are none."""
-        return self.sum_GG / np.maximum(self.n_GG, 1)
-
-    @property
-    def std_GG(self) -> NDArray[np.float64]:
-        """Standard deviation between cells; 0 where there are fewer than two."""
-        squares_GG = self.square_GG - self.n_GG * self.mean_GG**2
-        return np.sqrt(np.maximum(squares_GG, 0) / np.maximum(self.n_GG - 1, 1))
-
-
-def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
-    """Attention of target to source, the mean of the heads, times the cell's tokens."""
-    network, config = model.network.eval(), model.network.config
-    if getattr(config, "attention", "softmax") != "softmax":
-        raise ValueError('This model has linear attention, which has no scores. Use `kind="deletion"`.')
-    edges = Edges.none(len(tokens))
-    for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
-        batch = cells.select(torch.arange(rows.start, rows.stop))
-        source_P, target_P, pairs_P2 = _pairs(batch, tokens)
-        if not len(source_P):
-            continue
-        with torch.inference_mode(), tapped(network) as taps:
-            network(batch.to(model.device), hidden_layer=-1)
-            q, k, _ = taps.qkv[hidden_layer].view(-1, 3, config.n_heads, config.d_head).unbind(1)
-            probs_P = ops.attention_scores(
-                q, k, batch.cu_seqlens, pairs=torch.from_numpy(pairs_P2).to(model.device), head_mean=True
-            )
-        length_P = batch.lengths_B.numpy()[batch.cell_of_token_T().numpy()[pairs_P2[:, 0]]]
-        edges.add(source_P, target_P, probs_P.cpu().numpy().astype(np.float64) * length_P)
-    return edges
-
-
-def _pairs(
-    batch: CellBatch, tokens: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Source and target gene numbers, and (target, source) token places, of all pairs in the same cell."""
-    ids_T = batch.gene_ids_T.numpy()
-    place_T = np.searchsorted(tokens, ids_T).clip(max=len(tokens) - 1)
-    chosen_T = np.flatnonzero(tokens[place_T] == ids_T)
-    values_T = batch.values_T
-    if values_T is not None:
-        chosen_T = chosen_T[values_T.numpy()[chosen_T] > 0]
-    cell_T = batch.cell_of_token_T().numpy()[chosen_T]
-    found: list[NDArray[np.int64]] = []
-    for places in np.split(chosen_T, np.flatnonzero(np.diff(cell_T)) + 1):
-        target, source = np.meshgrid(places, places, indexing="ij")
-        other = target != source
-        found.append(np.stack([target[other], source[other]], 1))
-    pairs_P2 = np.concatenate(found) if found else np.zeros((0, 2), dtype=np.int64)
-    return place_T[pairs_P2[:, 1]], place_T[pairs_P2[:, 0]], pairs_P2
-
-
-def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
-    """Shift of the target's state when the source is deleted."""
-    editor = Editor.of(model.encoding, "delete")
-    edges = Edges.none(len(tokens))
-    for number in range(len(cells)):
-        cell = cell_of(cells, number)
-        present = np.intersect1d(editor.expressed(cell), tokens).tolist()
-        if len(present) < 2:
-            continue
-        variants = [cell, *(editor.edit(cell, [gene]) for gene in present)]
-        states = _states_of(model, variants, present, hidden_layer)
-        rows = np.searchsorted(tokens, present)
-        for source, after in enumerate(states[1:]):
-            # The deleted gene has no state afterwards.
-            targets = [place for place in range(len(present)) if place != source]
-            edges.add(rows[source], rows[targets], cosine_distance(states[0][targets], after[targets]))
-    return edges
-
-
-def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer: int) -> list[NDArray[np.float32]]:
-    """States of the given genes in each variant of a cell, (genes, D); zeros where a gene is not there."""
-    found = []
-    per_batch = max(1, TOKENS_PER_BATCH // len(variants[0]))
-    for start in range(0, len(variants), per_batch):
-        part = variants[start : start + per_batch]
-        with torch.inference_mode():
-            states_TD = model.network(pack(part).to(model.device), hidden_layer=hidden_layer).float().cpu().numpy()
-        first = 0
-        for variant in part:
-            place_of = {int(gene): place for place, gene in enumerate(variant.gene_ids_N)}
-            states = np.zeros((len(genes), states_TD.shape[1]), np.float32)
-            for row, gene in enumerate(genes):
-                if gene in place_of:
-                    states[row] = states_TD[first + place_of[gene]]
-            found.append(states)
-            first += len(variant)
-    return found
-
-
-def edge_table(found: Edges, null: Edges, names: list[str], min_cells: int) -> pd.DataFrame:
-    """Each edge's mean beside its mean in shuffled cells, by Student's test: under the null their deviations are equal."""
-    kept = (found.n_GG >= min_cells) & (null.n_GG >= min_cells) & ~np.eye(len(names), dtype=bool)
-    source, target = np.nonzero(kept)
-    result = stats.ttest_ind_from_stats(
-        found.mean_GG[kept],
-        found.std_GG[kept],
-        found.n_GG[kept],
-        null.mean_GG[kept],
-        null.std_GG[kept],
-        null.n_GG[kept],
+    table = perturbation.gene_network(
+        adata,
+        model,
+        genes=genes,
+        kind=kind,
+        hidden_layer=hidden_layer,
+        n_shuffles=n_shuffles,
+        min_cells=min_cells,
+        layer=layer,
+        gene_key=gene_key,
+        seed=seed,
+        progress=progress,
     )
-    columns = {
-        "n_cells": found.n_GG[kept],
-        "weight": found.mean_GG[kept],
-        "null_mean": null.mean_GG[kept],
-        "null_std": null.std_GG[kept],
-        "z": result.statistic,
-        "p_value": result.pvalue,
-    }
-    ends = {"source": np.array(names)[source], "target": np.array(names)[target]}
-    table = pd.DataFrame({**ends, **columns})
-    table["fdr"] = stats.false_discovery_control(table["p_value"]) if len(table) else []
-    return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)
+    store_table(adata, model, key_added, table, kind=kind, hidden_layer=hidden_layer, n_shuffles=n_shuffles)
+    return table

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import anndata
+import pandas as pd
 
 from scfm.models.model import Model
 
@@ -21,3 +22,12 @@ def record_of(model: Model, **settings: Any) -> dict[str, Any]:
     """What is remembered of a result: the model's id, the version and the settings that are not None."""
     entry = {"model_id": model.id, "version": version("single-cell-fm")}
     return entry | {key: value for key, value in settings.items() if value is not None}
+
+
+def store_table(
+    adata: anndata.AnnData, model: Model, key_added: str | None, table: pd.DataFrame, **settings: Any
+) -> None:
+    """Put a copy of a table into `uns[key_added]` with a record of how it was made; nothing where `key_added` is None."""
+    if key_added is not None:
+        adata.uns[key_added] = table.copy()
+        record(adata, model, key_added, **settings)

@@ -15,7 +15,7 @@ import json, os, sys
 from pathlib import Path
 import scfm
 from scfm.tl import _embed_files
-from scfm.tl._perturb import stream
+from scfm.perturbation import runner as stream
 
 folder, stop_after = Path(sys.argv[1]), int(sys.argv[2])
 rank = int(os.environ["RANK"])

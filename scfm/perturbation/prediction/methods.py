@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.tl._predict.measured import Measured
+from scfm.perturbation.prediction.measured import Measured
 
 Targets = Sequence[tuple[str, ...]]
 Predictor = Callable[[Measured, Targets], NDArray[np.float64]]

@@ -10,10 +10,10 @@ from scipy.stats import spearmanr
 
 import scfm
 from scfm.models import CellTransformer
-from scfm.tl._screen import calibrate
-from scfm.tl._screen.estimate import Estimator
-from scfm.tl._screen.ranks import RankMoves, own_paths
-from scfm.tl._screen.recall import recall_estimate
+from scfm.perturbation.screening import directions as calibrate
+from scfm.perturbation.screening.estimate import Estimator
+from scfm.perturbation.screening.ranks import RankMoves, own_paths
+from scfm.perturbation.screening.recall import recall_estimate
 
 N_CELLS = 3
 
@@ -76,7 +76,7 @@ def test_rare_genes_are_neither_ranked_nor_counted_as_missed(adata, model, monke
         asked.update(given)
         return recall_estimate(**given)
 
-    monkeypatch.setattr(sys.modules["scfm.tl._screen.screen"], "recall_estimate", spy)
+    monkeypatch.setattr(sys.modules["scfm.perturbation.screening.screen"], "recall_estimate", spy)
     table = scfm.tl.screen(
         adata[:N_CELLS], model, n_verify=6, n_check=3, min_cells=N_CELLS, n_bootstrap=0, progress=False
     )
@@ -212,7 +212,9 @@ def test_rough_ranks_do_not_mislead_the_undirected_estimate(adata, monkeypatch):
     exact = scfm.tl.perturb(adata[:1], model, n_bootstrap=0, progress=False)
     best, options = set(exact.index[:20]), {"n_verify": 0, "n_bootstrap": 0, "progress": False}
     found = len(best & set(scfm.tl.screen(adata[:1], model, **options).index[:30]))
-    monkeypatch.setattr("scfm.tl._screen.estimate.own_paths", lambda *given: torch.zeros_like(given[-1]).double())
+    monkeypatch.setattr(
+        "scfm.perturbation.screening.estimate.own_paths", lambda *given: torch.zeros_like(given[-1]).double()
+    )
     by_lines = len(best & set(scfm.tl.screen(adata[:1], model, **options | {"n_projections": 128}).index[:30]))
     assert found >= 18
     assert by_lines < found

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from scfm.data import CellBatch
 from scfm.models.model import TOKENS_PER_BATCH, Model, Precision, runs_of_tokens
 from scfm.models.network import CellTransformer
-from scfm.tl._perturb.deletions import SHORTEST_CELL, embed_deletions, shares_first_layer
-from scfm.tl._perturb.edits import Editor, TokenCell
-from scfm.tl._perturb.shifts import ShiftRecord
-from scfm.tl._perturb.variants import Perturbations, cell_of, pack
+from scfm.perturbation.deletions import SHORTEST_CELL, embed_deletions, shares_first_layer
+from scfm.perturbation.edits import Editor, TokenCell
+from scfm.perturbation.shifts import ShiftRecord
+from scfm.perturbation.variants import Perturbations, cell_of, pack
 
 VARIANTS_PER_BLOCK = 4096  # of whole cells; what is in memory at once, and the grain at which a run can be resumed
 

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from scfm.tl._perturb.shifts import ShiftRecord
+from scfm.perturbation.shifts import ShiftRecord
 
 ALL_OTHERS = "all other perturbations"
 

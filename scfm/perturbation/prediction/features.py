@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from scfm.data import CellBatch
 from scfm.models.model import Model
-from scfm.tl._perturb.edits import Editor, TokenCell
-from scfm.tl._perturb.stream import embed_variants
-from scfm.tl._perturb.variants import cell_of
+from scfm.perturbation.edits import Editor, TokenCell
+from scfm.perturbation.runner import embed_variants
+from scfm.perturbation.variants import cell_of
 
 
 def target_features(model: Model, cells: CellBatch, genes: Sequence[str]) -> dict[str, NDArray[np.float64]]:

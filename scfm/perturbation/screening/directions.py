@@ -13,10 +13,10 @@ from torch import Tensor
 
 from scfm.data import CellBatch
 from scfm.models.model import Model
-from scfm.tl._perturb.edits import Editor
-from scfm.tl._perturb.stream import embed_variants
-from scfm.tl._perturb.variants import cell_of
-from scfm.tl._screen.estimate import Estimator
+from scfm.perturbation.edits import Editor
+from scfm.perturbation.runner import embed_variants
+from scfm.perturbation.screening.estimate import Estimator
+from scfm.perturbation.variants import cell_of
 
 CALIBRATION_CELLS = 10
 GENES_PER_CELL = 64

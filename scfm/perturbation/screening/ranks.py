@@ -16,10 +16,10 @@ from torch import Tensor
 from scfm import ops
 from scfm.data import CellBatch
 from scfm.models.network import CellTransformer
-from scfm.tl._perturb.deletions import after_attention
-from scfm.tl._perturb.edits import TokenCell
-from scfm.tl._perturb.stream import embed_variants
-from scfm.tl._perturb.variants import cell_of
+from scfm.perturbation.deletions import after_attention
+from scfm.perturbation.edits import TokenCell
+from scfm.perturbation.runner import embed_variants
+from scfm.perturbation.variants import cell_of
 
 
 def sum_of_later(values_T: Tensor, cells: CellBatch) -> Tensor:

@@ -19,7 +19,7 @@ from scfm import ops
 from scfm.data import CellBatch
 from scfm.models.model import TOKENS_PER_BATCH
 from scfm.models.network import CellTransformer
-from scfm.tl._perturb.edits import Editor, TokenCell
+from scfm.perturbation.edits import Editor, TokenCell
 
 LONGEST_RUN = 16  # deletions that share their first layer: more cost more in it than they save
 SHORTEST_CELL = 128  # cells below are packed with others instead, which fills the cores better

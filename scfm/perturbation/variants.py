@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scfm.data import CellBatch
 from scfm.errors import VocabularyMismatchError
-from scfm.tl._perturb.edits import Editor, TokenCell
+from scfm.perturbation.edits import Editor, TokenCell
 from scfm.vocab import Vocabulary
 
 Genes = Sequence[str | Sequence[str]]

@@ -11,7 +11,7 @@ from scfm.encoding import EncodingConfig, make_encoding
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import WIRING
-from scfm.tl._perturb.gene_shifts import OTHER_GENES, GeneShiftRunner
+from scfm.perturbation.gene_shifts import OTHER_GENES, GeneShiftRunner
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,1 @@
 """Every gene of every cell at once: displacements estimated from a few backward passes, the best verified."""
-
-from scfm.tl._screen.screen import screen
-
-__all__ = ["screen"]

@@ -13,12 +13,12 @@ from scfm.errors import EmptyCellError, LabelsError, VocabularyMismatchError
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import WIRING
-from scfm.tl._perturb.deletions import embed_deletions, shares_first_layer
-from scfm.tl._perturb.edits import Editor, TokenCell
-from scfm.tl._perturb.shifts import KEPT, ShiftRecord, cosine_distance, goal_shift
-from scfm.tl._perturb.statistics import bootstrap_interval, rank_sum
-from scfm.tl._perturb.stream import VariantRunner, embed_variants
-from scfm.tl._perturb.variants import Perturbations, cell_of
+from scfm.perturbation.deletions import embed_deletions, shares_first_layer
+from scfm.perturbation.edits import Editor, TokenCell
+from scfm.perturbation.runner import VariantRunner, embed_variants
+from scfm.perturbation.shifts import KEPT, ShiftRecord, cosine_distance, goal_shift
+from scfm.perturbation.statistics import bootstrap_interval, rank_sum
+from scfm.perturbation.variants import Perturbations, cell_of
 
 
 def toy_model(adata, kind, **encoding):
@@ -119,7 +119,7 @@ def test_deletions_that_share_their_first_layer_are_the_plain_ones(cells, kind, 
 def test_tables_are_the_same_with_and_without_a_shared_first_layer(cells, rank_model, monkeypatch):
     twice = anndata.concat([cells, cells[:3]], index_unique="-")
     plain = scfm.tl.perturb(twice, rank_model, progress=False)
-    monkeypatch.setattr("scfm.tl._perturb.stream.SHORTEST_CELL", 8)  # some cells of each kind, some of them equal
+    monkeypatch.setattr("scfm.perturbation.runner.SHORTEST_CELL", 8)  # some cells of each kind, some of them equal
     shared = scfm.tl.perturb(twice, rank_model, progress=False)
     pd.testing.assert_frame_equal(shared.sort_index(), plain.sort_index(), rtol=1e-3, atol=1e-9)
 

@@ -16,7 +16,7 @@ from scfm import ops
 from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.tl._screen.ranks import RankMoves, own_paths, sum_of_later
+from scfm.perturbation.screening.ranks import RankMoves, own_paths, sum_of_later
 
 # Places at which moves by rank are exact. Toward a goal, 5 lose up to a quarter of the best 50, 17 gain no more than a
 # twentieth; with own paths 5 find as many as 9.

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from scfm.models.model import TOKENS_PER_BATCH, runs_of_tokens
-from scfm.tl._perturb.edits import TokenCell
-from scfm.tl._perturb.shifts import ShiftRecord, cosine_distance
-from scfm.tl._perturb.statistics import describe, rank_sum
-from scfm.tl._perturb.stream import VariantRunner
-from scfm.tl._perturb.variants import cell_of, pack
+from scfm.perturbation.edits import TokenCell
+from scfm.perturbation.runner import VariantRunner
+from scfm.perturbation.shifts import ShiftRecord, cosine_distance
+from scfm.perturbation.statistics import describe, rank_sum
+from scfm.perturbation.variants import cell_of, pack
 
 OTHER_GENES = "all other genes under the same perturbation"
 

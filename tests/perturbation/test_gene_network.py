@@ -10,8 +10,8 @@ from scfm.encoding import EncodingConfig, make_encoding
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.presets import WIRING
-from scfm.tl._gene_network import Edges, attention_edges, deletion_edges, edge_table, shuffle_counts
-from scfm.tl._perturb.shifts import cosine_distance
+from scfm.perturbation.network import Edges, attention_edges, deletion_edges, edge_table, shuffle_counts
+from scfm.perturbation.shifts import cosine_distance
 
 
 @pytest.fixture(scope="module")

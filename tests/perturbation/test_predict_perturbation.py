@@ -8,10 +8,10 @@ from sklearn.linear_model import RidgeCV
 
 import scfm
 from scfm.errors import LabelsError
-from scfm.tl._perturb.edits import Editor, TokenCell
-from scfm.tl._predict.features import with_gene
-from scfm.tl._predict.measured import Measured
-from scfm.tl._predict.methods import PENALTIES, additive, bilinear_ridge, ridge, ridge_on_features
+from scfm.perturbation.edits import Editor, TokenCell
+from scfm.perturbation.prediction.features import with_gene
+from scfm.perturbation.prediction.measured import Measured
+from scfm.perturbation.prediction.methods import PENALTIES, additive, bilinear_ridge, ridge, ridge_on_features
 
 
 def simulated(rng, *, interaction, n_genes=40, n_features=3):
@@ -121,7 +121,7 @@ def test_predictions_have_a_row_a_method_and_a_column_a_gene(screened):
 
 def test_relatives_on_papalexi(scfm_data):
     """Measured knock-outs of the interferon-gamma pathway change expression alike; chance is a rank of 12 of 24."""
-    from scfm.tl._predict.measured import read_measured
+    from scfm.perturbation.prediction.measured import read_measured
 
     adata = anndata.read_h5ad(scfm_data / "papalexi_thp1_20729x299.h5ad")
     measured = read_measured(

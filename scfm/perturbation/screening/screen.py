@@ -1,4 +1,4 @@
-"""`scfm.tl.screen`: every gene of every cell, ranked by an estimate, the best verified exactly."""
+"""Screen: every gene of every cell, ranked by an estimate, the best verified exactly."""
 
 # Axes: B cells, T packed tokens, D model width, R directions.
 
@@ -17,16 +17,15 @@ from tqdm.auto import tqdm
 from scfm.data import CellBatch
 from scfm.models.model import TOKENS_PER_BATCH, Model, Precision, runs_of_tokens
 from scfm.models.network import CellTransformer
-from scfm.tl._perturb.edits import Editor
-from scfm.tl._perturb.perturb import run, tabulate
-from scfm.tl._perturb.shifts import ShiftRecord
-from scfm.tl._perturb.states import States, read_states
-from scfm.tl._perturb.stream import VariantRunner
-from scfm.tl._perturb.variants import Perturbations
-from scfm.tl._record import record as note
-from scfm.tl._screen.calibrate import projections
-from scfm.tl._screen.estimate import Estimator, require_screenable
-from scfm.tl._screen.recall import recall_estimate
+from scfm.perturbation.edits import Editor
+from scfm.perturbation.exact import run, tabulate
+from scfm.perturbation.runner import VariantRunner
+from scfm.perturbation.screening.directions import projections
+from scfm.perturbation.screening.estimate import Estimator, require_screenable
+from scfm.perturbation.screening.recall import recall_estimate
+from scfm.perturbation.shifts import ShiftRecord
+from scfm.perturbation.states import States, read_states
+from scfm.perturbation.variants import Perturbations
 
 N_TOP = 50  # best genes whose recall is estimated
 
@@ -49,79 +48,10 @@ def screen(
     precision: Precision = "fp32",
     layer: str | None = None,
     gene_key: str | None = None,
-    key_added: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Estimate what deleting each gene does, for all genes of each cell at once, and verify the best.
-
-    Exact deletion of the N genes of a cell takes N forward passes. The estimate takes `n_projections` backward passes,
-    or one toward a goal, and under a rank encoding that shifts five forward passes more, or eight toward a goal.
-
-    Parameters
-    ----------
-    adata
-        Raw counts of the cells, n_obs cells by n_vars genes.
-    model
-        From `scfm.fit` or `scfm.load`; mean or `cls` embedding, softmax attention.
-    groupby, start, goal
-        As in `scfm.tl.perturb`. With a goal, genes are ranked by how far their deletion moves cells toward it.
-    positions
-        As in `scfm.tl.perturb`: "shift" or "held". Matters for rank encodings only.
-    n_verify
-        How many of the best genes to delete exactly, in every cell that expresses them.
-    n_check
-        How many random other genes to delete exactly, for the estimate of the recall.
-    n_projections
-        Directions in which the estimate resolves what other genes do, without a goal. They are found once for a model, by
-        640 exact deletions in ten of these cells, and saved with it.
-    min_cells
-        Genes that fewer cells express are not ranked among the best.
-    n_bootstrap
-        Resamples of cells behind the intervals; 0 for none.
-    precision
-        Of the estimates: "fp32", or "bf16" for blocks in bfloat16, two to three times faster where the machine has it. The
-        best genes are verified in fp32 all the same.
-    layer, gene_key
-        As in `scfm.tl.embed`.
-    key_added
-        Where the table goes in `adata.uns`; None for nowhere.
-    seed
-        Of calibration, checked genes and bootstrap.
-    progress
-        Whether to show progress bars.
-
-    Returns
-    -------
-    A row a gene, the best first, as from `scfm.tl.perturb` (`goal_shift_...` in place of `shift_...` with a goal), and
-
-    - `exact`: whether mean, deviation and interval of the row are exact; else they are those of the estimate
-    - `estimate_mean`: the estimate, also where the row is exact; tests and effect sizes compare estimates with estimates
-    - `rank_only`: the gene's mean place in its cells, from 0 (first by rank, or largest value) to 1, as a control
-
-    `attrs` has `recall_estimate`, the expected share of the exact best 50 that was verified; `rank_only_recall`, the share
-    of the best 50 found that as many genes chosen by `rank_only` would have held; and `n_top`, that 50 or fewer.
-
-    Raises
-    ------
-    ValueError
-        If the model is not one that the estimate describes; use `scfm.tl.perturb`.
-
-    Notes
-    -----
-    Where rank embeddings are rough (short training), moving up a rank dominates every shift, and the best genes are the
-    highest ranked: look at `rank_only_recall`, and use ``positions="held"``. The estimate follows such ranks too, by the forward
-    passes named above.
-
-    Examples
-    --------
-    >>> import scfm
-    >>> adata = scfm.datasets.pbmc()
-    >>> model = scfm.fit(adata, config=scfm.FitConfig(n_steps=2), progress=False)
-    >>> table = scfm.tl.screen(adata[:4], model, n_verify=5, progress=False)
-    >>> int(table["exact"].sum()) - 20
-    5
-    """
+    """Table of what deleting each gene does, estimated, the best verified; `scfm.tl.screen` explains it."""
     require_screenable(model)
     states = read_states(adata, model, groupby=groupby, start=start, goal=goal, layer=layer, gene_key=gene_key)
     measure = "shift" if states.goal_D is None else "goal_shift"
@@ -139,19 +69,6 @@ def screen(
 
     table = _joined(estimates, exact, measure, model, n_bootstrap=n_bootstrap, seed=seed)
     table.attrs = _summary(candidates, exact, measure, best, checked)
-    if key_added is not None:
-        adata.uns[key_added] = table.copy()
-        note(
-            adata,
-            model,
-            key_added,
-            groupby=groupby,
-            start=start,
-            goal=goal,
-            positions=positions,
-            precision=precision,
-            **table.attrs,
-        )
     return table
 
 

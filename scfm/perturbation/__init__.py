@@ -1,0 +1,15 @@
+"""Perturbation in silico: exact runs, screens of all genes, prediction of measured perturbations, gene networks."""
+
+from scfm.perturbation.exact import perturb
+from scfm.perturbation.network import attention, gene_network
+from scfm.perturbation.prediction.predict import predict_perturbation, score_perturbation_prediction
+from scfm.perturbation.screening.screen import screen
+
+__all__ = [
+    "attention",
+    "gene_network",
+    "perturb",
+    "predict_perturbation",
+    "score_perturbation_prediction",
+    "screen",
+]

@@ -1,0 +1,116 @@
+"""Learn from measured perturbations, predict others."""
+
+# Axes: P perturbations, G genes.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anndata
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scfm import pp
+from scfm.models.model import Model
+from scfm.perturbation.prediction.features import target_features
+from scfm.perturbation.prediction.measured import Measured, read_measured
+from scfm.perturbation.prediction.methods import BASELINES, Predictor, Targets, ridge_on_features
+
+CONTROL_CELLS = 48  # that features are averaged over
+OURS = "scfm"
+
+
+def predict_perturbation(
+    adata: anndata.AnnData,
+    model: Model,
+    *,
+    perturbation_key: str,
+    control: str,
+    predict: Sequence[str],
+    separator: str = "+",
+    layer: str | None = None,
+    gene_key: str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Predicted changes of mean expression; `scfm.tl.predict_perturbation` explains them."""
+    measured = read_measured(
+        adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer
+    )
+    targets = [tuple(name.split(separator)) for name in predict]
+    methods = _methods(adata, model, measured, targets, layer=layer, gene_key=gene_key, seed=seed)
+    parts = {
+        name: pd.DataFrame(method(measured, targets), list(predict), list(measured.genes))
+        for name, method in methods.items()
+    }
+    return pd.concat(parts, names=["method", "perturbation"])
+
+
+def score_perturbation_prediction(
+    adata: anndata.AnnData,
+    model: Model,
+    *,
+    perturbation_key: str,
+    control: str,
+    separator: str = "+",
+    n_top: int = 20,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Scores of predictions with each perturbation left out; `scfm.tl.score_perturbation_prediction` explains them."""
+    measured = read_measured(
+        adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer
+    )
+    methods = _methods(adata, model, measured, measured.targets, layer=layer, gene_key=gene_key, seed=seed)
+    lines = []
+    for place, target in enumerate(measured.targets):
+        rest = measured.without(place)
+        scored_G = ~np.isin(measured.genes, target)
+        for name, method in methods.items():
+            change_G = method(rest, [target])[0]
+            scores = _scores(change_G[scored_G], measured.change_PG[:, scored_G], place, n_top)
+            lines.append({"perturbation": separator.join(target), "n_genes": len(target), "method": name, **scores})
+    return pd.DataFrame(lines)
+
+
+def _methods(
+    adata: anndata.AnnData,
+    model: Model,
+    measured: Measured,
+    targets: Targets,
+    *,
+    layer: str | None,
+    gene_key: str | None,
+    seed: int,
+) -> dict[str, Predictor]:
+    rows = measured.control_rows
+    rows = np.sort(np.random.default_rng(seed).choice(rows, min(CONTROL_CELLS, len(rows)), replace=False))
+    cells = pp.encode(adata[rows], model.encoding, layer=layer, gene_key=gene_key)
+    genes = sorted({gene for target in (*measured.targets, *targets) for gene in target})
+    return {OURS: ridge_on_features(target_features(model, cells, genes)), **BASELINES}
+
+
+def _scores(
+    predicted_G: NDArray[np.float64], change_PG: NDArray[np.float64], place: int, n_top: int
+) -> dict[str, float]:
+    truth_G = change_PG[place]
+    top = np.argsort(-np.abs(truth_G), kind="stable")[:n_top]
+    alike = np.array([_correlation(predicted_G, other_G) for other_G in change_PG])
+    others = np.delete(alike, place)
+    rank = (
+        np.nan
+        if np.isnan(alike[place])
+        else float((others > alike[place]).mean() + (others == alike[place]).mean() / 2)
+    )
+    return {
+        "pearson_top": _correlation(predicted_G[top], truth_G[top]),
+        "rmse": float(np.sqrt(np.mean((predicted_G - truth_G) ** 2))),
+        "rank": rank,
+    }
+
+
+def _correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    if first.std() < 1e-12 or second.std() < 1e-12:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
