@@ -223,6 +223,17 @@ class CellTransformer(nn.Module):
         copied.norm.bfloat16()
         return copied
 
+    def train(self, mode: bool = True) -> CellTransformer:
+        """Set training mode; the statistics of a frozen body do not follow the data."""
+        super().train(mode)
+        if self.embedding.batch_norm is not None and self._has_frozen_embedding():
+            self.embedding.batch_norm.eval()
+        return self
+
+    def _has_frozen_embedding(self) -> bool:
+        """Whether only a part of the network is trained: its blocks then rely on fixed statistics and random features."""
+        return not any(parameter.requires_grad for parameter in self.embedding.parameters())
+
     def _head(self, name: str) -> nn.Module:
         head = getattr(self, name)
         if head is None:
@@ -234,7 +245,7 @@ class CellTransformer(nn.Module):
         linear = [
             module for module in self.modules() if isinstance(module, Attention) and module.projection_MK is not None
         ]
-        if not self.training or not linear:
+        if not self.training or not linear or self._has_frozen_embedding():
             return
         self.calls_since_redraw += 1
         if int(self.calls_since_redraw) > self.config.redraw_interval:

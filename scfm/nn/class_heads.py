@@ -33,8 +33,8 @@ class ClassHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.class_dropout
-        self.norm = nn.BatchNorm1d(config.d_model, affine=False)
-        self.linear = Linear(config.d_model, config.n_classes)
+        self.norm = nn.BatchNorm1d(config.d_embedding, affine=False)
+        self.linear = Linear(config.d_embedding, config.n_classes)
 
     def forward(self, cell_BD: Tensor) -> Tensor:
         """Logits, shape (B, C). In evaluation a cell's logits do not depend on the batch."""
