@@ -1,0 +1,185 @@
+"""Columns of `obs` and `var`, read by what they are for: labels, groups, truth values, totals, gene names.
+
+A missing value (NaN, None, NA, an empty text) is missing in all of them: it is no class, no group, not true, no gene.
+"""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scfm.errors import CountsError, LabelsError, ScfmError, VocabularyMismatchError
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class names, and the class of each cell.
+
+    Attributes
+    ----------
+    names
+        Class names, sorted; only those that occur.
+    codes
+        Class of each cell, shape (n_obs,), int64, -1 where there is none.
+    """
+
+    names: tuple[str, ...]
+    codes: NDArray[np.int64]
+
+    @classmethod
+    def from_obs(cls, obs: Any, key: str) -> Labels:
+        return labels(obs, key)
+
+    @property
+    def labelled(self) -> NDArray[np.int64]:
+        """Rows that have a label."""
+        return np.flatnonzero(self.codes >= 0)
+
+
+def labels(obs: Any, key: str, *, argument: str = "labels_key") -> Labels:
+    """Read the classes of cells.
+
+    Raises
+    ------
+    LabelsError
+        If the column is missing, holds fewer than two classes, or looks like a measurement.
+    """
+    column = find(obs, key, argument=argument)
+    if pd.api.types.is_numeric_dtype(column.dtype) and column.nunique() > min(100, column.count() / 2):
+        raise LabelsError(
+            f"`adata.obs[{key!r}]` holds {column.nunique()} different numbers in {column.count()} cells, which is a "
+            "measurement and not a label. Give a column of cell types; turn numbers that name types into text."
+        )
+    found = _classes(column)
+    if len(found.names) < 2:
+        raise LabelsError(
+            f"`adata.obs[{key!r}]` holds {len(found.names)} class{'es' * (len(found.names) != 1)} "
+            f"({', '.join(found.names) or 'all cells are unlabelled'}); at least two are needed."
+        )
+    return found
+
+
+def groups(obs: Any, key: str, *, argument: str = "batch_key") -> Labels:
+    """Read the groups of cells (donors, batches, clusters, conditions); a cell without one has code -1.
+
+    Raises
+    ------
+    LabelsError
+        If the column is missing or names no group at all.
+    """
+    found = _classes(find(obs, key, argument=argument))
+    if not found.names:
+        raise LabelsError(f"`adata.obs[{key!r}]` (`{argument}`) has no value for any cell. Name another column.")
+    return found
+
+
+def truth(obs: Any, key: str, *, argument: str = "test_key") -> NDArray[np.bool_]:
+    """Read truth values, shape (n_obs,), bool.
+
+    Raises
+    ------
+    LabelsError
+        If the column is missing, holds anything but True and False, or has no value for some cells.
+    """
+    column = find(obs, key, argument=argument)
+    present = column[column.notna()]
+    is_boolean = [isinstance(value, bool | np.bool_) for value in present.unique()]
+    if not all(is_boolean):
+        wrong = present.unique()[is_boolean.index(False)]
+        raise LabelsError(
+            f"`adata.obs[{key!r}]` (`{argument}`) holds {wrong!r}; it must hold True and False. Make such a column by a "
+            f'comparison: `adata.obs["is_test"] = adata.obs[{key!r}] == {wrong!r}`, and pass `{argument}="is_test"`.'
+        )
+    if n_missing := len(column) - len(present):
+        raise LabelsError(
+            f"{n_missing} of {len(column)} cells have no value in `adata.obs[{key!r}]` (`{argument}`). Decide for them: "
+            f"`adata.obs[{key!r}] = adata.obs[{key!r}].astype('boolean').fillna(False)`, or leave these cells out."
+        )
+    return column.to_numpy(dtype=bool)
+
+
+def totals(obs: Any, key: str, *, argument: str = "depth_key") -> NDArray[np.float64]:
+    """Read total counts of cells, shape (n_obs,), float64.
+
+    Raises
+    ------
+    CountsError
+        If the column is missing, does not hold numbers, or one is missing, negative or infinite.
+    """
+    column = find(obs, key, argument=argument, error=CountsError)
+    values = column.astype(object).where(column.notna(), np.nan)
+    is_number = values.map(lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_))
+    if not is_number.all():
+        wrong = values[~is_number].iloc[0]
+        raise CountsError(
+            f"`adata.obs[{key!r}]` (`{argument}`) holds {wrong!r}; it must hold each cell's total counts. Name another "
+            "column, or pass None to sum the rows."
+        )
+    return values.to_numpy(dtype=np.float64)
+
+
+def gene_names(var: Any, key: str) -> list[str | None]:
+    """Read the names of genes; None where one is missing.
+
+    Raises
+    ------
+    VocabularyMismatchError
+        If the column is missing.
+    """
+    return as_names(find(var, key, argument="gene_key", where="adata.var", error=VocabularyMismatchError))
+
+
+def as_names(values: pd.Series | pd.Index) -> list[str | None]:
+    """Values as texts; None where one is missing."""
+    return [str(value) if given and value != "" else None for value, given in zip(values, pd.notna(values))]
+
+
+def find(
+    frame: Any, key: str, *, argument: str, where: str = "adata.obs", error: type[ScfmError] = LabelsError
+) -> pd.Series:
+    """Take one column of a table.
+
+    Parameters
+    ----------
+    frame
+        A data frame, or what `anndata.experimental.read_lazy` has in its place.
+    key
+        Name of the column. A column that is named by a number is found by the text of that number, as in a file.
+    argument, where
+        What the caller's parameter and the table are called in errors.
+    error
+        Raised if there is no such column.
+    """
+    names = list(frame.columns)
+    places = [place for place, name in enumerate(names) if name == key] or [
+        place for place, name in enumerate(names) if str(name) == key
+    ]
+    if len(places) == 1:
+        name = names[places[0]]
+        if isinstance(frame, pd.DataFrame):
+            return frame.iloc[:, places[0]]
+        return frame[[name]].to_memory()[name]  # a lazy table
+    if places:
+        raise error(f"`{where}` has {len(places)} columns named {key!r} (`{argument}`). Rename all but one of them.")
+    texts = [str(name) for name in names]
+    similar = difflib.get_close_matches(str(key), texts, n=3, cutoff=0.5)
+    hint = (
+        f"Did you mean {' or '.join(map(repr, similar))}?"
+        if similar
+        else f"Columns: {', '.join(texts[:20])}{', ...' * (len(texts) > 20)}."
+        if texts
+        else "It has no columns."
+    )
+    raise error(f"`{argument}` is {key!r}, which is not a column of `{where}`. {hint}")
+
+
+def _classes(column: pd.Series) -> Labels:
+    text = pd.Series(as_names(column), dtype=object)
+    names = tuple(sorted(text.dropna().unique()))
+    return Labels(names, pd.Categorical(text, categories=list(names)).codes.astype(np.int64))
