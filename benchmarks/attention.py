@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from scfm import ops
-from scfm.models.presets import preset
+from scfm.families import preset
 from scfm.nn import Block
 
 N_HEADS, HEAD_DIM = 8, 64

@@ -24,8 +24,8 @@ from transformers import BertForMaskedLM as Bert
 
 import scfm
 from scfm.data import CellBatch
+from scfm.families import preset
 from scfm.models import Model
-from scfm.models.presets import preset
 
 PEER_BATCH = 12
 GOALS = {"scfm, fp32": 4.0, "scfm, bf16": 10.0}

@@ -31,10 +31,10 @@ from sklearn.preprocessing import MaxAbsScaler
 import scfm
 from scfm import baselines
 from scfm.encoding import make_encoding
+from scfm.families import scfoundation
 from scfm.models.config import ModelConfig
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import SCFOUNDATION_WIRING
 from scfm.objectives import ReadDepth
 from scfm.train import train
 
@@ -202,7 +202,7 @@ def score_denoising(steps: int, seed: int) -> pd.DataFrame:
     decoder = {"decoder_width": 64, "decoder_heads": 4, "decoder_head_width": 16, "n_random_features": 32}
     vocabulary = encoding.vocabulary
     torch.manual_seed(seed)
-    config = ModelConfig(**{**SCFOUNDATION_WIRING, **shape, **decoder}, n_tokens=len(vocabulary))
+    config = ModelConfig(**{**scfoundation.ARCHITECTURE, **shape, **decoder}, n_tokens=len(vocabulary))
     network = CellTransformer.for_vocabulary(config, vocabulary)
     target, source = (vocabulary.special_id(role) for role in ("target_depth", "source_depth"))
     objective = ReadDepth(

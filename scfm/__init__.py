@@ -6,17 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scfm import baselines, data, datasets, encoding, errors, models, nn, objectives, ops, pl, pp, tl, train
+    from scfm import (
+        baselines,
+        data,
+        datasets,
+        encoding,
+        errors,
+        families,
+        models,
+        nn,
+        objectives,
+        ops,
+        pl,
+        pp,
+        tl,
+        train,
+    )
     from scfm.data import CellBatch
     from scfm.encoding import EncodingConfig
-    from scfm.models import Model, ModelConfig, load
+    from scfm.families import load
+    from scfm.models import Model, ModelConfig
     from scfm.tl import fit
     from scfm.train import FitConfig
     from scfm.vocab import Vocabulary
 
 # Loaded at first use: importing scfm costs nothing, and scfm.ops, scfm.nn and scfm.models need torch alone.
 _MODULES = (
-    "baselines", "data", "datasets", "encoding", "errors", "models", "nn", "objectives", "ops", "pl", "pp", "tl", "train"
+    "baselines", "data", "datasets", "encoding", "errors", "families", "models", "nn", "objectives", "ops", "pl", "pp", "tl", "train"
 )  # fmt: skip
 _NAMES = {
     "CellBatch": "scfm.data",
@@ -26,12 +42,12 @@ _NAMES = {
     "ModelConfig": "scfm.models",
     "Vocabulary": "scfm.vocab",
     "fit": "scfm.tl",
-    "load": "scfm.models",
+    "load": "scfm.families",
 }
 
 __all__ = [
     "CellBatch", "EncodingConfig", "FitConfig", "Model", "ModelConfig", "Vocabulary", "baselines", "data", "datasets",
-    "encoding", "errors", "fit", "load", "models", "nn", "objectives", "ops", "pl", "pp", "tl", "train",
+    "encoding", "errors", "families", "fit", "load", "models", "nn", "objectives", "ops", "pl", "pp", "tl", "train",
 ]  # fmt: skip
 
 

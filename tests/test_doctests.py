@@ -13,7 +13,7 @@ import scfm
 matplotlib.use("agg")
 
 # Public functions and classes by the name that a user types; each has an example.
-MODULES = ("pp", "tl", "pl", "datasets", "models", "models.presets", "data", "encoding", "objectives", "ops", "train")
+MODULES = ("pp", "tl", "pl", "datasets", "models", "families", "data", "encoding", "objectives", "ops", "train")
 PUBLIC = sorted(
     {f"scfm.{name}" for name in scfm.__all__ if not inspect.ismodule(getattr(scfm, name))}
     | {f"scfm.{module}.{name}" for module in MODULES for name in importlib.import_module(f"scfm.{module}").__all__}

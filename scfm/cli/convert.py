@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from scfm.cli import _files
 from scfm.cli._command import command_of
-from scfm.models import convert as convert_model
+from scfm.families import FAMILIES
+from scfm.families import convert as convert_model
 
-Format = Literal["scfm", "geneformer", "scgpt", "scbert", "scfoundation"]
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[tuple(FAMILIES)]
 
 
 @command_of(convert_model)
@@ -34,9 +38,10 @@ def convert(
     output
         Directory or file to write.
     to
-        Format to write. By default a published checkpoint becomes ours, one of ours that of its family.
+        Format to write. By default a published checkpoint is written in the format of scfm, and a model in that format
+        in the format of the family with its encoding.
     vocabulary
-        For published checkpoints without one beside them: the published pickle, our JSON, or a TSV.
+        For published checkpoints without one in their directory: the published pickle, JSON, or a TSV.
     medians
         For Geneformer: the published pickle or a JSON of gene to median.
     strict

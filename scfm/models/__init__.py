@@ -2,8 +2,7 @@
 
 from scfm.models.config import ModelConfig
 from scfm.models.generation import generate
-from scfm.models.loading import convert, load
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 
-__all__ = ["CellTransformer", "Model", "ModelConfig", "convert", "generate", "load"]
+__all__ = ["CellTransformer", "Model", "ModelConfig", "generate"]

@@ -42,7 +42,7 @@ class CellTransformer(nn.Module):
     Parameters
     ----------
     config
-        Shape and wiring; `scfm.models.presets` has those of the published families.
+        Shape and architecture; `scfm.families` has those of the published families.
     special_ids
         Token ids that are not genes (padding, mask, cls, eos); they are left out of mean pooling.
 

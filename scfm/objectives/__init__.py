@@ -1,7 +1,16 @@
 """Training objectives: each corrupts a batch and scores the network's answer."""
 
-from scfm.objectives.base import Loss, Objective, Targets, Term, at_step, total
-from scfm.objectives.choose import make_objective
+from scfm.objectives.base import (
+    OBJECTIVES,
+    Loss,
+    Objective,
+    PretrainingObjective,
+    Targets,
+    Term,
+    at_step,
+    make_objective,
+    total,
+)
 from scfm.objectives.classify import Classification, class_weights
 from scfm.objectives.classify_genes import GeneClassification
 from scfm.objectives.generative import Generative
@@ -18,7 +27,9 @@ __all__ = [
     "MaskedBuckets",
     "MaskedGenes",
     "MaskedValues",
+    "OBJECTIVES",
     "Objective",
+    "PretrainingObjective",
     "ReadDepth",
     "Targets",
     "Term",

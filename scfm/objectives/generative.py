@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +13,14 @@ from torch import Tensor
 from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.nn.values import MASK_VALUE
-from scfm.objectives.base import Loss, Targets, Term
+from scfm.objectives.base import OBJECTIVES, Loss, PretrainingObjective, Targets, Term
 from scfm.objectives.masked import values_of
 from scfm.objectives.values import squared_error, value_terms
+
+if TYPE_CHECKING:
+    from scfm.encoding import Encoding
+
+SECOND_PASS_STEPS = 1000  # published training of scGPT adds the second pass from here on
 
 
 @dataclass(frozen=True)
@@ -103,3 +109,10 @@ def known_first(cells: CellBatch, unknown_T: Tensor) -> tuple[CellBatch, Tensor]
         gene_ids_T=cells.gene_ids_T[order_T], values_T=values_of(cells)[order_T], n_known=known_B.to(torch.int32)
     )
     return reordered, order_T
+
+
+def _generative(network: CellTransformer, encoding: Encoding) -> Generative:
+    return Generative(is_gene_V=network.is_gene_V.cpu(), second_pass_from=SECOND_PASS_STEPS)
+
+
+OBJECTIVES.add("generative", PretrainingObjective(make=_generative, network_settings={"value_from_cell_head": True}))

@@ -35,7 +35,7 @@ class Integration:
     ...     cu_seqlens=torch.tensor([0, 6, 10]),
     ...     batch_ids_B=torch.tensor([0, 1]),
     ... )
-    >>> settings = scfm.models.presets.own_preset("small", "bin").for_objective("generative")
+    >>> settings = scfm.families.preset("small-bin").for_objective("generative")
     >>> config = settings.model_config(n_tokens=12, batch_head=True, n_batches=2, zero_head=True)
     >>> network = scfm.models.CellTransformer(config, special_ids=(0, 1))
     >>> objective = scfm.objectives.Integration(is_gene_V=network.is_gene_V)

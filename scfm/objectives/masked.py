@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from torch.nn import functional as F
 from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.nn.values import MASK_VALUE
-from scfm.objectives.base import Loss, Targets, Term, count_of
+from scfm.objectives.base import OBJECTIVES, Loss, PretrainingObjective, Targets, Term, count_of, special_token
 from scfm.objectives.cross_entropy import linear_cross_entropy
 from scfm.objectives.values import value_terms
+
+if TYPE_CHECKING:
+    from scfm.encoding import Encoding
 
 
 def choose_tokens(eligible_T: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
@@ -160,3 +164,22 @@ def values_of(cells: CellBatch) -> Tensor:
             "This objective needs an encoding with values (bin, bucket or continuous); a rank encoding has none."
         )
     return cells.values_T
+
+
+def _masked_genes(network: CellTransformer, encoding: Encoding) -> MaskedGenes:
+    return MaskedGenes(mask_id=special_token(encoding, "mask"), is_gene_V=network.is_gene_V.cpu())
+
+
+def _masked_values(network: CellTransformer, encoding: Encoding) -> MaskedValues:
+    cell_weight = float(network.value_from_cell_head is not None)
+    return MaskedValues(is_gene_V=network.is_gene_V.cpu(), cell_weight=cell_weight)
+
+
+def _masked_buckets(network: CellTransformer, encoding: Encoding) -> MaskedBuckets:
+    assert encoding.config.n_bins is not None  # every bucket encoding has them
+    return MaskedBuckets(is_gene_V=network.is_gene_V.cpu(), mask_bucket=encoding.config.n_bins)
+
+
+OBJECTIVES.add("masked_genes", PretrainingObjective(make=_masked_genes))
+OBJECTIVES.add("masked_values", PretrainingObjective(make=_masked_values))
+OBJECTIVES.add("masked_buckets", PretrainingObjective(make=_masked_buckets))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from torch import Tensor
 from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.nn.values import MASK_VALUE
-from scfm.objectives.base import Loss, Targets
+from scfm.objectives.base import OBJECTIVES, Loss, PretrainingObjective, Targets, special_token
 from scfm.objectives.masked import values_of
 from scfm.objectives.values import squared_error
+
+if TYPE_CHECKING:
+    from scfm.encoding import Encoding
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,17 @@ class ReadDepth:
         is_target_T = cells.gene_ids_T == self.target_id
         thin_T = torch.where(is_target_T, total_B.log10()[cell_T], thin_T).to(values_T.dtype)
         return torch.where(thinned_B[cell_T], thin_T, values_T)
+
+
+def _read_depth(network: CellTransformer, encoding: Encoding) -> ReadDepth:
+    assert encoding.config.target_sum is not None  # every continuous encoding has one
+    return ReadDepth(
+        is_gene_V=network.is_gene_V.cpu(),
+        target_id=special_token(encoding, "target_depth"),
+        source_id=special_token(encoding, "source_depth"),
+        target_sum=encoding.config.target_sum,
+    )
+
+
+# The decoder reads every gene of the panel in training; afterwards the encoder alone reads the expressed ones.
+OBJECTIVES.add("read_depth", PretrainingObjective(make=_read_depth, encoding_settings={"include_zeros": True}))

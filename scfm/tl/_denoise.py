@@ -70,10 +70,10 @@ def denoise(
     >>> import scfm
     >>> from scfm.encoding import make_encoding
     >>> from scfm.models import CellTransformer, Model, ModelConfig
-    >>> from scfm.models.presets import SCFOUNDATION_WIRING
+    >>> from scfm.families import scfoundation
     >>> adata = scfm.datasets.pbmc()[:20, :50].copy()
     >>> encoding = make_encoding("continuous", adata=adata)
-    >>> config = ModelConfig(**SCFOUNDATION_WIRING, n_tokens=len(encoding.vocabulary), d_model=16, n_layers=1)
+    >>> config = ModelConfig(**scfoundation.ARCHITECTURE, n_tokens=len(encoding.vocabulary), d_model=16, n_layers=1)
     >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     >>> scfm.tl.denoise(adata, model)
     >>> adata.layers["scfm_denoised"].shape
@@ -159,10 +159,10 @@ def evaluate_denoising(
     >>> import scfm
     >>> from scfm.encoding import make_encoding
     >>> from scfm.models import CellTransformer, Model, ModelConfig
-    >>> from scfm.models.presets import SCFOUNDATION_WIRING
+    >>> from scfm.families import scfoundation
     >>> adata = scfm.datasets.pbmc()[:20, :50].copy()
     >>> encoding = make_encoding("continuous", adata=adata)
-    >>> config = ModelConfig(**SCFOUNDATION_WIRING, n_tokens=len(encoding.vocabulary), d_model=16, n_layers=1)
+    >>> config = ModelConfig(**scfoundation.ARCHITECTURE, n_tokens=len(encoding.vocabulary), d_model=16, n_layers=1)
     >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
     ['scfm', 'no change', 'mean of 15 nearest neighbours', 'own counts and neighbours, weighed']

@@ -15,6 +15,7 @@ from scipy import sparse
 from scfm import pp
 from scfm.data import CellBatch
 from scfm.encoding import Encoding, EncodingConfig, make_encoding
+from scfm.families import choose_preset
 from scfm.models.initialize import (
     gene_loadings,
     set_gene_classifier,
@@ -24,7 +25,6 @@ from scfm.models.initialize import (
 )
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import own_preset
 from scfm.objectives import Classification, Objective, class_weights, make_objective
 from scfm.pp._encode import require_cells
 from scfm.tl._calibrate import calibrate
@@ -136,7 +136,7 @@ def fit(
     """
     require_cells(adata)
     kind = encoding.kind if isinstance(encoding, EncodingConfig) else encoding
-    chosen = own_preset(preset, kind).for_objective(objective)
+    chosen = choose_preset(preset, encoding=kind, objective=objective)
     settings = encoding if isinstance(encoding, EncodingConfig) else EncodingConfig(**chosen.encoding)
     settings = settings if context_length is None else settings.replace(context_length=context_length)
     split = split_for_fit(

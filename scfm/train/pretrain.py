@@ -22,9 +22,9 @@ from scfm.data import CellBatch
 from scfm.data.files import count_rows, open_counts
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, build_vocabulary
 from scfm.encoding.build import ENCODINGS
+from scfm.families import Preset, choose_preset
 from scfm.models import CellTransformer, Model
-from scfm.models.presets import Preset, choose_preset
-from scfm.objectives import Objective, make_objective
+from scfm.objectives import OBJECTIVES, Objective, make_objective
 from scfm.train.budget import choose_tokens_per_step, training_device
 from scfm.train.config import FitConfig
 from scfm.train.loop import train
@@ -44,7 +44,7 @@ class PretrainConfig:
     ----------
     preset
         Size of the network ("small", "medium" or "large"), or the shape and encoding of a published one, trained from
-        scratch: "geneformer-v1-10m", "scgpt-human" and others that `scfm.models.presets.table()` lists.
+        scratch: "geneformer-v1-10m", "scgpt-human" and others that `scfm.families.table()` lists.
     encoding
         "rank" or "bin" for one of our sizes (None: rank); a published preset has its own.
     objective
@@ -163,18 +163,25 @@ def pretrain(
         raise
     losses = [float(loss) for loss in module.losses]
     stage = {"name": "pretraining", "objective": objective.name, "config": config.to_dict(), "losses": losses}
-    if encoding.config.kind == "continuous":  # its encoder reads expressed genes only; zeros were for the decoder
-        encoding = encoding.replace(include_zeros=False)
+    encoding = _after_training(encoding, config.chosen_preset)
     model = Model(network, encoding, history={"stages": [stage], "data": fingerprint})
     if rank == 0:
         write_run(out, model, config.to_dict(), fingerprint, losses)
     return model
 
 
+def _after_training(encoding: Encoding, preset: Preset) -> Encoding:
+    """Return the encoding without the settings that only training needs."""
+    settings = EncodingConfig(**preset.encoding)
+    return encoding.replace(
+        **{name: getattr(settings, name) for name in OBJECTIVES[preset.objective].encoding_settings}
+    )
+
+
 def learn_encoding(files: Sequence[Path], config: PretrainConfig) -> Encoding:
     """Build one vocabulary over all files, and learn from cells spread evenly over them what the encoding needs."""
     preset = config.chosen_preset
-    settings = EncodingConfig(**preset.encoding, include_zeros=True if preset.objective == "read_depth" else None)
+    settings = EncodingConfig(**preset.encoding).replace(**OBJECTIVES[preset.objective].encoding_settings)
     found = [build_vocabulary(_open(path, config), settings, gene_key=config.gene_key) for path in files]
     genes = list(dict.fromkeys(gene for each in found for gene in each.genes))
     vocabulary = Vocabulary.from_genes(genes, special=list(found[0].special))

@@ -8,9 +8,9 @@ import torch
 
 import scfm
 from scfm.encoding import EncodingConfig, make_encoding
+from scfm.families import preset
 from scfm.models import CellTransformer, generate
 from scfm.models.network import visible_tokens
-from scfm.models.presets import own_preset
 from scfm.objectives import Generative
 from scfm.train import train
 
@@ -40,11 +40,11 @@ def trained():
     config = EncodingConfig(kind="bin", context_length=N_GENES + 1, n_bins=51, add_cls=True, include_zeros=True)
     encoding = make_encoding(config, adata=adata)
     cells = scfm.pp.encode(adata, encoding)
-    preset = own_preset("small", "bin").model_config(
+    config = preset("small-bin").model_config(
         n_tokens=len(encoding.vocabulary), value_from_cell_head=True, context_length=N_GENES + 1, dropout=0.0
     )
     torch.manual_seed(0)
-    network = CellTransformer.for_vocabulary(preset, encoding.vocabulary)
+    network = CellTransformer.for_vocabulary(config, encoding.vocabulary)
     objective = Generative(is_gene_V=network.is_gene_V)
     stage = scfm.FitConfig(n_steps=N_STEPS, tokens_per_step=2048, learning_rate=2e-3)
     train(network, objective, cells.select(rows[:N_TRAIN]), stage, title="generative", progress=False)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from scfm.data import CellBatch
+from scfm.families import scfoundation
 from scfm.models import CellTransformer, ModelConfig
-from scfm.models.presets import SCFOUNDATION_WIRING
 from scfm.objectives import ReadDepth, total
 
 N_GENES, N_CELLS = 200, 6
@@ -95,7 +95,7 @@ def test_the_loss_is_the_squared_error_of_the_original_values(cells):
     torch.manual_seed(0)
     sizes = {"n_tokens": N_GENES + 3, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "decoder_layers": 1}
     widths = {"decoder_width": 8, "decoder_heads": 2, "decoder_head_width": 4, "n_value_bins": 5}
-    network = CellTransformer(ModelConfig(**SCFOUNDATION_WIRING | sizes | widths)).eval()
+    network = CellTransformer(ModelConfig(**scfoundation.ARCHITECTURE | sizes | widths)).eval()
     inputs, targets = objective().corrupt(cells, torch.Generator().manual_seed(0))
     with torch.no_grad():
         predicted_T = network.values(network.value_states(inputs))

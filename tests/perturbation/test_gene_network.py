@@ -7,9 +7,9 @@ from scipy import stats
 
 import scfm
 from scfm.encoding import EncodingConfig, make_encoding
+from scfm.families.scfm import ARCHITECTURES
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import WIRING
 from scfm.perturbation.network import Edges, attention_edges, deletion_edges, edge_table, shuffle_counts
 from scfm.perturbation.shifts import cosine_distance
 
@@ -40,7 +40,7 @@ def small_model(adata):
     fitted = make_encoding(EncodingConfig(kind="rank"), adata=adata)
     torch.manual_seed(0)
     config = scfm.ModelConfig(
-        **WIRING["rank"],
+        **ARCHITECTURES["rank"],
         n_tokens=len(fitted.vocabulary),
         context_length=1024,
         d_model=32,

@@ -10,9 +10,9 @@ from scipy import stats
 import scfm
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import EmptyCellError, LabelsError, VocabularyMismatchError
+from scfm.families.scfm import ARCHITECTURES
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import WIRING
 from scfm.perturbation.deletions import embed_deletions, shares_first_layer
 from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.runner import VariantRunner, embed_variants
@@ -26,7 +26,7 @@ def toy_model(adata, kind, **encoding):
     fitted = make_encoding(EncodingConfig(kind=kind, **encoding), adata=adata)
     torch.manual_seed(0)
     config = scfm.ModelConfig(
-        **{**WIRING[kind], "pooling": "mean", "gene_head": False, "value_head": "none"},
+        **{**ARCHITECTURES[kind], "pooling": "mean", "gene_head": False, "value_head": "none"},
         n_tokens=len(fitted.vocabulary), context_length=1024, d_model=32, n_heads=2, n_layers=2, d_ff=48,
     )  # fmt: skip
     network = CellTransformer.for_vocabulary(config, fitted.vocabulary)

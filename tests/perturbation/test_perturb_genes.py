@@ -8,9 +8,9 @@ from scipy import stats
 
 import scfm
 from scfm.encoding import EncodingConfig, make_encoding
+from scfm.families.scfm import ARCHITECTURES
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import WIRING
 from scfm.perturbation.gene_shifts import OTHER_GENES, GeneShiftRunner
 
 
@@ -26,7 +26,7 @@ def model(request, cells):
     fitted = make_encoding(EncodingConfig(kind=request.param, add_cls=True), adata=cells)
     torch.manual_seed(0)
     config = scfm.ModelConfig(
-        **{**WIRING[request.param], "pooling": "mean", "gene_head": False, "value_head": "none"},
+        **{**ARCHITECTURES[request.param], "pooling": "mean", "gene_head": False, "value_head": "none"},
         n_tokens=len(fitted.vocabulary), context_length=1024, d_model=32, n_heads=2, n_layers=2, d_ff=48,
     ).replace(embedding_layer=-2)  # fmt: skip
     network = CellTransformer.for_vocabulary(config, fitted.vocabulary)

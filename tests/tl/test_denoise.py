@@ -9,10 +9,10 @@ import scfm
 from scfm import baselines
 from scfm.encoding import make_encoding
 from scfm.errors import ModelTaskError
+from scfm.families import scfoundation
 from scfm.models.config import ModelConfig
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import SCFOUNDATION_WIRING
 from scfm.tl._denoise import evaluate_denoising, own_and_neighbors_weighed, thin_counts
 
 
@@ -26,7 +26,7 @@ def model(blood):
     encoding = make_encoding("continuous", adata=blood)
     shape = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16, "context_length": 80, "decoder_layers": 1}
     decoder = {"decoder_width": 16, "decoder_heads": 2, "decoder_head_width": 8, "n_random_features": 8}
-    config = ModelConfig(**{**SCFOUNDATION_WIRING, **shape, **decoder}, n_tokens=len(encoding.vocabulary))
+    config = ModelConfig(**{**scfoundation.ARCHITECTURE, **shape, **decoder}, n_tokens=len(encoding.vocabulary))
     torch.manual_seed(0)
     return Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
 

@@ -11,8 +11,8 @@ import pytest
 import scfm
 from scfm import pp
 from scfm.encoding import EncodingConfig, make_encoding
+from scfm.families import geneformer, scgpt
 from scfm.models import CellTransformer, ModelConfig
-from scfm.models.presets import GENEFORMER_WIRING, SCGPT_WIRING
 from scfm.objectives import Classification, Generative, MaskedGenes, MaskedValues
 from scfm.train import FitConfig, train
 
@@ -32,7 +32,7 @@ def twenty_losses(name: str) -> list[float]:
     torch.manual_seed(0)
     vocabulary = encoding.vocabulary
     config = ModelConfig(
-        **(SCGPT_WIRING if kind == "bin" else GENEFORMER_WIRING), n_tokens=len(vocabulary), pad_id=vocabulary.pad_id, d_model=32, n_heads=2, n_layers=2, d_ff=64,
+        **(scgpt.ARCHITECTURE if kind == "bin" else geneformer.ARCHITECTURE), n_tokens=len(vocabulary), pad_id=vocabulary.pad_id, d_model=32, n_heads=2, n_layers=2, d_ff=64,
         context_length=128, dropout=0.1, n_classes=10,
     )  # fmt: skip
     network = CellTransformer.for_vocabulary(config, vocabulary)

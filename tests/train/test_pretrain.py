@@ -17,8 +17,8 @@ import torch
 from scipy import sparse
 
 import scfm
+from scfm import families
 from scfm.data import TokenBudgetSampler
-from scfm.models import presets
 from scfm.objectives import total
 from scfm.train import FitConfig, PretrainConfig, pretrain, train
 from scfm.train.module import TrainingModule, parameter_groups
@@ -118,11 +118,12 @@ THIN = {"n_layers": 1, "d_model": 16, "n_heads": 2, "head_width": None, "d_ff": 
 )
 def test_a_published_shape_is_pretrained_in_its_own_way(files, tmp_path, monkeypatch, preset, objective, expected):
     decoder = {"decoder_layers": 1, "decoder_width": 16, "decoder_heads": 2, "decoder_head_width": 8}
-    thin = [
-        replace(each, network={**each.network, **THIN, **(decoder if each.family == "scfoundation" else {})})
-        for each in presets.PUBLISHED
-    ]
-    monkeypatch.setattr(presets, "PUBLISHED", tuple(thin))
+
+    def thin(name, **wanted):
+        found = families.choose_preset(name, **wanted)
+        return replace(found, network={**found.network, **THIN, **(decoder if preset == "scfoundation" else {})})
+
+    monkeypatch.setattr(sys.modules["scfm.train.pretrain"], "choose_preset", thin)
     config = PretrainConfig(preset=preset, objective=objective, fit=CONFIG.fit.replace(n_steps=2))
     model = pretrain(files, tmp_path / "run", config, progress=False)
     assert model.history["stages"][0]["objective"] == expected

@@ -16,7 +16,7 @@ import torch
 
 from scfm.data import CellBatch
 from scfm.errors import ModelFileError
-from scfm.models.presets import SCGPT_WIRING
+from scfm.families import scgpt
 from scfm.objectives import Generative
 from scfm.train import FitConfig, NonFiniteLossError, merge, set_trainable, train
 from scfm.train.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
@@ -103,7 +103,7 @@ def test_a_broken_run_resumes_to_the_same_bits(tiny, tmp_path, accumulate):
 def test_the_objective_changes_at_its_step_also_in_a_resumed_run(tiny, tmp_path):
     """Generative training whose second pass comes at step 6, broken at 10: the same losses as in one go."""
     config = CONFIG.replace(checkpoint_every=4)
-    wiring = {**SCGPT_WIRING, "pooling": "mean"}
+    wiring = {**scgpt.ARCHITECTURE, "pooling": "mean"}
     cells = tiny.cells.replace(values_T=(tiny.cells.gene_ids_T % 7).float())
 
     def run(name, *callbacks):
@@ -170,7 +170,7 @@ def test_the_log_holds_loss_terms_and_rate_also_of_a_resumed_run(tiny, tmp_path)
     cells = tiny.cells.replace(values_T=(tiny.cells.gene_ids_T % 7).float())
 
     def run(*callbacks):
-        network = tiny.make_network(**{**SCGPT_WIRING, "pooling": "mean"})
+        network = tiny.make_network(**{**scgpt.ARCHITECTURE, "pooling": "mean"})
         return train(network, Generative(is_gene_V=network.is_gene_V), cells, config, title="t", run_dir=tmp_path,
                      progress=False, callbacks=callbacks)  # fmt: skip
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import scfm
-from scfm.models import convert
+from scfm.families import convert
 
 MODELS = Path(__file__).parents[1] / "models"
 

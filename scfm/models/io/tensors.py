@@ -22,26 +22,26 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightMapping:
     """One tensor of ours, and the published tensors that make it when stacked along their rows."""
 
     ours: str
     theirs: tuple[str, ...]
 
 
-def place(ours: str, *theirs: str) -> Place:
-    return Place(ours, theirs)
+def weight(ours: str, *theirs: str) -> WeightMapping:
+    return WeightMapping(ours, theirs)
 
 
-def pair(ours: str, theirs: str) -> list[Place]:
+def weight_and_bias(ours: str, theirs: str) -> list[WeightMapping]:
     """Weight and bias of one module."""
-    return [place(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
+    return [weight(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
 
 
 def fill_network(
     network: CellTransformer,
     state: Mapping[str, Tensor],
-    places: Iterable[Place],
+    mappings: Iterable[WeightMapping],
     *,
     source: str,
     unused: Mapping[str, str] | None = None,
@@ -55,7 +55,7 @@ def fill_network(
         Built from the checkpoint's configuration.
     state
         Published tensors by name.
-    places
+    mappings
         Where each belongs; together they must name every tensor of the network.
     source
         What to call the checkpoint in errors.
@@ -73,17 +73,17 @@ def fill_network(
     ModelFileError
         With every missing, unknown and misshapen tensor; the network is then untouched.
     """
-    unused, places, wanted = dict(unused or {}), list(places), network.state_dict()
-    assert {entry.ours for entry in places} == set(wanted), "a tensor of the network has no published name"
+    unused, mappings, wanted = dict(unused or {}), list(mappings), network.state_dict()
+    assert {entry.ours for entry in mappings} == set(wanted), "a tensor of the network has no published name"
     faults, loaded = [], {}
-    for entry in places:
+    for entry in mappings:
         found = _faults_of(entry, state, wanted[entry.ours])
         if found:
             faults += found
         else:
             parts = [state[name] for name in entry.theirs]
             loaded[entry.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    named = {name for entry in places for name in entry.theirs}
+    named = {name for entry in mappings for name in entry.theirs}
     unknown = [name for name in state if name not in named and name not in unused]
     faults += [f"unknown: {name}" for name in unknown]
     if faults:
@@ -100,7 +100,7 @@ def fill_network(
     return unused
 
 
-def _faults_of(entry: Place, state: Mapping[str, Tensor], wanted: Tensor) -> list[str]:
+def _faults_of(entry: WeightMapping, state: Mapping[str, Tensor], wanted: Tensor) -> list[str]:
     faults = [f"missing: {name}" for name in entry.theirs if name not in state]
     shape = tuple(wanted.shape)
     if len(entry.theirs) > 1:
@@ -116,11 +116,11 @@ def _faults_of(entry: Place, state: Mapping[str, Tensor], wanted: Tensor) -> lis
     return faults
 
 
-def read_network(network: CellTransformer, places: Iterable[Place]) -> State:
+def read_network(network: CellTransformer, mappings: Iterable[WeightMapping]) -> State:
     """Give a network's tensors their published names: the inverse of `fill_network`, to the bit."""
     state = network.state_dict()
     published: State = {}
-    for entry in places:
+    for entry in mappings:
         parts = (
             state[entry.ours].detach().cpu().chunk(len(entry.theirs)) if len(entry.theirs) > 1 else [state[entry.ours]]
         )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import scfm
 from scfm.errors import ModelFileError
-from scfm.models import convert
+from scfm.families import convert
 
 transformers = pytest.importorskip("transformers")
 _spec = importlib.util.spec_from_file_location("published", Path(__file__).with_name("conftest.py"))
@@ -206,7 +206,7 @@ def test_dictionaries_come_from_arguments_where_the_directory_has_none(tmp_path,
 
 def test_published_dictionaries_fit_the_published_presets(scfm_data):
     from scfm.encoding import read_vocabulary
-    from scfm.models.presets import preset
+    from scfm.families import preset
 
     for corpus, name in (("gc30M", "geneformer-v1-10m"), ("gc95M", "geneformer-v2-104m")):
         vocabulary = read_vocabulary(scfm_data / "vocab" / f"geneformer_token_dictionary_{corpus}.pkl")

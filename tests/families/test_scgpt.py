@@ -14,7 +14,7 @@ import torch
 
 import scfm
 from scfm.errors import ModelFileError
-from scfm.models import convert
+from scfm.families import convert
 
 _spec = importlib.util.spec_from_file_location("published", Path(__file__).with_name("conftest.py"))
 published = importlib.util.module_from_spec(_spec)
@@ -179,9 +179,10 @@ def test_a_truncated_file_is_an_error(transformer_model, tmp_path):
 
 
 def test_the_published_settings_and_vocabulary_make_the_published_preset(scfm_data):
+    from scfm.families.scgpt import _model_config
+
     from scfm.encoding import read_vocabulary
-    from scfm.models.interop.scgpt import _model_config
-    from scfm.models.presets import preset
+    from scfm.families import preset
 
     arguments = json.loads((scfm_data / "vocab" / "scgpt_human_finetuned_model_args.json").read_text())
     vocabulary = read_vocabulary(scfm_data / "vocab" / "scgpt_human_finetuned_model_vocab.json")

@@ -9,7 +9,7 @@ import torch
 import scfm
 from scfm.data import CellBatch
 from scfm.errors import ModelFileError
-from scfm.models import convert
+from scfm.families import convert
 
 
 def _beside(name):
@@ -164,7 +164,7 @@ def test_scfoundation_round_trips_to_the_bit(tmp_path, part):
 
 def test_files_of_no_known_kind_say_what_is_understood(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ModelFileError, match="Understood are"):
+    with pytest.raises(ModelFileError, match="scfm reads: a Geneformer directory"):
         scfm.load(tmp_path / "other.pt")
 
 

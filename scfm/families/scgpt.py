@@ -12,17 +12,34 @@ import torch
 
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
+from scfm.families._checkpoint import CheckpointFiles
+from scfm.families.base import Family, Preset, add_family, refuse_medians
 from scfm.models.config import ModelConfig
 from scfm.models.io.dictionaries import Source, find_vocabulary
-from scfm.models.io.load import read_json
-from scfm.models.io.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import SCGPT_WIRING
 from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "scgpt"
+ENCODING = {"kind": "bin", "add_cls": True}
+OBJECTIVES = {"masked": "masked_values", "generative": "generative"}
+ARCHITECTURE: dict[str, Any] = {
+    "positions": "none",
+    "values": "continuous",
+    "norm": "post",
+    "norm_eps": 1e-5,
+    "gene_norm": True,
+    "embedding_norm": False,
+    "dropout_in_feed_forward": True,
+    "activation": "relu",
+    "gene_head": False,
+    "value_head": "mlp",
+    "value_from_cell_head": True,
+    "pooling": "cls",
+    "normalize_embedding": True,
+}
 WEIGHTS = ("best_model.pt", "model.pt")
 FIRST_LAYER = "transformer_encoder.layers.0.self_attn"
 # Where the stacked projection of queries, keys and values stands, and the output projection beside it.
@@ -30,25 +47,26 @@ QKV_LAYOUTS = ("Wqkv.", "_impl.Wqkv.", "in_proj_")
 OUT_LAYOUTS = ("out_proj", "_impl.out_proj")
 
 
-def recognises(path: Path) -> bool:
-    """Whether `path` is a directory with scGPT's `args.json`."""
-    return (path / "args.json").is_file()
+def recognise(files: CheckpointFiles) -> bool:
+    """Whether this is a directory with scGPT's `args.json`."""
+    return files.has("args.json")
 
 
-def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
+def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
     """Read a directory with `args.json`, `vocab.json` and `best_model.pt`; see `scfm.load`."""
-    arguments = read_json(path / "args.json")
+    refuse_medians(files, medians)
+    path, arguments = files.path, files.json("args.json")
     tokens = find_vocabulary(path, vocabulary)
-    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    weights = next((name for name in WEIGHTS if files.has(name)), None)
     if weights is None:
         raise ModelFileError(f"{path} has none of {', '.join(WEIGHTS)} beside its args.json.")
-    state = read_torch(weights)
+    state = files.torch(weights)
     if not isinstance(state, dict):
-        raise ModelFileError(f"{weights} holds a {type(state).__name__}, not a state dict.")
+        raise ModelFileError(f"{path / weights} holds a {type(state).__name__}, not a state dict.")
     config = _model_config(arguments, tokens, state, path)
     layout = _layout(state)
     network = CellTransformer.for_vocabulary(config, tokens)
-    unused = fill_network(network, state, places(config, *layout), source=str(weights), strict=strict)
+    unused = fill_network(network, state, published_names(config, *layout), source=str(path / weights), strict=strict)
     encoding = make_encoding(_encoding_config(arguments, config), vocabulary=tokens)
     checkpoint = Checkpoint(family=NAME, unused=unused, settings={"layout": list(layout), "arguments": arguments})
     return Model(network, encoding, labels=_labels(arguments, config), checkpoint=checkpoint)
@@ -57,7 +75,7 @@ def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
 def write(model: Model, path: Path) -> None:
     """Write a directory as scGPT does, with the attention keys as they were read (else torch's `in_proj_*`)."""
     config, published = model.network.config, model.checkpoint.settings if model.checkpoint else {}
-    wired = {name: SCGPT_WIRING[name] for name in _FIXED} | _PLAIN | {"d_head": config.d_model // config.n_heads}
+    wired = {name: ARCHITECTURE[name] for name in _FIXED} | _PLAIN | {"d_head": config.d_model // config.n_heads}
     require(config, wired, "scGPT")
     if config.n_classes and config.class_head != "mlp":
         raise ModelFileError(
@@ -66,7 +84,7 @@ def write(model: Model, path: Path) -> None:
         )
     layout = published.get("layout", ("in_proj_", "out_proj"))
     path.mkdir(parents=True, exist_ok=True)
-    torch.save(read_network(model.network, places(config, *layout)), path / WEIGHTS[0])
+    torch.save(read_network(model.network, published_names(config, *layout)), path / WEIGHTS[0])
     arguments = published.get("arguments", {}) | _arguments(model)
     (path / "args.json").write_text(json.dumps(arguments, indent=2))
     tokens = model.encoding.vocabulary.tokens
@@ -86,69 +104,73 @@ _FIXED = (
 _PLAIN = {"value_head": "mlp", "attention": "softmax", "qkv_bias": True, "final_norm": False, "decoder_layers": 0}
 
 
-def places(config: ModelConfig, qkv: str, out: str) -> list[Place]:
+def published_names(config: ModelConfig, qkv: str, out: str) -> list[WeightMapping]:
     """Return where each tensor of scGPT's `TransformerModel` belongs, for one layout of the attention keys."""
     listed = [
-        place("embedding.gene.weight", "encoder.embedding.weight"),
-        *pair("embedding.gene_norm", "encoder.enc_norm"),
+        weight("embedding.gene.weight", "encoder.embedding.weight"),
+        *weight_and_bias("embedding.gene_norm", "encoder.enc_norm"),
         *(
             entry
             for part in ("linear1", "linear2", "norm")
-            for entry in pair(f"embedding.value.{part}", f"value_encoder.{part}")
+            for entry in weight_and_bias(f"embedding.value.{part}", f"value_encoder.{part}")
         ),
     ]
     for layer in range(config.n_layers):
         ours, theirs = f"blocks.{layer}", f"transformer_encoder.layers.{layer}"
         for part in ("weight", "bias"):
-            listed.append(place(f"{ours}.attention.qkv.{part}", f"{theirs}.self_attn.{qkv}{part}"))
-        listed += pair(f"{ours}.attention.out", f"{theirs}.self_attn.{out}")
-        listed += pair(f"{ours}.feed_forward.up", f"{theirs}.linear1")
-        listed += pair(f"{ours}.feed_forward.down", f"{theirs}.linear2")
-        listed += pair(f"{ours}.attention_norm", f"{theirs}.norm1")
-        listed += pair(f"{ours}.feed_forward_norm", f"{theirs}.norm2")
+            listed.append(weight(f"{ours}.attention.qkv.{part}", f"{theirs}.self_attn.{qkv}{part}"))
+        listed += weight_and_bias(f"{ours}.attention.out", f"{theirs}.self_attn.{out}")
+        listed += weight_and_bias(f"{ours}.feed_forward.up", f"{theirs}.linear1")
+        listed += weight_and_bias(f"{ours}.feed_forward.down", f"{theirs}.linear2")
+        listed += weight_and_bias(f"{ours}.attention_norm", f"{theirs}.norm1")
+        listed += weight_and_bias(f"{ours}.feed_forward_norm", f"{theirs}.norm2")
     if config.unknown_tokens == "flag":
-        listed.append(place("embedding.flag.weight", "flag_encoder.weight"))
-    return listed + _batch_norm_places(config) + _head_places(config)
+        listed.append(weight("embedding.flag.weight", "flag_encoder.weight"))
+    return listed + _batch_norm_weights(config) + _head_weights(config)
 
 
-def _batch_norm_places(config: ModelConfig) -> list[Place]:
+def _batch_norm_weights(config: ModelConfig) -> list[WeightMapping]:
     statistics = ["running_mean", "running_var", "num_batches_tracked"]
     if config.batch_norm == "shared":
-        return [place(f"embedding.batch_norm.norms.0.{name}", f"bn.{name}") for name in ["weight", "bias", *statistics]]
+        return [
+            weight(f"embedding.batch_norm.norms.0.{name}", f"bn.{name}") for name in ["weight", "bias", *statistics]
+        ]
     if config.batch_norm == "domain":
         return [
-            place(f"embedding.batch_norm.norms.{domain}.{name}", f"dsbn.bns.{domain}.{name}")
+            weight(f"embedding.batch_norm.norms.{domain}.{name}", f"dsbn.bns.{domain}.{name}")
             for domain in range(config.n_batches)
             for name in statistics
         ]
     return []
 
 
-def _head_places(config: ModelConfig) -> list[Place]:
-    listed: list[Place] = []
-    for number, place_of_linear in enumerate((0, 2, 4), start=1):
-        listed += pair(f"value_head.value.linear{number}", f"decoder.fc.{place_of_linear}")
+def _head_weights(config: ModelConfig) -> list[WeightMapping]:
+    listed: list[WeightMapping] = []
+    for number, index in enumerate((0, 2, 4), start=1):
+        listed += weight_and_bias(f"value_head.value.linear{number}", f"decoder.fc.{index}")
         listed += (
-            pair(f"value_head.nonzero.linear{number}", f"decoder.zero_logit.{place_of_linear}")
+            weight_and_bias(f"value_head.nonzero.linear{number}", f"decoder.zero_logit.{index}")
             if config.zero_head
             else []
         )
     if config.value_from_cell_head:
-        listed += pair("value_from_cell_head.query", "mvc_decoder.gene2query")
-        listed.append(place("value_from_cell_head.weight.weight", "mvc_decoder.W.weight"))
-        listed += pair("value_from_cell_head.nonzero", "mvc_decoder.W_zero_logit") if config.zero_head else []
+        listed += weight_and_bias("value_from_cell_head.query", "mvc_decoder.gene2query")
+        listed.append(weight("value_from_cell_head.weight.weight", "mvc_decoder.W.weight"))
+        listed += (
+            weight_and_bias("value_from_cell_head.nonzero", "mvc_decoder.W_zero_logit") if config.zero_head else []
+        )
     if config.batch_labels:
-        listed += pair("batch_labels.norm", "batch_encoder.enc_norm")
-        listed.append(place("batch_labels.embedding.weight", "batch_encoder.embedding.weight"))
+        listed += weight_and_bias("batch_labels.norm", "batch_encoder.enc_norm")
+        listed.append(weight("batch_labels.embedding.weight", "batch_encoder.embedding.weight"))
     for present, ours, theirs in (
         (config.n_classes, "class_head", "cls_decoder"),
         (config.batch_head, "batch_head", "grad_reverse_discriminator"),
     ):
         if present:
             for number in range(config.n_class_layers - 1):  # linear, activation, norm; the activation has no tensor
-                listed += pair(f"{ours}.layers.{3 * number}", f"{theirs}._decoder.{3 * number}")
-                listed += pair(f"{ours}.layers.{3 * number + 2}", f"{theirs}._decoder.{3 * number + 2}")
-            listed += pair(f"{ours}.linear", f"{theirs}.out_layer")
+                listed += weight_and_bias(f"{ours}.layers.{3 * number}", f"{theirs}._decoder.{3 * number}")
+                listed += weight_and_bias(f"{ours}.layers.{3 * number + 2}", f"{theirs}._decoder.{3 * number + 2}")
+            listed += weight_and_bias(f"{ours}.linear", f"{theirs}.out_layer")
     return listed
 
 
@@ -169,7 +191,7 @@ def _model_config(arguments: Mapping[str, Any], vocabulary: Vocabulary, state: S
     classes = state.get("cls_decoder.out_layer.weight")
     try:
         return ModelConfig(
-            **SCGPT_WIRING
+            **ARCHITECTURE
             | {
                 "n_tokens": len(vocabulary),
                 "pad_id": vocabulary.pad_id,
@@ -232,3 +254,39 @@ def _arguments(model: Model) -> dict[str, Any]:
         "mask_value": -1,
         **({"labels": list(model.labels)} if model.labels else {}),
     }
+
+
+add_family(
+    Family(
+        name=NAME,
+        layout="an scGPT directory (args.json)",
+        encoding=ENCODING,
+        architecture=ARCHITECTURE,
+        presets=(
+            Preset(
+                name="scgpt-human",
+                family=NAME,
+                encoding={**ENCODING, "context_length": 1200, "n_bins": 51},
+                network={
+                    **ARCHITECTURE,
+                    "n_layers": 12,
+                    "d_model": 512,
+                    "n_heads": 8,
+                    "d_ff": 512,
+                    "context_length": 1200,
+                    "dropout": 0.2,
+                    "unknown_tokens": "flag",
+                },
+                objective="generative",
+                objectives=OBJECTIVES,
+                n_tokens=60_697,
+                pad_id=60_694,
+                source="Cui et al. 2024",
+            ),
+        ),
+        objectives=OBJECTIVES,
+        recognise=recognise,
+        read=read,
+        write=write,
+    )
+)

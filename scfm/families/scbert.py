@@ -3,34 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
+from scfm.families._checkpoint import CheckpointFiles
+from scfm.families._performer import block_weights, counter_name, registered_twice
+from scfm.families.base import Family, Preset, add_family, refuse_medians
 from scfm.models.config import ModelConfig
-from scfm.models.interop.performer import block_places, counter_name, registered_twice
 from scfm.models.io.dictionaries import Source, find_vocabulary
-from scfm.models.io.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import SCBERT_WIRING
 from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "scbert"
+ENCODING = {"kind": "bucket"}
+OBJECTIVES = {"masked": "masked_buckets"}
+ARCHITECTURE: dict[str, Any] = {
+    "positions": "none",
+    "values": "bucket",
+    "n_value_bins": 7,
+    "attention": "linear",
+    "qkv_bias": False,
+    "norm": "pre",
+    "norm_eps": 1e-5,
+    "final_norm": True,
+    "embedding_norm": False,
+    "activation": "gelu",
+    "gene_head": False,
+    "value_head": "bucket",
+    "train_gene_embedding": False,
+    "dropout": 0.0,
+    "pooling": "mean",
+}
 STATE = "model_state_dict"
 PROJECTION = "performer.net.layers.0.0.fn.fast_attention.projection_matrix"
 
 
-def recognises(path: Path) -> bool:
-    """Whether `path` is a file of a dict with `model_state_dict`."""
-    return path.is_file() and _holds_state(read_torch(path))
+def recognise(files: CheckpointFiles) -> bool:
+    """Whether this is a file of a dictionary with `model_state_dict`."""
+    return isinstance(files.content.get(STATE), dict)
 
 
-def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
+def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
     """Read a `.pth` file, pretrained (`to_out` over buckets) or fine-tuned (convolution head); see `scfm.load`."""
-    state = read_torch(path)[STATE]
+    refuse_medians(files, medians)
+    path, state = files.path, files.content[STATE]
     tokens = panel_vocabulary(find_vocabulary(path, vocabulary))
     config = _model_config(state, tokens, path)
     counter = counter_name(state, "performer")
@@ -38,7 +60,7 @@ def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
     unused = fill_network(
         network,
         state,
-        places(config, counter),
+        published_names(config, counter),
         source=str(path),
         unused=registered_twice(state, "performer", str(path)),
         strict=strict,
@@ -51,11 +73,11 @@ def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
 def write(model: Model, path: Path) -> None:
     """Write `{"model_state_dict": ...}` under the names that it was read with; the file holds no gene names."""
     config, checkpoint = model.network.config, model.checkpoint or Checkpoint(family=NAME)
-    require(config, {name: value for name, value in SCBERT_WIRING.items() if name not in _FREE}, "scBERT")
+    require(config, {name: value for name, value in ARCHITECTURE.items() if name not in _FREE}, "scBERT")
     if config.n_classes and config.class_head != "panel":
         raise ModelFileError(f"This model has a class head of kind {config.class_head!r}; scBERT's is a 'panel'.")
     state = read_network(
-        model.network, places(config, checkpoint.settings.get("counter", counter_name({}, "performer")))
+        model.network, published_names(config, checkpoint.settings.get("counter", counter_name({}, "performer")))
     )
     for copy, reason in checkpoint.unused.items():
         if reason.startswith("a copy of "):
@@ -66,21 +88,21 @@ def write(model: Model, path: Path) -> None:
 _FREE = ("pooling", "train_gene_embedding", "value_head", "n_value_bins", "embedding_layer", "dropout")
 
 
-def places(config: ModelConfig, counter: str) -> list[Place]:
+def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
     """Return where each tensor of scBERT's `PerformerLM` belongs."""
     listed = [
-        place("embedding.gene.weight", "pos_emb.emb.weight"),
-        place("embedding.value.weight", "token_emb.weight"),
-        *block_places(config.n_layers, "blocks", "performer"),
-        *pair("norm", "norm"),
-        place("calls_since_redraw", counter),
+        weight("embedding.gene.weight", "pos_emb.emb.weight"),
+        weight("embedding.value.weight", "token_emb.weight"),
+        *block_weights(config.n_layers, "blocks", "performer"),
+        *weight_and_bias("norm", "norm"),
+        weight("calls_since_redraw", counter),
     ]
     if config.value_head == "bucket":
-        listed += pair("value_head.bucket", "to_out")
+        listed += weight_and_bias("value_head.bucket", "to_out")
     if config.n_classes:
-        listed += pair("class_head.convolution", "to_out.conv1")
+        listed += weight_and_bias("class_head.convolution", "to_out.conv1")
         for number in (1, 2, 3):
-            listed += pair(f"class_head.linear{number}", f"to_out.fc{number}")
+            listed += weight_and_bias(f"class_head.linear{number}", f"to_out.fc{number}")
     return listed
 
 
@@ -89,10 +111,6 @@ def panel_vocabulary(vocabulary: Vocabulary) -> Vocabulary:
     if vocabulary.eos_id is not None:
         return vocabulary
     return Vocabulary([*vocabulary.genes, "<eos>"], special={"eos": "<eos>"}, id_type=vocabulary.id_type)
-
-
-def _holds_state(content: object) -> bool:
-    return isinstance(content, dict) and isinstance(content.get(STATE), dict)
 
 
 def _model_config(state: State, vocabulary: Vocabulary, path: Path) -> ModelConfig:
@@ -111,7 +129,7 @@ def _model_config(state: State, vocabulary: Vocabulary, path: Path) -> ModelConf
     n_layers = sum(name.startswith("performer.net.layers.") and name.endswith(".fn.to_q.weight") for name in state)
     classes = state.get("to_out.fc3.weight")
     return ModelConfig(
-        **SCBERT_WIRING
+        **ARCHITECTURE
         | {
             "n_tokens": n_positions,
             "pad_id": None,
@@ -128,3 +146,38 @@ def _model_config(state: State, vocabulary: Vocabulary, path: Path) -> ModelConf
             "n_classes": 0 if classes is None else classes.shape[0],
         }
     )
+
+
+add_family(
+    Family(
+        name=NAME,
+        layout="an scBERT file (a dictionary with 'model_state_dict')",
+        encoding=ENCODING,
+        architecture=ARCHITECTURE,
+        presets=(
+            Preset(
+                name="scbert",
+                family=NAME,
+                encoding=ENCODING,
+                network={
+                    **ARCHITECTURE,
+                    "n_layers": 6,
+                    "d_model": 200,
+                    "n_heads": 10,
+                    "head_width": 64,
+                    "d_ff": 800,
+                    "context_length": 16_907,
+                },
+                objective="masked_buckets",
+                objectives=OBJECTIVES,
+                n_tokens=16_907,
+                pad_id=None,
+                source="Yang et al. 2022",
+            ),
+        ),
+        objectives=OBJECTIVES,
+        recognise=recognise,
+        read=read,
+        write=write,
+    )
+)

@@ -12,46 +12,68 @@ from safetensors.torch import save_file
 
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
+from scfm.families._checkpoint import CheckpointFiles
+from scfm.families.base import Family, Preset, add_family
 from scfm.models.config import ClassHeadKind, ModelConfig
 from scfm.models.io.dictionaries import Source, find_medians, find_vocabulary, write_dictionaries
-from scfm.models.io.load import read_json, read_weights
-from scfm.models.io.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require, tied
+from scfm.models.io.load import read_weights
+from scfm.models.io.tensors import (
+    State,
+    WeightMapping,
+    fill_network,
+    read_network,
+    require,
+    tied,
+    weight,
+    weight_and_bias,
+)
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import GENEFORMER_WIRING
 from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "geneformer"
+ENCODING = {"kind": "rank"}
+OBJECTIVES = {"masked": "masked_genes"}
+ARCHITECTURE: dict[str, Any] = {
+    "positions": "rank",
+    "values": "none",
+    "norm": "post",
+    "norm_eps": 1e-12,
+    "embedding_norm": True,
+    "activation": "relu",
+    "gene_head": True,
+    "pooling": "mean",
+}
 WORDS = "bert.embeddings.word_embeddings.weight"
-ARCHITECTURES: dict[str, ClassHeadKind] = {
+BERT_CLASSES: dict[str, ClassHeadKind] = {
     "BertForSequenceClassification": "pooler",
     "BertForTokenClassification": "token",
 }
 
 
-def recognises(path: Path) -> bool:
-    """Whether `path` is a Hugging Face directory of a BERT."""
-    return (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == "bert"
+def recognise(files: CheckpointFiles) -> bool:
+    """Whether this is a Hugging Face directory of a BERT."""
+    return files.has("config.json") and files.json("config.json").get("model_type") == "bert"
 
 
-def read(path: Path, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
+def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
     """Read a directory with `config.json` and `model.safetensors` or `pytorch_model.bin`; see `scfm.load`."""
-    bert = read_json(path / "config.json")
+    path, bert = files.path, files.json("config.json")
     tokens = find_vocabulary(path, vocabulary)
     if len(tokens) != bert.get("vocab_size"):
         raise ModelFileError(
             f"{path} was trained with {bert.get('vocab_size')} tokens, but the vocabulary has {len(tokens)}. "
             "V1 goes with the gc30M dictionaries (25,426 tokens), V2 with gc95M (20,275)."
         )
-    state = _read_state(path)
+    state = _read_state(files)
     config = _model_config(bert, tokens, state, path)
     encoding = make_encoding(
         _encoding_config(config, tokens), vocabulary=tokens, medians=find_medians(path, medians, tokens)
     )
     network = CellTransformer.for_vocabulary(config, tokens)
     unused = fill_network(
-        network, state, places(config), source=str(path), unused=_copies(state, config, path), strict=strict
+        network, state, published_names(config), source=str(path), unused=_copies(state, config, path), strict=strict
     )
     labels = _labels(bert) if config.n_classes else ()
     return Model(network, encoding, labels=labels, checkpoint=Checkpoint(family=NAME, unused=unused))
@@ -61,12 +83,12 @@ def write(model: Model, path: Path) -> None:
     """Write a directory that `transformers.AutoModelForMaskedLM` (or its classifiers) opens, with its dictionaries."""
     config = model.network.config
     require(config, {**_WIRED, "d_head": config.d_model // config.n_heads}, "Geneformer")
-    if config.n_classes and config.class_head not in ARCHITECTURES.values():
+    if config.n_classes and config.class_head not in BERT_CLASSES.values():
         raise ModelFileError(
             f"This model has a class head of kind {config.class_head!r}, which BERT's classifiers do not know. "
             "Convert a model that was fitted without labels, or one with a 'pooler' or 'token' head."
         )
-    state = read_network(model.network, places(config))
+    state = read_network(model.network, published_names(config))
     if not config.n_token_types:  # BERT always has the table; zeros leave the sum as it is
         state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.d_model)
     path.mkdir(parents=True, exist_ok=True)
@@ -77,46 +99,46 @@ def write(model: Model, path: Path) -> None:
 
 _WIRED = {
     name: value
-    for name, value in (GENEFORMER_WIRING | {"attention": "softmax", "qkv_bias": True, "gene_norm": False}).items()
+    for name, value in (ARCHITECTURE | {"attention": "softmax", "qkv_bias": True, "gene_norm": False}).items()
     if name not in ("pooling", "gene_head", "norm_eps")
 } | {"final_norm": False, "batch_norm": "none", "decoder_layers": 0, "dropout_in_feed_forward": False}
 
 
-def places(config: ModelConfig) -> list[Place]:
+def published_names(config: ModelConfig) -> list[WeightMapping]:
     """Return where each tensor of `BertForMaskedLM` and of the two classifiers belongs."""
     listed = [
-        place("embedding.gene.weight", WORDS),
-        place("embedding.rank.weight", "bert.embeddings.position_embeddings.weight"),
-        *pair("embedding.norm", "bert.embeddings.LayerNorm"),
+        weight("embedding.gene.weight", WORDS),
+        weight("embedding.rank.weight", "bert.embeddings.position_embeddings.weight"),
+        *weight_and_bias("embedding.norm", "bert.embeddings.LayerNorm"),
     ]
     if config.n_token_types:
-        listed.append(place("embedding.token_type.weight", "bert.embeddings.token_type_embeddings.weight"))
+        listed.append(weight("embedding.token_type.weight", "bert.embeddings.token_type_embeddings.weight"))
     for layer in range(config.n_layers):
         ours, theirs = f"blocks.{layer}", f"bert.encoder.layer.{layer}"
         for part in ("weight", "bias"):
             attention = [f"{theirs}.attention.self.{name}.{part}" for name in ("query", "key", "value")]
-            listed.append(place(f"{ours}.attention.qkv.{part}", *attention))
-        listed += pair(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
-        listed += pair(f"{ours}.attention_norm", f"{theirs}.attention.output.LayerNorm")
-        listed += pair(f"{ours}.feed_forward.up", f"{theirs}.intermediate.dense")
-        listed += pair(f"{ours}.feed_forward.down", f"{theirs}.output.dense")
-        listed += pair(f"{ours}.feed_forward_norm", f"{theirs}.output.LayerNorm")
+            listed.append(weight(f"{ours}.attention.qkv.{part}", *attention))
+        listed += weight_and_bias(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
+        listed += weight_and_bias(f"{ours}.attention_norm", f"{theirs}.attention.output.LayerNorm")
+        listed += weight_and_bias(f"{ours}.feed_forward.up", f"{theirs}.intermediate.dense")
+        listed += weight_and_bias(f"{ours}.feed_forward.down", f"{theirs}.output.dense")
+        listed += weight_and_bias(f"{ours}.feed_forward_norm", f"{theirs}.output.LayerNorm")
     if config.gene_head:
-        listed.append(place("gene_head.bias", "cls.predictions.bias"))
-        listed += pair("gene_head.transform", "cls.predictions.transform.dense")
-        listed += pair("gene_head.norm", "cls.predictions.transform.LayerNorm")
+        listed.append(weight("gene_head.bias", "cls.predictions.bias"))
+        listed += weight_and_bias("gene_head.transform", "cls.predictions.transform.dense")
+        listed += weight_and_bias("gene_head.norm", "cls.predictions.transform.LayerNorm")
     if config.n_classes:
-        listed += pair("class_head.linear", "classifier")
-        listed += pair("class_head.pooler", "bert.pooler.dense") if config.class_head == "pooler" else []
+        listed += weight_and_bias("class_head.linear", "classifier")
+        listed += weight_and_bias("class_head.pooler", "bert.pooler.dense") if config.class_head == "pooler" else []
     return listed
 
 
-def _read_state(path: Path) -> State:
-    if (path / "model.safetensors").is_file():
-        return read_weights(path / "model.safetensors")
-    if (path / "pytorch_model.bin").is_file():
-        return read_torch(path / "pytorch_model.bin")
-    raise ModelFileError(f"{path} has neither model.safetensors nor pytorch_model.bin beside its config.json.")
+def _read_state(files: CheckpointFiles) -> State:
+    if files.has("model.safetensors"):
+        return read_weights(files / "model.safetensors")
+    if files.has("pytorch_model.bin"):
+        return files.torch("pytorch_model.bin")
+    raise ModelFileError(f"{files} has neither model.safetensors nor pytorch_model.bin beside its config.json.")
 
 
 def _copies(state: State, config: ModelConfig, path: Path) -> dict[str, str]:
@@ -140,7 +162,7 @@ def _model_config(bert: Mapping[str, Any], vocabulary: Vocabulary, state: State,
     kind: ClassHeadKind = "pooler" if "bert.pooler.dense.weight" in state else "token"
     try:
         return ModelConfig(
-            **GENEFORMER_WIRING
+            **ARCHITECTURE
             | {
                 "n_tokens": bert["vocab_size"],
                 "pad_id": vocabulary.pad_id,
@@ -182,7 +204,7 @@ def _labels(bert: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _bert_config(model: Model) -> dict[str, Any]:
     config = model.network.config
-    kinds = {kind: name for name, kind in ARCHITECTURES.items()}
+    kinds = {kind: name for name, kind in BERT_CLASSES.items()}
     labels = {str(place): name for place, name in enumerate(model.labels)}
     return {
         "architectures": [kinds[config.class_head] if config.n_classes else "BertForMaskedLM"],
@@ -202,3 +224,49 @@ def _bert_config(model: Model) -> dict[str, Any]:
         "tie_word_embeddings": True,
         **({"id2label": labels, "label2id": {name: int(key) for key, name in labels.items()}} if labels else {}),
     }
+
+
+def _preset(name: str, layers: int, width: int, heads: int, d_ff: int, *, v2: bool) -> Preset:
+    context = 4096 if v2 else 2048
+    special = {"add_cls": True, "add_eos": True, "duplicates": "sum"} if v2 else {}
+    return Preset(
+        name=name,
+        family=NAME,
+        encoding={**ENCODING, "context_length": context, **special},
+        network={
+            **ARCHITECTURE,
+            "n_layers": layers,
+            "d_model": width,
+            "n_heads": heads,
+            "d_ff": d_ff,
+            "context_length": context,
+            "dropout": 0.1 if v2 else 0.02,
+            "n_token_types": 2,
+            "pooling": "cls" if v2 else "mean",
+            "embedding_layer": -2,
+        },
+        objective="masked_genes",
+        objectives=OBJECTIVES,
+        n_tokens=20_275 if v2 else 25_426,
+        source="Chen et al. 2024" if v2 else "Theodoris et al. 2023",
+    )
+
+
+add_family(
+    Family(
+        name=NAME,
+        layout="a Geneformer directory (config.json of a BERT)",
+        encoding=ENCODING,
+        architecture=ARCHITECTURE,
+        presets=(
+            _preset("geneformer-v1-10m", 6, 256, 4, 512, v2=False),
+            _preset("geneformer-v1-12l", 12, 512, 8, 1024, v2=False),
+            _preset("geneformer-v2-104m", 12, 768, 12, 3072, v2=True),
+            _preset("geneformer-v2-316m", 18, 1152, 18, 4608, v2=True),
+        ),
+        objectives=OBJECTIVES,
+        recognise=recognise,
+        read=read,
+        write=write,
+    )
+)

@@ -10,33 +10,49 @@ import torch
 
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
+from scfm.families._checkpoint import CheckpointFiles
+from scfm.families._performer import block_weights, counter_name, registered_twice
+from scfm.families.base import Family, Preset, add_family, refuse_medians
 from scfm.models.config import ModelConfig
-from scfm.models.interop.performer import block_places, counter_name, registered_twice
 from scfm.models.io.dictionaries import Source, find_vocabulary
-from scfm.models.io.tensors import Place, State, fill_network, pair, place, read_network, read_torch, require
+from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.models.presets import SCFOUNDATION_WIRING
 from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "scfoundation"
+ENCODING = {"kind": "continuous"}
+OBJECTIVES = {"masked": "read_depth"}
+ARCHITECTURE: dict[str, Any] = {
+    "positions": "none",
+    "values": "soft_bins",
+    "n_value_bins": 100,
+    "norm": "post",
+    "norm_eps": 1e-5,
+    "final_norm": True,
+    "embedding_norm": False,
+    "dropout_in_feed_forward": True,
+    "activation": "relu",
+    "gene_head": False,
+    "value_head": "linear",
+    "dropout": 0.1,
+    "pooling": "concat",
+}
 PARTS = ("cell", "rde", "gene")  # in the order of preference: the first is the one that embeddings are published with
 PREFIX = "model."
 PERFORMER = "decoder.performer"
 
 
-def recognises(path: Path) -> bool:
-    """Whether `path` is a file with a `cell`, `rde` or `gene` model."""
-    if not path.is_file():
-        return False
-    content = read_torch(path)
-    return isinstance(content, dict) and any(_is_part(content.get(part)) for part in PARTS)
+def recognise(files: CheckpointFiles) -> bool:
+    """Whether this is a file with a `cell`, `rde` or `gene` model."""
+    return any(_is_part(files.content.get(part)) for part in PARTS)
 
 
-def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
+def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
     """Read the file's `cell` model, or the first of `rde` and `gene` where it has none; see `scfm.load`."""
-    content = read_torch(path)
+    refuse_medians(files, medians)
+    path, content = files.path, files.content
     part = next(part for part in PARTS if _is_part(content.get(part)))
     settings, source = content[part]["config"], f"{path} [{part!r}]"
     state = {name.removeprefix(PREFIX): tensor for name, tensor in content[part]["state_dict"].items()}
@@ -47,7 +63,7 @@ def read(path: Path, *, vocabulary: Source | None, strict: bool) -> Model:
     unused = registered_twice(state, PERFORMER, source)
     if counter not in state:  # versions that never redraw do not count
         state[counter] = torch.tensor(0)
-    unused = fill_network(network, state, places(config, counter), source=source, unused=unused, strict=strict)
+    unused = fill_network(network, state, published_names(config, counter), source=source, unused=unused, strict=strict)
     encoding = make_encoding(EncodingConfig(kind="continuous"), vocabulary=tokens)
     stored = f"{PREFIX}{counter}" in content[part]["state_dict"]
     published = {"part": part, "config": settings, "counter": counter if stored else None}
@@ -58,11 +74,11 @@ def write(model: Model, path: Path) -> None:
     """Write the model as the part that it was read from ("cell" for our own)."""
     config, checkpoint = model.network.config, model.checkpoint or Checkpoint(family=NAME)
     published = checkpoint.settings
-    require(config, {name: value for name, value in SCFOUNDATION_WIRING.items() if name not in _FREE}, "scFoundation")
+    require(config, {name: value for name, value in ARCHITECTURE.items() if name not in _FREE}, "scFoundation")
     if config.n_classes:
         raise ModelFileError("scFoundation has no class head. Convert a model that was fitted without labels.")
     counter = published.get("counter", counter_name({}, PERFORMER))
-    state = read_network(model.network, places(config, counter or "counter"))
+    state = read_network(model.network, published_names(config, counter or "counter"))
     state.pop("counter", None)
     for copy, reason in checkpoint.unused.items():
         if reason.startswith("a copy of "):
@@ -75,34 +91,34 @@ def write(model: Model, path: Path) -> None:
 _FREE = ("pooling", "n_value_bins", "bin_alpha", "embedding_layer", "dropout")
 
 
-def places(config: ModelConfig, counter: str) -> list[Place]:
+def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
     """Return where each tensor of scFoundation's `MaeAutobin` belongs, without the prefix "model."."""
     listed = [
-        place("embedding.gene.weight", "pos_emb.weight"),
-        *pair("embedding.value.linear1", "token_emb.mlp"),
-        *pair("embedding.value.linear2", "token_emb.mlp2"),
-        place("embedding.value.bins.weight", "token_emb.emb.weight"),
-        place("embedding.value.mask.weight", "token_emb.emb_mask.weight"),
-        place("embedding.value.pad.weight", "token_emb.emb_pad.weight"),
+        weight("embedding.gene.weight", "pos_emb.weight"),
+        *weight_and_bias("embedding.value.linear1", "token_emb.mlp"),
+        *weight_and_bias("embedding.value.linear2", "token_emb.mlp2"),
+        weight("embedding.value.bins.weight", "token_emb.emb.weight"),
+        weight("embedding.value.mask.weight", "token_emb.emb_mask.weight"),
+        weight("embedding.value.pad.weight", "token_emb.emb_pad.weight"),
     ]
     for layer in range(config.n_layers):
         ours, theirs = f"blocks.{layer}", f"encoder.transformer_encoder.{layer}"
         for part in ("weight", "bias"):
-            listed.append(place(f"{ours}.attention.qkv.{part}", f"{theirs}.self_attn.in_proj_{part}"))
-        listed += pair(f"{ours}.attention.out", f"{theirs}.self_attn.out_proj")
-        listed += pair(f"{ours}.feed_forward.up", f"{theirs}.linear1")
-        listed += pair(f"{ours}.feed_forward.down", f"{theirs}.linear2")
-        listed += pair(f"{ours}.attention_norm", f"{theirs}.norm1")
-        listed += pair(f"{ours}.feed_forward_norm", f"{theirs}.norm2")
+            listed.append(weight(f"{ours}.attention.qkv.{part}", f"{theirs}.self_attn.in_proj_{part}"))
+        listed += weight_and_bias(f"{ours}.attention.out", f"{theirs}.self_attn.out_proj")
+        listed += weight_and_bias(f"{ours}.feed_forward.up", f"{theirs}.linear1")
+        listed += weight_and_bias(f"{ours}.feed_forward.down", f"{theirs}.linear2")
+        listed += weight_and_bias(f"{ours}.attention_norm", f"{theirs}.norm1")
+        listed += weight_and_bias(f"{ours}.feed_forward_norm", f"{theirs}.norm2")
     return [
         *listed,
-        *pair("norm", "encoder.norm"),
-        *pair("decoder.project", "decoder_embed"),
-        *block_places(config.decoder_layers, "decoder.blocks", PERFORMER),
-        *pair("decoder.inner_norm", "decoder.norm"),
-        *pair("decoder.norm", "norm"),
-        *pair("value_head.value", "to_final"),
-        place("calls_since_redraw", counter),
+        *weight_and_bias("norm", "encoder.norm"),
+        *weight_and_bias("decoder.project", "decoder_embed"),
+        *block_weights(config.decoder_layers, "decoder.blocks", PERFORMER),
+        *weight_and_bias("decoder.inner_norm", "decoder.norm"),
+        *weight_and_bias("decoder.norm", "norm"),
+        *weight_and_bias("value_head.value", "to_final"),
+        weight("calls_since_redraw", counter),
     ]
 
 
@@ -126,7 +142,7 @@ def _model_config(settings: Mapping[str, Any], state: State, vocabulary: Vocabul
                 f"{len(vocabulary)} tokens. Pass as `vocabulary=` the published list of 19,264 genes."
             )
         return ModelConfig(
-            **SCFOUNDATION_WIRING
+            **ARCHITECTURE
             | {
                 "n_tokens": n_positions,
                 "pad_id": None,
@@ -174,3 +190,38 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
         },
         "dataset_config": {"rnaseq": {"seq_len": config.n_tokens - 1, "pad_token_id": 103, "mask_token_id": 102}},
     }
+
+
+add_family(
+    Family(
+        name=NAME,
+        layout="an scFoundation file (a dictionary with 'cell', 'rde' or 'gene')",
+        encoding=ENCODING,
+        architecture=ARCHITECTURE,
+        presets=(
+            Preset(
+                name="scfoundation",
+                family=NAME,
+                encoding=ENCODING,
+                network={
+                    **ARCHITECTURE,
+                    "n_layers": 12,
+                    "d_model": 768,
+                    "n_heads": 12,
+                    "d_ff": 3072,
+                    "decoder_layers": 6,
+                    "context_length": 19_266,
+                },
+                objective="read_depth",
+                objectives=OBJECTIVES,
+                n_tokens=19_267,
+                pad_id=None,
+                source="Hao et al. 2024",
+            ),
+        ),
+        objectives=OBJECTIVES,
+        recognise=recognise,
+        read=read,
+        write=write,
+    )
+)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from scfm.models.io.tensors import Place, pair, place, tied
+from scfm.models.io.tensors import WeightMapping, tied, weight, weight_and_bias
 
 COUNTERS = ("calls_since_last_redraw", "proj_updater.calls_since_last_redraw")
 
 
-def block_places(n_layers: int, ours: str, theirs: str) -> list[Place]:
+def block_weights(n_layers: int, ours: str, theirs: str) -> list[WeightMapping]:
     """Return where the tensors of every layer belong; `ours` and `theirs` are prefixes without a dot at the end."""
-    listed: list[Place] = []
+    listed: list[WeightMapping] = []
     for layer in range(n_layers):
         block, attention, forward = (
             f"{ours}.{layer}",
@@ -21,13 +21,13 @@ def block_places(n_layers: int, ours: str, theirs: str) -> list[Place]:
             f"{theirs}.net.layers.{layer}.1",
         )
         projections = [f"{attention}.fn.to_{name}.weight" for name in "qkv"]
-        listed.append(place(f"{block}.attention.qkv.weight", *projections))
-        listed.append(place(f"{block}.attention.projection_MK", f"{attention}.fn.fast_attention.projection_matrix"))
-        listed += pair(f"{block}.attention.out", f"{attention}.fn.to_out")
-        listed += pair(f"{block}.attention_norm", f"{attention}.norm")
-        listed += pair(f"{block}.feed_forward_norm", f"{forward}.norm")
-        listed += pair(f"{block}.feed_forward.up", f"{forward}.fn.fn.w1")
-        listed += pair(f"{block}.feed_forward.down", f"{forward}.fn.fn.w2")
+        listed.append(weight(f"{block}.attention.qkv.weight", *projections))
+        listed.append(weight(f"{block}.attention.projection_MK", f"{attention}.fn.fast_attention.projection_matrix"))
+        listed += weight_and_bias(f"{block}.attention.out", f"{attention}.fn.to_out")
+        listed += weight_and_bias(f"{block}.attention_norm", f"{attention}.norm")
+        listed += weight_and_bias(f"{block}.feed_forward_norm", f"{forward}.norm")
+        listed += weight_and_bias(f"{block}.feed_forward.up", f"{forward}.fn.fn.w1")
+        listed += weight_and_bias(f"{block}.feed_forward.down", f"{forward}.fn.fn.w2")
     return listed
 
 

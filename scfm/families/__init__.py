@@ -1,0 +1,20 @@
+"""The families of models: one file for each, with its encoding, architecture, presets, objectives and checkpoints."""
+
+from scfm.families._presets import choose_preset, preset, presets, sizes, table
+from scfm.families.base import FAMILIES, Family, Preset, add_family
+from scfm.families.loading import convert, load, recognise
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Preset",
+    "add_family",
+    "choose_preset",
+    "convert",
+    "load",
+    "preset",
+    "presets",
+    "recognise",
+    "sizes",
+    "table",
+]

@@ -1,0 +1,121 @@
+"""Finding presets by name, by size and by encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from scfm.families.base import FAMILIES, Preset
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def presets() -> Iterator[Preset]:
+    """Iterate over the presets of every family: the published ones, then scfm's sizes.
+
+    Examples
+    --------
+    >>> from scfm import families
+    >>> "scbert" in [preset.name for preset in families.presets()]
+    True
+    """
+    for family in FAMILIES.values():
+        yield from family.presets
+
+
+def preset(name: str) -> Preset:
+    """One preset by its name; `table()` lists them.
+
+    Parameters
+    ----------
+    name
+        As `table()` lists it.
+
+    Raises
+    ------
+    ValueError
+        If there is none of this name.
+
+    Examples
+    --------
+    >>> from scfm import families
+    >>> families.preset("scgpt-human").network["d_model"]
+    512
+    """
+    named = {entry.name: entry for entry in presets()}
+    if name not in named:
+        raise ValueError(f"`preset` is {name!r}; choose one of {', '.join([*sizes(), *named])}.")
+    return named[name]
+
+
+def sizes() -> list[str]:
+    """Return the names of sizes that exist with several encodings: "small", "medium", "large"."""
+    return list(dict.fromkeys(entry.size for entry in presets() if entry.size is not None))
+
+
+def choose_preset(name: str, *, encoding: str | None = None, objective: str | None = None) -> Preset:
+    """Find a preset by name or size.
+
+    Parameters
+    ----------
+    name
+        A size ("small", "medium", "large"), or the name of any preset.
+    encoding
+        Kind of encoding. A size exists with "rank" (used for None) and "bin"; every other preset has one kind.
+    objective
+        "masked" or "generative"; None for the preset's own.
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset, or it has another encoding, or not this objective.
+
+    Examples
+    --------
+    >>> from scfm import families
+    >>> families.choose_preset("small", encoding="bin", objective="generative").name
+    'small-bin'
+    """
+    candidates = [entry for entry in presets() if entry.size == name] or [preset(name)]
+    found = [entry for entry in candidates if encoding in (None, entry.encoding["kind"])]
+    if not found:
+        have = ", ".join(repr(entry.encoding["kind"]) for entry in candidates)
+        raise ValueError(
+            f"`encoding` is {encoding!r}, but the preset {name!r} has {have}. Leave it out, or choose another preset: "
+            f"{', '.join(each.name for each in presets() if each.encoding['kind'] == encoding) or 'none has it'}."
+        )
+    return found[0] if objective is None else found[0].for_objective(objective)
+
+
+def table(*, n_genes: int = 20_000) -> pd.DataFrame:
+    """List every preset, one row each: family, parameters, layers, width, context, encoding, objective, source.
+
+    Parameters
+    ----------
+    n_genes
+        Size of the vocabulary by which parameters are counted for presets without one.
+
+    Examples
+    --------
+    >>> from scfm import families
+    >>> int(families.table().loc["geneformer-v1-10m", "context_length"])
+    2048
+    """
+    import pandas as pd
+
+    rows = [
+        {
+            "preset": entry.name,
+            "family": entry.family,
+            "parameters": entry.n_parameters(entry.n_tokens or n_genes),
+            "layers": entry.network["n_layers"],
+            "width": entry.network["d_model"],
+            "context_length": entry.network["context_length"],
+            "encoding": entry.encoding["kind"],
+            "objective": entry.objective,
+            "source": entry.source,
+        }
+        for entry in presets()
+    ]
+    return pd.DataFrame(rows).set_index("preset")

@@ -1,0 +1,167 @@
+"""`Family` and `Preset`: what is particular to one family of models, its named sizes, and the registry of families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from scfm._registry import Registry
+from scfm.errors import ModelFileError
+from scfm.families._checkpoint import CheckpointFiles
+from scfm.models.config import ModelConfig
+from scfm.models.io.dictionaries import Source
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.objectives.base import OBJECTIVES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named setting of the network, its encoding and its objective.
+
+    Attributes
+    ----------
+    family
+        Name of its family.
+    encoding
+        Fields of `EncodingConfig`.
+    network
+        Fields of `ModelConfig`, without those that follow from the vocabulary.
+    objective
+        Name of the pretraining objective.
+    objectives
+        What the user's words "masked" and "generative" stand for here.
+    size
+        "small", "medium" or "large" for a size that exists with several encodings.
+    n_tokens
+        Length of the published vocabulary; None if it is built from the data.
+    pad_id
+        Row of the gene embedding that stays zero.
+    source
+        Where the numbers come from.
+
+    Examples
+    --------
+    >>> from scfm import families
+    >>> geneformer = families.preset("geneformer-v1-10m")
+    >>> geneformer.encoding["kind"], geneformer.network["n_layers"]
+    ('rank', 6)
+    """
+
+    name: str
+    family: str
+    encoding: Mapping[str, Any]
+    network: Mapping[str, Any]
+    objective: str
+    objectives: Mapping[str, str] = field(default_factory=dict)
+    size: str | None = None
+    n_tokens: int | None = None
+    pad_id: int | None = 0
+    source: str = ""
+
+    def model_config(self, *, n_tokens: int | None = None, pad_id: int | None = None, **changes: Any) -> ModelConfig:
+        """Complete the network's configuration for a vocabulary of `n_tokens`."""
+        n_tokens = self.n_tokens if n_tokens is None else n_tokens
+        if n_tokens is None:
+            raise ValueError(f"The preset {self.name!r} has no vocabulary of its own; pass `n_tokens`.")
+        pad_id = self.pad_id if pad_id is None else pad_id
+        return ModelConfig(**{**self.network, "n_tokens": n_tokens, "pad_id": pad_id, **changes})
+
+    def for_objective(self, objective: str) -> Preset:
+        """Return the preset as it is pretrained on "masked" or "generative", with the network that this needs.
+
+        Raises
+        ------
+        ValueError
+            If the objective is another, or one that this preset does not have.
+        """
+        if objective not in self.objectives:
+            every = [each for family in FAMILIES.values() for each in family.presets]
+            able = [each.name for each in every if objective in each.objectives]
+            known = list(dict.fromkeys(name for each in every for name in each.objectives))
+            reason = (
+                f"which the {self.encoding['kind']} encoding of {self.name!r} does not have. Choose one of the presets "
+                f"{', '.join(able)}, or objective={next(iter(self.objectives))!r}."
+                if able
+                else f"choose one of {', '.join(known)}."
+            )
+            raise ValueError(f"`objective` is {objective!r}; {reason}")
+        name = self.objectives[objective]
+        return replace(self, objective=name, network={**self.network, **OBJECTIVES[name].network_settings})
+
+    def n_parameters(self, n_tokens: int | None = None) -> int:
+        """Count the network's parameters without allocating them."""
+        with torch.device("meta"):
+            network = CellTransformer(self.model_config(n_tokens=n_tokens))
+        return sum(parameter.numel() for parameter in network.parameters())
+
+
+class Reader(Protocol):
+    """Builds a model from the files of a checkpoint; arguments as in `scfm.load`."""
+
+    def __call__(
+        self, files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool
+    ) -> Model: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models: how its cells become tokens, what its network is like, and how its checkpoints are stored.
+
+    To add one, define it in a file of its own in `scfm/families` (or anywhere else) and call `FAMILIES.add`.
+
+    Attributes
+    ----------
+    name
+        Name under which it is registered.
+    layout
+        What its checkpoints look like, in a few words: "an scGPT directory (args.json)".
+    encoding
+        Fields of `EncodingConfig` that all its models share.
+    architecture
+        Fields of `ModelConfig` that all its models share.
+    presets
+        Named sizes.
+    objectives
+        What "masked", and if it has that "generative", stand for: names in `scfm.objectives.OBJECTIVES`.
+    recognise
+        Whether files are a checkpoint of this family.
+    read, write
+        From its files to a model, and back.
+
+    Examples
+    --------
+    >>> from scfm.families import FAMILIES
+    >>> FAMILIES["geneformer"].encoding["kind"], FAMILIES["scbert"].architecture["attention"]
+    ('rank', 'linear')
+    """
+
+    name: str
+    layout: str
+    encoding: Mapping[str, Any]
+    architecture: Mapping[str, Any]
+    presets: tuple[Preset, ...]
+    objectives: Mapping[str, str]
+    recognise: Callable[[CheckpointFiles], bool]
+    read: Reader
+    write: Callable[[Model, Path], None]
+
+
+FAMILIES: Registry[Family] = Registry(
+    "family", "scfm.families", first=("geneformer", "scgpt", "scbert", "scfoundation", "scfm")
+)
+
+
+def add_family(family: Family) -> Family:
+    """Register a family under its name."""
+    return FAMILIES.add(family.name, family)
+
+
+def refuse_medians(files: CheckpointFiles, medians: Source | None) -> None:
+    """Raise `ModelFileError` if medians are given for a checkpoint of a family without them."""
+    if medians is not None:
+        raise ModelFileError(f"{files} is a checkpoint of a family that has no medians; leave `medians` out.")

@@ -1,0 +1,167 @@
+"""`scfm.load`: open a saved model, whoever saved it; `convert`: from one format to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from scfm.errors import ModelFileError
+from scfm.families._checkpoint import CheckpointFiles
+from scfm.families.base import FAMILIES, Family
+from scfm.models.io.dictionaries import Source
+from scfm.models.model import Model
+
+OWN = "scfm"  # the family that every model can be saved as
+
+
+def load(
+    path: str | Path,
+    *,
+    vocabulary: Source | None = None,
+    medians: Source | None = None,
+    strict: bool = True,
+    device: str | torch.device = "auto",
+) -> Model:
+    """Open a model that `model.save` wrote, or a published checkpoint.
+
+    scfm reads its own directories, Geneformer directories (V1 or V2; pretrained, cell or gene classifier), scGPT
+    directories, scBERT files and scFoundation files. Nothing in the files is executed: weights are safetensors, or are read
+    with torch's weights-only loader; pickled dictionaries pass an allow-list. Every tensor is accounted for: it is loaded, or
+    listed with the reason in ``model.checkpoint.unused``.
+
+    Parameters
+    ----------
+    path
+        Directory or file.
+    vocabulary
+        Needed for published checkpoints without a vocabulary in their directory: a path (published pickle, JSON or TSV),
+        a mapping of token to id, or a `Vocabulary`.
+    medians
+        Geneformer needs its genes' medians: a path, a mapping of gene to median, or an array by token id.
+    strict
+        False loads what fits, and warns with the list of what does not.
+    device
+        Where the network goes: "cpu", "cuda", ... or "auto" for the GPU if there is one.
+
+    Raises
+    ------
+    ModelFileError
+        If files are missing, damaged, unsafe, of a later format or of no known kind, or if a tensor is missing, unknown or
+        misshapen; the message lists them.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> model = scfm.load("demo_output/model")  # doctest: +SKIP
+    >>> model = scfm.load("Geneformer-V1-10M", vocabulary="tokens.pkl", medians="medians.pkl")  # doctest: +SKIP
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ModelFileError(
+            f"There is no {path}. Give a directory that `model.save` wrote, or a published checkpoint."
+        )
+    family, files = _opened(path)
+    model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
+    return model.to(_device(device))
+
+
+def recognise(path: str | Path) -> Family:
+    """Return the family that a checkpoint belongs to.
+
+    Parameters
+    ----------
+    path
+        Directory or file.
+
+    Raises
+    ------
+    ModelFileError
+        If no family recognises it.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> scfm.families.recognise("my_model").name  # doctest: +SKIP
+    'scfm'
+    """
+    return _opened(Path(path))[0]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    vocabulary: Source | None = None,
+    medians: Source | None = None,
+    strict: bool = True,
+) -> Model:
+    """Read a model in one format and write it in another.
+
+    Parameters
+    ----------
+    source
+        Anything that `load` opens.
+    target
+        Directory or file to write; must not exist, unless it is a saved scfm model.
+    to
+        Name of the family whose format to write. None for "scfm", or, for a model that is saved in that format already,
+        for the published family that has its encoding.
+    vocabulary, medians, strict
+        As in `load`.
+
+    Returns
+    -------
+    The model that was read.
+
+    Raises
+    ------
+    ModelFileError
+        If `source` cannot be read, `target` exists, or the model has settings that the target's code does not know.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> model = scfm.fit(scfm.datasets.pbmc(), config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> model.save("ours")
+    >>> scfm.families.convert("ours", "theirs", to="geneformer").id == model.id
+    True
+    >>> scfm.load("theirs", vocabulary=model.encoding.vocabulary, medians=model.encoding.medians).network.config.n_layers
+    3
+    """
+    path, target = Path(source), Path(target)
+    family, files = _opened(path)
+    model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
+    kind = model.encoding.config.kind
+    fitting = [each.name for each in FAMILIES.values() if each.encoding.get("kind") == kind]
+    if to is None:
+        to = OWN if family.name != OWN or not fitting else fitting[0]
+    if to not in FAMILIES:
+        raise ValueError(f"`to` is {to!r}; choose one of {', '.join(FAMILIES)}.")
+    if to != OWN and to not in fitting:
+        raise ModelFileError(
+            f"{path} has a {kind} encoding, which {to} does not read. Write it as {' or '.join([*fitting, OWN])}."
+        )
+    if to != OWN and target.exists():
+        raise ModelFileError(f"{target} exists and is not overwritten. Choose another path, or remove it.")
+    FAMILIES[to].write(model, target)
+    return model
+
+
+def _opened(path: Path) -> tuple[Family, CheckpointFiles]:
+    """Return the family of a checkpoint, and its files as far as they were read to find out."""
+    if path.suffix in (".h5ad", ".zarr"):
+        raise ModelFileError(f"{path} holds cells, not a model. Give a directory that `model.save` wrote.")
+    files = CheckpointFiles(path)
+    for family in FAMILIES.values():
+        if family.recognise(files):
+            return family, files
+    layouts = ", ".join(family.layout for family in FAMILIES.values())
+    raise ModelFileError(f"{path} is not a known kind of model. scfm reads: {layouts}.")
+
+
+def _device(device: str | torch.device) -> str | torch.device:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

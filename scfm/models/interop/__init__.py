@@ -1,1 +1,0 @@
-"""Readers and writers of published checkpoints, a file a family."""
