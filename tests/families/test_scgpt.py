@@ -179,10 +179,9 @@ def test_a_truncated_file_is_an_error(transformer_model, tmp_path):
 
 
 def test_the_published_settings_and_vocabulary_make_the_published_preset(scfm_data):
-    from scfm.families.scgpt import _model_config
-
     from scfm.encoding import read_vocabulary
     from scfm.families import preset
+    from scfm.families.scgpt import _model_config
 
     arguments = json.loads((scfm_data / "vocab" / "scgpt_human_finetuned_model_args.json").read_text())
     vocabulary = read_vocabulary(scfm_data / "vocab" / "scgpt_human_finetuned_model_vocab.json")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import scfm
-from scfm.models.presets import choose_preset
+from scfm.families import choose_preset
 
 WIDTHS = {"d_model": 32, "n_heads": 4, "n_layers": 3, "d_ff": 48, "dropout": 0.0}
 LINEAR = {"attention": "linear", "n_random_features": 24}
