@@ -58,7 +58,7 @@ def test_public_functions_have_an_example_that_runs(path, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("path", sorted(set(PUBLIC) - RESULTS))
 def test_public_functions_say_what_each_parameter_is(path):
-    from scfm.cli._command import parameter_help
+    from scfm.cli._options import parameter_help
 
     named = public(path)
     if inspect.isclass(named):

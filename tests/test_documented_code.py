@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 import scfm
-from scfm.cli._app import COMMANDS
+from scfm.cli._registry import find_commands
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tutorials").glob("*.ipynb"))]
@@ -80,7 +80,7 @@ def options():
         arguments = app[command].assemble_argument_collection()
         return {name for argument in arguments for name in argument.names if name.startswith("--")}
 
-    return {command: of(command) for command in COMMANDS}
+    return {command: of(command) for command in find_commands()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

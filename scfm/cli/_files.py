@@ -7,21 +7,37 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import anndata
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from scfm._files import atomic_write, write_adata
-from scfm.data.files import open_group
+
+# anndata and pandas are imported when a file is read: `scfm --help` imports this module, and must not wait for them.
+if TYPE_CHECKING:
+    import anndata
+    import pandas as pd
 
 
 def read(path: Path) -> anndata.AnnData:
     """Read a `.h5ad` file or a `.zarr` folder."""
-    open_group(path)  # says what is wrong with a file in words of ours
+    import anndata
+
+    from scfm.data.files import open_group
+
+    open_group(path)  # raises errors that say what is wrong with the file
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* names are not unique")  # where it matters, an error of ours says so
         return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
+
+
+def read_names(path: Path) -> list[str]:
+    """Read a text file with one name per line; empty lines are skipped."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise OSError(f"{path} cannot be read as a text file with one name per line: {error}") from error
+    if not names:
+        raise ValueError(f"{path} holds no names; write one name per line.")
+    return names
 
 
 def write(adata: anndata.AnnData, path: Path) -> None:

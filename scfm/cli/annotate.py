@@ -8,10 +8,12 @@ from typing import Any
 import scfm
 from scfm._files import require_writable
 from scfm.cli import _files
-from scfm.cli._command import command_of
+from scfm.cli._registry import command
 
 
-@command_of(scfm.tl.annotate, leave_out={"copy"})
+@command(
+    example="scfm annotate new.h5ad labelled.h5ad --model pbmc_model", options_of="scfm.tl.annotate", leave_out={"copy"}
+)
 def annotate(data: Path, output: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
     """Give every cell the most probable of the labels that the model was fitted on.
 

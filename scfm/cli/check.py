@@ -7,12 +7,13 @@ from typing import Any
 
 import scfm
 from scfm.cli import _files
-from scfm.cli._command import as_options, command_of
+from scfm.cli._messages import as_options
+from scfm.cli._registry import command
 
 
-@command_of(scfm.pp.check)
+@command(example="scfm check new.h5ad --model pbmc_model", options_of="scfm.pp.check")
 def check(data: Path, /, *, model: Path, json: bool = False, **options: Any) -> int:
-    """Say what a model would make of a data set; exit code 1 when something stands in the way.
+    """Check whether a model can use a data set; exit code 1 if it cannot.
 
     Parameters
     ----------

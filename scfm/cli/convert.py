@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+import scfm
 from scfm.cli import _files
-from scfm.cli._command import command_of
-from scfm.families import FAMILIES
-from scfm.families import convert as convert_model
-
-if TYPE_CHECKING:
-    Format = str
-else:
-    Format = Literal[tuple(FAMILIES)]
+from scfm.cli._registry import command
 
 
-@command_of(convert_model)
+@command(
+    example="scfm convert Geneformer-V1-10M my_model --vocabulary tokens.pkl --medians medians.pkl",
+    options_of="scfm.families.convert",
+    choices={"to": "scfm.families.FAMILIES"},
+)
 def convert(
     checkpoint: Path,
     output: Path,
     /,
     *,
-    to: Format | None = None,
+    to: str | None = None,
     vocabulary: Path | None = None,
     medians: Path | None = None,
     strict: bool = True,
@@ -43,13 +41,15 @@ def convert(
     vocabulary
         For published checkpoints without one in their directory: the published pickle, JSON, or a TSV.
     medians
-        For Geneformer: the published pickle or a JSON of gene to median.
+        For Geneformer: the published pickle, or a JSON file of gene to median.
     strict
-        Refuse a checkpoint with tensors that are missing, unknown or misshapen; otherwise load what fits, and warn.
+        Refuse a checkpoint with missing, unknown or misshapen tensors. Otherwise load the tensors that fit, and warn.
     json
         Print the result as one JSON object instead of words.
     """
-    model = convert_model(checkpoint, output, to=to, vocabulary=vocabulary, medians=medians, strict=strict, **options)
+    model = scfm.families.convert(
+        checkpoint, output, to=to, vocabulary=vocabulary, medians=medians, strict=strict, **options
+    )
     unused = dict(model.checkpoint.unused) if model.checkpoint else {}
     text = f"{model!r}\nwritten to {output}"
     if unused:

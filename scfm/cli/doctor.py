@@ -9,12 +9,15 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from scfm.cli._files import tell
+from scfm.cli._registry import command
 
+HEAD_WIDTH = 64  # of the models that most people use
 PACKAGES = ("single-cell-fm", "torch", "lightning", "anndata", "scanpy", "numpy", "scipy", "safetensors")
 
 
+@command(example="scfm doctor")
 def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Show versions, the device, and which compiled kernels are active, and why.
+    """Show versions, the device, and which code computes attention, and why.
 
     Parameters
     ----------
@@ -26,22 +29,38 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Look at everything that decides how scfm runs here."""
+    """Collect everything that decides how scfm runs on this machine."""
     import torch
 
     from scfm import data, ops
 
     mps = torch.backends.mps.is_available()
+    device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "device": "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu",
-        "devices": [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())],
+        "device": device,
+        "devices": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "attention": ops.extension_info(),
+        "attention_paths": _attention_paths(device),
         "encoder": data.host_info(),
     }
+
+
+def _attention_paths(device: str) -> dict[str, dict[str, str]]:
+    """For each dtype, the backend that attention takes at head width 64, and why."""
+    import torch
+
+    from scfm.ops.backend import explain_backend
+
+    paths = {}
+    for name in ("float32", "bfloat16", "float16"):
+        query_THK = torch.empty(1, 1, HEAD_WIDTH, dtype=getattr(torch, name), device=device)
+        backend, reason = explain_backend(query_THK)
+        paths[name] = {"backend": backend, "reason": reason}
+    return paths
 
 
 def describe(facts: dict[str, Any]) -> str:
@@ -54,11 +73,14 @@ def describe(facts: dict[str, Any]) -> str:
         ("packages", packages),
         ("device", f"{facts['device']}{devices}, {facts['threads']} CPU threads"),
         ("attention", f"{kernel} ({attention['reason']}; backends: {', '.join(attention['backends'])})"),
+        *((f"  {name}", f"{path['backend']}: {path['reason']}") for name, path in facts["attention_paths"].items()),
         ("encoder", f"{'compiled' if encoder['available'] else 'NumPy'} ({encoder['reason']})"),
     ]
     if not (attention["available"] and encoder["available"]):
-        lines.append(("advice", "everything works, more slowly; install with a C++ compiler to have the kernels"))
-    return "\n".join(f"{name:<10} {value}" for name, value in lines)
+        lines.append(
+            ("advice", "everything works, but more slowly; install with a C++ compiler to get the compiled kernels")
+        )
+    return "\n".join(f"{name:<11} {value}" for name, value in lines)
 
 
 def _version(package: str) -> str | None:

@@ -7,17 +7,19 @@ from typing import Any
 
 import scfm
 from scfm.cli import _files
-from scfm.cli._command import command_of
+from scfm.cli._registry import command
 
 
-@command_of(scfm.tl.embed_files)
+@command(
+    example="scfm embed donor1.h5ad donor2.h5ad embedded.h5ad --model pbmc_model", options_of="scfm.tl.embed_files"
+)
 def embed(*paths: Path, model: Path, json: bool = False, **options: Any) -> None:
-    """Embed every cell of one or many files; started again after a stop, it goes on where it was.
+    """Embed every cell of one or many files; a run that was stopped resumes.
 
     Parameters
     ----------
     paths
-        One or many .h5ad or .zarr inputs with raw counts, and last the output, whose suffix names its form: .h5ad or
+        One or many .h5ad or .zarr inputs with raw counts, and last the output, whose suffix names its format: .h5ad or
         .zarr (the input with the embedding added; of several inputs obs and embedding), .parquet, .csv or .npy.
     model
         Directory of the model.

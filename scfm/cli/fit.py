@@ -7,23 +7,24 @@ from typing import Any
 
 import scfm
 from scfm.cli import _files
-from scfm.cli._command import command_of
-from scfm.models.io.save import require_replaceable
+from scfm.cli._registry import command
 
 
-@command_of(scfm.fit, leave_out={"key_added"})
+@command(example="scfm fit pbmc.h5ad pbmc_model --labels-key cell_type", options_of="scfm.fit", leave_out={"key_added"})
 def fit(data: Path, output: Path, /, *, json: bool = False, **options: Any) -> None:
-    """Train a model on raw counts and save it; with labels, score it beside simple baselines.
+    """Train a model on raw counts and save it; with labels, compare it with simple baselines.
 
     Parameters
     ----------
     data
         .h5ad or .zarr with raw counts.
     output
-        Directory to save the model in; a model that is there is replaced.
+        Directory to save the model in; an existing model is replaced.
     json
         Print the result as one JSON object instead of words.
     """
+    from scfm.models.io.save import require_replaceable
+
     require_replaceable(output)
     model = scfm.fit(_files.read(data), **options)
     model.save(output)

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import scfm
-from scfm.cli._command import command_of
+from scfm.cli import _files
 from scfm.cli._effects import rank_genes
+from scfm.cli._registry import command
 
 
-@command_of(scfm.tl.perturb, leave_out={"key_added"})
+@command(
+    example="scfm perturb b_cells.h5ad effects.csv --model pbmc_model --genes CD74 CST3",
+    options_of="scfm.tl.perturb",
+    leave_out={"key_added"},
+)
 def perturb(
     data: Path,
     table: Path,
@@ -18,6 +23,7 @@ def perturb(
     *,
     model: Path,
     genes: list[str] | None = None,
+    genes_file: Path | None = None,
     null_genes: list[str] | None = None,
     json: bool = False,
     **options: Any,
@@ -29,14 +35,20 @@ def perturb(
     data
         .h5ad or .zarr with the raw counts of the cells to perturb.
     table
-        .csv or .parquet to write: a row a gene, the largest shift first.
+        .csv or .parquet to write: one row per gene, the largest shift first.
     model
         Directory of the model.
     genes
-        Genes to perturb one at a time, or by --combine N in groups of N; without them every gene that a cell expresses.
+        Genes to perturb one at a time, or with --combine N in groups of N. By default, every gene that a cell expresses.
+    genes_file
+        Text file with one gene per line, in place of --genes.
     null_genes
-        Genes to perturb in the same way as the null of the tests; without them each is tested against all others.
+        Genes to perturb in the same way, as the null of the tests. By default, each gene is tested against all others.
     json
         Print the result as one JSON object instead of words.
     """
+    if genes_file is not None:
+        if genes is not None:
+            raise ValueError("`genes` and `genes_file` both name genes; give one of them.")
+        genes = _files.read_names(genes_file)
     rank_genes(scfm.tl.perturb, data, table, model=model, as_json=json, genes=genes, null_genes=null_genes, **options)

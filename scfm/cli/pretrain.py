@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
-from scfm import train
+import scfm
 from scfm.cli import _files
-from scfm.cli._command import command_of
+from scfm.cli._registry import command
 
 
-def _settings(*, config: train.PretrainConfig | None = None, fit: train.FitConfig | None = None) -> None:
+def _settings(*, config: scfm.train.PretrainConfig | None = None) -> None:
     """Hold the signature that the options are made from."""
 
 
-def _read_config(path: Path) -> train.PretrainConfig:
+def _read_config(path: Path) -> scfm.train.PretrainConfig:
     try:
-        return train.PretrainConfig.from_dict(loads(path.read_text()))
+        return scfm.train.PretrainConfig.from_dict(loads(path.read_text()))
     except OSError as error:
         raise OSError(f"`--config-file` {path} cannot be read: {error.strerror}.") from error
     except JSONDecodeError as error:
         raise ValueError(f"`--config-file` {path} is not valid JSON: {error}.") from error
 
 
-@command_of(_settings)
+@command(
+    example="scfm pretrain donor1.h5ad donor2.h5ad run --preset small --n-steps 10000",
+    options_of="scfm.cli.pretrain._settings",
+)
 def pretrain(
     *paths: Path, config_file: Path | None = None, progress: bool = True, json: bool = False, **options: Any
 ) -> None:
-    """Train on files larger than memory; started again with the same output, it goes on where it was.
+    """Train on files larger than memory; a run that was stopped resumes.
 
     Parameters
     ----------
@@ -50,8 +52,7 @@ def pretrain(
     if config_file is not None:
         config = _read_config(config_file)
     else:
-        config = options.get("config") or train.PretrainConfig()
-        config = dataclasses.replace(config, fit=options.get("fit") or config.fit)
-    model = train.pretrain(sources, target, config, progress=progress)
+        config = options.get("config") or scfm.train.PretrainConfig()
+    model = scfm.train.pretrain(sources, target, config, progress=progress)
     facts = {"output": target, "model": target / "model", "model_id": model.id, "n_parameters": model.n_parameters}
     _files.tell(facts, as_json=json, text=f"{model!r}\nsaved as {target / 'model'}")

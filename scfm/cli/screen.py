@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import scfm
-from scfm.cli._command import command_of
 from scfm.cli._effects import rank_genes
+from scfm.cli._registry import command
 
 
-@command_of(scfm.tl.screen, leave_out={"key_added"})
+@command(
+    example="scfm screen b_cells.h5ad screen.csv --model pbmc_model",
+    options_of="scfm.tl.screen",
+    leave_out={"key_added"},
+)
 def screen(data: Path, table: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
     """Estimate the effect of deleting every gene of every cell, and verify the largest exactly.
 
@@ -19,7 +23,7 @@ def screen(data: Path, table: Path, /, *, model: Path, json: bool = False, **opt
     data
         .h5ad or .zarr with the raw counts of the cells to screen.
     table
-        .csv or .parquet to write: a row a gene.
+        .csv or .parquet to write: one row per gene.
     model
         Directory of the model.
     json

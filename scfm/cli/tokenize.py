@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 import scfm
 from scfm._files import require_folder
 from scfm.cli import _files
-from scfm.cli._command import command_of
-from scfm.data import TokenStore
-from scfm.train.stream import CellStream
+from scfm.cli._registry import command
 
 BATCH_CELLS = 1024
 
 
-@command_of(scfm.pp.encode, leave_out={"empty", "rng", "backend"})
+@command(
+    example="scfm tokenize donor1.h5ad donor2.h5ad tokens --model pbmc_model",
+    options_of="scfm.pp.encode",
+    leave_out={"empty", "rng", "backend"},
+)
 def tokenize(*paths: Path, model: Path, overwrite: bool = False, json: bool = False, **options: Any) -> None:
     """Encode the cells of one or many files once, for many epochs over the same tokens.
 
@@ -33,6 +33,11 @@ def tokenize(*paths: Path, model: Path, overwrite: bool = False, json: bool = Fa
     json
         Print the result as one JSON object instead of words.
     """
+    from tqdm.auto import tqdm
+
+    from scfm.data import TokenStore
+    from scfm.train.stream import CellStream
+
     *sources, target = _files.inputs_and_output(paths)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists. Choose another name, or pass --overwrite to replace a token store.")

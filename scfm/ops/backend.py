@@ -99,6 +99,19 @@ def choose_backend(
     return "flash" if serves and "key_bias" not in options else "torch"
 
 
+def explain_backend(q: Tensor) -> tuple[str, str]:
+    """The backend that `"auto"` takes for queries of this device, dtype and head width, and the reason in words."""
+    name = choose_backend("auto", q)
+    obstacle = _cuda_obstacle(q) if q.device.type == "cuda" else _obstacle(q)
+    if name == "fused":
+        return name, "a compiled kernel serves this dtype and head width"
+    if obstacle is not None:
+        return name, obstacle
+    untested = _proof(q, frozenset(), "attention") is None
+    reason = "has not passed its device tests on this kind of GPU" if untested else "was slower than torch in its tests"
+    return name, f"the CUDA kernel {reason}"
+
+
 def _obstacle(q: Tensor) -> str | None:
     if EXTENSION_PATH is None:
         return f"the compiled extension is {EXTENSION_REASON}"

@@ -1,7 +1,11 @@
 """Each command does what the public function of its name does, and leaves whole files or none."""
 
-import importlib
+import dataclasses
 import inspect
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata
@@ -11,8 +15,12 @@ import pytest
 import torch
 
 import scfm
-from scfm.cli._app import COMMANDS
-from scfm.cli._command import parameter_help
+from scfm.cli._messages import as_options
+from scfm.cli._options import parameter_help, with_options
+from scfm.cli._registry import find_commands
+from scfm.ops.backend import choose_backend
+
+COMMANDS = find_commands()
 
 
 def test_doctor_names_the_active_backend_and_why(result):
@@ -21,6 +29,10 @@ def test_doctor_names_the_active_backend_and_why(result):
     assert facts["attention"]["available"] == scfm.ops.extension_info()["available"]
     assert facts["attention"]["reason"]
     assert facts["encoder"]["available"] == scfm.data.host_info()["available"]
+    for dtype in ("float32", "bfloat16", "float16"):
+        path = facts["attention_paths"][dtype]
+        assert path["backend"] == choose_backend("auto", torch.empty(1, 1, 64, dtype=getattr(torch, dtype)))
+        assert path["reason"]
 
 
 def test_doctor_without_the_extension_says_so_in_words(command, monkeypatch):
@@ -70,6 +82,12 @@ def test_perturb_writes_the_table_of_the_function(result, folder, cells, tmp_pat
         "perturb", folder / "cells.h5ad", tmp_path / "out.csv", "--model", folder / "model",
         "--genes", *genes, "--no-progress",
     )  # fmt: skip
+    (tmp_path / "genes.txt").write_text("\n".join(genes) + "\n")
+    result(
+        "perturb", folder / "cells.h5ad", tmp_path / "file.csv", "--model", folder / "model",
+        "--genes-file", tmp_path / "genes.txt", "--no-progress",
+    )  # fmt: skip
+    assert (tmp_path / "file.csv").read_text() == (tmp_path / "out.csv").read_text()
     written = pd.read_csv(tmp_path / "out.csv", index_col=0)
     expected = scfm.tl.perturb(cells, scfm.load(folder / "model"), genes=genes, progress=False)
     assert list(written.index) == list(expected.index)
@@ -138,9 +156,10 @@ def test_help_shows_an_example(command, name):
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"doctor"}))
 def test_every_option_is_described(name):
     """What `--help` shows comes from docstrings: an option that is not documented there would show nothing."""
-    command = getattr(importlib.import_module(f"scfm.cli.{name}"), name)
-    for parameter in inspect.signature(command).parameters.values():
-        assert parameter.annotation.__metadata__[0].help, f"{name}: {parameter.name} is not described"
+    for parameter in inspect.signature(COMMANDS[name].build()).parameters.values():
+        words = parameter.annotation.__metadata__[0].help
+        assert words, f"{name}: {parameter.name} is not described"
+        assert not re.search(r"MISSING|factory|<|`|:class:", words), words
 
 
 def test_parameters_described_together_are_told_once():
@@ -152,3 +171,126 @@ def test_parameters_described_together_are_told_once():
 def test_the_documentation_has_the_example_of_every_command():
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     assert [command.example for command in COMMANDS.values() if f"`{command.example}`" not in page] == []
+
+
+TOY = '''
+from pathlib import Path
+from typing import Any
+
+import scfm
+from scfm.cli._registry import command
+
+
+@command(example="scfm count cells.h5ad", options_of="scfm.pp.log_expression")
+def count(data: Path, /, **options: Any) -> None:
+    """Count the cells of a file.
+
+    Parameters
+    ----------
+    data
+        .h5ad file.
+    """
+    print(data.name, options["layer"])
+'''
+
+
+def test_a_command_is_one_file_of_any_installed_package(tmp_path):
+    """The file registers itself; the package names it in its metadata, as `pip install` writes it."""
+    (tmp_path / "toy.py").write_text(TOY)
+    metadata = tmp_path / "toy-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[scfm.commands]\ncount = toy\n")
+
+    def run(*arguments):
+        script = f"import sys; sys.path.append({str(tmp_path)!r}); from scfm.cli import main; main()"
+        return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+
+    assert "Count the cells of a file." in run("--help").stdout
+    assert "--layer" in run("count", "--help").stdout
+    assert run("count", "cells.h5ad", "--layer", "counts").stdout == "cells.h5ad counts\n"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InnerConfig:
+    """Inner.
+
+    Attributes
+    ----------
+    width
+        Width.
+    """
+
+    width: int = 3
+    names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OuterConfig:
+    """Outer.
+
+    Attributes
+    ----------
+    kind
+        Kind.
+    seed
+        Seed.
+    inner
+        Inner.
+    """
+
+    kind: str
+    seed: int = 0
+    fast: bool = True
+    inner: InnerConfig = dataclasses.field(default_factory=lambda: InnerConfig(width=5))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"encoding": "rank", "seed": 1}),
+        ({"width": 7}, {"encoding": OuterConfig(kind="rank", seed=1, inner=InnerConfig(width=7)), "seed": 1}),
+        (
+            {"fast": False},
+            {"encoding": OuterConfig(kind="rank", seed=1, fast=False, inner=InnerConfig(width=5)), "seed": 1},
+        ),
+    ],
+)
+def test_fields_of_a_configuration_and_of_those_inside_it_are_options(given, expected):
+    def source(*, encoding: str | OuterConfig = "rank", seed: int = 0):
+        """Source."""
+
+    def target(**options):
+        """Target."""
+        return options
+
+    command = with_options(target, source)
+    assert set(inspect.signature(command).parameters) == {"encoding", "seed", "fast", "width", "names"}
+    assert command(encoding="rank", seed=1, **given) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ('Pass `layer="counts"`.', "Pass --layer counts."),
+        ("Pass `gene_key=` to name the column.", "Pass --gene-key to name the column."),
+        ("`labels_key` is 'x'.", "--labels-key is 'x'."),
+        ("FitConfig.n_steps is 0.", "--n-steps is 0."),
+        ("Load with `strict=False`.", "Load with --no-strict."),
+        ('Fit one with `scfm.fit(adata, encoding="bin")`.', "Fit one with `scfm fit --encoding bin`."),
+        ("`scfm.tl.annotate` writes it.", "`scfm annotate` writes it."),
+        ("Use `scanpy.pp.filter_cells(adata, min_genes=1)`.", "Use `scanpy.pp.filter_cells(adata, min_genes=1)`."),
+    ],
+)
+def test_messages_are_in_the_words_of_the_command_line(message, shown):
+    assert as_options(message, commands=COMMANDS, options=["labels_key"]) == shown
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_label_that_stdout_cannot_show_does_not_fail_a_finished_command(encoding):
+    script = (
+        "from scfm.cli import _app, doctor\ndoctor.describe = lambda facts: '\u03b3\u03b4 T'\n_app.main(['doctor'])"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u03b3\\u03b4 T\n", b"")

@@ -1,5 +1,6 @@
 """Exit codes, messages without tracebacks, and no half files."""
 
+import functools
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import anndata
 import h5py
 import pytest
 
+import scfm
 from scfm._files import atomic_write
 
 
@@ -224,7 +226,10 @@ def test_a_folder_without_permission_is_refused_before_work(command, folder, tmp
 
 
 def test_fit_does_not_train_for_a_place_it_may_not_save_to(command, folder, bad, monkeypatch):
-    monkeypatch.setattr("scfm.fit", lambda *_, **__: pytest.fail("trained"))
+    untrained = functools.wraps(scfm.fit)(
+        lambda *_, **__: pytest.fail("trained")
+    )  # the options come from its signature
+    monkeypatch.setattr("scfm.fit", untrained)
     for target in (bad / "folder.h5ad", bad / "file"):
         code, _, err = command("fit", folder / "cells.h5ad", target)
         assert code == 1
