@@ -19,17 +19,17 @@ from torch.nn import functional as F
 import scfm
 from scfm.families import convert
 
-MODELS = Path(__file__).parents[1] / "models"
+FAMILIES = Path(__file__).parents[1] / "families"
 
 
-def _of_models(name):
-    spec = importlib.util.spec_from_file_location(f"models_{name}", MODELS / f"{name}.py")
+def _of_families(name):
+    spec = importlib.util.spec_from_file_location(f"models_{name}", FAMILIES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-published = _of_models("conftest")
+published = _of_families("conftest")
 ragged = published.ragged
 N_CLASSES, N_STEPS, RATE = 3, 5, 0.02
 # Deviation of what is added to every parameter: that of BERT's initialisation. With 0.1 the attention of twelve layers saturates,
@@ -192,7 +192,7 @@ def test_classifying_genes_moves_the_weights_as_bert_does(tmp_path, ragged, vers
 
 
 def test_classifying_cells_moves_the_weights_as_scgpt_does(tmp_path, ragged):
-    scgpt = _of_models("test_scgpt")
+    scgpt = _of_families("test_scgpt")
     peer = _scgpt_classifier(scgpt)
     scgpt.save(tmp_path / "model", peer.state_dict(), dropout=0.0)
     cells = scgpt.scgpt_cells(ragged).replace(labels_B=torch.tensor([2, 0, 1, 0]))
