@@ -26,10 +26,10 @@ from scipy.stats import spearmanr
 import scfm
 from scfm import ops
 from scfm.models.network import CellTransformer
-from scfm.perturbation.deletions import embed_deletions, embed_run, first_layer
+from scfm.perturbation.deletions import embed_deletions, embed_run, prepare
 from scfm.perturbation.edits import Editor
 from scfm.perturbation.screening.directions import projections
-from scfm.perturbation.screening.estimate import Estimator, tapped
+from scfm.perturbation.screening.estimate import Estimator
 from scfm.perturbation.shifts import cosine_distance, goal_shift
 from scfm.perturbation.variants import cell_of, pack
 
@@ -91,8 +91,8 @@ def exact(rounds: int = 4) -> pd.DataFrame:
     with torch.inference_mode():
         for name, network in networks.items():
             methods[f"scfm, every variant by itself, {name}"] = lambda net=network: net.embed_cells(batch)
-            layer = first_layer(network, cell, editor)
-            methods[f"scfm.tl.perturb, {name}"] = lambda net=network, layer=layer: embed_run(net, cell, layer, run)
+            block = prepare(network, cell, editor)
+            methods[f"scfm.tl.perturb, {name}"] = lambda net=network, block=block: embed_run(net, cell, block, run)
         taken: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(1 + rounds):
             for name, method in methods.items():
@@ -185,13 +185,11 @@ def estimators(
 
 def roll_out(model: scfm.Model, cell: scfm.CellBatch) -> np.ndarray:
     """Attention roll-out (Abnar and Zuidema 2020) from the mean embedding: half attention, half identity, by layer."""
-    config = model.network.config
-    with torch.inference_mode(), tapped(model.network) as taps:
+    with torch.inference_mode(), model.network.record() as recording:
         model.network(cell)
         flow = torch.full((cell.n_tokens,), 1 / cell.n_tokens)
-        for qkv in reversed(taps.qkv):
-            q, k, _ = qkv.view(-1, 3, config.n_heads, config.d_head).unbind(1)
-            probs = torch.softmax(torch.einsum("ihk,jhk->hij", q, k) * config.d_head**-0.5, -1).mean(0)
+        for q, k, *_ in reversed(recording.attention):
+            probs = torch.softmax(torch.einsum("ihk,jhk->hij", q, k) * q.shape[-1] ** -0.5, -1).mean(0)
             flow = 0.5 * flow + 0.5 * flow @ probs
     return flow.numpy()
 

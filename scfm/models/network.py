@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
 
@@ -30,6 +31,7 @@ from scfm.nn.block import unknown_tokens
 from scfm.nn.class_heads import MLPClassHead, make_class_head
 from scfm.nn.embedding import init_weights
 from scfm.nn.heads import VALUE_HEADS
+from scfm.nn.recording import Recording, record
 from scfm.ops.attention import Backend
 from scfm.vocab import Vocabulary
 
@@ -113,7 +115,7 @@ class CellTransformer(nn.Module):
         if first_BD is not None:
             hidden_TD = hidden_TD.index_copy(0, cells.cu_seqlens[:-1].long(), first_BD.to(hidden_TD.dtype))
         # The embedding may be kept in more digits than the blocks: values would lose theirs in bfloat16.
-        hidden_TD = hidden_TD.to(self.blocks[0].attention_norm.weight.dtype)  # type: ignore[union-attr,arg-type]
+        hidden_TD = hidden_TD.to(self.blocks[0].dtype)  # type: ignore[arg-type]
         yield hidden_TD
         for block in self.blocks:
             hidden_TD = block(hidden_TD, plan)
@@ -138,6 +140,39 @@ class CellTransformer(nn.Module):
         return self.embedding(
             cells.gene_ids_T, cells.values_T, cells.position_T(), unknown_T=unknown_T, batch_ids_T=batch_ids_T
         )
+
+    def input_states(self, cells: CellBatch) -> Tensor:
+        """Input of the first block in its precision, shape (T, D)."""
+        return self.embed_tokens(cells, self.plan(cells)).to(self.blocks[0].dtype)  # type: ignore[arg-type]
+
+    @property
+    def n_embedding_blocks(self) -> int:
+        """Number of blocks that the embedding of a cell needs; 0 if it is made of the input of the first."""
+        return self.config.embedding_layer % (self.config.n_layers + 1)
+
+    def embed_from(self, hidden_TD: Tensor, cells: CellBatch, *, n_done: int) -> Tensor:
+        """Embeddings of cells, shape (B, D), from the states of their tokens after the first `n_done` blocks."""
+        plan = self.plan(cells)
+        for block in self.blocks[n_done : self.n_embedding_blocks]:
+            hidden_TD = block(hidden_TD, plan)
+        return self.pool(self._normed(hidden_TD), cells)
+
+    def states_with_keys(self, cells: CellBatch, keys: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """States that embeddings are made of, shape (T, D), if tokens attend to the given keys and values.
+
+        `keys` has those of each block that the embedding needs, (T, H, K) each; none depends on the tokens of `cells`.
+        """
+        hidden_TD, plan = self.input_states(cells), self.plan(cells)
+        for block, (key_THK, value_THK) in zip(self.blocks[: self.n_embedding_blocks], keys):
+            hidden_TD = block.with_keys(hidden_TD, key_THK, value_THK, plan)  # type: ignore[operator]
+        return self._normed(hidden_TD)
+
+    def _normed(self, hidden_TD: Tensor) -> Tensor:
+        return self.norm(hidden_TD) if self.n_embedding_blocks == self.config.n_layers else hidden_TD
+
+    def record(self) -> AbstractContextManager[Recording]:
+        """Keep queries, keys, values and rank embeddings of the forward passes inside a `with` statement."""
+        return record(self.blocks, self.embedding.rank)
 
     def plan(self, cells: CellBatch) -> ops.AttentionPlan:
         """Lay out the attention of a batch once, for all layers."""
@@ -172,8 +207,12 @@ class CellTransformer(nn.Module):
     def pool(self, hidden_TD: Tensor, cells: CellBatch, pooling: str | None = None) -> Tensor:
         """Pool token states to cells; the mean leaves special tokens out."""
         how = self.config.pooling if pooling is None else pooling
-        keep_T = self.is_gene_V[cells.gene_ids_T.long()] if how != "cls" else None
+        keep_T = self.is_gene_T(cells) if how != "cls" else None
         return pool_cells(hidden_TD, cells.cu_seqlens, keep_T, how=how)
+
+    def is_gene_T(self, cells: CellBatch) -> Tensor:
+        """Which tokens are genes, shape (T,), bool."""
+        return self.is_gene_V[cells.gene_ids_T.long()]
 
     def gene_logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits of the gene at each chosen token, shape (N, V); the decoder is the gene embedding."""

@@ -59,16 +59,28 @@ class Attention(nn.Module):
     def forward(
         self, residual_TD: Tensor, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None
     ) -> Tensor:
-        """`residual_TD` plus what each token takes from its cell, shape (T, D).
+        """`residual_TD` plus the attention output of each token, shape (T, D).
 
-        With `at_N` only for the tokens at these places, shape (N, D), as is then `residual_TD`.
+        With `at_N` for the tokens at these indices alone, shape (N, D), as is then `residual_TD`.
         """
-        qkv_T3HK = self.qkv(hidden_TD).view(-1, 3, self.n_heads, self.d_head)
-        query_THK, key_THK, value_THK = qkv_T3HK.unbind(1)
+        query_THK, key_THK, value_THK = self.project(hidden_TD)
         if at_N is not None:
             query_THK = query_THK.index_select(0, at_N)
+        return self.add_output(residual_TD, self.attend(query_THK, key_THK, value_THK, plan), plan)
+
+    def project(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each token, (T, H, K) each."""
+        return self.split(self.qkv(hidden_TD))
+
+    def split(self, projected_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the output of `qkv` as queries, keys and values, (T, H, K) each."""
+        query_THK, key_THK, value_THK = projected_TX.view(-1, 3, self.n_heads, self.d_head).unbind(1)
+        return query_THK, key_THK, value_THK
+
+    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, plan: ops.AttentionPlan) -> Tensor:
+        """What each query takes from the keys of its cell, shape (T, H, K)."""
         if self.projection_MK is not None:
-            attended_THK = ops.linear_attention(
+            return ops.linear_attention(
                 query_THK,
                 key_THK,
                 value_THK,
@@ -78,21 +90,23 @@ class Attention(nn.Module):
                 plan=plan,
                 backend=self.backend,
             )
-        else:
-            attended_THK = ops.attention(
-                query_THK,
-                key_THK,
-                value_THK,
-                plan.cu_seqlens,
-                cu_seqlens_k=plan.cu_seqlens_k,
-                n_known=plan.n_known,
-                plan=plan,
-                backend=self.backend,
-            )
+        return ops.attention(
+            query_THK,
+            key_THK,
+            value_THK,
+            plan.cu_seqlens,
+            cu_seqlens_k=plan.cu_seqlens_k,
+            n_known=plan.n_known,
+            plan=plan,
+            backend=self.backend,
+        )
+
+    def add_output(self, residual_TD: Tensor, attended_THK: Tensor, plan: ops.AttentionPlan | None = None) -> Tensor:
+        """`residual_TD` plus the output projection of all heads, shape (T, D)."""
         attended_TD = attended_THK.flatten(1)
-        if not self.skip_unknown_out or plan.n_known is None:
+        if not self.skip_unknown_out or plan is None or plan.n_known is None:
             return add_linear(residual_TD, self.out, attended_TD, self.dropout, self.training)
-        is_unknown_TD = unknown_tokens(plan).to(hidden_TD.device)[:, None]
+        is_unknown_TD = unknown_tokens(plan).to(residual_TD.device)[:, None]
         taken_TD = torch.where(is_unknown_TD, attended_TD, self.out(attended_TD))
         return add_dropped(residual_TD, taken_TD, self.dropout, self.training)
 
@@ -142,13 +156,36 @@ class Block(nn.Module):
         self.norm_first = config.norm == "pre"
 
     def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None) -> Tensor:
-        """States of all tokens, shape (T, D); or of those at the places `at_N` alone, shape (N, D).
+        """States of all tokens, shape (T, D); or of those at the indices `at_N` alone, shape (N, D).
 
         `plan` has the boundaries of `at_N`, ascending, as queries, and those of the cells as keys.
         """
-        own_TD = hidden_TD if at_N is None else hidden_TD.index_select(0, at_N)
+        residual_TD = hidden_TD if at_N is None else hidden_TD.index_select(0, at_N)
+        return self._feed_forward(self.attention(residual_TD, self._attention_input(hidden_TD), plan, at_N))
+
+    def project(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the block's input, (T, H, K) each."""
+        return self.attention.project(self._attention_input(hidden_TD))
+
+    def after_attention(self, hidden_TD: Tensor, attended_THK: Tensor) -> Tensor:
+        """Output of the block, given its input and what its heads took, shape (T, D)."""
+        return self._feed_forward(self.attention.add_output(hidden_TD, attended_THK))
+
+    def with_keys(self, hidden_TD: Tensor, key_THK: Tensor, value_THK: Tensor, plan: ops.AttentionPlan) -> Tensor:
+        """Output of the block if its tokens attend to the given keys and values instead of their own, shape (T, D)."""
+        query_THK = self.project(hidden_TD)[0]
+        return self.after_attention(hidden_TD, self.attention.attend(query_THK, key_THK, value_THK, plan))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the states that the block reads."""
+        return self.attention_norm.weight.dtype
+
+    def _attention_input(self, hidden_TD: Tensor) -> Tensor:
+        return self.attention_norm(hidden_TD) if self.norm_first else hidden_TD
+
+    def _feed_forward(self, hidden_TD: Tensor) -> Tensor:
         if self.norm_first:
-            hidden_TD = self.attention(own_TD, self.attention_norm(hidden_TD), plan, at_N)
             return self.feed_forward(hidden_TD, self.feed_forward_norm(hidden_TD))
-        hidden_TD = self.attention_norm(self.attention(own_TD, hidden_TD, plan, at_N))
+        hidden_TD = self.attention_norm(hidden_TD)
         return self.feed_forward_norm(self.feed_forward(hidden_TD, hidden_TD))

@@ -20,11 +20,11 @@ Positions = Literal["shift", "held"]
 
 @dataclass(frozen=True)
 class TokenCell:
-    """One cell: token ids (N,), int32; values (N,), float32 or None; places (N,), int64, or None for 0..N - 1."""
+    """One cell: token ids (N,), int32; values (N,), float32 or None; positions (N,), int64, or None for 0..N - 1."""
 
     gene_ids_N: NDArray[np.int32]
     values_N: NDArray[np.float32] | None = None
-    place_N: NDArray[np.int64] | None = None
+    position_N: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.gene_ids_N)
@@ -32,7 +32,7 @@ class TokenCell:
     def digest(self) -> bytes:
         """Sixteen bytes that are equal for equal cells."""
         digest = hashlib.blake2b(self.gene_ids_N.tobytes(), digest_size=16)
-        for array in (self.values_N, self.place_N):
+        for array in (self.values_N, self.position_N):
             digest.update(b"-" if array is None else array.tobytes())
         return digest.digest()
 

@@ -20,7 +20,6 @@ from scfm import ops, pp
 from scfm.data import CellBatch, CountMatrix
 from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
 from scfm.perturbation.edits import Editor
-from scfm.perturbation.screening.estimate import tapped
 from scfm.perturbation.shifts import cosine_distance
 from scfm.perturbation.variants import cell_of, pack
 
@@ -126,9 +125,9 @@ def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], h
         source_P, target_P, pairs_P2 = _pairs(batch, tokens)
         if not len(source_P):
             continue
-        with torch.inference_mode(), tapped(network) as taps:
+        with torch.inference_mode(), network.record() as recording:
             network(batch.to(model.device), hidden_layer=-1)
-            q, k, _ = taps.qkv[hidden_layer].view(-1, 3, config.n_heads, config.d_head).unbind(1)
+            q, k, *_ = recording.attention[hidden_layer]
             probs_P = ops.attention_scores(
                 q, k, batch.cu_seqlens, pairs=torch.from_numpy(pairs_P2).to(model.device), head_mean=True
             )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scfm.data import CellBatch
 from scfm.models.model import TOKENS_PER_BATCH, Model, Precision, runs_of_tokens
 from scfm.models.network import CellTransformer
-from scfm.perturbation.deletions import SHORTEST_CELL, embed_deletions, shares_first_layer
+from scfm.perturbation.deletions import MIN_CELL, embed_deletions, shares_first_block
 from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.shifts import ShiftRecord
 from scfm.perturbation.variants import Perturbations, cell_of, pack
@@ -66,7 +66,7 @@ class VariantRunner:
 
     def __post_init__(self) -> None:
         self._network = self.model.network_in(self.precision).eval()
-        self._of_all_genes = self.perturbations.tokens is None and shares_first_layer(self._network, self.editor)
+        self._of_all_genes = self.perturbations.tokens is None and shares_first_block(self._network, self.editor)
 
     def n_of_cell(self, cell: int) -> int:
         """How many perturbations can be done to a cell."""
@@ -90,7 +90,7 @@ class VariantRunner:
         for cell in range(start, stop):
             tokens = cell_of(self.cells, cell)
             expressed = self.editor.expressed(tokens)
-            if self._of_all_genes and len(expressed) >= SHORTEST_CELL:
+            if self._of_all_genes and len(expressed) >= MIN_CELL:
                 first = self._slots_of_all_genes(tokens, len(expressed))
                 asked += [(cell, gene, first + place) for place, gene in enumerate(expressed.tolist())]
                 continue

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -76,13 +77,19 @@ class Perturbations:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlacedBatch(CellBatch):
-    """A batch whose tokens keep given places, shape (T,), int64, instead of counting from 0 in each cell."""
+class PositionedBatch(CellBatch):
+    """A batch with given positions of its tokens, shape (T,), int64; in a plain batch they count from 0 in each cell."""
 
-    place_T: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    given_position_T: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def position_T(self) -> Tensor:
-        return self.place_T
+        return self.given_position_T
+
+
+def at_positions(cells: CellBatch, position_T: Tensor) -> PositionedBatch:
+    """The same tokens at other positions."""
+    fields = {field.name: getattr(cells, field.name) for field in dataclasses.fields(CellBatch)}
+    return PositionedBatch(**fields, given_position_T=position_T)
 
 
 def cell_of(cells: CellBatch, cell: int) -> TokenCell:
@@ -104,10 +111,11 @@ def pack(variants: Sequence[TokenCell]) -> CellBatch:
             np.concatenate([variant.values_N for variant in variants if variant.values_N is not None])
         ),
     }
-    if variants[0].place_N is None:
-        return CellBatch(**arrays)  # type: ignore[arg-type]
-    places = np.concatenate([variant.place_N for variant in variants if variant.place_N is not None])
-    return PlacedBatch(**arrays, place_T=torch.from_numpy(places))  # type: ignore[arg-type]
+    cells = CellBatch(**arrays)  # type: ignore[arg-type]
+    if variants[0].position_N is None:
+        return cells
+    positions = np.concatenate([variant.position_N for variant in variants if variant.position_N is not None])
+    return at_positions(cells, torch.from_numpy(positions))
 
 
 def require_some(n_variants: int, perturbations: Perturbations, n_cells: int) -> None:

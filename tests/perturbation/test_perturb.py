@@ -13,7 +13,7 @@ from scfm.errors import EmptyCellError, LabelsError, VocabularyMismatchError
 from scfm.families.scfm import ARCHITECTURES
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.perturbation.deletions import embed_deletions, shares_first_layer
+from scfm.perturbation.deletions import embed_deletions, shares_first_block
 from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.runner import VariantRunner, embed_variants
 from scfm.perturbation.shifts import KEPT, ShiftRecord, cosine_distance, goal_shift
@@ -113,13 +113,13 @@ def test_deletions_that_share_their_first_layer_are_the_plain_ones(cells, kind, 
         expected = np.concatenate([embed_variants(network, [variant]) for variant in one_by_one])
         found = embed_deletions(network, cell, editor).numpy()
         np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
-    assert shares_first_layer(network, editor)
+    assert shares_first_block(network, editor)
 
 
 def test_tables_are_the_same_with_and_without_a_shared_first_layer(cells, rank_model, monkeypatch):
     twice = anndata.concat([cells, cells[:3]], index_unique="-")
     plain = scfm.tl.perturb(twice, rank_model, progress=False)
-    monkeypatch.setattr("scfm.perturbation.runner.SHORTEST_CELL", 8)  # some cells of each kind, some of them equal
+    monkeypatch.setattr("scfm.perturbation.runner.MIN_CELL", 8)  # some cells of each kind, some of them equal
     shared = scfm.tl.perturb(twice, rank_model, progress=False)
     pd.testing.assert_frame_equal(shared.sort_index(), plain.sort_index(), rtol=1e-3, atol=1e-9)
 

@@ -235,7 +235,7 @@ def test_own_paths_agree_with_one_token_moved_at_a_time(adata, norm):
             parameter.mul_(5 if parameter.dim() == 2 else 1)
     cells = scfm.pp.encode(adata[:2], encoding)
     estimator = Estimator(network, cells)
-    keys = [(k, v) for _, k, v, _, _ in estimator._attention]
+    keys = estimator.keys
     found = own_paths(network, cells, keys, estimator.states_TD.detach())
     start, stop = cells.cu_seqlens.tolist()[1:3]
     ids, step = cells.gene_ids_T[start:stop], torch.zeros(stop - start, 16, dtype=torch.float64)

@@ -4,11 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,42 +11,12 @@ from scfm import ops
 from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
+from scfm.nn.recording import AttentionStates
 from scfm.perturbation.screening.ranks import RankMoves, own_paths, sum_of_later
 
 # Places at which moves by rank are exact. Toward a goal, 5 lose up to a quarter of the best 50, 17 gain no more than a
 # twentieth; with own paths 5 find as many as 9.
 RANKS_ALONG_GOAL, RANKS_WITH_PATHS = 9, 5
-
-
-@dataclass
-class Taps:
-    """What one forward pass leaves behind: of each layer queries, keys and values, and attention outputs; ranks."""
-
-    qkv: list[Tensor] = field(default_factory=list)
-    attended: list[Tensor] = field(default_factory=list)
-    rank: list[Tensor] = field(default_factory=list)
-
-
-@contextmanager
-def tapped(network: CellTransformer) -> Iterator[Taps]:
-    """Record `Taps` of the forward passes inside the block."""
-    taps = Taps()
-
-    def keep_output(kept: list[Tensor]) -> Any:
-        return lambda module, inputs, output: kept.append(output)
-
-    hooks = []
-    for block in network.blocks:
-        attention: Any = block.attention
-        hooks.append(attention.qkv.register_forward_hook(keep_output(taps.qkv)))
-        hooks.append(attention.out.register_forward_pre_hook(lambda module, inputs: taps.attended.append(inputs[0])))
-    if network.embedding.rank is not None:
-        hooks.append(network.embedding.rank.register_forward_hook(keep_output(taps.rank)))
-    try:
-        yield taps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Estimator:
@@ -88,31 +53,29 @@ class Estimator:
         self.network = network.eval()
         self.cells = cells.to(network.is_gene_V.device)
         self.ranks_move = self.network.embedding.rank is not None and positions == "shift"
-        config = self.network.config
-        with torch.enable_grad(), tapped(self.network) as taps:
-            self.states_TD = self.network(self.cells, hidden_layer=config.embedding_layer)
-        self.taps = taps
+        with torch.enable_grad(), self.network.record() as self._recording:
+            self.states_TD = self.network(self.cells, hidden_layer=network.config.embedding_layer)
         with torch.no_grad():
             self.mean_BD = self.network.pool(self.states_TD.detach(), self.cells)
         self.cell_T = self.cells.cell_of_token_T()
-        self.is_gene_T = self.network.is_gene_V[self.cells.gene_ids_T.long()]
+        self.is_gene_T = self.network.is_gene_T(self.cells)
         self.n_genes_B = torch.zeros(len(cells), device=self.cells.device).index_add_(
             0, self.cell_T, self.is_gene_T.float()
         )
-        self._attention = [self._attend(qkv) for qkv in taps.qkv[: self._n_layers]]
+        # The last block that was run may be one that the embedding does not need.
+        self._blocks = self._recording.attention[: network.n_embedding_blocks]
+        self._attention = [self._attend(states) for states in self._blocks]
 
-    @property
-    def _n_layers(self) -> int:
-        """Layers below the embedding; the last one run may be one that the embedding does not need."""
-        config = self.network.config
-        return config.embedding_layer % (config.n_layers + 1)
-
-    def _attend(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        config = self.network.config
+    def _attend(self, states: AttentionStates) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            q, k, v = qkv.detach().view(-1, 3, config.n_heads, config.d_head).unbind(1)
+            q, k, v = (part.detach() for part in states[:3])
             out, lse = ops.attention(q, k, v, self.cells.cu_seqlens, return_lse=True)
         return q, k, v, out, lse
+
+    @property
+    def keys(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each block that the embedding needs, (T, H, K) each."""
+        return [(k, v) for _, k, v, _, _ in self._attention]
 
     def own_share(self) -> Tensor:
         """(m - h_g) / (N - 1) of each token, shape (T, D); zeros where the embedding is the `cls` state."""
@@ -154,7 +117,10 @@ class Estimator:
         else:
             weight_T = self.is_gene_T / self.n_genes_B.clamp(min=1)[self.cell_T]
             cotangent_TD = direction_BD.to(self.states_TD.dtype)[self.cell_T] * weight_T[:, None]
-        inputs = [*self.taps.attended[: self._n_layers], *(self.taps.rank if with_ranks else ())]
+        inputs = [states.attended_TX for states in self._blocks]
+        if with_ranks:
+            assert self._recording.ranks_TD is not None
+            inputs.append(self._recording.ranks_TD)
         return list(torch.autograd.grad(self.states_TD, inputs, cotangent_TD, retain_graph=True))
 
     def _rank_effect(self, gradient_TD: Tensor) -> Tensor:
@@ -175,8 +141,7 @@ class Estimator:
         moves = self._moves(RANKS_WITH_PATHS)
         if moves is None:
             return known_TD
-        keys = [(k, v) for _, k, v, _, _ in self._attention]
-        paths_TD = own_paths(self.network, self.cells, keys, self.states_TD.detach())
+        paths_TD = own_paths(self.network, self.cells, self.keys, self.states_TD.detach())
         return known_TD + self.factor_T1 * moves.following(paths_TD, moves.exact_TD)
 
     def displacement(self, projections_DR: Tensor) -> Tensor:
@@ -218,7 +183,7 @@ def require_screenable(model: Model) -> None:
         obstacle = "attention is linear, so that there is no softmax to take a key out of"
     elif model.encoding.config.include_zeros:
         obstacle = "unexpressed genes have tokens, so that a deletion changes a value and removes no token"
-    elif config.embedding_layer % (config.n_layers + 1) == 0:
+    elif model.network.n_embedding_blocks == 0:
         obstacle = "the embedding is made of the input of the first block, which no other gene reaches"
     if obstacle:
         raise ValueError(f"`screen` cannot serve this model: {obstacle}. Use `scfm.tl.perturb`.")

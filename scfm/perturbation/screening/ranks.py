@@ -6,20 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scfm import ops
 from scfm.data import CellBatch
 from scfm.models.network import CellTransformer
-from scfm.perturbation.deletions import after_attention
 from scfm.perturbation.edits import TokenCell
 from scfm.perturbation.runner import embed_variants
-from scfm.perturbation.variants import cell_of
+from scfm.perturbation.variants import at_positions, cell_of
 
 
 def sum_of_later(values_T: Tensor, cells: CellBatch) -> Tensor:
@@ -47,19 +44,11 @@ def own_paths(
     states_TD
         States of the tokens in their places, of the layer that cells are embedded by.
     """
-    config = network.config
-    if config.pooling == "cls":
+    if network.config.pooling == "cls":
         return torch.zeros_like(states_TD, dtype=torch.float64)
-    hidden_TD = network.embedding(cells.gene_ids_T, cells.values_T, (cells.position_T() - 1).clamp(min=0))
-    hidden_TD = hidden_TD.to(states_TD.dtype)
-    blocks: Any = network.blocks
-    for block, (k, v) in zip(blocks, keys):
-        inner_TD = block.attention_norm(hidden_TD) if block.norm_first else hidden_TD
-        q = block.attention.qkv(inner_TD).view(-1, 3, config.n_heads, config.d_head)[:, 0]
-        hidden_TD = after_attention(block, hidden_TD, ops.attention(q, k, v, cells.cu_seqlens).flatten(1))
-    if len(keys) == config.n_layers:
-        hidden_TD = network.norm(hidden_TD)
-    is_gene_T = network.is_gene_V[cells.gene_ids_T.long()]
+    moved = at_positions(cells, (cells.position_T() - 1).clamp(min=0))
+    hidden_TD = network.states_with_keys(moved, keys)
+    is_gene_T = network.is_gene_T(cells)
     cell_T = cells.cell_of_token_T()
     n_genes_B = torch.zeros(len(cells), device=cells.device).index_add_(0, cell_T, is_gene_T.float()).clamp(min=1)
     step_TD = (hidden_TD.double() - states_TD.double()) * (is_gene_T / n_genes_B[cell_T])[:, None]
