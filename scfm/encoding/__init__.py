@@ -9,9 +9,11 @@ from scfm.encoding.continuous import ContinuousEncoding
 from scfm.encoding.dictionaries import read_aliases, read_medians, read_vocabulary
 from scfm.encoding.genes import GeneMap, GeneReport
 from scfm.encoding.rank import RankEncoding
+from scfm.encoding.registry import ENCODINGS
 from scfm.vocab import Vocabulary
 
 __all__ = [
+    "ENCODINGS",
     "BinEncoding",
     "BucketEncoding",
     "ContinuousEncoding",

@@ -20,6 +20,7 @@ from scfm.data.host import host_module, host_threads
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import boundaries
+from scfm.encoding.registry import ENCODINGS
 from scfm.vocab import Vocabulary
 
 Backend = Literal["auto", "compiled", "numpy"]
@@ -51,6 +52,16 @@ class Encoding(ABC):
     """
 
     kind: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]]  # of the fields of `EncodingConfig` that are None
+    special_roles: ClassVar[tuple[str, ...]] = ()  # special tokens of each cell besides cls and eos
+    has_values: ClassVar[bool] = True
+    learns_medians: ClassVar[bool] = False
+    is_ordered: ClassVar[bool] = False  # whether the order of tokens carries information
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in vars(cls):
+            ENCODINGS.add(cls.kind, cls)
 
     def __init__(self, config: EncodingConfig, vocabulary: Vocabulary, *, medians: ArrayLike | None = None) -> None:
         if config.kind != self.kind:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import numpy as np
 import scipy.sparse as sp
@@ -46,6 +46,18 @@ class BinEncoding(Encoding):
     """
 
     kind = "bin"
+    # Pretraining and embedding of scGPT
+    defaults = MappingProxyType(
+        {
+            "context_length": 1200,
+            "add_cls": True,
+            "add_eos": False,
+            "depth_over": "matrix",
+            "log1p": False,
+            "n_bins": 51,
+            "include_zeros": False,
+        }
+    )
 
     def _encode_numpy(
         self, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import numpy as np
 import scipy.sparse as sp
@@ -38,6 +38,18 @@ class BucketEncoding(Encoding):
     """
 
     kind = "bucket"
+    # scBERT
+    defaults = MappingProxyType(
+        {
+            "add_cls": False,
+            "add_eos": True,
+            "target_sum": 1e4,
+            "depth_over": "vocabulary",
+            "log1p": True,
+            "n_bins": 6,
+            "include_zeros": True,
+        }
+    )
 
     def _encode_numpy(
         self, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None

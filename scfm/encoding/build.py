@@ -10,18 +10,11 @@ from numpy.typing import ArrayLike
 
 from scfm.data.matrix import CountMatrix
 from scfm.encoding.base import Encoding
-from scfm.encoding.bin import BinEncoding
-from scfm.encoding.bucket import BucketEncoding
 from scfm.encoding.config import EncodingConfig
-from scfm.encoding.continuous import DEPTH_ROLES, ContinuousEncoding
 from scfm.encoding.genes import GeneMap, gene_names
-from scfm.encoding.rank import RankEncoding
+from scfm.encoding.registry import ENCODINGS
 from scfm.errors import CountsError, ModelFileError, VocabularyMismatchError
 from scfm.vocab import Vocabulary
-
-ENCODINGS: dict[str, type[Encoding]] = {
-    encoding.kind: encoding for encoding in (RankEncoding, BinEncoding, BucketEncoding, ContinuousEncoding)
-}
 
 
 def make_encoding(
@@ -63,9 +56,9 @@ def make_encoding(
     >>> scfm.encoding.make_encoding("rank", adata=scfm.datasets.pbmc())
     RankEncoding(765 genes by symbol, context 2048)
     """
-    config = kind if isinstance(kind, EncodingConfig) else EncodingConfig(kind=kind)  # type: ignore[arg-type]
+    config = kind if isinstance(kind, EncodingConfig) else EncodingConfig(kind=kind)
     encoding_class = ENCODINGS[config.kind]
-    learns = config.kind == "rank" and medians is None
+    learns = encoding_class.learns_medians and medians is None
     if vocabulary is not None and not learns:
         return encoding_class(config, vocabulary, medians=medians)
     if adata is None:
@@ -125,10 +118,7 @@ def build_vocabulary(counts: CountMatrix, config: EncodingConfig, *, gene_key: s
             "(`adata[:, ~adata.var_names.duplicated()]`), or fit with an encoding that sums them "
             '(`encoding=scfm.EncodingConfig(kind=..., duplicates="sum")`).'
         )
-    special = ["pad", "mask"]
-    special += ["cls"] * bool(config.add_cls) + ["eos"] * bool(config.add_eos)
-    special += list(DEPTH_ROLES) * (config.kind == "continuous")
-    return Vocabulary.from_genes(distinct, special=special)
+    return Vocabulary.from_genes(distinct, special=["pad", "mask", *config.special_roles])
 
 
 def encoding_from_dict(

@@ -3,68 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from scfm._config import Config
+from scfm.encoding.registry import ENCODINGS, EncodingClass
 
-EncodingKind = Literal["rank", "bin", "bucket", "continuous"]
 DuplicatePolicy = Literal["error", "sum"]
 DepthOver = Literal["matrix", "vocabulary"]
-
-# What each family's published code does where the caller says nothing: Geneformer V1, scGPT pretraining and embedding,
-# scBERT, scFoundation.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rank": {
-        "context_length": 2048,
-        "add_cls": False,
-        "add_eos": False,
-        "target_sum": 1e4,
-        "depth_over": "matrix",
-        "log1p": False,
-        "n_bins": None,
-        "include_zeros": False,
-    },
-    "bin": {
-        "context_length": 1200,
-        "add_cls": True,
-        "add_eos": False,
-        "target_sum": None,
-        "depth_over": "matrix",
-        "log1p": False,
-        "n_bins": 51,
-        "include_zeros": False,
-    },
-    "bucket": {
-        "context_length": None,
-        "add_cls": False,
-        "add_eos": True,
-        "target_sum": 1e4,
-        "depth_over": "vocabulary",
-        "log1p": True,
-        "n_bins": 6,
-        "include_zeros": True,
-    },
-    "continuous": {
-        "context_length": None,
-        "add_cls": False,
-        "add_eos": False,
-        "target_sum": 1e4,
-        "depth_over": "vocabulary",
-        "log1p": True,
-        "n_bins": None,
-        "include_zeros": False,
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig(Config):
-    """How a cell becomes tokens. None means "as the family does", and is replaced by that value on construction.
+    """How a cell becomes tokens. None stands for the default of the kind, which replaces it on construction.
 
     Attributes
     ----------
     kind
-        "rank" (Geneformer), "bin" (scGPT), "bucket" (scBERT) or "continuous" (scFoundation).
+        Name of a registered encoding: "rank", "bin", "bucket" or "continuous".
     context_length
         Most tokens of a cell, specials included; None for no limit (resolved to 2,048 for rank, 1,200 for bin).
     add_cls, add_eos
@@ -99,7 +54,7 @@ class EncodingConfig(Config):
     (1200, False)
     """
 
-    kind: EncodingKind
+    kind: str
     context_length: int | None = None
     add_cls: bool | None = None
     add_eos: bool | None = None
@@ -115,40 +70,54 @@ class EncodingConfig(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in _DEFAULTS:
-            raise ValueError(f"`kind` is {self.kind!r}; it must be one of {', '.join(_DEFAULTS)}.")
-        for name, value in _DEFAULTS[self.kind].items():
+        if self.kind not in ENCODINGS:
+            raise ValueError(f"`kind` is {self.kind!r}; it must be one of {', '.join(ENCODINGS)}.")
+        for name, value in self._class.defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check()
 
     def _check(self) -> None:
         rules = [
-            ("context_length", self.context_length is None or self.context_length > self.n_specials,
-             f"must leave room for a gene beside {self.n_specials} special tokens"),
+            ("context_length", self.context_length is None or self.context_length > self.n_special_tokens,
+             f"must leave room for a gene beside {self.n_special_tokens} special tokens"),
             ("target_sum", self.target_sum is None or self.target_sum > 0, "must be positive"),
             ("n_bins", self.n_bins is None or self.n_bins >= 2, "must be at least 2"),
             ("target_depth", self.target_depth is None or self.target_depth > 0, "must be positive"),
             ("duplicates", self.duplicates in get_args(DuplicatePolicy), "must be 'error' or 'sum'"),
             ("depth_over", self.depth_over in get_args(DepthOver), "must be 'matrix' or 'vocabulary'"),
             ("seed", 0 <= self.seed < 2**63, "must be in 0..2^63 - 1"),
-            ("include_zeros", not (self.kind == "rank" and self.include_zeros), "must be False: a zero has no rank"),
+            ("include_zeros", not (self.is_ordered and self.include_zeros), "must be False: a zero has no rank"),
         ]  # fmt: skip
         for name, holds, rule in rules:
             if not holds:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; for kind {self.kind!r} it {rule}.")
 
     @property
-    def n_specials(self) -> int:
-        """Tokens of a cell that are no genes."""
-        return bool(self.add_cls) + bool(self.add_eos) + 2 * (self.kind == "continuous")
+    def _class(self) -> EncodingClass:
+        return ENCODINGS[self.kind]
+
+    @property
+    def special_roles(self) -> list[str]:
+        """Roles of the special tokens of each cell."""
+        return ["cls"] * bool(self.add_cls) + ["eos"] * bool(self.add_eos) + list(self._class.special_roles)
+
+    @property
+    def n_special_tokens(self) -> int:
+        """Number of tokens of a cell that are not genes."""
+        return len(self.special_roles)
 
     @property
     def max_genes(self) -> int | None:
         """Most genes of a cell that fit the context; None where there is no limit."""
-        return None if self.context_length is None else self.context_length - self.n_specials
+        return None if self.context_length is None else self.context_length - self.n_special_tokens
 
     @property
     def has_values(self) -> bool:
         """Whether tokens carry values (`CellBatch.values_T`)."""
-        return self.kind != "rank"
+        return self._class.has_values
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the order of a cell's tokens carries information."""
+        return self._class.is_ordered

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
@@ -43,6 +45,18 @@ class ContinuousEncoding(Encoding):
     """
 
     kind = "continuous"
+    special_roles = DEPTH_ROLES
+    # scFoundation
+    defaults = MappingProxyType(
+        {
+            "add_cls": False,
+            "add_eos": False,
+            "target_sum": 1e4,
+            "depth_over": "vocabulary",
+            "log1p": True,
+            "include_zeros": False,
+        }
+    )
 
     def __init__(self, config: EncodingConfig, vocabulary: Vocabulary, *, medians: ArrayLike | None = None) -> None:
         super().__init__(config, vocabulary, medians=medians)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import numpy as np
 import scipy.sparse as sp
@@ -39,6 +39,21 @@ class RankEncoding(Encoding):
     """
 
     kind = "rank"
+    has_values = False
+    is_ordered = True
+    learns_medians = True
+    # Geneformer V1
+    defaults = MappingProxyType(
+        {
+            "context_length": 2048,
+            "add_cls": False,
+            "add_eos": False,
+            "target_sum": 1e4,
+            "depth_over": "matrix",
+            "log1p": False,
+            "include_zeros": False,
+        }
+    )
 
     def __init__(self, config: EncodingConfig, vocabulary: Vocabulary, *, medians: ArrayLike | None = None) -> None:
         if medians is None:

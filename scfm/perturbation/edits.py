@@ -89,10 +89,10 @@ class Editor:
             kind=kind,  # type: ignore[arg-type]
             positions=positions,  # type: ignore[arg-type]
             quantile=quantile,
-            ordered=config.kind == "rank",
+            ordered=config.is_ordered,
             keeps_zeros=bool(config.include_zeros),
             n_front=n_front,
-            n_back=config.n_specials - n_front,
+            n_back=config.n_special_tokens - n_front,
             context_length=config.context_length,
         )
 

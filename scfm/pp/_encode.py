@@ -124,7 +124,7 @@ def refuse_empty(cells: CellBatch, encoding: Encoding, names: Any) -> None:
 
     Where zeros get tokens, a cell is empty when all its gene values are 0; otherwise when it has special tokens only.
     """
-    bare = cells.lengths_B.numpy() <= encoding.config.n_specials
+    bare = cells.lengths_B.numpy() <= encoding.config.n_special_tokens
     if encoding.config.include_zeros and cells.values_T is not None:
         is_gene = np.zeros(len(encoding.vocabulary), dtype=bool)
         is_gene[encoding.vocabulary.gene_ids] = True

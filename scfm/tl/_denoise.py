@@ -79,7 +79,7 @@ def denoise(
     >>> adata.layers["scfm_denoised"].shape
     (20, 50)
     """
-    if model.encoding.config.kind != "continuous" or model.network.value_head is None:
+    if "target_depth" not in model.encoding.config.special_roles or model.network.value_head is None:
         raise ModelTaskError(
             f"Denoising needs a model with a continuous encoding and a value head; this one has a "
             f"{model.encoding.config.kind} encoding. Load a scFoundation model, or train one with "

@@ -21,7 +21,7 @@ from scfm._files import require_folder
 from scfm.data import CellBatch
 from scfm.data.files import count_rows, open_counts
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, build_vocabulary
-from scfm.encoding.build import ENCODINGS
+from scfm.encoding.registry import ENCODINGS
 from scfm.families import Preset, choose_preset
 from scfm.models import CellTransformer, Model
 from scfm.objectives import OBJECTIVES, Objective, make_objective

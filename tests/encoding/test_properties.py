@@ -164,7 +164,11 @@ def test_cells_of_one_gene_of_none_and_of_unknown_genes(config, backend):
     known = torch.from_numpy(np.isin(cells.gene_ids_T.numpy(), VOCABULARY.token_ids(["G3"])))
     assert known.sum() >= 1
     if not config.include_zeros:
-        assert cells.lengths_B.tolist() == [config.n_specials + 1, config.n_specials, config.n_specials]
+        assert cells.lengths_B.tolist() == [
+            config.n_special_tokens + 1,
+            config.n_special_tokens,
+            config.n_special_tokens,
+        ]
 
 
 def test_ties_of_ranks_go_by_vocabulary_order(backend):

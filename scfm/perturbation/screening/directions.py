@@ -38,7 +38,7 @@ def principal_directions(
 ) -> NDArray[np.float64]:
     """Main axes of what exact deletions do beyond what is known of them in all dimensions, in a few cells, shape (D, n_projections)."""
     rng = np.random.default_rng(seed)
-    long_enough = np.flatnonzero(np.diff(cells.cu_seqlens.numpy()) > model.encoding.config.n_specials + 1)
+    long_enough = np.flatnonzero(np.diff(cells.cu_seqlens.numpy()) > model.encoding.config.n_special_tokens + 1)
     chosen = np.sort(rng.choice(long_enough, min(CALIBRATION_CELLS, len(long_enough)), replace=False))
     parts = [_beyond_what_is_known(model, cells, int(cell), positions, rng) for cell in chosen]
     moved_VD = np.concatenate(parts)
