@@ -1,6 +1,7 @@
 """Sphinx: `python -m sphinx -W docs docs/_build/html`, or `make docs`."""
 
 import shutil
+import sys
 import warnings
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -16,6 +17,12 @@ copies.mkdir()
 for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
     shutil.copy(notebook, copies)
 
+# The options of the command line, from its registry of commands.
+sys.path.insert(0, str(HERE))
+from commands import page  # noqa: E402
+
+(HERE / "_commands.md").write_text(page(), encoding="utf-8")
+
 project = "scfm"
 author = "The scfm developers"
 project_copyright = "the scfm developers"
@@ -28,7 +35,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "images", "jupyter_execute"]
+exclude_patterns = ["_build", "images", "jupyter_execute", "_commands.md"]
 templates_path = ["_templates"]
 
 autosummary_generate = True
@@ -37,6 +44,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+napoleon_custom_sections = ["Returns"]  # prose, as the signature has the types; by default its lines become a list
 default_role = "code"
 
 nb_execution_mode = "off"

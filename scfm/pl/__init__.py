@@ -1,4 +1,4 @@
-"""Figures: scanpy's conventions (`ax=`, `show=`, `save=`), colours that colour-blind eyes tell apart."""
+"""Figures with scanpy's conventions (`ax=`, `show=`, `save=`), in colors that color-blind readers can distinguish."""
 
 from scfm.pl._attention import attention
 from scfm.pl._confusion import confusion

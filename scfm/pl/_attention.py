@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from scfm._docs import document
-from scfm.pl._figure import UNLABELLED, axes_of, finish
+from scfm.pl._figure import UNLABELED_COLOR, axes_of, finish
 
 
 @document
@@ -20,22 +20,22 @@ def attention(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Attention between chosen genes: orange where a gene looks at another more than at an average token, violet where less.
+    """Heat map of the attention between genes: orange if a gene attends to another more than to an average token, else violet.
 
     Parameters
     ----------
     table
-        What `scfm.tl.attention` returned.
+        Table from `scfm.tl.attention`.
     {figure}
 
     Returns
     -------
-    The axes; grey where there is nothing to show.
+    The axes. Pairs of genes without a value are grey.
 
     Raises
     ------
     ValueError
-        If no two of the genes were seen together.
+        If no pair of genes has a value.
 
     Examples
     --------
@@ -44,21 +44,21 @@ def attention(
     >>> table = pd.DataFrame([[None, 3.0], [0.5, None]], index=genes, columns=genes, dtype=float)
     >>> ax = scfm.pl.attention(table, show=False)
     >>> ax.get_xlabel()
-    'gene that is looked at'
+    'gene that is attended to'
     """
     with np.errstate(divide="ignore"):
         ratio = np.log2(table.to_numpy(dtype=float))
     seen = np.isfinite(ratio)
     if not seen.any():
-        raise ValueError("No two genes of `table` were seen together in a cell; choose genes that more cells express.")
+        raise ValueError("No two genes of `table` occur together in a cell; choose genes that more cells express.")
     limit = max(float(np.abs(ratio[seen]).max()), 1e-3)
     side = 0.28 * len(table) + 0.06 * max(len(str(gene)) for gene in table.index)
     ax = axes_of(ax, side + 2.2, side + 1.1)
-    ax.set_facecolor(UNLABELLED)
+    ax.set_facecolor(UNLABELED_COLOR)
     drawn = ax.imshow(np.where(seen, ratio, np.nan), cmap="PuOr_r", vmin=-limit, vmax=limit)
     ax.set_xticks(range(table.shape[1]), table.columns, rotation=90, fontsize=8)
     ax.set_yticks(range(table.shape[0]), table.index, fontsize=8)
-    ax.set(xlabel="gene that is looked at", ylabel="gene that looks")
+    ax.set(xlabel="gene that is attended to", ylabel="gene that attends")
     ax.figure.colorbar(drawn, ax=ax, label="log2 (attention / average token)", fraction=0.046, pad=0.03)
     finish(ax, save=save, show=show)
     return ax

@@ -22,19 +22,21 @@ def confusion(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Which label each true label was given: row shares as colour, numbers of cells as text.
+    """Confusion matrix: number of cells of each true label (rows) that got each predicted label (columns).
 
     Parameters
     ----------
     adata
-        The cells to count; take held-out ones (`adata[adata.obs["scfm_split"] == "test"]`). Cells without a true label are left out.
-    truth, predicted
-        Columns of `obs`.
+        Cells to count. Use held-out cells (`adata[adata.obs["scfm_split"] == "test"]`). Cells without a label are left out.
+    truth
+        Column of `obs` with the true labels.
+    predicted
+        Column of `obs` with the predicted labels.
     {figure}
 
     Returns
     -------
-    The axes.
+    The axes. The color is the fraction of the cells of the true label.
 
     Raises
     ------
@@ -59,23 +61,23 @@ def confusion(
     counts = confusion_counts(adata.obs[truth], adata.obs[predicted])
     if counts.empty:
         raise ValueError(f"None of the {adata.n_obs} cells has both {truth!r} and {predicted!r}; choose other cells.")
-    shares = counts.div(counts.sum(axis=1), axis=0)
-    height = 1.4 + 0.34 * len(counts) + 0.07 * max(map(len, counts.columns))
+    fractions = counts.div(counts.sum(axis=1), axis=0)
+    height = 1.4 + 0.34 * len(counts) + 0.05 * max(map(len, counts.columns))
     ax = axes_of(ax, 3.2 + 0.38 * counts.shape[1], height)
-    drawn = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    drawn = ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in zip(*counts.to_numpy().nonzero()):
-        color = "white" if shares.iloc[row, column] > 0.55 else "black"
+        color = "white" if fractions.iloc[row, column] > 0.55 else "black"
         ax.text(column, row, counts.iloc[row, column], ha="center", va="center", color=color, fontsize=8)
-    ax.set_xticks(range(counts.shape[1]), counts.columns, rotation=90, fontsize=8)
+    ax.set_xticks(range(counts.shape[1]), counts.columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
     ax.set_yticks(range(counts.shape[0]), counts.index, fontsize=8)
     ax.set(xlabel=f"predicted: {predicted}", ylabel=f"true: {truth}")
-    ax.figure.colorbar(drawn, ax=ax, label="share of the true label", fraction=0.04)
+    ax.figure.colorbar(drawn, ax=ax, label="fraction of the true label", fraction=0.04)
     finish(ax, save=save, show=show)
     return ax
 
 
 def confusion_counts(truth: pd.Series, predicted: pd.Series) -> pd.DataFrame:
-    """Cells by true (rows that occur) and predicted label (all names), both in the same order."""
+    """Numbers of cells by true label (only those that occur) and predicted label (all), both in the same order."""
     both = pd.DataFrame({"truth": truth, "predicted": predicted}).dropna().astype(str)
     names = sorted(set(both["truth"]) | set(both["predicted"]))
     counts = pd.crosstab(both["truth"], both["predicted"]).reindex(index=names, columns=names, fill_value=0)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from numpy.typing import NDArray
 
 from scfm._docs import document
-from scfm.pl._figure import COLORS, UNLABELLED, finish
+from scfm.pl._figure import COLORS, UNASSIGNED, UNLABELED_COLOR, finish
 
 LEGEND_ROWS = 16  # names in a column of the legend
+
+Palette = str | Sequence[str] | Mapping[str, str]
 
 
 @document
@@ -22,101 +28,204 @@ def embedding(
     adata: anndata.AnnData,
     *,
     color: str | Sequence[str],
-    basis: str = "X_umap",
+    basis: str = "umap",
+    layer: str | None = None,
+    palette: Palette | None = None,
+    size: float | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
+    **options: Any,
 ) -> list[Axes]:
-    """Scatter the cells on a two-dimensional embedding, a panel a column of `obs`.
+    """Scatter plot of the cells on a two-dimensional embedding, with one panel per column of `obs` or gene.
 
-    A name has the same colour in every panel; panels with the same names share a legend.
+    Panels that share names of categories show them in the same colors, and share one legend if all their names are the same.
+    Cells without a category and "unassigned" ones are grey.
 
     Parameters
     ----------
     adata
-        With `obsm[basis]`, of which the first two columns are drawn.
+        Cells with `obsm[basis]` or `obsm["X_" + basis]`, of which the first two columns are drawn.
     color
-        Columns of `obs`: categories get a legend, numbers a colour bar.
+        Columns of `obs` or names of genes. Categories get a legend; numbers get a color bar.
     basis
-        Key of `obsm`. For a UMAP of the model's embedding: `sc.pp.neighbors(adata, use_rep="X_scfm"); sc.tl.umap(adata)`.
+        Key of `obsm`, with or without "X_". To make a UMAP of the model's embedding:
+        `sc.pp.neighbors(adata, use_rep="X_scfm"); sc.tl.umap(adata)`.
+    layer
+        Layer with the values of genes. None for `X`.
+    palette
+        Colors of categories: a list in the order of the categories, or a mapping of name to color. For numbers, the name of a
+        colormap. None for `uns[f"{column}_colors"]`, or, without it, for colors that color-blind readers can distinguish.
+    size
+        Area of a point in square points. None to choose it by the number of cells.
     {figure}
+    options
+        Further arguments of `matplotlib.axes.Axes.scatter`.
 
     Returns
     -------
-    The axes.
+    The axes, one for each entry of `color`.
 
     Raises
     ------
     KeyError
-        If `basis` or a column of `color` is missing.
+        If `basis` or an entry of `color` is missing.
+    ValueError
+        If `ax` is given for several panels, or `palette` has too few colors.
 
     Examples
     --------
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()
-    >>> axes = scfm.pl.embedding(adata, color="bulk_labels", basis="X_umap", show=False)
-    >>> axes[0].get_title()
-    'bulk_labels'
+    >>> axes = scfm.pl.embedding(adata, color=["bulk_labels", "CD74"], show=False)
+    >>> [panel.get_title() for panel in axes]
+    ['bulk_labels', 'CD74']
     """
     columns = [color] if isinstance(color, str) else list(color)
-    _require(adata, columns, basis, ax)
+    key = _require(adata, columns, basis, ax)
     if ax is None:
         _, axes = plt.subplots(1, len(columns), figsize=(5.4 * len(columns), 4.4), squeeze=False, layout="constrained")
         panels = list(axes[0])
     else:
         panels = [ax]
-    points = np.asarray(adata.obsm[basis])[:, :2]
-    names = [_names(adata.obs[column]) for column in columns]
-    every = sorted({name for panel_names in names if panel_names for name in panel_names})
-    colors = {name: COLORS[place % len(COLORS)] for place, name in enumerate(every)}
-    for place, (panel, column) in enumerate(zip(panels, columns)):
-        last_of_its_names = names[place] not in names[place + 1 :]
-        _scatter(panel, points, adata.obs[column], colors, legend=last_of_its_names)
-        axis_name = {"umap": "UMAP", "tsne": "tSNE", "pca": "PC"}.get(basis.removeprefix("X_"), basis)
+    points = np.asarray(adata.obsm[key])[:, :2]
+    values = [_values(adata, column, layer) for column in columns]
+    colors: list[dict[str, str] | None] = []
+    for column, panel_values in zip(columns, values):
+        colors.append(_colors_of(adata, column, panel_values, palette, colors))
+    options = {"s": float(np.clip(12_000 / max(len(points), 1), 1, 20)) if size is None else size, **options}
+    axis_name = {"umap": "UMAP", "tsne": "tSNE", "pca": "PC"}.get(key.removeprefix("X_"), key)
+    for number, (panel, column) in enumerate(zip(panels, columns)):
+        if (own := colors[number]) is None:
+            _draw_numbers(panel, points, values[number], palette, options)
+        else:
+            legend = not any(other is not None and set(other) == set(own) for other in colors[number + 1 :])
+            _draw_categories(panel, points, values[number], own, options, legend=legend)
         panel.set(title=column, xticks=[], yticks=[], xlabel=f"{axis_name} 1", ylabel=f"{axis_name} 2")
     finish(panels[0], save=save, show=show)
     return panels
 
 
-def _require(adata: anndata.AnnData, columns: list[str], basis: str, ax: Axes | None) -> None:
-    if basis not in adata.obsm:
+def _require(adata: anndata.AnnData, columns: list[str], basis: str, ax: Axes | None) -> str:
+    """The key of `obsm`; raises if something is missing."""
+    key = basis if basis in adata.obsm else f"X_{basis}"
+    if key not in adata.obsm:
         raise KeyError(
             f"`basis` is {basis!r}, which is not in `adata.obsm` ({', '.join(adata.obsm) or 'empty'}). Make it with "
             '`sc.pp.neighbors(adata, use_rep="X_scfm"); sc.tl.umap(adata)`.'
         )
-    if missing := [column for column in columns if column not in adata.obs]:
+    if missing := [column for column in columns if column not in adata.obs and column not in adata.var_names]:
         raise KeyError(
-            f"`color` names {', '.join(map(repr, missing))}, which `adata.obs` does not have "
-            f"({', '.join(map(str, adata.obs))}). `scfm.tl.annotate` writes 'scfm_label'."
+            f"`color` names {', '.join(map(repr, missing))}, which is neither a column of `adata.obs` "
+            f"({', '.join(map(str, adata.obs))}) nor a gene of `adata.var_names`. `scfm.tl.annotate` writes 'scfm_label'."
         )
     if ax is not None and len(columns) > 1:
         raise ValueError(f"`ax` takes one panel; `color` names {len(columns)} columns. Pass one, or leave out `ax`.")
+    return key
 
 
-def _names(values: pd.Series) -> list[str] | None:
-    """Names of the categories that occur, sorted; None for numbers."""
+def _values(adata: anndata.AnnData, column: str, layer: str | None) -> pd.Series:
+    """A column of `obs`, or the values of a gene."""
+    return adata.obs[column] if column in adata.obs else pd.Series(adata.obs_vector(column, layer=layer))
+
+
+def _categories(values: pd.Series) -> list[str] | None:
+    """Names of the categories that occur, in the order of a categorical column, else sorted; None for numbers."""
     if pd.api.types.is_numeric_dtype(values.dtype) and not pd.api.types.is_bool_dtype(values.dtype):
         return None
-    return sorted(values.dropna().astype(str).unique())
+    present = set(values.dropna().astype(str))
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        return [str(name) for name in values.cat.categories if str(name) in present]
+    return sorted(present)
 
 
-def _scatter(ax: Axes, points: np.ndarray, values: pd.Series, colors: dict[str, str], *, legend: bool) -> None:
-    size = float(np.clip(12_000 / max(len(points), 1), 1, 20))
-    # Drawn in one call and in an order that is shuffled but fixed, so that no class covers the others.
-    order = np.random.default_rng(0).permutation(len(points))
-    x, y = points[order].T
-    names = _names(values)
+def _colors_of(
+    adata: anndata.AnnData,
+    column: str,
+    values: pd.Series,
+    palette: Palette | None,
+    earlier: Sequence[dict[str, str] | None],
+) -> dict[str, str] | None:
+    """Color of each category of a panel, None for numbers.
+
+    They come from `palette`, else from `uns`, else from an earlier panel that shares a name, else from the default colors.
+    """
+    names = _categories(values)
     if names is None:
-        drawn = ax.scatter(x, y, c=values.to_numpy()[order], s=size, linewidths=0, cmap="cividis")
-        ax.figure.colorbar(drawn, ax=ax, fraction=0.04)
-        return
+        return None
+    if isinstance(palette, Mapping):
+        given = {name: palette[name] for name in names if name in palette}
+    elif palette is not None and not isinstance(palette, str):
+        given = dict(zip(names, palette))
+    else:
+        given = _stored_colors(adata, column, values)
+        if not given:
+            for panel in earlier:
+                given = {**{name: panel[name] for name in names if name in panel}, **given} if panel else given
+    given = {name: to_hex(color) for name, color in given.items()}
+    if UNASSIGNED in names:
+        given.setdefault(UNASSIGNED, UNLABELED_COLOR)
+    unused = [color for color in _default_colors(len(names)) if to_hex(color) not in given.values()]
+    rest = [name for name in names if name not in given]
+    if palette is not None and not isinstance(palette, str) and rest:
+        raise ValueError(f"`palette` has no color for {', '.join(map(repr, rest[:5]))}; give one for each category.")
+    return {**{name: unused[number % len(unused)] for number, name in enumerate(rest)}, **given}
+
+
+def _stored_colors(adata: anndata.AnnData, column: str, values: pd.Series) -> dict[str, str]:
+    """The colors that scanpy keeps in `uns`, if there is one for each category."""
+    stored = adata.uns.get(f"{column}_colors")
+    if stored is None or not isinstance(values.dtype, pd.CategoricalDtype):
+        return {}
+    categories = [str(name) for name in values.cat.categories]
+    return dict(zip(categories, map(str, stored))) if len(stored) >= len(categories) else {}
+
+
+def _default_colors(n: int) -> list[str]:
+    """Our own colors while they suffice, and the 102 of scanpy for more categories."""
+    if n <= len(COLORS):
+        return COLORS
+    from scanpy.plotting.palettes import default_102
+
+    return list(default_102)
+
+
+def _shuffled(n: int) -> NDArray[np.int64]:
+    """A fixed random order of drawing, in which no category covers the others."""
+    return np.random.default_rng(0).permutation(n)
+
+
+def _draw_numbers(
+    ax: Axes, points: np.ndarray, values: pd.Series, palette: Palette | None, options: dict[str, Any]
+) -> None:
+    order = _shuffled(len(points))
+    colormap = mpl.colormaps[palette] if isinstance(palette, str) else mpl.colormaps["cividis"]
+    x, y = points[order].T
+    drawn = ax.scatter(x, y, c=np.asarray(values, dtype=float)[order], **{"linewidths": 0, "cmap": colormap, **options})
+    ax.figure.colorbar(drawn, ax=ax, fraction=0.04)
+
+
+def _draw_categories(
+    ax: Axes,
+    points: np.ndarray,
+    values: pd.Series,
+    colors: dict[str, str],
+    options: dict[str, Any],
+    *,
+    legend: bool,
+) -> None:
+    order = _shuffled(len(points))
+    x, y = points[order].T
     text = values.astype(object).where(values.notna(), None)
-    color = np.array([UNLABELLED if name is None else colors[str(name)] for name in text])
-    ax.scatter(x, y, s=size, linewidths=0, c=color[order])
-    if legend:
-        for name in names:
-            ax.scatter([], [], color=colors[name], s=30, label=name)
-        if values.isna().any():
-            ax.scatter([], [], color=UNLABELLED, s=30, label="unlabelled")
-        columns = -(-len(names) // LEGEND_ROWS)
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
+    color = np.array([UNLABELED_COLOR if name is None else colors[str(name)] for name in text])
+    ax.scatter(x, y, c=color[order], **{"linewidths": 0, **options})
+    if not legend:
+        return
+    names = [name for name in _categories(values) or [] if name != UNASSIGNED]
+    shown = [*names, *([UNASSIGNED] if UNASSIGNED in colors else [])]
+    for name in shown:
+        ax.scatter([], [], color=colors[name], s=30, label=name)
+    if values.isna().any():
+        ax.scatter([], [], color=UNLABELED_COLOR, s=30, label="unlabeled")
+    columns = -(-len(shown) // LEGEND_ROWS)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)

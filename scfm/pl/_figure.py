@@ -14,13 +14,14 @@ from matplotlib.ticker import ScalarFormatter
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
-# Okabe and Ito's eight, then eight of Tol's and others' that stay apart from them and from each other as eyes with
-# deuteranopia and protanopia see them (a test simulates it).
+# The eight colors of Okabe and Ito, then eight of Tol and others. Readers with deuteranopia or protanopia can distinguish all
+# of them (a test simulates it).
 COLORS = [
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
     "#332288", "#7F0000", "#DDCC77", "#555555", "#999933", "#5D3A9B", "#6699CC", "#BBBBBB",
 ]  # fmt: skip
-UNLABELLED = "#DDDDDD"
+UNLABELED_COLOR = "#dddddd"
+UNASSIGNED = "unassigned"  # what `scfm.tl.annotate` calls a cell without a clear label
 GREY = "#666666"
 
 
@@ -33,7 +34,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def power_in_label(axis: Axis, label: str) -> None:
-    """Label an axis and put its power of ten into the label; matplotlib puts it where it covers other text."""
+    """Label an axis, with its power of ten in the label: matplotlib would put the power where it covers other text."""
     axis.set_major_formatter(ScalarFormatter(useOffset=False))
     low, high = axis.get_view_interval()
     largest = max(abs(low), abs(high))
@@ -46,7 +47,7 @@ def power_in_label(axis: Axis, label: str) -> None:
 
 
 def measure_of(effects: pd.DataFrame) -> tuple[str, str]:
-    """Column prefix of what a table of perturbations ranks by, and its words for an axis."""
+    """Prefix of the columns that a table of perturbations is sorted by, and the label of an axis for it."""
     if not {"shift_mean", "goal_shift_mean"} & set(effects):
         raise KeyError(
             f"The table has no column 'shift_mean' ({', '.join(map(str, effects.columns[:8])) or 'no columns'}). Pass what "
@@ -58,19 +59,31 @@ def measure_of(effects: pd.DataFrame) -> tuple[str, str]:
 
 
 def name_points(ax: Axes, points: pd.DataFrame, *, size: float = 7) -> None:
-    """Write the index of `points` (columns x and y) beside them, in order; a name that would cover an earlier one is left out."""
-    middle = sum(ax.get_xlim()) / 2
-    taken: list[tuple[float, float, float]] = []
+    """Write the index of `points` (columns x and y) next to them.
+
+    Each name is written on the first of four sides on which it covers no earlier name and stays inside the axes; a name
+    without such a side is left out.
+    """
+    ax.autoscale_view()  # positions on the page follow the limits, which matplotlib sets late
+    scale = 72 / ax.figure.dpi  # from pixels to points, in which the size of text is given
+    (left, bottom), (right, top) = ax.transAxes.transform([(0, 0), (1, 1)]) * scale
+    taken: list[tuple[float, float, float, float]] = []
     for name, x, y in zip(points.index.astype(str), points["x"], points["y"]):
-        left = x > middle
-        at_x, at_y = ax.transData.transform((x, y)) * 72 / ax.figure.dpi  # in points, as sizes of text are
-        width = 0.7 * size * len(name)
-        start = at_x - width if left else at_x
-        if any(abs(at_y - other) < size + 1 and start < end and first < start + width for first, end, other in taken):
-            continue
-        taken.append((start, start + width, at_y))
-        offset, side = ((-3, 3), "right") if left else ((3, 3), "left")
-        ax.annotate(name, (x, y), offset, textcoords="offset points", ha=side, fontsize=size)
+        at_x, at_y = ax.transData.transform((x, y)) * scale
+        width, height = 0.65 * size * len(name), size + 1
+        for toward_x, toward_y in ((1, 1), (-1, 1), (1, -1), (-1, -1)):
+            start = at_x + 3 if toward_x > 0 else at_x - 3 - width
+            base = at_y + 3 if toward_y > 0 else at_y - 3 - height
+            inside = left <= start and start + width <= right and bottom <= base and base + height <= top
+            free = all(
+                start >= x1 or x0 >= start + width or base >= y1 or y0 >= base + height for x0, x1, y0, y1 in taken
+            )
+            if inside and free:
+                taken.append((start, start + width, base, base + height))
+                side, rise = ("left" if toward_x > 0 else "right"), ("bottom" if toward_y > 0 else "top")
+                offset = (3 * toward_x, 3 * toward_y)
+                ax.annotate(name, (x, y), offset, textcoords="offset points", ha=side, va=rise, fontsize=size)
+                break
 
 
 def finish(ax: Axes, *, save: str | Path | None, show: bool | None) -> None:

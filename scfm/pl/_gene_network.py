@@ -29,27 +29,27 @@ def gene_network(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Draw the surest edges between genes as arrows in a circle; genes with much in common stand side by side.
+    """Network of genes in a circle, with the most significant edges as arrows; strongly connected genes are neighbors.
 
     Parameters
     ----------
     edges
-        What `scfm.tl.gene_network` returned.
+        Table from `scfm.tl.gene_network`.
     max_fdr
         False discovery rate up to which an edge is drawn.
     n_edges
-        How many edges to draw at most, the largest |z| first.
+        Maximum number of edges to draw, the largest |z| first.
     {figure}
 
     Returns
     -------
-    The axes. Arrows go from `source` to `target`; blue ones are stronger than in shuffled cells, orange ones weaker, and
-    thick ones are further from the null.
+    The axes. Arrows point from `source` to `target`. Blue edges are stronger than in shuffled cells, orange edges are
+    weaker; the line width grows with |z|.
 
     Raises
     ------
     ValueError
-        If no edge is as sure as `max_fdr`.
+        If no edge has a false discovery rate up to `max_fdr`.
 
     Examples
     --------
@@ -67,7 +67,7 @@ def gene_network(
         )
     drawn = sure.reindex(sure["z"].abs().sort_values(ascending=False, kind="stable").index)[:n_edges]
     genes = _in_order(drawn)
-    angle = {gene: np.pi / 2 - 2 * np.pi * place / len(genes) for place, gene in enumerate(genes)}
+    angle = {gene: np.pi / 2 - 2 * np.pi * index / len(genes) for index, gene in enumerate(genes)}
     ax = axes_of(ax, 5.6, 5.6)
     strongest = drawn["z"].abs().max()
     for (source, target, both_ways), z in _lines(drawn).items():
@@ -90,10 +90,10 @@ def _in_order(edges: pd.DataFrame) -> list[str]:
     genes = sorted(set(edges["source"]) | set(edges["target"]))
     if len(genes) < 3:
         return genes
-    place = {gene: number for number, gene in enumerate(genes)}
+    index = {gene: number for number, gene in enumerate(genes)}
     tie_GG = np.zeros((len(genes),) * 2)
     for source, target, z in zip(edges["source"], edges["target"], edges["z"].abs()):
-        tie_GG[place[source], place[target]] += z
+        tie_GG[index[source], index[target]] += z
     tie_GG += tie_GG.T
     distance = squareform(1 / (1 + tie_GG), checks=False)
     return [genes[leaf] for leaf in leaves_list(linkage(distance, "average", optimal_ordering=True))]

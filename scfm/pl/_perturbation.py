@@ -9,7 +9,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from scfm._docs import document
-from scfm.pl._figure import COLORS, GREY, axes_of, finish, measure_of, name_points, power_in_label
+from scfm.pl._figure import (
+    COLORS,
+    GREY,
+    UNLABELED_COLOR,
+    axes_of,
+    finish,
+    measure_of,
+    name_points,
+    power_in_label,
+)
+
+MIN_GENES_IN_BAND = 20  # fewer do not give the quantiles of a null
 
 
 @document
@@ -18,25 +29,28 @@ def perturbation(
     *,
     n_genes: int = 20,
     min_cells: int = 3,
+    max_fdr: float = 0.05,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Genes whose perturbation moves cells most: mean shift with its standard error, and the number of cells.
+    """Genes with the largest effects: mean shift with its standard error, and the number of cells.
 
     Parameters
     ----------
     effects
-        What `scfm.tl.perturb` returned; with a goal, shifts toward it are drawn.
+        Table from `scfm.tl.perturb`. If it has a goal, the shifts toward the goal are drawn.
     n_genes
-        How many genes to draw.
+        Number of genes to draw.
     min_cells
-        Leave out genes that fewer cells express, whose mean says little.
+        Leave out genes that fewer cells express, because their means are uncertain.
+    max_fdr
+        False discovery rate up to which a gene gets a filled marker.
     {figure}
 
     Returns
     -------
-    The axes.
+    The axes. The grey band holds the middle 95 % of the mean shifts of all genes in the table, if it has 20 or more.
 
     Raises
     ------
@@ -52,25 +66,41 @@ def perturbation(
     ['CST3', 'CD74']
     """
     measure, words = measure_of(effects)
-    drawn = effects[effects["n_cells"] >= min_cells].nlargest(n_genes, f"{measure}_mean")[::-1]
+    measured = effects[effects["n_cells"] >= min_cells]
+    drawn = measured.nlargest(n_genes, f"{measure}_mean")[::-1]
     if drawn.empty:
         raise ValueError(
             f"No gene of `effects` is expressed in {min_cells} cells or more; lower `min_cells` or perturb more cells."
         )
-    ax = axes_of(ax, 5.2, 1.0 + 0.22 * len(drawn))
-    place = np.arange(len(drawn))
-    error = drawn[f"{measure}_sem"].fillna(0)
-    ax.errorbar(drawn[f"{measure}_mean"], place, xerr=error, fmt="o", color=COLORS[0], ecolor="#999999", ms=5, lw=1)
+    ax = axes_of(ax, 5.2, 1.2 + 0.22 * len(drawn))
+    position = np.arange(len(drawn))
+    mean, error = drawn[f"{measure}_mean"].to_numpy(), drawn[f"{measure}_sem"].fillna(0)
+    _draw_null_band(ax, measured, measure)
+    ax.errorbar(mean, position, xerr=error, fmt="none", ecolor="#999999", lw=1)
+    significant = drawn["fdr"].to_numpy() <= max_fdr if "fdr" in drawn else np.ones(len(drawn), dtype=bool)
+    filled = np.where(significant, COLORS[0], "white")
+    ax.scatter(mean, position, c=filled, edgecolors=COLORS[0], s=26, zorder=3)
     for row, n_cells in enumerate(drawn["n_cells"]):
         ax.text(1.01, row, f"{n_cells} cells", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
-    ax.set_yticks(place, drawn.index, fontsize=8)
+    ax.set_yticks(position, drawn.index, fontsize=8)
     ax.set_ylabel("perturbed gene")
-    if measure == "shift":
-        ax.set_xlim(0, None)
+    if "fdr" in drawn:
+        for color, label in ((COLORS[0], f"FDR up to {max_fdr:g}"), ("white", "FDR above")):
+            ax.scatter([], [], c=color, edgecolors=COLORS[0], s=26, label=label)
     power_in_label(ax.xaxis, f"{words} (mean, s.e.m.)")
     ax.grid(axis="x", alpha=0.3)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=7)
     finish(ax, save=save, show=show)
     return ax
+
+
+def _draw_null_band(ax: Axes, effects: pd.DataFrame, measure: str) -> None:
+    """Shade the range of the mean shifts of most genes, with which a single gene is to be compared."""
+    if len(effects) < MIN_GENES_IN_BAND:
+        return
+    low, high = effects[f"{measure}_mean"].quantile([0.025, 0.975])
+    ax.axvspan(low, high, color=UNLABELED_COLOR, alpha=0.6, lw=0, label=f"middle 95 % of {len(effects)} genes")
 
 
 @document
@@ -83,26 +113,26 @@ def volcano(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Size of every perturbation's effect against how surely it differs from the null.
+    """Volcano plot: size of each effect, and significance of its difference from the null.
 
     Parameters
     ----------
     effects
-        What `scfm.tl.perturb` or `scfm.tl.screen` returned.
+        Table from `scfm.tl.perturb` or `scfm.tl.screen`.
     max_fdr
-        False discovery rate up to which a perturbation is drawn in colour; the dashed line.
+        False discovery rate up to which a perturbation is colored. The dashed line shows it.
     n_names
-        How many of the coloured ones to name at most, the surest first.
+        Maximum number of perturbations to name, the most significant first.
     {figure}
 
     Returns
     -------
-    The axes. Tests take cells as independent; where they come from few donors, the vertical axis is too high.
+    The axes. The tests treat cells as independent; if cells come from few donors, the significance is too high.
 
     Raises
     ------
     ValueError
-        If the table has no tested perturbation.
+        If no perturbation of the table was tested.
 
     Examples
     --------
@@ -110,7 +140,7 @@ def volcano(
     >>> effects = pd.DataFrame({"shift_mean": [0.02, 0.01], "fdr": [0.001, 0.6]}, index=["CD74", "CST3"])
     >>> ax = scfm.pl.volcano(effects, show=False)
     >>> [text.get_text() for text in ax.texts]
-    ['CD74']
+    ['FDR = 0.05', 'CD74']
     """
     measure, words = measure_of(effects)
     tested = effects.dropna(subset=["fdr"]) if "fdr" in effects else effects[:0]
@@ -124,6 +154,8 @@ def volcano(
     ax.scatter(mean[~sure], height[~sure], s=10, color="#BBBBBB", linewidths=0)
     ax.scatter(mean[sure], height[sure], s=14, color=COLORS[5], linewidths=0)
     ax.axhline(-np.log10(max_fdr), color=GREY, lw=0.8, ls="--")
+    line = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 7, "color": GREY}
+    ax.text(0.99, -np.log10(max_fdr), f"FDR = {max_fdr:g}", **line)
     points = pd.DataFrame({"x": mean[sure], "y": height[sure]})
     name_points(ax, points.nlargest(n_names, ["y", "x"]))
     ax.set_ylabel("-log10 false discovery rate")

@@ -22,12 +22,12 @@ def report(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """One score of the model and of the simple baselines on the same held-out cells, the best on top.
+    """Bar chart of one score of the model and of the baselines on the same held-out cells, the best on top.
 
     Parameters
     ----------
     model
-        A model that was fitted with labels, or what `model.report()` returned.
+        A model that was fitted with labels, or the table from `model.report()`.
     score
         Column of the report.
     {figure}
@@ -62,7 +62,10 @@ def report(
     for row, value in enumerate(ranked):
         ax.text(value, row, f" {value:.3f}", va="center", fontsize=8)
     ax.set_yticks(place, ranked.index, fontsize=8)
-    ax.set(xlim=(min(0, ranked.min()), ranked.max() * 1.12), xlabel=f"{score.replace('_', ' ')} on held-out cells")
+    ax.set(
+        xlim=(min(0, ranked.min()), ranked.max() * 1.12),
+        xlabel=f"{score.replace('_', ' ').replace('f1', 'F1')} on held-out cells",
+    )
     ax.spines[["top", "right"]].set_visible(False)
     finish(ax, save=save, show=show)
     return ax

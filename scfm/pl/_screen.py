@@ -20,19 +20,19 @@ def screen(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Estimated against exact effect of the genes that a screen deleted exactly: how far its ranking can be trusted.
+    """Estimated and exact effects of the genes that a screen deleted exactly, to judge its estimates.
 
     Parameters
     ----------
     table
-        What `scfm.tl.screen` returned.
+        Table from `scfm.tl.screen`.
     n_names
-        How many genes to name at most, the largest exact effects first.
+        Maximum number of genes to name, those with the largest exact effects first.
     {figure}
 
     Returns
     -------
-    The axes; on the dashed line estimate and exact value agree. The title has the estimated recall, if the table has it.
+    The axes. The dashed line is where estimate and exact value are equal. The title has the estimated recall, if known.
 
     Raises
     ------

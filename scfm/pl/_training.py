@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,7 +13,7 @@ from matplotlib.axes import Axes
 from scfm._docs import document
 from scfm.errors import ModelTaskError
 from scfm.models.model import Model
-from scfm.pl._figure import COLORS, axes_of, finish
+from scfm.pl._figure import COLORS, finish
 
 
 @document
@@ -19,52 +21,61 @@ def training(
     model: Model,
     *,
     smoothing: int = 10,
-    ax: Axes | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
-) -> Axes:
-    """Loss of every step of every stage: single steps faint, their running mean strong.
+) -> list[Axes]:
+    """Training curves, with one panel per stage: the loss of each step (faint) and its exponential average.
 
     Parameters
     ----------
     model
-        From `scfm.fit`.
+        A model from `scfm.fit`.
     smoothing
-        Steps of the running mean.
+        Span of the exponential average, in steps. 1 for no average.
     {figure}
 
     Returns
     -------
-    The axes. Stages stand one after the other; their losses measure different things and are not to be compared.
+    The axes, one for each stage. The stages have different losses, which cannot be compared.
 
     Raises
     ------
     ModelTaskError
-        If the model was not trained here, so that there are no losses.
+        If the model has no training history.
+    ValueError
+        If `ax` has another number of axes than the model has stages.
 
     Examples
     --------
     >>> import scfm
     >>> model = scfm.fit(scfm.datasets.pbmc(), config=scfm.FitConfig(n_steps=2), progress=False)
-    >>> scfm.pl.training(model, show=False).get_xlabel()
-    'step'
+    >>> [panel.get_title() for panel in scfm.pl.training(model, show=False)]
+    ['pretraining']
     """
     stages = model.history.get("stages", [])
     if not stages:
         raise ModelTaskError("This model has no training history; `scfm.fit` makes one that does.")
-    ax = axes_of(ax, 6.0, 3.2)
-    start = 0
-    for place, stage in enumerate(stages):
+    panels = _panels(ax, len(stages))
+    for number, (panel, stage) in enumerate(zip(panels, stages)):
         losses = pd.Series(stage["losses"], dtype=float)
-        steps = start + 1 + np.arange(len(losses))
-        color = COLORS[place % len(COLORS)]
-        ax.plot(steps, losses, color=color, alpha=0.25, lw=0.8)
-        ax.plot(steps, losses.rolling(smoothing, min_periods=1).mean(), color=color, label=stage["name"])
-        if start:
-            ax.axvline(start + 0.5, color="#999999", lw=0.8, ls=":")
-        start += len(losses)
-    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    ax.legend(frameon=False, fontsize=8)
-    ax.grid(axis="y", alpha=0.3)
-    finish(ax, save=save, show=show)
-    return ax
+        steps = 1 + np.arange(len(losses))
+        color = COLORS[number % len(COLORS)]
+        panel.plot(steps, losses, color=color, alpha=0.25, lw=0.8)
+        panel.plot(steps, losses.ewm(span=smoothing).mean(), color=color, label=f"average over {smoothing} steps")
+        panel.set(title=stage["name"], xlabel="step", ylabel="loss")
+        panel.grid(axis="y", alpha=0.3)
+    if smoothing > 1:
+        panels[-1].legend(frameon=False, fontsize=8)
+    finish(panels[0], save=save, show=show)
+    return panels
+
+
+def _panels(ax: Axes | Sequence[Axes] | None, n: int) -> list[Axes]:
+    if ax is None:
+        _, made = plt.subplots(1, n, figsize=(0.6 + 3.8 * n, 3.0), squeeze=False, layout="constrained")
+        return list(made[0])
+    given = [ax] if isinstance(ax, Axes) else list(ax)
+    if len(given) != n:
+        raise ValueError(f"`ax` has {len(given)} axes, and the model has {n} stages of training; pass one for each.")
+    return given

@@ -168,9 +168,16 @@ def test_parameters_described_together_are_told_once():
     assert (words["start"], words["goal"]) == ("See --groupby.", "See --groupby.")
 
 
-def test_the_documentation_has_the_example_of_every_command():
-    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    assert [command.example for command in COMMANDS.values() if f"`{command.example}`" not in page] == []
+def test_the_documentation_has_every_command_and_option(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "docs")
+    import commands
+
+    page = commands.page()
+    for command in COMMANDS.values():
+        section = page.partition(f"### `scfm {command.name}`")[2].partition("\n### ")[0]
+        assert command.example in section
+        options = [p for p in inspect.signature(command.build()).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        assert [option.name for option in options if f"`--{option.name.replace('_', '-')}`" not in section] == []
 
 
 TOY = '''

@@ -5,15 +5,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.path import Path
+from matplotlib.transforms import Affine2D
 from sklearn.metrics import confusion_matrix
 
 import scfm
-from scfm.pl._figure import COLORS, UNLABELLED
+from scfm.pl._figure import COLORS, UNLABELED_COLOR
 
 
 @pytest.fixture
 def adata():
     cells = scfm.datasets.pbmc()
+    del cells.uns["bulk_labels_colors"]
     cells.obs["other"] = cells.obs["bulk_labels"].astype(str).where(cells.obs["S_score"] < 0, "CD34+")
     return cells
 
@@ -25,23 +28,35 @@ def effects():
     return pd.DataFrame({"n_cells": 9, "shift_mean": shift, "shift_sem": shift / 9}, index=genes)
 
 
+def outline(text, renderer):
+    """Corners of a text as it is drawn, turned about its anchor."""
+    angle = text.get_rotation()
+    if text.get_rotation_mode() != "anchor" or angle % 90 == 0:
+        return text.get_window_extent(renderer).shrunk(0.9, 0.8).corners()[[0, 1, 3, 2]]
+    text.set_rotation(0)
+    box = text.get_window_extent(renderer).shrunk(0.9, 0.8)
+    text.set_rotation(angle)
+    anchor = text.get_transform().transform(text.get_unitless_position())
+    return Affine2D().rotate_deg_around(*anchor, angle).transform(box.corners()[[0, 1, 3, 2]])
+
+
 def texts_that_overlap(figure):
-    """Pairs of visible texts whose boxes overlap, by the renderer: independent of how the figure was laid out."""
+    """Pairs of visible texts whose outlines overlap, by the renderer: independent of how the figure was laid out."""
     renderer = figure.canvas.get_renderer()
     figure.draw(renderer)
     drawn = [text for text in figure.findobj(plt.Text) if text.get_text().strip() and text.get_visible()]
-    boxes = [(text.get_text(), text.get_window_extent(renderer).shrunk(0.9, 0.8)) for text in drawn]
-    return [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[i + 1 :] if box.overlaps(other)]
+    outlines = [(text.get_text(), Path(outline(text, renderer), closed=False)) for text in drawn]
+    return [(a, b) for i, (a, one) in enumerate(outlines) for b, two in outlines[i + 1 :] if one.intersects_path(two)]
 
 
-def test_embedding_draws_every_cell_in_the_colour_of_its_name(adata):
+def test_embedding_draws_every_cell_in_the_color_of_its_name(adata):
     panel, other = scfm.pl.embedding(adata, color=["bulk_labels", "other"], show=False)
     for ax, column in ((panel, "bulk_labels"), (other, "other")):
         points = ax.collections[0]
         order = np.lexsort(points.get_offsets().T)
         names = adata.obs[column].astype(str).to_numpy()[np.lexsort(adata.obsm["X_umap"].T)]
         colors = [to_hex(color) for color in points.get_facecolors()[order]]
-        shown = sorted(set(adata.obs["bulk_labels"].astype(str)))  # the names of both panels
+        shown = list(adata.obs["bulk_labels"].cat.categories)  # the names of both panels
         assert colors == [COLORS[shown.index(name)].lower() for name in names]
     assert texts_that_overlap(panel.figure) == []
 
@@ -53,15 +68,67 @@ def test_embedding_has_one_legend_for_panels_with_the_same_names(adata):
     assert len(last.get_legend().get_texts()) == 10
 
 
-def test_embedding_shows_unlabelled_cells_in_grey(adata):
+def test_embedding_shows_unlabeled_cells_in_grey(adata):
     adata.obs["other"] = adata.obs["other"].mask(adata.obs["other"] == "CD34+")
     (ax,) = scfm.pl.embedding(adata, color="other", show=False)
     colors = [to_hex(color) for color in ax.collections[0].get_facecolors()]
-    assert colors.count(UNLABELLED.lower()) == adata.obs["other"].isna().sum() > 0
-    assert ax.get_legend().get_texts()[-1].get_text() == "unlabelled"
+    assert colors.count(UNLABELED_COLOR) == adata.obs["other"].isna().sum() > 0
+    assert ax.get_legend().get_texts()[-1].get_text() == "unlabeled"
 
 
-def test_numbers_get_a_colour_bar(adata):
+def test_embedding_takes_the_colors_of_uns_and_of_the_palette(adata):
+    categories = adata.obs["bulk_labels"].cat.categories
+    adata.uns["bulk_labels_colors"] = [f"#{number:02x}0000" for number in range(len(categories))]
+
+    def shown(**options):
+        (ax,) = scfm.pl.embedding(adata, color="bulk_labels", show=False, **options)
+        handles = ax.get_legend().legend_handles
+        return [to_hex(handle.get_facecolor()[0]) for handle in handles]
+
+    assert shown() == list(adata.uns["bulk_labels_colors"])
+    given = [f"#00{number:02x}00" for number in range(len(categories))]
+    assert shown(palette=given) == given
+    assert shown(palette=dict(zip(categories, given))) == given
+    with pytest.raises(ValueError, match="no color for"):
+        shown(palette=given[:3])
+
+
+def test_embedding_starts_with_the_first_color_in_each_panel_without_shared_names(adata):
+    adata.obs["side"] = np.where(adata.obs["S_score"] < 0, "left", "right")
+    _, ax = scfm.pl.embedding(adata, color=["bulk_labels", "side"], show=False)
+    colors = [to_hex(handle.get_facecolor()[0]) for handle in ax.get_legend().legend_handles]
+    assert colors == [COLORS[0].lower(), COLORS[1].lower()]
+
+
+def test_embedding_shows_unassigned_cells_in_grey_and_last(adata):
+    adata.obs["label"] = np.where(adata.obs["S_score"] < 0, "unassigned", "zeta")
+    (ax,) = scfm.pl.embedding(adata, color="label", show=False)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["zeta", "unassigned"]
+    assert to_hex(ax.get_legend().legend_handles[1].get_facecolor()[0]) == UNLABELED_COLOR
+
+
+def test_embedding_draws_genes_and_passes_options_on(adata):
+    (ax,) = scfm.pl.embedding(adata, color="CD74", basis="umap", size=7, alpha=0.5, show=False)
+    points = ax.collections[0]
+    order = np.lexsort(points.get_offsets().T)
+    expected = adata.obs_vector("CD74")[np.lexsort(adata.obsm["X_umap"].T)]
+    np.testing.assert_allclose(points.get_array()[order], expected)
+    assert (points.get_sizes()[0], points.get_alpha()) == (7, 0.5)
+
+
+def test_perturbation_fills_significant_genes_and_shades_the_null(effects):
+    effects["fdr"] = np.where(np.arange(30) < 2, 0.01, 0.5)
+    ax = scfm.pl.perturbation(effects, n_genes=4, show=False)
+    points = next(found for found in ax.collections if len(found.get_offsets()) == 4)
+    filled = [to_hex(color) for color in points.get_facecolors()]
+    assert filled == ["#ffffff", "#ffffff", COLORS[0].lower(), COLORS[0].lower()]  # the largest is last
+    band = ax.patches[0].get_extents()
+    low, high = np.quantile(effects["shift_mean"], [0.025, 0.975])
+    (x0, _), (x1, _) = ax.transData.inverted().transform([(band.x0, 0), (band.x1, 0)])
+    np.testing.assert_allclose([x0, x1], [low, high])
+
+
+def test_numbers_get_a_color_bar(adata):
     (ax,) = scfm.pl.embedding(adata, color="S_score", show=False)
     assert ax.get_legend() is None
     assert len(ax.figure.axes) == 2
@@ -123,9 +190,11 @@ def test_another_table_is_told_which_was_wanted(adata):
             draw(adata.obs, show=False)
 
 
-def test_colours_differ_for_colour_blind_eyes():
-    """Simulated deuteranopia and protanopia (Vienot et al. 1999): all colours stay apart, and apart from the unlabelled grey."""
-    linear = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in [*COLORS, UNLABELLED]]) ** 2.2
+def test_colors_differ_for_color_blind_eyes():
+    """Simulated deuteranopia and protanopia (Vienot et al. 1999): all colors stay apart, and apart from the unlabelled grey."""
+    linear = (
+        np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in [*COLORS, UNLABELED_COLOR]]) ** 2.2
+    )
     deuteranopia = np.array([[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]])
     protanopia = np.array([[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]])
     for simulated in (deuteranopia, protanopia):
@@ -152,38 +221,39 @@ def test_report_draws_each_method_and_marks_the_model(fitted):
         scfm.pl.report(fitted, score="f1", show=False)
 
 
-def test_training_draws_the_losses_of_every_stage(fitted):
-    ax = scfm.pl.training(fitted, smoothing=1, show=False)
-    drawn = {line.get_label(): line for line in ax.lines}
-    start = 0
-    for stage in fitted.history["stages"]:
-        np.testing.assert_allclose(drawn[stage["name"]].get_ydata(), stage["losses"])
-        np.testing.assert_array_equal(drawn[stage["name"]].get_xdata(), start + 1 + np.arange(len(stage["losses"])))
-        start += len(stage["losses"])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["pretraining", "fine-tuning"]
+def test_training_has_one_panel_per_stage_and_an_exponential_average(fitted):
+    panels = scfm.pl.training(fitted, smoothing=3, show=False)
+    assert [panel.get_title() for panel in panels] == ["pretraining", "fine-tuning"]
+    for panel, stage in zip(panels, fitted.history["stages"]):
+        steps, average = panel.lines
+        np.testing.assert_allclose(steps.get_ydata(), stage["losses"])
+        weights = 0.5 ** np.arange(len(stage["losses"]))[::-1]  # alpha = 2 / (span + 1)
+        np.testing.assert_allclose(average.get_ydata()[-1], np.average(stage["losses"], weights=weights))
+    with pytest.raises(ValueError, match="2 stages"):
+        scfm.pl.training(fitted, ax=panels[0], show=False)
 
 
-def test_volcano_colours_and_names_what_is_sure(effects):
+def test_volcano_colors_and_names_what_is_sure(effects):
     effects["fdr"] = [1e-4, 0.05, 0.051, *[0.9] * 26, np.nan]
     ax = scfm.pl.volcano(effects, max_fdr=0.05, show=False)
-    grey, coloured = ax.collections
-    assert len(coloured.get_offsets()) == 2  # 0.05 itself counts
+    grey, colored = ax.collections
+    assert len(colored.get_offsets()) == 2  # 0.05 itself counts
     assert len(grey.get_offsets()) == 27  # the untested one is not drawn
-    assert [text.get_text() for text in ax.texts] == ["GENE0", "GENE1"]
-    np.testing.assert_allclose(coloured.get_offsets()[0], [effects["shift_mean"].iloc[0], 4])
+    assert [text.get_text() for text in ax.texts] == ["FDR = 0.05", "GENE0", "GENE1"]
+    np.testing.assert_allclose(colored.get_offsets()[0], [effects["shift_mean"].iloc[0], 4])
     with pytest.raises(ValueError, match="false discovery rate"):
         scfm.pl.volcano(effects.drop(columns="fdr"), show=False)
 
 
 def test_names_of_points_stay_inside_and_apart():
-    """Two points in one place get one name, the first; one at the right edge has its name to its left."""
+    """The name of a point at the right edge is to its left; of five points in one position, four have a free side."""
     crowded = pd.DataFrame(
-        {"shift_mean": [0.05, 0.02, 0.02], "fdr": [1e-9, 1e-4, 1e-4]}, index=["EDGE", "ONE", "OTHER"]
+        {"shift_mean": [0.05, *[0.02] * 5, 0.01], "fdr": [1e-9, *[1e-4] * 5, 0.9]}, index=["EDGE", *"ABCDE", "NOT"]
     )
     ax = scfm.pl.volcano(crowded, show=False)
-    assert [text.get_text() for text in ax.texts] == ["EDGE", "ONE"]
+    assert [text.get_text() for text in ax.texts[1:]] == ["EDGE", "A", "B", "C", "D"]
     assert texts_that_overlap(ax.figure) == []
-    box, frame = ax.texts[0].get_window_extent(), ax.get_window_extent()
+    box, frame = ax.texts[1].get_window_extent(), ax.get_window_extent()
     assert frame.x0 <= box.x0 < box.x1 <= frame.x1
 
 
@@ -206,7 +276,8 @@ def test_perturbation_with_a_goal_draws_shifts_toward_it(effects):
     toward["shift_mean"] = 1.0
     ax = scfm.pl.perturbation(toward, n_genes=1, show=False)
     assert "goal" in ax.get_xlabel()
-    np.testing.assert_allclose(np.asarray(ax.lines[0].get_xdata(), float), toward["goal_shift_mean"].max())
+    points = ax.collections[-1].get_offsets()
+    np.testing.assert_allclose(points[:, 0], toward["goal_shift_mean"].max())
 
 
 @pytest.fixture
@@ -246,5 +317,5 @@ def test_attention_is_symmetric_about_the_average_token():
     np.testing.assert_allclose(shown.filled(np.nan), np.log2(table))
     assert ax.images[0].get_clim() == (-3, 3)
     assert texts_that_overlap(ax.figure) == []
-    with pytest.raises(ValueError, match="seen together"):
+    with pytest.raises(ValueError, match="occur together"):
         scfm.pl.attention(table * np.nan, show=False)

@@ -88,7 +88,7 @@ FIGURES = {
     "perturbation": lambda: scfm.pl.perturbation(effects(), show=False),
     "report": lambda: scfm.pl.report(scores(), show=False),
     "screen": lambda: scfm.pl.screen(effects(), show=False),
-    "training": lambda: scfm.pl.training(history(), show=False),
+    "training": lambda: scfm.pl.training(history(), show=False)[0],
     "volcano": lambda: scfm.pl.volcano(effects(), show=False),
 }
 
