@@ -1,0 +1,317 @@
+"""What pretraining transfers: few-shot annotation of a study that no pretraining cell comes from.
+
+    SCFM_DATA=FOLDER python benchmarks/transfer.py blood --seeds 1
+    python benchmarks/transfer.py simulated --corpus-cells 2000 20000 200000
+
+`blood`: every labelled blood study in turn (and pancreas, the far tissue) is the target; a model is pretrained on all cells of
+the other studies. `simulated`: the corpus of corpus.py in three sizes, and its target study with new types.
+
+Half of the target's cells, at most, are test cells. Some labels per class are drawn from the others, and all methods get the same:
+
+| row | what it is |
+| --- | --- |
+| fine-tuned | `scfm.fit(model=pretrained)`: the transformer and the gene classifier together |
+| fine-tuned, transformer alone | the same without the gene classifier |
+| linear probe | balanced logistic regression on the embedding of the pretrained model |
+| SVD start, linear probe | the same on the embedding of the model as pretraining starts it: SVD loadings of the corpus, no step |
+| from scratch | the same architecture from random weights, trained on the labels for as many steps |
+| PCA + LR | balanced logistic regression on 50 components of all target cells, labelled or not |
+| LR | balanced logistic regression on all genes |
+
+Models and rows are kept in `--out`; a stopped run resumes. Tables of macro-F1 with 95 % t intervals over seeds are printed last.
+"""
+
+import argparse
+import functools
+import itertools
+import multiprocessing
+import os
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import corpus
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import torch
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+import scfm
+from scfm import baselines
+
+ALL = 10**9  # as a number of labels per class
+MIN_CELLS = 12  # of a class: half of them are tested
+MAX_CELLS = 1500  # of a target
+TARGET_CELLS = 1000  # of the simulated target: twelve types
+REPORT_ROWS = {  # name in the report of `scfm.fit`, name here
+    "scfm": "fine-tuned",
+    "scfm, transformer alone": "fine-tuned, transformer alone",
+    "same architecture from scratch": "from scratch",
+}
+BASELINES = {
+    "SVD-50 of all cells + logistic regression (balanced)": "PCA + LR",
+    "logistic regression (balanced)": "LR",
+}
+FIRST = "fine-tuned"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A labelled study; files of the same experiment or the same donors share `study`."""
+
+    file: str
+    labels_key: str
+    study: str
+
+
+TARGETS = {
+    "pbmc3k": Target("pbmc3k_raw_counts_labels.h5ad", "cell_type_seurat", "10x 3k"),
+    "kang": Target("kang_ifnb_2000.h5ad", "cell_type", "kang"),
+    "ifnb": Target("ifnb1k_832.h5ad", "seurat_annotations", "kang"),
+    "zheng sorted": Target("corpus/human_pbmc_facs_zheng_3874x16791.h5ad", "cell_type", "zheng"),
+    "zheng purified": Target("corpus/human_pbmc_purified_ref_zheng_2007x8863.h5ad", "cell_type", "zheng"),
+    "lymphoid": Target("corpus/human_lymphoid_cell2location_ref_330x9936.h5ad", "cell_type", "lymphoid"),
+    "pancreas": Target("", "cell_type", "pancreas"),
+}
+STUDIES = {target.file: target.study for target in TARGETS.values()} | {
+    "corpus/human_pbmc_frozen_donorA_zheng_2896x13939.h5ad": "zheng"
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes of the runs, small enough for two CPU cores."""
+
+    steps: int = 300  # of pretraining
+    tokens: int = 8192  # per step, of both stages
+    context_length: int = 256
+    encoding: str = "rank"
+    finetune_steps: int = 40
+
+
+def pretraining_files(target: str) -> list[str]:
+    """Human blood sets and the other sets of the corpus, without those of the target's study."""
+    folder = Path(os.environ["SCFM_DATA"])
+    files = [target.file for target in TARGETS.values() if target.file and "/" not in target.file]
+    files += [f"corpus/{path.name}" for path in sorted((folder / "corpus").glob("human_*.h5ad"))]
+    return [str(folder / file) for file in files if STUDIES.get(file) != TARGETS[target].study]
+
+
+def read_target(name: str, seed: int) -> anndata.AnnData:
+    """Read a study: classes of at least `MIN_CELLS`, at most `MAX_CELLS` cells, genes in at least three; `obs["label"]`."""
+    if name == "simulated":
+        adata, key = corpus.make_target(TARGET_CELLS, draw=seed), "cell_type"
+    elif name == "pancreas":
+        adata, key = scfm.datasets.pancreas(), TARGETS[name].labels_key
+    else:
+        key = TARGETS[name].labels_key
+        adata = anndata.read_h5ad(Path(os.environ["SCFM_DATA"]) / TARGETS[name].file)
+    adata.X = adata.X.astype(np.float32)
+    adata.obs = pd.DataFrame({"label": adata.obs[key].astype(object)}, index=adata.obs_names.astype(str))
+    counts = adata.obs["label"].value_counts()
+    adata = adata[adata.obs["label"].isin(counts.index[counts >= MIN_CELLS]).to_numpy()].copy()
+    if adata.n_obs > MAX_CELLS:
+        kept, _ = train_test_split(
+            np.arange(adata.n_obs), train_size=MAX_CELLS, stratify=adata.obs["label"], random_state=seed
+        )
+        adata = adata[np.sort(kept)].copy()
+    sc.pp.filter_genes(adata, min_cells=3)
+    return adata
+
+
+def hide_labels(adata: anndata.AnnData, n_labels: int, seed: int) -> anndata.AnnData:
+    """Keep the labels of half of the cells for tests, and of `n_labels` per class of the others; `obs["known"]`."""
+    label_B = adata.obs["label"].to_numpy()
+    learn, test = train_test_split(np.arange(len(label_B)), test_size=0.5, stratify=label_B, random_state=seed)
+    shuffled = np.random.default_rng(seed).permutation(learn)
+    shown = np.concatenate([shuffled[label_B[shuffled] == name][:n_labels] for name in np.unique(label_B)])
+    adata = adata.copy()
+    adata.obs["is_test"] = np.isin(np.arange(len(label_B)), test)
+    adata.obs["known"] = adata.obs["label"].where(np.isin(np.arange(len(label_B)), np.union1d(shown, test)))
+    return adata
+
+
+def pretrain(files: list[str], out: Path, budget: Budget, *, train: bool) -> None:
+    """Pretrain on files, or (`train=False`) stop at the start: one step of a rate that moves nothing."""
+    if (out / "model").exists():
+        return
+    fit = scfm.FitConfig(n_steps=budget.steps, tokens_per_step=budget.tokens)
+    if not train:
+        fit = fit.replace(n_steps=1, learning_rate=1e-12)
+    scfm.pretrain(
+        files,
+        out,
+        init="svd",
+        encoding=scfm.EncodingConfig(kind=budget.encoding, context_length=budget.context_length),
+        config=scfm.train.PretrainConfig(encoding=budget.encoding, fit=fit),
+        progress=False,
+    )
+
+
+def probe(adata: anndata.AnnData, model: scfm.Model) -> dict[str, float]:
+    """Scores of a balanced logistic regression on the frozen embedding."""
+    scfm.tl.embed(adata, model, key_added="probe")
+    is_test = adata.obs["is_test"].to_numpy()
+    learn = ~is_test & adata.obs["known"].notna().to_numpy()
+    regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000))
+    regression.fit(adata.obsm["probe"][learn], adata.obs["label"][learn].astype(str))
+    return baselines.scores(
+        adata.obs["label"][is_test].astype(str).tolist(), regression.predict(adata.obsm["probe"][is_test]).tolist()
+    )
+
+
+def simple_methods(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
+    codes = pd.Categorical(adata.obs["label"].astype(str))
+    is_test = adata.obs["is_test"].to_numpy()
+    learn = np.flatnonzero(~is_test & adata.obs["known"].notna().to_numpy())
+    return baselines.score_annotation_baselines(
+        baselines.log_normalize(adata.X),
+        codes.categories.to_numpy(dtype=str),
+        codes.codes.astype(np.int64),
+        learn=learn,
+        test=np.flatnonzero(is_test),
+        seed=seed,
+    )
+
+
+def score(name: str, folder: Path, n_labels: int, seed: int, budget: Budget) -> pd.DataFrame:
+    """One row per method."""
+    adata = hide_labels(read_target(name, seed), n_labels, seed)
+    model = scfm.fit(
+        adata,
+        labels_key="known",
+        test_key="is_test",
+        model=folder / "pretrained" / "model",
+        compare_from_scratch=True,
+        baselines=False,
+        config=scfm.FitConfig(n_steps=budget.finetune_steps, tokens_per_step=budget.tokens, seed=seed),
+        seed=seed,
+        progress=False,
+    )
+    report = model.report()
+    rows = {ours: report.loc[theirs].to_dict() for theirs, ours in REPORT_ROWS.items()}
+    for row, kind in (("linear probe", "pretrained"), ("SVD start, linear probe", "start")):
+        rows[row] = probe(adata, scfm.load(folder / kind / "model"))
+    simple = simple_methods(adata, seed)
+    rows |= {ours: simple.loc[theirs].to_dict() for theirs, ours in BASELINES.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index")[["accuracy", "macro_f1"]]
+    return table.rename_axis("method").reset_index()
+
+
+def measure(path: Path, name: str, folder: Path, n_labels: int, seed: int, budget: Budget) -> None:
+    """Write the rows of one target, number of labels and seed."""
+    started = time.perf_counter()
+    rows = score(name, folder, n_labels, seed, budget)
+    rows = rows.assign(
+        target=name, model=folder.name, labels=n_labels, seed=seed, seconds=time.perf_counter() - started
+    )
+    rows.to_csv(path.with_suffix(".part"), index=False)
+    path.with_suffix(".part").rename(path)
+
+
+def use_one_core() -> None:
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    warnings.filterwarnings("ignore")
+
+
+def run_all(calls: list[functools.partial], processes: int) -> None:
+    """Run calls in processes of one core each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=use_one_core) as pool:
+        futures = [pool.submit(call) for call in calls]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                print(f"\r{done} of {len(futures)}", end="", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    print()
+
+
+def models(options: argparse.Namespace) -> dict[Path, tuple[str, list[str]]]:
+    """Folder of each pretrained model, the target that it serves, and the files that it learns from."""
+    if options.part == "blood":
+        return {options.out / "blood" / name: (name, pretraining_files(name)) for name in options.targets}
+    found = {}
+    for n_cells in options.corpus_cells:
+        paths = corpus.write_corpus(options.out / "corpus" / str(n_cells), n_cells)
+        found[options.out / "simulated" / str(n_cells)] = ("simulated", [str(path) for path in paths])
+    return found
+
+
+def interval(values: pd.Series) -> float:
+    """Half width of the 95 % t interval of a mean; NaN for one value."""
+    return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else float("nan")
+
+
+def show(rows: pd.DataFrame) -> None:
+    """Print macro-F1 by method and number of labels for each model, and what the first row gains over each other."""
+    rows = rows.assign(labels=rows["labels"].map(lambda number: "all" if number == ALL else str(number)))
+    order, columns = rows["method"].unique(), rows["labels"].unique()
+    for (model, target), part in rows.groupby(["model", "target"], sort=False):
+        wide = part.pivot(index=["labels", "seed"], columns="method", values="macro_f1")
+        cells, gains = {}, {}
+        for labels, method in itertools.product(columns, order):
+            values = wide.loc[labels]
+            gain = values[FIRST] - values[method]
+            cells[method, labels] = f"{values[method].mean():.3f} ± {interval(values[method]):.3f}"
+            gains[method, labels] = f"{gain.mean():+.3f} ± {interval(gain):.3f}"
+        name = target if model == target else f"{target}, pretrained on {model} cells"
+        for title, table in ((f"{name}: macro-F1", cells), (f"{name}: {FIRST} less the row, paired", gains)):
+            lines = [[method, *(table[method, labels] for labels in columns)] for method in order]
+            print(f"\n{title}\n")
+            print(
+                "\n".join(
+                    f"| {' | '.join(line)} |"
+                    for line in [["labels per class", *columns], ["---"] * (len(columns) + 1), *lines]
+                )
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["blood", "simulated"])
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--corpus-cells", nargs="+", type=int, default=[2_000, 20_000, 200_000])
+    parser.add_argument("--labels", nargs="+", type=int, default=[5, 10, 20, 50, ALL], help="per class")
+    parser.add_argument("--seeds", type=int, default=5)
+    for name, value in vars(Budget()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("transfer_out"))
+    options = parser.parse_args()
+    budget = Budget(**{name: getattr(options, name) for name in vars(Budget())})
+    found = models(options)
+    calls = [
+        functools.partial(pretrain, files, folder / kind, budget, train=kind == "pretrained")
+        for folder, (_, files) in found.items()
+        for kind in ("pretrained", "start")
+    ]
+    run_all(calls, options.processes)
+    tasks = [
+        (folder / f"rows_{n_labels}_{seed}.csv", name, folder, n_labels, seed, budget)
+        for seed in range(options.seeds)
+        for folder, (name, _) in found.items()
+        for n_labels in options.labels
+    ]
+    run_all([functools.partial(measure, *task) for task in tasks if not task[0].exists()], options.processes)
+    rows = pd.concat([pd.read_csv(task[0]) for task in tasks], ignore_index=True)
+    show(rows)
+    print(
+        f"\nminutes of one core for the rows: {rows.drop_duplicates(['model', 'target', 'labels', 'seed'])['seconds'].sum() / 60:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
