@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import anndata
 import numpy as np
@@ -18,10 +19,15 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from scfm import baselines
-from scfm.data import CountMatrix
+from scfm import baselines, pp
+from scfm.data import CellBatch, CountMatrix
 from scfm.encoding.genes import gene_names
 from scfm.errors import LabelsError, VocabularyMismatchError
+from scfm.models.model import Model
+from scfm.tl._gene_embeddings import gene_embeddings
+
+if TYPE_CHECKING:
+    from scfm.train import FitConfig
 
 
 def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: int = 10) -> pd.DataFrame:
@@ -84,41 +90,57 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
 
 
 def classify_genes(
-    embeddings: pd.DataFrame,
+    embeddings: pd.DataFrame | None,
     labels: Mapping[str, str],
     adata: anndata.AnnData,
     *,
+    model: Model | None = None,
+    finetune: bool = False,
+    config: FitConfig | None = None,
     n_folds: int = 5,
     layer: str | None = None,
     gene_key: str | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> pd.DataFrame:
-    """Cross-validate a classifier of genes on their embeddings, beside baselines that know expression levels only.
+    """Cross-validate classifiers of genes: on their embeddings, or fine-tuned, compared with their expression levels.
 
     Parameters
     ----------
     embeddings
-        A row a gene, as from `scfm.tl.gene_embeddings`.
+        One row per gene, as from `scfm.tl.gene_embeddings`; None to compute them from `adata` and `model`.
     labels
         Class of each gene; genes without an embedding are left out.
     adata
-        Raw counts, for the baselines.
+        Raw counts, for the baselines and for fine-tuning.
+    model
+        Model to fine-tune, or to embed genes with. It is left unchanged.
+    finetune
+        Whether a copy of the model is also fine-tuned in each fold, to classify the tokens of the training genes
+        (Geneformer's gene classification). Genes of the test fold have no label in training.
+    config
+        Settings of fine-tuning; None for 60 steps on all weights, or for "lora:8" if the model is large.
     n_folds
         Folds, stratified by class; the same for all methods.
     layer, gene_key
         As in `scfm.tl.embed`.
     seed
-        Of the folds.
+        Seed of the folds.
+    progress
+        Whether to show a progress bar while fine-tuning.
 
     Returns
     -------
-    A row a method: "scfm gene embedding", and "expression level" (log mean, share of cells, log variance) and "majority
-    class" beside it; `accuracy`, `macro_f1`, `balanced_accuracy` over all genes, each predicted from the other folds.
+    One row per method: "scfm fine-tuned" with `finetune`, "scfm gene embedding" (a linear probe), "expression level" (log
+    mean, fraction of cells, log variance) and "majority class". Columns `accuracy`, `macro_f1` and
+    `balanced_accuracy` are over all genes, each predicted from the other folds.
 
     Raises
     ------
     LabelsError
         If there are fewer than two classes, or a class has fewer genes than there are folds.
+    ValueError
+        If `model` is needed and is None.
 
     Examples
     --------
@@ -132,10 +154,48 @@ def classify_genes(
     >>> list(scfm.tl.classify_genes(embeddings, labels, adata, n_folds=2).index)
     ['scfm gene embedding', 'expression level', 'majority class']
     """
+    if model is None and (finetune or embeddings is None):
+        raise ValueError("`model` is None; pass the model to fine-tune or to embed genes with.")
+    if embeddings is None:
+        assert model is not None
+        embeddings = gene_embeddings(adata, model, layer=layer, gene_key=gene_key)
     names, _ = gene_names(adata.var, gene_key=gene_key)
     column_of = {str(name): column for column, name in enumerate(names)}
-    genes = [gene for gene in embeddings.index if gene in labels and gene in column_of]
+    usable, cells = set(column_of), None
+    if finetune and model is not None:
+        cells = pp.encode(adata, model, layer=layer, gene_key=gene_key)
+        usable &= _tokens_of(cells, model)
+    genes = [gene for gene in embeddings.index if gene in labels and gene in usable]
     classes = np.array([labels[gene] for gene in genes], dtype=object).astype(str)
+    _require_classes(classes, n_folds)
+    level_G3 = _levels(adata, layer)[[column_of[gene] for gene in genes]]
+    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    rows = {}
+    if cells is not None and model is not None:
+        from scfm.annotation.genes import cross_validate_genes  # loads Lightning
+
+        kinds, codes_G = np.unique(classes, return_inverse=True)
+        gene_ids_G, splits = model.encoding.vocabulary.require(genes).astype(np.int64), folds.split(level_G3, classes)
+        predicted_G = cross_validate_genes(model, cells, gene_ids_G, codes_G, splits, config=config, progress=progress)
+        rows["scfm fine-tuned"] = _scores(classes, kinds[predicted_G])
+    logistic = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000, C=0.1))
+    methods = {
+        "scfm gene embedding": (logistic, embeddings.loc[genes].to_numpy(dtype=np.float64)),
+        "expression level": (logistic, level_G3),
+        "majority class": (DummyClassifier(strategy="most_frequent"), level_G3),
+    }
+    for name, (classifier, features) in methods.items():
+        rows[name] = _scores(classes, cross_val_predict(classifier, features, classes, cv=folds))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def _tokens_of(cells: CellBatch, model: Model) -> set[str]:
+    """Names of the genes that are a token of some cell."""
+    tokens = model.encoding.vocabulary.tokens
+    return {tokens[token] for token in np.unique(cells.gene_ids_T.numpy()).tolist()}
+
+
+def _require_classes(classes: NDArray[np.str_], n_folds: int) -> None:
     kinds, counts = np.unique(classes, return_counts=True)
     if len(kinds) < 2 or counts.min() < n_folds:
         found = ", ".join(f"{kind!r}: {count}" for kind, count in zip(kinds, counts))
@@ -143,23 +203,14 @@ def classify_genes(
             f"The labelled genes with embeddings are {{{found}}}; {n_folds} folds need two classes or more of at least "
             f"{n_folds} genes. Label more genes, or lower `n_folds`."
         )
-    level_G3 = _levels(adata, layer)[[column_of[gene] for gene in genes]]
-    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    logistic = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000, C=0.1))
-    methods = {
-        "scfm gene embedding": (logistic, embeddings.loc[genes].to_numpy(dtype=np.float64)),
-        "expression level": (logistic, level_G3),
-        "majority class": (DummyClassifier(strategy="most_frequent"), level_G3),
+
+
+def _scores(classes: NDArray[np.str_], predicted: NDArray[np.str_]) -> dict[str, float]:
+    return {
+        "accuracy": accuracy_score(classes, predicted),
+        "macro_f1": f1_score(classes, predicted, average="macro", zero_division=0),
+        "balanced_accuracy": balanced_accuracy_score(classes, predicted),
     }
-    rows = {}
-    for name, (classifier, features) in methods.items():
-        predicted = cross_val_predict(classifier, features, classes, cv=folds)
-        rows[name] = {
-            "accuracy": accuracy_score(classes, predicted),
-            "macro_f1": f1_score(classes, predicted, average="macro", zero_division=0),
-            "balanced_accuracy": balanced_accuracy_score(classes, predicted),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
 def _levels(adata: anndata.AnnData, layer: str | None) -> NDArray[np.float64]:

@@ -1,0 +1,1 @@
+"""Annotation of cells and genes: splits, probes, ensembles, calibration, and the report."""

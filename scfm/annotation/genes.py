@@ -1,0 +1,130 @@
+"""Classification of genes by fine-tuning: every token is classified in the context of its cell (Geneformer's second task)."""
+
+# Axes: T packed tokens, V tokens of the vocabulary, G labelled genes, D model width, C classes, X columns.
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from scfm.data import CellBatch
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.nn.class_heads import make_class_head
+from scfm.objectives import GeneClassification, class_weights
+from scfm.train import FitConfig, train
+
+Folds = Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]
+INVERSE_PENALTY = 0.1  # scikit-learn's C of the probe that the head starts from
+DEFAULT_CONFIG = FitConfig(n_steps=60, learning_rate=2e-4, trainable="all")
+MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000  # larger networks are fine-tuned by "lora:8"
+
+
+def cross_validate_genes(
+    model: Model,
+    cells: CellBatch,
+    gene_ids_G: NDArray[np.int64],
+    codes_G: NDArray[np.int64],
+    folds: Folds,
+    *,
+    config: FitConfig | None = None,
+    progress: bool = True,
+) -> NDArray[np.int64]:
+    """Predict the class of every gene by models that were fine-tuned on the genes of the other folds.
+
+    In each fold a copy of the network gets a token head, which starts from a linear probe, and is fine-tuned on the tokens
+    of the training genes. Genes of the test fold remain in the cells, as context, without a label. The class of a test
+    gene is the one with the largest mean log-probability over the cells in which it is a token.
+
+    Parameters
+    ----------
+    model
+        Left unchanged.
+    cells
+        Encoded by the model's encoding.
+    gene_ids_G
+        Token ids of the labelled genes, shape (G,); each is a token of some cell.
+    codes_G
+        Their classes, shape (G,), 0 to C - 1.
+    folds
+        Training and test positions in `gene_ids_G`, as scikit-learn's splitters yield them.
+    config
+        Settings of the training in each fold; None for `DEFAULT_CONFIG`.
+    progress
+        Whether to show a progress bar for each fold.
+
+    Returns
+    -------
+    Predicted classes, shape (G,), int64; -1 for a gene that no fold tests.
+    """
+    default = _default_config(model)
+    config = (config or default).with_defaults(learning_rate=default.learning_rate, trainable=default.trainable)
+    states_VD = _mean_over_cells(model.batches(cells), model.network, model.network.forward)
+    predicted_G = np.full(len(gene_ids_G), -1, dtype=np.int64)
+    for train_G, test_G in folds:
+        network = _with_token_head(model.network, int(codes_G.max()) + 1)
+        _start_from_probe(network, states_VD[gene_ids_G[train_G]], codes_G[train_G])
+        labels_V = torch.full((network.config.n_tokens,), -1)
+        labels_V[torch.from_numpy(gene_ids_G[train_G])] = torch.from_numpy(codes_G[train_G])
+        objective = GeneClassification(labels_V, class_weights(labels_V, network.config.n_classes, power=1.0))
+        train(network, objective, cells, config, title="gene classes", progress=progress)
+        finetuned = Model(network, model.encoding)
+        log_proba_VC = _mean_over_cells(finetuned.batches(cells), network, _log_proba_of(network))
+        predicted_G[test_G] = log_proba_VC[gene_ids_G[test_G]].argmax(1)
+    return predicted_G
+
+
+def _default_config(model: Model) -> FitConfig:
+    if model.n_parameters <= MAX_PARAMETERS_TO_TRAIN_ALL:
+        return DEFAULT_CONFIG
+    return DEFAULT_CONFIG.replace(trainable="lora:8", learning_rate=5e-4)
+
+
+def _with_token_head(network: CellTransformer, n_classes: int) -> CellTransformer:
+    """Copy a network and give it a head that classifies each token."""
+    copied = copy.deepcopy(network)
+    copied.config = network.config.replace(n_classes=n_classes, class_head="token", gene_classifier=False)
+    copied.class_head = make_class_head(copied.config).to(network.embedding.gene.weight.device)
+    copied.gene_classifier = None
+    return copied
+
+
+@torch.no_grad()
+def _start_from_probe(network: CellTransformer, states_ND: NDArray[np.float64], codes_N: NDArray[np.int64]) -> None:
+    """Copy a balanced logistic regression on mean states into the head; the mean of its logits is then the probe's logit."""
+    scaler = StandardScaler().fit(states_ND)
+    regression = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=2000)
+    regression.fit(scaler.transform(states_ND), codes_N)
+    weight_CD, bias_C = regression.coef_ / scaler.scale_, regression.intercept_
+    bias_C = bias_C - weight_CD @ scaler.mean_
+    if len(regression.classes_) == 2:  # scikit-learn keeps one row
+        weight_CD, bias_C = np.vstack([-weight_CD, weight_CD]) / 2, np.concatenate([-bias_C, bias_C]) / 2
+    network.class_head.linear.weight.copy_(torch.from_numpy(weight_CD))
+    network.class_head.linear.bias.copy_(torch.from_numpy(bias_C))
+
+
+def _log_proba_of(network: CellTransformer) -> Callable[[CellBatch], Tensor]:
+    return lambda batch: torch.log_softmax(network.class_logits(batch).float(), -1)
+
+
+def _mean_over_cells(
+    batches: Iterable[CellBatch], network: CellTransformer, function: Callable[[CellBatch], Tensor]
+) -> NDArray[np.float64]:
+    """Mean of a function of tokens over all cells in which a gene is a token, shape (V, X); NaN for a gene of no cell."""
+    sum_VX: Tensor | None = None
+    count_V = torch.zeros(network.config.n_tokens, dtype=torch.float64)
+    for batch in batches:
+        ids_T, value_TX = batch.gene_ids_T.long().cpu(), function(batch).double().cpu()
+        if sum_VX is None:
+            sum_VX = torch.zeros(len(count_V), value_TX.shape[1], dtype=torch.float64)
+        sum_VX.index_add_(0, ids_T, value_TX)
+        count_V.index_add_(0, ids_T, torch.ones(len(ids_T), dtype=torch.float64))
+    assert sum_VX is not None, "pp.encode refuses an empty AnnData"
+    return (sum_VX / count_V[:, None]).numpy()
