@@ -14,14 +14,18 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from scfm.data.ranks import gather, share_of, torchrun_rank
+from scfm.errors import EmptyCellError, VocabularyMismatchError
 from scfm.models.model import Model, Precision
+from scfm.perturbation.absent import explain_absent, none_or_some, with_absent
 from scfm.perturbation.edits import Editor
 from scfm.perturbation.gene_shifts import GeneShiftRunner, tabulate_genes
+from scfm.perturbation.null import N_NULL, with_matched_null
 from scfm.perturbation.runner import Checkpoint, Requests, VariantRunner
 from scfm.perturbation.shifts import ShiftRecord, cosine_distance, goal_shift
 from scfm.perturbation.states import States, read_states
-from scfm.perturbation.statistics import describe, rank_sum
-from scfm.perturbation.variants import Genes, Perturbations, require_some
+from scfm.perturbation.statistics import Null, describe, rank_sum
+from scfm.perturbation.variants import Genes, Perturbations
+from scfm.vocab import Vocabulary
 
 
 def perturb(
@@ -38,6 +42,7 @@ def perturb(
     start: str | None = None,
     goal: str | None = None,
     null_genes: Genes | None = None,
+    missing: str = "report",
     n_bootstrap: int = 1000,
     precision: Precision = "fp32",
     checkpoint: str | Path | None = None,
@@ -50,11 +55,21 @@ def perturb(
     vocabulary = model.encoding.vocabulary
     editor = Editor.of(model.encoding, kind, positions=positions, quantile=quantile)
     on_genes = _on_genes(effect_on, genes, goal)
+    if missing not in ("report", "error"):
+        raise ValueError(f"`missing` is {missing!r}; choose 'report' or 'error'.")
     asked = Perturbations.of(genes, vocabulary, combine=combine)
-    perturbations, null_rows = _with_null(asked, null_genes, model)
+    null = None if null_genes is None else _given_null(asked, null_genes, vocabulary)
     states = read_states(
         adata, model, groupby=groupby, start=start, goal=goal, layer=layer, gene_key=gene_key, precision=precision
     )
+    absent = explain_absent(asked, states, editor, model.encoding)
+    if absent and (missing == "error" or len(absent) == len(asked.names) + len(asked.absent)):
+        raise VocabularyMismatchError(none_or_some(absent, len(asked.names) + len(asked.absent)))
+    perturbations = asked
+    if null is not None:
+        perturbations = asked.with_null(null, f"{len(null.names)} given null genes")
+    elif asked.tokens is not None and len(asked.tokens) < N_NULL and not on_genes:
+        perturbations = with_matched_null(asked, states.cells, vocabulary, editor, seed=seed)
     runner = (GeneShiftRunner if on_genes else VariantRunner)(model, states.cells, perturbations, editor, precision)
     measures = ["shift"] if on_genes else _measures(states, perturbations)
     n_rows = len(perturbations.names) * (len(vocabulary) if on_genes else 1)
@@ -71,13 +86,14 @@ def perturb(
         saved = Checkpoint.of(checkpoint, model, states.cells, precision=precision, **settings)
     run(runner, states, shifts, checkpoint=saved, progress=progress)
 
-    options: dict[str, Any] = {"null_rows": null_rows, "n_bootstrap": n_bootstrap, "seed": seed}
+    options: dict[str, Any] = {"null": null_of(perturbations), "n_bootstrap": n_bootstrap, "seed": seed}
     if on_genes:
         table = tabulate_genes(shifts, perturbations.names, vocabulary.tokens, **options)
-        table = table[table["gene"].isin(asked.names)].reset_index(drop=True)
-    else:
-        table = tabulate(shifts, perturbations.names, **options)
-        table = table if null_rows is None else table[table.index.isin(asked.names)]
+        return table[table["gene"].isin(asked.names)].reset_index(drop=True)
+    table = tabulate(shifts, perturbations.names, **options)
+    if genes is not None:
+        table = with_absent(table[table.index.isin(asked.names)], absent)
+        table.attrs["null_genes"] = list(perturbations.names[len(asked.names) :]) if null is None else list(null.names)
     return table
 
 
@@ -93,18 +109,21 @@ def _on_genes(effect_on: str, genes: Genes | None, goal: str | None) -> bool:
     return effect_on == "genes"
 
 
-def _with_null(
-    asked: Perturbations, null_genes: Genes | None, model: Model
-) -> tuple[Perturbations, NDArray[np.int64] | None]:
-    """Append the null perturbations to those asked for; also their numbers."""
-    if null_genes is None:
-        return asked, None
-    null = Perturbations.of(null_genes, model.encoding.vocabulary)
-    if asked.tokens is None or null.tokens is None:
+def _given_null(asked: Perturbations, null_genes: Genes, vocabulary: Vocabulary) -> Perturbations:
+    null = Perturbations.of(null_genes, vocabulary)
+    if asked.tokens is None:
         raise ValueError("`null_genes` is given without `genes`; name the genes to test against them.")
-    joined = dict(zip(asked.names, asked.tokens)) | dict(zip(null.names, null.tokens))
-    names = tuple(joined)
-    return Perturbations(tuple(joined.values()), names), np.array([names.index(name) for name in null.names])
+    if null.absent:
+        raise VocabularyMismatchError(f"`null_genes`: {'; '.join(null.absent.values())}")
+    return null
+
+
+def null_of(perturbations: Perturbations) -> Null | None:
+    """The rows that others are tested against; None for all others."""
+    if perturbations.null_rows is None:
+        return None
+    only = np.arange(len(perturbations.asked_names), len(perturbations.names))
+    return Null(np.array(perturbations.null_rows, dtype=np.int64), perturbations.null_name, only)
 
 
 def _measures(states: States, perturbations: Perturbations) -> list[str]:
@@ -123,7 +142,10 @@ def run(
 ) -> None:
     """Put the shifts of all variants into `shifts`; under torchrun each process runs those of its share of the cells."""
     n_of_cell_B = np.array([runner.n_of_cell(cell) for cell in range(len(states.cells))], dtype=np.int64)
-    require_some(int(n_of_cell_B.sum()), runner.perturbations, len(states.cells))
+    if not n_of_cell_B.any():
+        raise EmptyCellError(
+            f"No perturbation can be done in these {len(states.cells)} cells: each expresses one gene only."
+        )
     rank, world_size = torchrun_rank()
     share = share_of(len(n_of_cell_B), rank, world_size)
     n_of_cell_B = n_of_cell_B[: share.stop]
@@ -187,7 +209,7 @@ def tabulate(
     shifts: ShiftRecord,
     names: tuple[str, ...],
     *,
-    null_rows: NDArray[np.int64] | None = None,
+    null: Null | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -195,7 +217,7 @@ def tabulate(
     tested = "goal_shift" if "goal_shift" in shifts.measures else "shift"
     parts = [pd.DataFrame({"n_cells": shifts.n_R[shifts.rows]})]
     parts += [describe(shifts, name, n_bootstrap=n_bootstrap, seed=seed) for name in shifts.measures]
-    parts += [rank_sum(shifts, tested, null_rows=null_rows)]
+    parts += [rank_sum(shifts, tested, null=null)]
     table = pd.concat(parts, axis=1)
     table.index = pd.Index([names[row] for row in shifts.rows], name="gene")
     return table.sort_values(f"{tested}_mean", ascending=False, kind="stable")

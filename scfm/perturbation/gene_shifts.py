@@ -16,7 +16,7 @@ from scfm.models.model import TOKENS_PER_BATCH, runs_of_tokens
 from scfm.perturbation.edits import TokenCell
 from scfm.perturbation.runner import VariantRunner
 from scfm.perturbation.shifts import ShiftRecord, cosine_distance
-from scfm.perturbation.statistics import describe, rank_sum
+from scfm.perturbation.statistics import Null, describe, rank_sum
 from scfm.perturbation.variants import cell_of, pack
 
 OTHER_GENES = "all other genes under the same perturbation"
@@ -42,7 +42,7 @@ class GeneShiftRunner(VariantRunner):
         for cell in range(start, stop):
             tokens = cell_of(self.cells, cell)
             expressed = self.editor.expressed(tokens)
-            asked = self.perturbations.of_cell(expressed, len(expressed), self.editor)
+            asked = self.perturbations.of_cell(cell, expressed, self.editor)
             variants = [tokens, *(self.editor.edit(tokens, genes) for _, genes in asked)] if asked else []
             states = self._states(variants)
             for (number, genes), variant, after_ND in zip(asked, variants[1:], states[1:]):
@@ -78,13 +78,13 @@ def tabulate_genes(
     names: Sequence[str],
     genes: Sequence[str],
     *,
-    null_rows: NDArray[np.int64] | None = None,
+    null: Null | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Turn a record with a row for each perturbation and gene into the table that `perturb` returns.
 
-    `null_rows` are numbers of perturbations; a gene is then tested against itself under those.
+    `null` has numbers of perturbations; a gene is then tested against itself under those.
     """
     numbers, tokens = np.divmod(shifts.rows, len(genes))
     parts = [
@@ -97,14 +97,14 @@ def tabulate_genes(
         ),
         describe(shifts, "shift", n_bootstrap=n_bootstrap, seed=seed),
     ]
-    families = numbers if null_rows is None else tokens
+    families = numbers if null is None else tokens
     tests = []
     for family in np.unique(families):
         rows = shifts.rows[families == family]
-        null = None if null_rows is None else np.flatnonzero(np.isin(rows // len(genes), null_rows))
-        test = rank_sum(shifts.of_rows(rows), "shift", null_rows=null)
+        of_family = None if null is None else null.among(rows // len(genes))
+        test = rank_sum(shifts.of_rows(rows), "shift", null=of_family)
         tests.append(test.set_index(np.flatnonzero(families == family)))
     parts.append(pd.concat(tests).sort_index())
     table = pd.concat(parts, axis=1)
-    table["null"] = OTHER_GENES if null_rows is None else f"the same gene under {len(null_rows)} given null genes"
+    table["null"] = OTHER_GENES if null is None else f"the same gene under {null.name}"
     return table.sort_values("shift_mean", ascending=False, kind="stable", ignore_index=True)

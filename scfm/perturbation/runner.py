@@ -71,8 +71,7 @@ class VariantRunner:
     def n_of_cell(self, cell: int) -> int:
         """How many perturbations can be done to a cell."""
         tokens = cell_of(self.cells, cell)
-        expressed = self.editor.expressed(tokens)
-        return len(self.perturbations.of_cell(expressed, len(expressed), self.editor))
+        return len(self.perturbations.of_cell(cell, self.editor.expressed(tokens), self.editor))
 
     def blocks(self, n_of_cell_B: NDArray[np.int64], first: int = 0) -> Iterator[tuple[int, int, Requests]]:
         """Yield (first cell, end, results) of runs of cells of about `variants_per_block` variants."""
@@ -94,7 +93,7 @@ class VariantRunner:
                 first = self._slots_of_all_genes(tokens, len(expressed))
                 asked += [(cell, gene, first + place) for place, gene in enumerate(expressed.tolist())]
                 continue
-            for number, genes in self.perturbations.of_cell(expressed, len(expressed), self.editor):
+            for number, genes in self.perturbations.of_cell(cell, expressed, self.editor):
                 asked.append((cell, number, self._slot(self.editor.edit(tokens, genes))))
                 if singles_too and len(genes) > 1:
                     for gene in genes:

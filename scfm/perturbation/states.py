@@ -1,9 +1,10 @@
-"""Cell states to start from and to head for."""
+"""The cells to perturb, and the state that they should approach."""
 
 # Axes: B cells, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import anndata
@@ -19,7 +20,7 @@ from scfm.pp._encode import require_cells
 
 @dataclass(frozen=True)
 class States:
-    """Cells to perturb, and where they should go.
+    """Cells to perturb, and the state that they should approach.
 
     Attributes
     ----------
@@ -29,11 +30,14 @@ class States:
         Their embeddings.
     goal_D
         Mean embedding of the goal state's cells; None without a goal.
+    n_expressing
+        Counts the cells that express each gene, by token id; genes beyond the context too.
     """
 
     cells: CellBatch
     original_BD: NDArray[np.float32]
     goal_D: NDArray[np.float64] | None
+    n_expressing: Callable[[], NDArray[np.int64]]
 
 
 def read_states(
@@ -65,7 +69,12 @@ def read_states(
     if group_B is not None and goal is not None:
         goal_cells = pp.encode(adata[group_B == goal], model.encoding, layer=layer, gene_key=gene_key)
         goal_D = model.embed(goal_cells, precision=precision).mean(0, dtype=np.float64)
-    return States(cells, model.embed(cells, precision=precision), goal_D)
+
+    def n_expressing() -> NDArray[np.int64]:
+        expression_BV = pp.log_expression(adata[chosen], model.encoding, layer=layer, gene_key=gene_key)
+        return np.bincount(expression_BV.indices, minlength=expression_BV.shape[1])
+
+    return States(cells, model.embed(cells, precision=precision), goal_D, n_expressing)
 
 
 def _groups(adata: anndata.AnnData, groupby: str | None, wanted: dict[str, str | None]) -> NDArray[np.object_] | None:

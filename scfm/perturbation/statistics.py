@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -14,8 +16,31 @@ from scfm.perturbation.shifts import ShiftRecord
 ALL_OTHERS = "all other perturbations"
 
 
+@dataclass(frozen=True)
+class Null:
+    """Rows whose values are the null of the others.
+
+    Attributes
+    ----------
+    rows
+        Their numbers, ascending.
+    name
+        What they are, in words.
+    only
+        Rows that are not asked for and are there for the null alone: no discovery among them counts.
+    """
+
+    rows: NDArray[np.int64]
+    name: str
+    only: NDArray[np.int64]
+
+    def among(self, numbers: NDArray[np.int64]) -> Null:
+        """The same null for rows 0, 1, ... that stand for `numbers`."""
+        return Null(np.flatnonzero(np.isin(numbers, self.rows)), self.name, np.flatnonzero(np.isin(numbers, self.only)))
+
+
 def describe(record: ShiftRecord, measure: str, *, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Mean, deviation, standard error and 95 % bootstrap interval over cells, a line for each of `record.rows`."""
+    """Mean, standard deviation, standard error and 95 % bootstrap interval over cells, one line for each of `record.rows`."""
     n_R, mean_R, std_R = record.n_R[record.rows], record.mean(measure), record.std(measure)
     columns = {f"{measure}_mean": mean_R, f"{measure}_std": std_R, f"{measure}_sem": std_R / np.sqrt(n_R)}
     if n_bootstrap:
@@ -39,7 +64,7 @@ def bootstrap_interval(values_N: NDArray[np.float64], *, n_bootstrap: int, seed:
     return float(low), float(high)
 
 
-def rank_sum(record: ShiftRecord, measure: str, *, null_rows: NDArray[np.int64] | None = None) -> pd.DataFrame:
+def rank_sum(record: ShiftRecord, measure: str, *, null: Null | None = None) -> pd.DataFrame:
     """Test each row's values against a null, two-sided.
 
     Parameters
@@ -48,32 +73,35 @@ def rank_sum(record: ShiftRecord, measure: str, *, null_rows: NDArray[np.int64] 
         Values of all rows.
     measure
         Which measure to test.
-    null_rows
+    null
         Rows whose values are the null; a row among them is tested against the others of them. None: each row is tested
         against all other rows.
 
     Returns
     -------
-    A line for each of `record.rows`: `null`, in words; `null_mean`; `effect_size`, the rank-biserial correlation, from -1
-    (all values below the null's) to 1; `p_value` of the rank-sum test; `fdr`, Benjamini-Hochberg over all rows.
+    One line for each of `record.rows`: `null`, in words; `null_mean`; `effect_size`, the rank-biserial correlation, from
+    -1 (all values below the null's) to 1; `p_value` of the rank-sum test; `fdr`, Benjamini-Hochberg over the rows that
+    are not there for the null alone.
 
     Notes
     -----
-    The normal approximation with ties and continuity corrected, as `scipy.stats.mannwhitneyu` has it; written out
-    because each row is held against the rest of one pool, which is then sorted once and not once a row.
+    The normal approximation, corrected for ties and continuity, as in `scipy.stats.mannwhitneyu`; written out because
+    each row is compared with the rest of one pool, which is then sorted once instead of once per row.
     """
     rows = record.rows
     values = {int(row): record.values(int(row), measure) for row in rows}
-    null = rows if null_rows is None else np.intersect1d(rows, null_rows)
-    pool = [values[int(row)] for row in null]
+    null_rows = rows if null is None else np.intersect1d(rows, null.rows)
+    pool = [values[int(row)] for row in null_rows]
     lines = _against_rest(pool)
-    if null_rows is not None:
-        inside = dict(zip(null.tolist(), lines))
+    if null is not None:
+        inside = dict(zip(null_rows.tolist(), lines))
         pooled = np.concatenate(pool) if pool else np.zeros(0)
         lines = [inside.get(int(row)) or _against(values[int(row)], pooled) for row in rows]
     table = pd.DataFrame(lines, columns=["null_mean", "effect_size", "p_value"], dtype=float)
-    table.insert(0, "null", ALL_OTHERS if null_rows is None else f"{len(null)} given null genes")
+    table.insert(0, "null", ALL_OTHERS if null is None else null.name)
     tested = table["p_value"].notna().to_numpy()
+    if null is not None:
+        tested &= ~np.isin(rows, null.only)
     table["fdr"] = np.nan
     if tested.any():
         table.loc[tested, "fdr"] = stats.false_discovery_control(table.loc[tested, "p_value"].to_numpy())

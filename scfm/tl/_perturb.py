@@ -27,6 +27,7 @@ def perturb(
     start: str | None = None,
     goal: str | None = None,
     null_genes: Genes | None = None,
+    missing: str = "report",
     n_bootstrap: int = 1000,
     precision: Precision = "fp32",
     checkpoint: str | Path | None = None,
@@ -67,7 +68,11 @@ def perturb(
         Column of `adata.obs`, the state whose cells are perturbed (None: all but the goal's), and the state whose mean
         embedding they should approach.
     null_genes
-        Genes to perturb in the same way as the null of the tests; None to test each perturbation against all others.
+        Genes to perturb in the same way as the null of the tests. None: for fewer than 100 `genes`, about 100 others that
+        as many cells express, perturbed in at most 200 cells; else each perturbation is tested against all others.
+    missing
+        What to do about perturbations that no cell allows: "report" them in a row with `n_cells` 0 and a `reason`, or
+        "error". If none can be done, that is an error.
     n_bootstrap
         Resamples of cells behind the intervals; 0 for none.
     precision
@@ -135,6 +140,7 @@ def perturb(
         start=start,
         goal=goal,
         null_genes=null_genes,
+        missing=missing,
         n_bootstrap=n_bootstrap,
         precision=precision,
         checkpoint=checkpoint,

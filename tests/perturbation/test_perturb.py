@@ -15,9 +15,10 @@ from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.perturbation.deletions import embed_deletions, shares_first_block
 from scfm.perturbation.edits import Editor, TokenCell
+from scfm.perturbation.null import with_matched_null
 from scfm.perturbation.runner import VariantRunner, embed_variants
 from scfm.perturbation.shifts import KEPT, ShiftRecord, cosine_distance, goal_shift
-from scfm.perturbation.statistics import bootstrap_interval, rank_sum
+from scfm.perturbation.statistics import Null, bootstrap_interval, rank_sum
 from scfm.perturbation.variants import Perturbations, cell_of
 
 
@@ -306,7 +307,8 @@ def test_rank_sum_agrees_with_scipy():
     record = ShiftRecord(["shift"], n_rows=4)
     for number, group in enumerate(groups):
         record.add(np.full(len(group), number), np.arange(len(group)), group[:, None])
-    against_rest, against_null = rank_sum(record, "shift"), rank_sum(record, "shift", null_rows=np.array([0, 3]))
+    null = Null(np.array([0, 3]), "a null", np.array([3]))
+    against_rest, against_null = rank_sum(record, "shift"), rank_sum(record, "shift", null=null)
     for number, group in enumerate(groups):
         rest = np.concatenate([other for place, other in enumerate(groups) if place != number])
         expected = stats.mannwhitneyu(group, rest, method="asymptotic")
@@ -318,6 +320,9 @@ def test_rank_sum_agrees_with_scipy():
     expected = stats.mannwhitneyu(groups[0], groups[3], method="asymptotic").pvalue
     assert against_null["p_value"][0] == pytest.approx(expected)
     np.testing.assert_allclose(against_rest["fdr"], stats.false_discovery_control(against_rest["p_value"]))
+    # A row that is there for the null alone is not one of the tests.
+    np.testing.assert_allclose(against_null["fdr"][:3], stats.false_discovery_control(against_null["p_value"][:3]))
+    assert np.isnan(against_null["fdr"][3])
 
 
 def test_bootstrap_interval_agrees_with_scipy():
@@ -348,6 +353,80 @@ def test_null_genes_are_named_and_left_out_of_the_table(cells, rank_model):
     assert set(table["null"]) == {"4 given null genes"}
 
 
+def test_a_short_list_is_tested_against_genes_that_as_many_cells_express(rank_model, cells):
+    n_cells = pd.Series(np.asarray((cells.X > 0).sum(0)).ravel(), cells.var_names)
+    rare, common = n_cells[n_cells == 2].index[0], n_cells.idxmax()
+    for gene in (rare, common):
+        table = scfm.tl.perturb(cells, rank_model, genes=[gene], n_bootstrap=0, progress=False)
+        null = table.attrs["null_genes"]
+        assert list(table.index) == [gene]
+        assert gene not in null
+        assert table.loc[gene, "null"] == f"{len(null)} genes matched by expression"
+        singles = scfm.tl.perturb(cells, rank_model, genes=null, null_genes=null, n_bootstrap=0, progress=False)
+        pooled = (singles["shift_mean"] * singles["n_cells"]).sum() / singles["n_cells"].sum()
+        assert table.loc[gene, "null_mean"] == pytest.approx(pooled, rel=1e-6)
+    both = scfm.tl.perturb(cells, rank_model, genes=[rare, common], n_bootstrap=0, progress=False)
+    assert not {rare, common} & set(both.attrs["null_genes"])
+    assert both.loc[rare, "p_value"] != both.loc[common, "p_value"]
+
+
+def test_null_genes_are_those_nearest_in_the_number_of_cells():
+    """Oracle: gene t is in t of 599 cells; 50 drawn from the nearest 100 lie within 51 of the wanted number."""
+    vocabulary = scfm.Vocabulary([f"G{gene}" for gene in range(600)])
+    lengths = [600 - first for first in range(1, 600)]
+    cells = scfm.CellBatch(
+        gene_ids_T=torch.cat([torch.arange(first, 600) for first in range(1, 600)]).int(),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)]),
+    )
+    asked = Perturbations.of(["G300", ["G100", "G500"]], vocabulary)
+    joined = with_matched_null(asked, cells, vocabulary, Editor(kind="delete"), seed=0)
+    null = joined.tokens[2:]
+    assert 90 <= len(null) <= 100
+    assert len(joined.null_cells) == 200
+    assert all(abs(group[0] - 300) <= 51 for group in null if len(group) == 1)
+    assert all(abs(group[0] - 100) <= 51 and abs(group[1] - 500) <= 51 for group in null if len(group) == 2)
+    assert not {100, 300, 500} & {token for group in null for token in group}
+
+
+def test_genes_that_cannot_be_perturbed_stay_as_rows_with_their_reason(cells):
+    model, adata = toy_model(cells, "rank", context_length=4), cells.copy()
+    counts = adata.X.tolil()
+    silent = adata.var_names[np.argmin(np.where(counts.getnnz(0) > 0, counts.getnnz(0), 99))]
+    counts[:, adata.var_names.get_loc(silent)] = 0
+    adata.X = counts.tocsr()
+    n_cells = pd.Series(np.asarray((adata.X > 0).sum(0)).ravel(), adata.var_names)
+    tokens = scfm.pp.encode(adata, model).gene_ids_T.numpy()
+    encoded = {model.encoding.vocabulary.tokens[token] for token in tokens}
+    unread = n_cells[[gene for gene in n_cells.index if gene not in encoded]].idxmax()
+    assert n_cells[silent] == 0
+    present = sorted(encoded)[0]
+    table = scfm.tl.perturb(
+        adata, model, genes=[unread, silent, present.lower(), present, [present, unread]], progress=False
+    )
+    assert list(table.index) == [present, unread, silent, f"{present}+{unread}", present.lower()]
+    assert table["n_cells"].tolist()[1:] == [0, 0, 0, 0]
+    assert table.loc[present, "reason"] == ""
+    beyond = f"{n_cells[unread]} cells express '{unread}', but it is beyond the context of 4 tokens in all of them"
+    assert table.loc[unread, "reason"] == table.loc[f"{present}+{unread}", "reason"] == beyond
+    assert table.loc[silent, "reason"] == f"no cell expresses '{silent}'"
+    assert f"Did you mean '{present}'?" in table.loc[present.lower(), "reason"]
+    alone = scfm.tl.perturb(adata, model, genes=[present], progress=False)
+    pd.testing.assert_frame_equal(table.loc[[present], ["n_cells", "shift_mean"]], alone[["n_cells", "shift_mean"]])
+    with pytest.raises(VocabularyMismatchError, match=f"1 of 2 perturbations cannot be done.*'{silent}'"):
+        scfm.tl.perturb(adata, model, genes=[present, silent], missing="error", progress=False)
+    with pytest.raises(VocabularyMismatchError, match=r"1 of 1 perturbations.*beyond the context of 4"):
+        scfm.tl.perturb(adata, model, genes=[unread], progress=False)
+
+
+def test_a_gene_named_twice_is_one_gene(cells, rank_model):
+    gene = cells.var_names[np.argmax(np.asarray((cells.X > 0).sum(0)).ravel())]
+    one, two = (
+        scfm.tl.perturb(cells, rank_model, genes=[entry], n_bootstrap=0, progress=False)
+        for entry in (gene, [gene, gene])
+    )
+    pd.testing.assert_frame_equal(one, two)
+
+
 def test_the_table_survives_h5ad(cells, rank_model, tmp_path):
     adata = cells.copy()
     table = scfm.tl.perturb(adata, rank_model, key_added="deletions", progress=False)
@@ -368,6 +447,10 @@ def test_no_cells_at_all_are_named(cells, rank_model):
         ({"kind": "remove"}, ValueError, "`kind` is 'remove'"),
         ({"genes": ["NOT_A_GENE"]}, VocabularyMismatchError, "NOT_A_GENE"),
         ({"genes": "ISG15"}, ValueError, "pass a list"),
+        ({"genes": ["ISG15", []]}, ValueError, r"the entry \[\]"),
+        ({"genes": [3]}, ValueError, "the entry 3"),
+        ({"genes": ["<pad>"]}, VocabularyMismatchError, "not a gene"),
+        ({"genes": ["ISG15"], "missing": "drop"}, ValueError, "choose 'report' or 'error'"),
         ({"combine": 2}, ValueError, "needs the `genes`"),
         ({"goal": "b"}, LabelsError, "without `groupby`"),
         ({"groupby": "state", "goal": "nowhere"}, LabelsError, "nowhere"),

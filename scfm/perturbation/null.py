@@ -1,0 +1,56 @@
+"""A null for a short list of genes: other genes that as many cells express."""
+
+# Axes: V tokens of the vocabulary, C candidates.
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm.data import CellBatch
+from scfm.perturbation.edits import Editor
+from scfm.perturbation.variants import Perturbations
+from scfm.vocab import Vocabulary
+
+N_NULL = 100  # perturbations of the null; a list of as many is its own null
+MAX_NULL_CELLS = 200  # in which they are done: 20,000 variants at most
+
+
+def with_matched_null(
+    asked: Perturbations, cells: CellBatch, vocabulary: Vocabulary, editor: Editor, *, seed: int
+) -> Perturbations:
+    """Append about 100 perturbations of as many genes each, expressed by as many cells as those asked for.
+
+    For each gene, other genes are drawn from those nearest to it in the number of cells.
+    """
+    assert asked.tokens is not None
+    rng = np.random.default_rng(seed)
+    n_cells_V = np.bincount(_expressed(cells, editor), minlength=len(vocabulary))
+    candidates = (
+        vocabulary.gene_ids if not editor.needs_expression else vocabulary.gene_ids[n_cells_V[vocabulary.gene_ids] > 0]
+    )
+    candidates = np.setdiff1d(candidates, [token for tokens in asked.tokens for token in tokens])
+    per_group = -(-N_NULL // max(len(asked.tokens), 1))
+    groups: dict[tuple[int, ...], None] = {}
+    for tokens in asked.tokens:
+        drawn = [_nearest(token, candidates, n_cells_V, per_group, rng) for token in tokens]
+        groups |= {tuple(group): None for group in np.stack(drawn, 1).tolist() if len(set(group)) == len(group)}
+    names = tuple("+".join(vocabulary.tokens[token] for token in group) for group in groups)
+    chosen = rng.choice(len(cells), min(MAX_NULL_CELLS, len(cells)), replace=False)
+    name = f"{len(groups)} {'groups of genes' if asked.has_combinations() else 'genes'} matched by expression"
+    return asked.with_null(Perturbations(tuple(groups), names), name, frozenset(chosen.tolist()))
+
+
+def _expressed(cells: CellBatch, editor: Editor) -> NDArray[np.int32]:
+    """Tokens of all genes that each cell expresses, end to end."""
+    ids_T = cells.gene_ids_T.numpy()
+    return ids_T[cells.values_T.numpy() > 0] if editor.keeps_zeros and cells.values_T is not None else ids_T
+
+
+def _nearest(
+    token: int, candidates_C: NDArray[np.int32], n_cells_V: NDArray[np.int64], n: int, rng: np.random.Generator
+) -> NDArray[np.int32]:
+    """`n` candidates drawn from the 2 n nearest in the number of cells; with repeats if there are fewer than `n`."""
+    order = np.argsort(np.abs(n_cells_V[candidates_C] - n_cells_V[token]), kind="stable")
+    near = candidates_C[order[: 2 * n]]
+    return rng.choice(near, n, replace=len(near) < n) if len(near) else near
