@@ -2,15 +2,16 @@
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 from sklearn.linear_model import RidgeCV
 
 import scfm
-from scfm.errors import LabelsError
+from scfm.errors import LabelsError, VocabularyMismatchError
 from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.prediction.features import with_gene
-from scfm.perturbation.prediction.measured import Measured
+from scfm.perturbation.prediction.measured import Measured, read_measured
 from scfm.perturbation.prediction.methods import PENALTIES, additive, bilinear_ridge, ridge, ridge_on_features
 
 
@@ -30,7 +31,7 @@ def simulated(rng, *, interaction, n_genes=40, n_features=3):
     targets = (*[(name,) for name in names], *pairs)
     changes = np.stack([change(target) for target in targets])
     genes = tuple(f"H{g}" for g in range(n_genes))
-    return Measured(targets, changes, sparse.csr_matrix((1, n_genes)), np.zeros(1, int), genes), features
+    return Measured(targets, changes, genes), features
 
 
 @pytest.mark.parametrize("interaction", [0.0, 1.0])
@@ -67,7 +68,7 @@ def test_bilinear_ridge_finds_a_bilinear_effect():
     random = rng.normal(size=(12, 2))
     axes = np.linalg.qr(random - random.mean(0))[0]
     changes = axes @ rng.normal(size=(2, 2)) @ axes.T
-    measured = Measured(tuple((n,) for n in names), changes, sparse.csr_matrix((1, 12)), np.zeros(1, int), names)
+    measured = Measured(tuple((n,) for n in names), changes, names)
     found = bilinear_ridge(measured, measured.targets, n_components=2, penalty=1e-9)
     np.testing.assert_allclose(found, changes, atol=1e-4)
 
@@ -119,13 +120,90 @@ def test_predictions_have_a_row_a_method_and_a_column_a_gene(screened):
         scfm.tl.predict_perturbation(adata, model, perturbation_key="target", control="untouched", predict=["LYZ"])
 
 
+KEYS = {"perturbation_key": "target", "control": "control"}
+
+
+def relabelled(adata, name_of):
+    """The same cells with other names of their perturbations."""
+    changed = adata.copy()
+    changed.obs["target"] = [name_of(cell, name) for cell, name in enumerate(adata.obs["target"])]
+    return changed
+
+
+def test_gears_names_mean_their_genes(screened):
+    """Oracle: the same cells with plain names."""
+    adata, model = screened
+    gears = relabelled(
+        adata, lambda cell, name: "ctrl" if name == "control" else f"{name}+ctrl" if cell % 2 else f"ctrl + {name}"
+    )
+    gears.obs.loc[gears.obs_names[0], "target"] = "ctrl+ctrl"
+    plain = scfm.tl.predict_perturbation(adata, model, predict=["LYZ", "CD79A"], **KEYS)
+    found = scfm.tl.predict_perturbation(
+        gears, model, perturbation_key="target", control="ctrl", predict=["LYZ+ctrl", "ctrl+CD79A"]
+    )
+    np.testing.assert_array_equal(found.to_numpy(), plain.to_numpy())
+    scores = scfm.tl.score_perturbation_prediction(gears, model, perturbation_key="target", control="ctrl")
+    pd.testing.assert_frame_equal(scores, scfm.tl.score_perturbation_prediction(adata, model, **KEYS))
+
+
+def test_the_order_of_genes_in_a_name_says_nothing(screened):
+    adata, model = screened
+    one = relabelled(adata, lambda cell, name: "CD74+CST3" if name == "NKG7" else name)
+    other = relabelled(one, lambda cell, name: "CST3+CD74" if cell % 8 == 3 and "+" in name else name)
+    assert {"CD74+CST3", "CST3+CD74"} < set(other.obs["target"])
+    tables = [scfm.tl.score_perturbation_prediction(cells, model, **KEYS) for cells in (one, other)]
+    assert set(tables[1]["perturbation"]) == {"CD74", "CST3", "LYZ", "CD74+CST3"}
+    pd.testing.assert_frame_equal(*tables)
+    pair = scfm.tl.predict_perturbation(other, model, predict=["CST3+LYZ", "LYZ+CST3"], **KEYS)
+    np.testing.assert_array_equal(pair.xs("CST3+LYZ", level="perturbation"), pair.xs("LYZ+CST3", level="perturbation"))
+
+
+def test_genes_are_found_by_the_names_that_gene_key_has(screened):
+    """Oracle: the same data with these names in `var_names`."""
+    adata, model = screened
+    coded = adata.copy()
+    coded.var["symbol"] = coded.var_names
+    coded.var_names = [f"ENSG{gene:011d}" for gene in range(coded.n_vars)]
+    for function, options in (
+        (scfm.tl.predict_perturbation, {"predict": ["LYZ", "CD79A+NKG7"]}),
+        (scfm.tl.score_perturbation_prediction, {}),
+    ):
+        plain = function(adata, model, **options, **KEYS)
+        found = function(coded, model, gene_key="symbol", **options, **KEYS)
+        np.testing.assert_array_equal(found.select_dtypes("number"), plain.select_dtypes("number"))
+    assert list(found.columns) == list(plain.columns)
+
+
+def test_perturbations_of_few_cells_are_left_out_and_named(screened):
+    adata, model = screened
+    rare = relabelled(adata, lambda cell, name: "CD79A" if cell in (236, 237) else name)
+    with pytest.warns(UserWarning, match="1 perturbations have fewer than 5 cells and are left out: CD79A"):
+        table = scfm.tl.score_perturbation_prediction(rare, model, **KEYS)
+    assert table.attrs["left_out"] == {"CD79A": "2 cells"}
+    assert "CD79A" not in set(table["perturbation"])
+
+
+@pytest.mark.parametrize(
+    ("predict", "error", "message"),
+    [
+        ("LYZ", ValueError, r"is the text 'LYZ'; pass a list"),
+        ([], ValueError, "is empty"),
+        (["control"], ValueError, "no gene besides the control"),
+        (["LYZ", "NOSUCHGENE"], VocabularyMismatchError, "1 genes .* 'NOSUCHGENE'"),
+        (["lyz+CST3"], VocabularyMismatchError, r"'lyz'\. Did you mean 'LYZ'\?"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(screened, predict, error, message):
+    adata, model = screened
+    with pytest.raises(error, match=message):
+        scfm.tl.predict_perturbation(adata, model, predict=predict, **KEYS)
+
+
 def test_relatives_on_papalexi(scfm_data):
     """Measured knock-outs of the interferon-gamma pathway change expression alike; chance is a rank of 12 of 24."""
-    from scfm.perturbation.prediction.measured import read_measured
-
     adata = anndata.read_h5ad(scfm_data / "papalexi_thp1_20729x299.h5ad")
     measured = read_measured(
-        adata, perturbation_key="target_argmax", control="non-targeting", separator="+", layer=None
+        adata, perturbation_key="target_argmax", control="non-targeting", separator="+", layer=None, gene_key=None
     )
     names = [target[0] for target in measured.targets]
     alike = np.corrcoef(measured.change_PG[:, ~np.isin(measured.genes, names)])

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import anndata
 import numpy as np
@@ -14,6 +16,7 @@ from scipy import sparse
 from scfm import baselines
 from scfm.data import CountMatrix
 from scfm.errors import LabelsError
+from scfm.perturbation.prediction.targets import Target, read_target
 
 MIN_CELLS = 5  # perturbations with fewer are left out: their mean says little
 
@@ -28,58 +31,110 @@ class Measured:
         Genes of each perturbation, one tuple each.
     change_PG
         Change of mean log1p counts per 10,000, float64.
-    control_BG
-        Log-normalised control cells.
     genes
-        Names of the columns.
+        Name of each column, of the kind that perturbations are named by.
+    columns
+        Name of each column in tables.
+    names
+        Name of each perturbation as in the data, without the control's.
+    left_out
+        Perturbations that are not used, with the reason.
+    control_rows
+        Rows of the control cells.
     """
 
-    targets: tuple[tuple[str, ...], ...]
+    targets: tuple[Target, ...]
     change_PG: NDArray[np.float64]
-    control_BG: sparse.csr_matrix
-    control_rows: NDArray[np.int64]
     genes: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    control_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def without(self, place: int) -> Measured:
+    def without(self, row: int) -> Measured:
         """Leave one perturbation out."""
-        kept = [other for other in range(len(self.targets)) if other != place]
-        targets = tuple(self.targets[other] for other in kept)
-        return Measured(targets, self.change_PG[kept], self.control_BG, self.control_rows, self.genes)
+        kept = [other for other in range(len(self.targets)) if other != row]
+        return replace(
+            self, targets=tuple(self.targets[other] for other in kept), change_PG=self.change_PG[kept], names=()
+        )
 
 
 def read_measured(
-    adata: anndata.AnnData, *, perturbation_key: str, control: str, separator: str, layer: str | None
+    adata: anndata.AnnData,
+    *,
+    perturbation_key: str,
+    control: str,
+    separator: str,
+    layer: str | None,
+    gene_key: str | None,
 ) -> Measured:
-    """Average the cells of each perturbation.
+    """Average the cells of each perturbation; all spellings of one set of genes are one perturbation.
 
     Raises
     ------
     LabelsError
         If the column or the control is missing, or fewer than three perturbations have enough cells.
+
+    Warns
+    -----
+    UserWarning
+        If perturbations are left out because they have too few cells.
     """
     if perturbation_key not in adata.obs:
         raise LabelsError(f"`perturbation_key` is {perturbation_key!r}, not in `adata.obs` ({', '.join(adata.obs)}).")
     names_B = adata.obs[perturbation_key].astype(str).to_numpy(dtype=object)
-    if not (names_B == control).any():
-        shown = ", ".join(map(repr, sorted(set(names_B))[:10]))
+    is_named_B = adata.obs[perturbation_key].notna().to_numpy()
+    target_of = {
+        name: read_target(name, control=control, separator=separator) for name in sorted(set(names_B[is_named_B]))
+    }
+    spellings: dict[Target, list[str]] = {}
+    for name, target in target_of.items():
+        spellings.setdefault(target, []).append(name)
+    control_B = is_named_B & np.isin(names_B, spellings.pop((), []))
+    if not control_B.any():
+        shown = ", ".join(map(repr, list(target_of)[:10]))
         raise LabelsError(f"`control` is {control!r}, but no cell of obs[{perturbation_key!r}] is; there are {shown}.")
+    rows = {target: np.flatnonzero(is_named_B & np.isin(names_B, names)) for target, names in spellings.items()}
+    few = {target: len(of_target) for target, of_target in rows.items() if len(of_target) < MIN_CELLS}
+    kept = [target for target in rows if target not in few]
+    if len(kept) < 3:
+        raise LabelsError(
+            f"{len(kept)} perturbations of obs[{perturbation_key!r}] have {MIN_CELLS} cells or more; at least 3 are needed."
+        )
+    left_out = {_shown(spellings[target], control, separator): f"{n} cells" for target, n in few.items()}
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} perturbations have fewer than {MIN_CELLS} cells and are left out: "
+            f"{', '.join(list(left_out)[:5])}.",
+            stacklevel=4,
+        )
+    expression_BG, genes = _expression(adata, layer=layer, gene_key=gene_key)
+    control_G = np.asarray(expression_BG[control_B].mean(0), dtype=np.float64).ravel()
+    means = [np.asarray(expression_BG[rows[target]].mean(0), dtype=np.float64).ravel() for target in kept]
+    return Measured(
+        targets=tuple(kept),
+        change_PG=np.stack(means) - control_G,
+        genes=genes,
+        columns=tuple(map(str, adata.var_names)),
+        names=tuple(_shown(spellings[target], control, separator) for target in kept),
+        left_out=left_out,
+        control_rows=np.flatnonzero(control_B),
+    )
+
+
+def _shown(spellings: Sequence[str], control: str, separator: str) -> str:
+    """The first spelling, without the control."""
+    parts = (part.strip() for part in spellings[0].split(separator))
+    return separator.join(dict.fromkeys(part for part in parts if part not in (control, "")))
+
+
+def _expression(
+    adata: anndata.AnnData, *, layer: str | None, gene_key: str | None
+) -> tuple[sparse.csr_matrix, tuple[str, ...]]:
+    """log1p counts per 10,000, and the names of its columns."""
     blocks, depths = zip(
         *((block, depth_B) for _, block, depth_B in CountMatrix.from_adata(adata, layer=layer).blocks())
     )
     expression_BG = baselines.log_normalize(sparse.vstack(blocks, format="csr"), np.concatenate(depths))
-    control_B = names_B == control
-    control_G = np.asarray(expression_BG[control_B].mean(0), dtype=np.float64).ravel()
-    names, counts = np.unique(names_B[adata.obs[perturbation_key].notna().to_numpy() & ~control_B], return_counts=True)
-    names = names[counts >= MIN_CELLS]
-    if len(names) < 3:
-        raise LabelsError(
-            f"{len(names)} perturbations of obs[{perturbation_key!r}] have {MIN_CELLS} cells or more; at least 3 are needed."
-        )
-    means = [np.asarray(expression_BG[names_B == name].mean(0), dtype=np.float64).ravel() for name in names]
-    return Measured(
-        tuple(tuple(str(name).split(separator)) for name in names),
-        np.stack(means) - control_G,
-        expression_BG[control_B],
-        np.flatnonzero(control_B),
-        tuple(map(str, adata.var_names)),
-    )
+    names = adata.var_names if gene_key is None else adata.var[gene_key]
+    return expression_BG, tuple(map(str, names))

@@ -16,6 +16,7 @@ from scfm.models.model import Model
 from scfm.perturbation.prediction.features import target_features
 from scfm.perturbation.prediction.measured import Measured, read_measured
 from scfm.perturbation.prediction.methods import BASELINES, Predictor, Targets, ridge_on_features
+from scfm.perturbation.prediction.targets import read_targets
 
 CONTROL_CELLS = 48  # that features are averaged over
 OURS = "scfm"
@@ -35,15 +36,19 @@ def predict_perturbation(
 ) -> pd.DataFrame:
     """Predicted changes of mean expression; `scfm.tl.predict_perturbation` explains them."""
     measured = read_measured(
-        adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer
+        adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer, gene_key=gene_key
     )
-    targets = [tuple(name.split(separator)) for name in predict]
+    known = {*measured.genes, *model.encoding.vocabulary.genes, *model.encoding.vocabulary.aliases}
+    known |= {gene for target in measured.targets for gene in target}
+    targets = read_targets(predict, known, control=control, separator=separator)
     methods = _methods(adata, model, measured, targets, layer=layer, gene_key=gene_key, seed=seed)
     parts = {
-        name: pd.DataFrame(method(measured, targets), list(predict), list(measured.genes))
+        name: pd.DataFrame(method(measured, targets), list(predict), list(measured.columns))
         for name, method in methods.items()
     }
-    return pd.concat(parts, names=["method", "perturbation"])
+    table = pd.concat(parts, names=["method", "perturbation"])
+    table.attrs["left_out"] = dict(measured.left_out)
+    return table
 
 
 def score_perturbation_prediction(
@@ -60,18 +65,20 @@ def score_perturbation_prediction(
 ) -> pd.DataFrame:
     """Scores of predictions with each perturbation left out; `scfm.tl.score_perturbation_prediction` explains them."""
     measured = read_measured(
-        adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer
+        adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer, gene_key=gene_key
     )
     methods = _methods(adata, model, measured, measured.targets, layer=layer, gene_key=gene_key, seed=seed)
     lines = []
-    for place, target in enumerate(measured.targets):
-        rest = measured.without(place)
+    for row, (name, target) in enumerate(zip(measured.names, measured.targets)):
+        rest = measured.without(row)
         scored_G = ~np.isin(measured.genes, target)
-        for name, method in methods.items():
-            change_G = method(rest, [target])[0]
-            scores = _scores(change_G[scored_G], measured.change_PG[:, scored_G], place, n_top)
-            lines.append({"perturbation": separator.join(target), "n_genes": len(target), "method": name, **scores})
-    return pd.DataFrame(lines)
+        for method, predictor in methods.items():
+            change_G = predictor(rest, [target])[0]
+            scores = _scores(change_G[scored_G], measured.change_PG[:, scored_G], row, n_top)
+            lines.append({"perturbation": name, "n_genes": len(target), "method": method, **scores})
+    table = pd.DataFrame(lines)
+    table.attrs["left_out"] = dict(measured.left_out)
+    return table
 
 
 def _methods(
@@ -91,18 +98,12 @@ def _methods(
     return {OURS: ridge_on_features(target_features(model, cells, genes)), **BASELINES}
 
 
-def _scores(
-    predicted_G: NDArray[np.float64], change_PG: NDArray[np.float64], place: int, n_top: int
-) -> dict[str, float]:
-    truth_G = change_PG[place]
+def _scores(predicted_G: NDArray[np.float64], change_PG: NDArray[np.float64], row: int, n_top: int) -> dict[str, float]:
+    truth_G = change_PG[row]
     top = np.argsort(-np.abs(truth_G), kind="stable")[:n_top]
     alike = np.array([_correlation(predicted_G, other_G) for other_G in change_PG])
-    others = np.delete(alike, place)
-    rank = (
-        np.nan
-        if np.isnan(alike[place])
-        else float((others > alike[place]).mean() + (others == alike[place]).mean() / 2)
-    )
+    others = np.delete(alike, row)
+    rank = np.nan if np.isnan(alike[row]) else float((others > alike[row]).mean() + (others == alike[row]).mean() / 2)
     return {
         "pearson_top": _correlation(predicted_G[top], truth_G[top]),
         "rmse": float(np.sqrt(np.mean((predicted_G - truth_G) ** 2))),
