@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm import pp
+from scfm._config import did_you_mean
 from scfm.data import CellBatch
+from scfm.data.columns import groups
 from scfm.errors import LabelsError
 from scfm.models.model import Model, Precision
 from scfm.pp._encode import require_cells
@@ -89,11 +91,11 @@ def _groups(adata: anndata.AnnData, groupby: str | None, wanted: dict[str, str |
         raise LabelsError(
             f"`groupby` is {groupby!r}, but neither `start` nor `goal` is given; name at least one state."
         )
-    if groupby not in adata.obs:
-        raise LabelsError(f"`groupby` is {groupby!r}, which is not in `adata.obs` ({', '.join(adata.obs)}).")
-    group_B = adata.obs[groupby].astype(str).to_numpy(dtype=object)
+    labels = groups(adata.obs, groupby, argument="groupby")
     for role, state in named.items():
-        if not (group_B == state).any():
-            shown = ", ".join(map(repr, sorted(set(group_B))[:10]))
-            raise LabelsError(f"`{role}` is {state!r}, but no cell of obs[{groupby!r}] is; there are {shown}.")
-    return group_B
+        if state not in labels.names:
+            raise LabelsError(
+                f"`{role}` is {state!r}, but no cell of obs[{groupby!r}] is.{did_you_mean(state, list(labels.names))} "
+                f"There are {', '.join(map(repr, labels.names[:10]))}."
+            )
+    return np.array([*labels.names, None], dtype=object)[labels.codes]

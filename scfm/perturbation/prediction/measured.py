@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import anndata
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm import baselines
+from scfm._config import did_you_mean
 from scfm.data import CountMatrix
+from scfm.data.columns import groups
 from scfm.errors import LabelsError
 from scfm.perturbation.prediction.targets import Target, read_target
 
@@ -80,28 +82,25 @@ def read_measured(
     UserWarning
         If perturbations are left out because they have too few cells.
     """
-    if perturbation_key not in adata.obs:
-        raise LabelsError(f"`perturbation_key` is {perturbation_key!r}, not in `adata.obs` ({', '.join(adata.obs)}).")
-    names_B = adata.obs[perturbation_key].astype(str).to_numpy(dtype=object)
-    is_named_B = adata.obs[perturbation_key].notna().to_numpy()
-    target_of = {
-        name: read_target(name, control=control, separator=separator) for name in sorted(set(names_B[is_named_B]))
-    }
-    spellings: dict[Target, list[str]] = {}
-    for name, target in target_of.items():
-        spellings.setdefault(target, []).append(name)
-    control_B = is_named_B & np.isin(names_B, spellings.pop((), []))
+    labels = groups(adata.obs, perturbation_key, argument="perturbation_key")
+    spellings: dict[Target, list[int]] = {}
+    for code, name in enumerate(labels.names):
+        spellings.setdefault(read_target(name, control=control, separator=separator), []).append(code)
+    control_B = np.isin(labels.codes, spellings.pop((), []))
     if not control_B.any():
-        shown = ", ".join(map(repr, list(target_of)[:10]))
-        raise LabelsError(f"`control` is {control!r}, but no cell of obs[{perturbation_key!r}] is; there are {shown}.")
-    rows = {target: np.flatnonzero(is_named_B & np.isin(names_B, names)) for target, names in spellings.items()}
+        raise LabelsError(
+            f"`control` is {control!r}, but no cell of obs[{perturbation_key!r}] is."
+            f"{did_you_mean(control, list(labels.names))} There are {', '.join(map(repr, labels.names[:10]))}."
+        )
+    rows = {target: np.flatnonzero(np.isin(labels.codes, codes)) for target, codes in spellings.items()}
+    names = {target: _shown(labels.names[codes[0]], control, separator) for target, codes in spellings.items()}
     few = {target: len(of_target) for target, of_target in rows.items() if len(of_target) < MIN_CELLS}
     kept = [target for target in rows if target not in few]
     if len(kept) < 3:
         raise LabelsError(
             f"{len(kept)} perturbations of obs[{perturbation_key!r}] have {MIN_CELLS} cells or more; at least 3 are needed."
         )
-    left_out = {_shown(spellings[target], control, separator): f"{n} cells" for target, n in few.items()}
+    left_out = {names[target]: f"{n} cells" for target, n in few.items()}
     if left_out:
         warnings.warn(
             f"{len(left_out)} perturbations have fewer than {MIN_CELLS} cells and are left out: "
@@ -116,15 +115,15 @@ def read_measured(
         change_PG=np.stack(means) - control_G,
         genes=genes,
         columns=tuple(map(str, adata.var_names)),
-        names=tuple(_shown(spellings[target], control, separator) for target in kept),
+        names=tuple(names[target] for target in kept),
         left_out=left_out,
         control_rows=np.flatnonzero(control_B),
     )
 
 
-def _shown(spellings: Sequence[str], control: str, separator: str) -> str:
-    """The first spelling, without the control."""
-    parts = (part.strip() for part in spellings[0].split(separator))
+def _shown(name: str, control: str, separator: str) -> str:
+    """A name as it is in the data, without the control."""
+    parts = (part.strip() for part in name.split(separator))
     return separator.join(dict.fromkeys(part for part in parts if part not in (control, "")))
 
 
