@@ -92,7 +92,7 @@ def read_measured(
             f"`control` is {control!r}, but no cell of obs[{perturbation_key!r}] is."
             f"{did_you_mean(control, list(labels.names))} There are {', '.join(map(repr, labels.names[:10]))}."
         )
-    rows = {target: np.flatnonzero(np.isin(labels.codes, codes)) for target, codes in spellings.items()}
+    rows = {target: np.flatnonzero(np.isin(labels.codes, codes)) for target, codes in sorted(spellings.items())}
     names = {target: _shown(labels.names[codes[0]], control, separator) for target, codes in spellings.items()}
     few = {target: len(of_target) for target, of_target in rows.items() if len(of_target) < MIN_CELLS}
     kept = [target for target in rows if target not in few]
