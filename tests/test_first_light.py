@@ -74,7 +74,7 @@ def test_a_saved_model_embeds_the_same(adata, model, tmp_path):
 
 def test_results_survive_the_disk(adata, tmp_path):
     given = adata.copy()
-    model = scfm.fit(given, labels_key="bulk_labels", config=CONFIG, progress=False)
+    model = scfm.fit(given, labels_key="bulk_labels", config=CONFIG, pretrain_config=CONFIG, progress=False)
     scfm.tl.annotate(given, model)
     scfm.tl.embed(given, model, key_added="X_again")
     given.write_h5ad(tmp_path / "out.h5ad")

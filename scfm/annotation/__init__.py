@@ -1,1 +1,1 @@
-"""Annotation of cells and genes: splits, probes, ensembles, calibration, and the report."""
+"""Annotation: splits, linear probe, gene classifier, ensemble, calibration, fine-tuning, scores, classes of genes."""

@@ -83,13 +83,14 @@ class Preset:
             every = [each for family in FAMILIES.values() for each in family.presets]
             able = [each.name for each in every if objective in each.objectives]
             known = list(dict.fromkeys(name for each in every for name in each.objectives))
-            reason = (
-                f"which the {self.encoding['kind']} encoding of {self.name!r} does not have. Choose one of the presets "
-                f"{', '.join(able)}, or objective={next(iter(self.objectives))!r}."
-                if able
-                else f"choose one of {', '.join(known)}."
+            if not able:
+                raise ValueError(f"`objective` is {objective!r}; choose one of {', '.join(known)}.")
+            sizes = [each.encoding["kind"] for each in every if each.size == self.size and each.name in able]
+            remedy = f"Choose encoding={sizes[0]!r}" if sizes else f"Choose one of the presets {', '.join(able)}"
+            raise ValueError(
+                f"`objective` is {objective!r}, which does not exist for the {self.encoding['kind']!r} encoding of "
+                f"{self.name!r}. {remedy}, or objective={next(iter(self.objectives))!r}."
             )
-            raise ValueError(f"`objective` is {objective!r}; {reason}")
         name = self.objectives[objective]
         return replace(self, objective=name, network={**self.network, **OBJECTIVES[name].network_settings})
 

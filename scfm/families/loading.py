@@ -63,6 +63,8 @@ def load(
         )
     family, files = _opened(path)
     model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
+    if model.checkpoint is not None and model.objective is None:
+        model.objective = family.presets[0].objective
     return model.to(_device(device))
 
 
@@ -86,6 +88,11 @@ def recognise(path: str | Path) -> Family:
     'scfm'
     """
     return _opened(Path(path))[0]
+
+
+def opened(model: Model | str | Path) -> Model:
+    """Return a model as it is, or open the path or name of one."""
+    return model if isinstance(model, Model) else load(model)
 
 
 def convert(
@@ -133,6 +140,8 @@ def convert(
     path, target = Path(source), Path(target)
     family, files = _opened(path)
     model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
+    if model.checkpoint is not None and model.objective is None:
+        model.objective = family.presets[0].objective
     kind = model.encoding.config.kind
     fitting = [each.name for each in FAMILIES.values() if each.encoding.get("kind") == kind]
     if to is None:

@@ -55,7 +55,10 @@ class Model(ModelState):
     --------
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()
-    >>> model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> short = scfm.FitConfig(n_steps=2)
+    >>> model = scfm.fit(
+    ...     adata, labels_key="bulk_labels", config=short, pretrain_config=short, progress=False
+    ... )
     >>> len(model.labels), model.encoding.config.kind
     (10, 'rank')
     >>> [stage["name"] for stage in model.history["stages"]]
@@ -195,7 +198,10 @@ class Model(ModelState):
         --------
         >>> import scfm
         >>> adata = scfm.datasets.pbmc()
-        >>> model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=2), progress=False)
+        >>> short = scfm.FitConfig(n_steps=2)
+        >>> model = scfm.fit(
+        ...     adata, labels_key="bulk_labels", config=short, pretrain_config=short, progress=False
+        ... )
         >>> table = model.report()
         >>> table.index[0], "logistic regression" in table.index
         ('scfm', True)
@@ -231,14 +237,32 @@ class Model(ModelState):
         if not parts:
             return np.empty((0, config.replace(pooling=pooling or config.pooling).d_embedding), np.float32)
         embedding_BD = torch.cat(parts).numpy()
-        if config.normalize_embedding if normalize is None else normalize:
-            embedding_BD = embedding_BD / np.maximum(np.linalg.norm(embedding_BD, axis=1, keepdims=True), 1e-12)
-        return embedding_BD
+        return (
+            unit_length(embedding_BD)
+            if (config.normalize_embedding if normalize is None else normalize)
+            else embedding_BD
+        )
 
-    def class_features(self, cells: CellBatch) -> NDArray[np.float32]:
-        """What the class head reads of each encoded cell, shape (B, E), float32."""
+    def embedding_of_features(self, features_BX: NDArray[np.float32], cells: CellBatch) -> NDArray[np.float32]:
+        """Return what `embed` returns; class features that are the embedding already are not computed again."""
+        if not self.network.class_head_reads_embedding:
+            return self.embed(cells)
+        return unit_length(features_BX) if self.network.config.normalize_embedding else features_BX
+
+    def class_features(self, cells: CellBatch, *, precision: Precision = "fp32") -> NDArray[np.float32]:
+        """Return what the class head reads of each encoded cell, shape (B, X), float32."""
+        network = self.network_in(precision)
+        parts = [network.class_features(batch).float().cpu() for batch in self.batches(cells)]
+        return torch.cat(parts).numpy()
+
+    def logits_of_features(self, features_BX: NDArray[np.float32], cells: CellBatch) -> torch.Tensor:
+        """Return the transformer's logits, shape (B, C), from class features; a head that reads all tokens gets `cells`."""
         self.require_labels()
-        return torch.cat([self.network.class_features(batch).float().cpu() for batch in self.batches(cells)]).numpy()
+        if self.network.config.class_head == "panel":
+            return torch.cat([self.network.class_logits(batch).float().cpu() for batch in self.batches(cells)])
+        self.network.eval()
+        with torch.inference_mode():
+            return self.network.class_head(torch.from_numpy(features_BX).to(self.device)).float().cpu()
 
     def predict_proba(
         self, cells: CellBatch, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
@@ -303,6 +327,11 @@ class Model(ModelState):
         cells = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
         report = self.report().to_html(float_format="{:.3f}".format) if self.scores is not None else ""
         return f"<table>{cells}</table>{report}"
+
+
+def unit_length(embedding_BD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Divide each row by its length."""
+    return embedding_BD / np.maximum(np.linalg.norm(embedding_BD, axis=1, keepdims=True), 1e-12)
 
 
 def runs_of_tokens(cu_seqlens: NDArray[np.integer], budget: int) -> Iterator[slice]:

@@ -243,17 +243,27 @@ class CellTransformer(nn.Module):
         return head(self.class_features(cells))
 
     def class_features(self, cells: CellBatch) -> Tensor:
-        """What the class head reads of each cell: its embedding, as the kind of head asks for it."""
-        first = self.config.class_head in ("pooler", "mlp")
-        return self.embed_cells(cells, hidden_layer=-1, pooling="cls" if first else None)
+        """Return what the class head reads of each cell: its embedding, or the state of its first token."""
+        if self.class_head_reads_embedding:
+            return self.embed_cells(cells)
+        return self.embed_cells(cells, hidden_layer=-1, pooling="cls")
+
+    @property
+    def class_head_reads_embedding(self) -> bool:
+        """Whether class features are the cell embedding; heads of BERT and scGPT read the first token's last state."""
+        return self.config.class_head not in ("pooler", "mlp")
 
     def add_class_head(self, n_classes: int) -> None:
-        """Put a fresh classification head of our own kind on the network, and a gene classifier beside it."""
-        device = self.embedding.gene.weight.device
-        self.config = self.config.replace(n_classes=n_classes, class_head="normalised", gene_classifier=True)
-        self.class_head = make_class_head(self.config).to(device)
+        """Replace the class head by a fresh one that reads the cell embedding, and the gene classifier too."""
+        self.config = self.config.replace(n_classes=n_classes, class_head="normalised")
+        self.class_head = make_class_head(self.config).to(self.embedding.gene.weight.device)
         self.class_head.apply(init_weights)
-        self.gene_classifier = GeneClassifier(self.config).to(device)
+        self.add_gene_classifier()
+
+    def add_gene_classifier(self) -> None:
+        """Replace the linear classifier of gene expression by a fresh one for the same classes."""
+        self.config = self.config.replace(gene_classifier=True)
+        self.gene_classifier = GeneClassifier(self.config).to(self.embedding.gene.weight.device)
 
     def in_bfloat16(self) -> CellTransformer:
         """Copy for inference with the blocks in bfloat16. Embedding and heads keep their digits: values would lose theirs."""

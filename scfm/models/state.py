@@ -73,6 +73,8 @@ class ModelState:
         Rows of `Model.report`; None if the model was fitted without labels.
     screen
         Directions that `scfm.tl.screen` projects on, by kind of measure, shape (D, R), float32.
+    objective
+        Name of the objective that the network was pretrained with, in `scfm.objectives`; None if it was not pretrained.
     checkpoint
         The published checkpoint that the model was read from, if any.
     history
@@ -85,6 +87,7 @@ class ModelState:
     calibration: Calibration | None = field(default=None, kw_only=True)
     scores: list[dict[str, Any]] | None = field(default=None, kw_only=True)
     screen: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    objective: str | None = field(default=None, kw_only=True)
     checkpoint: Checkpoint | None = field(default=None, kw_only=True)
     history: dict[str, Any] = field(default_factory=dict, kw_only=True)
 

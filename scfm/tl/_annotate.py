@@ -10,10 +10,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scfm import pp
+from scfm.annotation.calibration import distances
 from scfm.errors import LabelsError
 from scfm.models.model import Model
 from scfm.pp._encode import require_cells
-from scfm.tl._calibrate import distances
 from scfm.tl._record import record
 
 UNASSIGNED = "unassigned"
@@ -76,7 +76,7 @@ def annotate(
     --------
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()
-    >>> quick = {"context_length": 64, "baselines": False, "config": scfm.FitConfig(n_steps=2), "progress": False}
+    >>> quick = {"context_length": 64, "baselines": False, "pretrain": False, "config": scfm.FitConfig(n_steps=2), "progress": False}
     >>> model = scfm.fit(adata, labels_key="bulk_labels", **quick)
     >>> scfm.tl.annotate(adata, model)
     >>> adata.obs["scfm_label"].cat.categories.size

@@ -4,117 +4,135 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 
 from scfm import pp
-from scfm.data import CellBatch
+from scfm._docs import document
+from scfm.annotation.finetune import Cells, finetune, inference_precision, score_from_scratch, stage_config
+from scfm.annotation.scores import score_baselines, score_model, score_probe
+from scfm.annotation.splits import FitSplit, split_for_fit
+from scfm.data import CountMatrix
 from scfm.encoding import Encoding, EncodingConfig, make_encoding
-from scfm.families import choose_preset
-from scfm.models.initialize import (
-    gene_loadings,
-    set_gene_classifier,
-    set_gene_embeddings,
-    set_linear_probe,
-    set_vote_weights,
-)
+from scfm.encoding.genes import gene_names
+from scfm.errors import ModelTaskError
+from scfm.families import Preset, choose_preset
+from scfm.families.loading import opened
+from scfm.models.extend import extend_network, extended_encoding, extended_vocabulary
+from scfm.models.initialize import sample_rows, start_from_loadings
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.objectives import Classification, Objective, class_weights, make_objective
-from scfm.pp._encode import require_cells
-from scfm.tl._calibrate import calibrate
+from scfm.objectives import make_objective
+from scfm.pp._encode import gene_map, require_cells
+from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
-from scfm.tl._score import score_baselines, score_model
-from scfm.tl._split import FitSplit, split_for_fit
-from scfm.train import FitConfig, train
+from scfm.train import FitConfig, run_stage
 
-N_COMPONENTS = 50  # of the singular value decomposition that gene embeddings start from
-GENE_SCALE = 0.3  # root mean square of the loadings in the gene embedding
-FINE_TUNING_SHARE = 0.1  # of the learning rate: the probe that the head starts from is near its goal
-MOST_CELLS_FOR_SVD = 20_000
+logger = logging.getLogger(__name__)
 
 
+@document
 def fit(
     adata: anndata.AnnData,
     *,
     labels_key: str | None = None,
+    model: Model | str | Path | None = None,
     batch_key: str | None = None,
     test_key: str | None = None,
     transductive: bool = False,
-    encoding: str | EncodingConfig = "rank",
+    encoding: str | EncodingConfig | None = None,
     context_length: int | None = None,
-    objective: str = "masked",
-    pretrain: bool = True,
-    preset: str = "small",
+    objective: str | None = None,
+    pretrain: bool | None = None,
+    preset: str | None = None,
+    extend_vocabulary: bool = False,
+    compare_from_scratch: bool = False,
     layer: str | None = None,
     gene_key: str | None = None,
     test_fraction: float = 0.2,
     baselines: bool = True,
     seed: int = 0,
     config: FitConfig | None = None,
+    pretrain_config: FitConfig | None = None,
     key_added: str = "X_scfm",
     progress: bool = True,
 ) -> Model:
-    """Train a model on raw counts: self-supervised, then, with `labels_key`, to tell labels apart.
+    """Train a model on raw counts, from scratch or from a pretrained model; with `labels_key`, for annotation.
+
+    Without `model`, a network of the chosen size is pretrained on the cells. With `model`, a copy of a pretrained model
+    is fine-tuned: its encoding, vocabulary and medians are kept, and the object that was given is never changed.
 
     With labels, a part of the labelled cells is held out from everything that is fitted (vocabulary, medians,
-    pretraining, components, classification), and the model is scored on it beside simple baselines: `model.report()`. A
-    tenth of the rest is held out from the same, to fit the temperature that calibrates probabilities. Labels are told by
-    the mean of two votes: the transformer's, and a linear classifier's, which reads genes through components that are
-    learned from labelled and unlabelled cells.
+    pretraining, components, classification), and the model is scored on it next to simple baselines: `model.report()`. A
+    tenth of the rest is held out too, to fit the temperature that calibrates probabilities. Labels are predicted by an
+    ensemble of two members: the transformer, and a linear classifier that reads genes through components learned from
+    labelled and unlabelled cells.
 
     Parameters
     ----------
-    adata
-        Raw counts, n_obs cells by n_vars genes, in `X` or in `layer`.
+    {adata}
     labels_key
-        Column of `adata.obs` with cell types. From cells without a label (NaN) vocabulary, components and the network learn
-        too; `scfm.tl.annotate` then labels them.
+        Column of `adata.obs` with cell types. Vocabulary, components and network are learned from cells without a label
+        (NaN) too; `scfm.tl.annotate` then predicts their labels.
+    model
+        Pretrained model to start from: a `Model`, the path of a saved model or of a published checkpoint, or the name of
+        a repository on the model hub. None to start from scratch.
     batch_key
         Column of `adata.obs` with donors or batches; then whole ones are held out instead of single cells.
     test_key
-        Column of `adata.obs` that is True for the cells to hold out, instead of a random part.
+        Boolean column of `adata.obs` that is True for the cells to hold out, instead of a random part.
     transductive
-        Whether held-out cells, without their labels, take part in what is learned from unlabelled cells. The report then
-        says how well the cells at hand are labelled, not new ones, and its rows say "transductive".
+        Whether held-out cells, without their labels, are among the cells that are learned from without labels. The
+        report then says how well the cells at hand are annotated, not new ones, and its rows say "transductive".
     encoding
-        "rank": genes in order of their expression over their usual one (Geneformer). "bin": genes with binned
-        values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind, which is taken as it is.
+        "rank": genes in the order of their expression relative to their median expression (Geneformer). "bin": genes
+        with binned values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind, which is taken as it is. None for
+        "rank", or for the encoding of `model`.
     context_length
-        Most tokens of a cell; None for the preset's own, 1,024, or that of the given configuration. Attention costs its
-        square.
+        Maximum number of tokens of a cell. None for 1,024, or for that of the given configuration or model. The cost of
+        attention grows with its square.
     objective
-        "masked": guess hidden genes (rank) or hidden values (bin). "generative": from known genes the values of all
-        others (bin; scGPT).
+        "masked": predict hidden genes (rank) or hidden values (bin). "generative": predict the values of all other
+        genes from some genes (bin; scGPT). None for "masked", or for the objective that `model` was pretrained with.
     pretrain
-        False leaves the self-supervised stage out; needs `labels_key`.
+        Whether to train without labels first. None: yes without `model`, no with it. With `model`, True continues its
+        own pretraining objective on the new cells.
     preset
-        Size of the network: "small", "medium" or "large".
-    layer, gene_key
-        As in `scfm.tl.embed`.
+        Size of a new network: "small" (the default), "medium" or "large".
+    extend_vocabulary
+        Whether genes of the data that `model` lacks are added to its vocabulary. Their embeddings are predicted from
+        their loadings on principal components. By default they are ignored, and a message gives their number.
+    compare_from_scratch
+        Whether the report also has a row for the same architecture, trained from random weights for as many steps.
+    {layer}
+    {gene_key}
     test_fraction
-        Share of the labelled cells to hold out. A class of one cell is never held out.
+        Fraction of the labelled cells to hold out. A class of one cell is never held out.
     baselines
-        Whether to fit the simple methods that the report sets beside the model; they read up to 20,000 cells.
+        Whether to fit the simple methods of the report; they read up to 20,000 cells.
     seed
-        Of the split, the initialisation, the order of cells, masks and dropout. The same seed gives the same model on
-        one machine.
+        Seed of the split, the initialization, the order of cells, masks and dropout. The same seed gives the same model
+        on one machine.
     config
-        Settings of both stages of training, of which fine-tuning takes a tenth of the rate; by default they follow from
-        the size of the data.
-    key_added
-        Where the embedding goes in `adata.obsm`.
+        Settings of fine-tuning, or of the only stage without labels. None chooses them by the numbers of cells and
+        parameters. Its `trainable` says which weights are fine-tuned: "all", "head", "last:N" or "lora:R".
+    pretrain_config
+        Settings of pretraining if labels are given. None chooses them by the number of cells.
+    {obsm_key_added}
     progress
         Whether to show a progress bar with loss, cells per second and time left.
 
     Returns
     -------
-    The model. Writes `obsm[key_added]`, shape (n_obs, d_model), float32, with labels also `obs["scfm_split"]`
+    The model. Writes `obsm[key_added]`, shape (n_obs, d_embedding), float32, with labels also `obs["scfm_split"]`
     ("train", "calibration", "test", "unlabelled"), and a record under `uns["scfm"]`.
 
     Raises
@@ -125,108 +143,186 @@ def fit(
         If `labels_key` is missing, or there are too few classes or cells.
     EmptyCellError
         If a cell has no expressed gene.
+    VocabularyMismatchError
+        If the genes of the data are not those of `model`.
+    ModelFileError
+        If `model` is a path or a name that cannot be opened.
 
     Examples
     --------
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()
-    >>> model = scfm.fit(adata, config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> short = scfm.FitConfig(n_steps=2)
+    >>> pretrained = scfm.fit(adata, config=short, progress=False)
     >>> adata.obsm["X_scfm"].shape
     (700, 128)
+    >>> annotator = scfm.fit(
+    ...     adata, labels_key="bulk_labels", model=pretrained, config=short.replace(trainable="lora:4"), progress=False
+    ... )
+    >>> "linear probe on the frozen embedding" in annotator.report().index
+    True
     """
     require_cells(adata)
-    kind = encoding.kind if isinstance(encoding, EncodingConfig) else encoding
-    chosen = choose_preset(preset, encoding=kind, objective=objective)
-    settings = encoding if isinstance(encoding, EncodingConfig) else EncodingConfig(**chosen.encoding)
-    settings = settings if context_length is None else settings.replace(context_length=context_length)
     split = split_for_fit(
-        adata.obs, labels_key, batch_key, test_fraction, seed, test_key=test_key, transductive=transductive
+        adata.obs,
+        labels_key=labels_key,
+        batch_key=batch_key,
+        test_key=test_key,
+        test_fraction=test_fraction,
+        transductive=transductive,
+        seed=seed,
     )
-    fitted = make_encoding(settings, adata=adata[split.fitted], layer=layer, gene_key=gene_key)
-    cells = pp.encode(adata, fitted, layer=layer, gene_key=gene_key)
-    expression_BV = pp.log_expression(adata, fitted, layer=layer, gene_key=gene_key)
-    network = _start(chosen.model_config(**_of_encoding(fitted)), fitted, seed)
-    loadings_VR = gene_loadings(expression_BV[_sample(split.fitted, seed)], N_COMPONENTS, seed)
-    set_gene_embeddings(network, loadings_VR, scale=GENE_SCALE)
-    model = Model(network, fitted, history={"preset": chosen.name, "seed": seed})
-
-    stage = config or default_config(len(split.fitted), seed)
-    if pretrain:
-        pretraining = make_objective(chosen.objective, network, fitted)
-        _run_stage(model, "pretraining", pretraining, cells.select(split.fitted), stage, progress)
-    if split.labels is not None:
-        _fine_tune(model, cells, expression_BV, split, config, seed, progress)
-        embedding_BD = model.class_features(cells)  # the embedding of our own presets; one pass serves all that follows
-        network.class_head.set_statistics(torch.from_numpy(embedding_BD[split.train]))
-        model.calibration = calibrate(model, embedding_BD, expression_BV, split)
-        model.scores = score_model(model, embedding_BD, expression_BV, split)
+    counts = _Counts(adata, layer, gene_key)
+    if model is None:
+        chosen = choose_preset(preset or "small", encoding=_kind(encoding), objective=objective or "masked")
+        settings = encoding if isinstance(encoding, EncodingConfig) else EncodingConfig(**chosen.encoding)
+        settings = settings if context_length is None else settings.replace(context_length=context_length)
+        fitted, cells = _new_model(counts, chosen, settings, split, seed)
+    else:
+        _refuse_with_model(encoding=encoding, preset=preset, objective=objective, context_length=context_length)
+        fitted, cells = _copied_model(counts, opened(model), split, seed, extend_vocabulary=extend_vocabulary)
+    if pretrain or (pretrain is None and model is None):
+        stage = config if labels_key is None else pretrain_config
+        _pretrain(fitted, cells, stage or FitConfig.for_cells(len(split.fitted), seed=seed), progress)
+    if labels_key is None:
+        adata.obsm[key_added] = fitted.embed(cells.tokens)
+    else:
+        stage = stage_config(config, fitted.network, cells, seed)
+        frozen_BX = None if model is None else _frozen_features(fitted, cells, stage)
+        outputs = finetune(fitted, cells, stage, seed=seed, progress=progress)
+        fitted.scores = score_model(fitted, outputs.logits_BC, cells.expression_BV, split)
+        if frozen_BX is not None:
+            fitted.scores.append(score_probe(frozen_BX, split, seed=seed))
+        if compare_from_scratch:
+            fitted.scores.append(score_from_scratch(fitted, cells, stage, progress=progress))
         if baselines:
-            model.scores += score_baselines(adata, split, layer, seed)
+            fitted.scores += score_baselines(log_normalized_counts(adata, layer=layer), split, seed=seed)
         adata.obs["scfm_split"] = split.names(adata.n_obs)
-    adata.obsm[key_added] = model.embed(cells) if split.labels is None else embedding_BD
-    record(adata, model, key_added, layer=layer, gene_key=gene_key, labels_key=labels_key, batch_key=batch_key)
-    return model
+        adata.obsm[key_added] = fitted.embedding_of_features(outputs.features_BX, cells.tokens)
+    record(adata, fitted, key_added, **counts.source, labels_key=labels_key, batch_key=batch_key)
+    return fitted
 
 
-def _start(model_config: Any, encoding: Encoding, seed: int) -> CellTransformer:
+@dataclass(frozen=True)
+class _Counts:
+    """Where the counts of the data are, and what is made of them for an encoding."""
+
+    adata: anndata.AnnData
+    layer: str | None
+    gene_key: str | None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"layer": self.layer, "gene_key": self.gene_key}
+
+    def make_encoding(self, settings: EncodingConfig, rows: NDArray[np.int64], vocabulary: Any = None) -> Encoding:
+        return make_encoding(settings, adata=self.adata[rows], vocabulary=vocabulary, **self.source)
+
+    def genes_outside(self, encoding: Encoding) -> _MissingGenes:
+        """Find the genes that have counts but no token."""
+        counts = CountMatrix.from_adata(self.adata, layer=self.layer)
+        total_G = np.zeros(counts.n_vars)
+        for _, block, _ in counts.blocks():
+            total_G += np.asarray(block.sum(0), dtype=np.float64).ravel()
+        genes = gene_map(counts, encoding, gene_key=self.gene_key)
+        names, _ = gene_names(counts.var, gene_key=self.gene_key, id_type=encoding.vocabulary.id_type)
+        outside = np.flatnonzero((genes.token_ids < 0) & (total_G > 0))
+        fraction = float(total_G[outside].sum() / max(total_G.sum(), 1.0))
+        return _MissingGenes(tuple(dict.fromkeys(names[column] for column in outside)), fraction)
+
+    def cells(self, encoding: Encoding, split: FitSplit) -> Cells:
+        tokens = pp.encode(self.adata, encoding, **self.source)
+        return Cells(tokens, pp.log_expression(self.adata, encoding, **self.source), split)
+
+
+@dataclass(frozen=True)
+class _MissingGenes:
+    """Genes of the data that the vocabulary lacks, and the fraction of all counts that they hold."""
+
+    names: tuple[str, ...]
+    count_fraction: float
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.names):,} genes of the data ({self.count_fraction:.1%} of the counts) are not in the vocabulary of the "
+            f"model and are ignored, such as {', '.join(self.names[:3])}. `extend_vocabulary=True` adds them."
+        )
+
+
+def _new_model(
+    counts: _Counts, chosen: Preset, settings: EncodingConfig, split: FitSplit, seed: int
+) -> tuple[Model, Cells]:
+    """Learn an encoding and start a network whose gene embeddings are loadings on principal components."""
+    encoding = counts.make_encoding(settings, split.fitted)
+    cells = counts.cells(encoding, split)
+    vocabulary, context_length = encoding.vocabulary, encoding.config.context_length
+    shape: dict[str, Any] = {"n_tokens": len(vocabulary), "pad_id": vocabulary.pad_id}
+    shape |= {"context_length": context_length} if context_length else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CellTransformer.for_vocabulary(model_config, encoding.vocabulary)
+        network = CellTransformer.for_vocabulary(chosen.model_config(**shape), vocabulary)
+    start_from_loadings(network, cells.expression_BV[sample_rows(split.fitted, seed)], seed=seed)
+    history = {"preset": chosen.name, "seed": seed}
+    return Model(network, encoding, objective=chosen.objective, history=history), cells
 
 
-def _of_encoding(encoding: Encoding) -> dict[str, Any]:
-    """Fields of the network's configuration that follow from the encoding."""
-    vocabulary, context_length = encoding.vocabulary, encoding.config.context_length
-    return {"n_tokens": len(vocabulary), "pad_id": vocabulary.pad_id} | (
-        {"context_length": context_length} if context_length else {}
+def _copied_model(
+    counts: _Counts, base: Model, split: FitSplit, seed: int, *, extend_vocabulary: bool
+) -> tuple[Model, Cells]:
+    """Copy a model and encode the cells with its encoding; genes that it lacks are added or reported."""
+    network, encoding = copy.deepcopy(base.network), base.encoding
+    missing = counts.genes_outside(encoding)
+    if missing.names and extend_vocabulary:
+        vocabulary = extended_vocabulary(encoding.vocabulary, missing.names)
+        learned = counts.make_encoding(encoding.config, split.fitted, vocabulary)
+        encoding = extended_encoding(encoding, vocabulary, learned)
+        cells = counts.cells(encoding, split)
+        rows = sample_rows(split.fitted, seed)
+        network = extend_network(network, vocabulary, cells.expression_BV[rows], seed=seed)
+    else:
+        cells = counts.cells(encoding, split)
+        if missing.names:
+            logger.info("%s", missing)
+    history = {
+        "initial_model": base.id,
+        "genes_outside_vocabulary": len(missing.names),
+        "counts_outside_vocabulary": missing.count_fraction,
+        "stages": copy.deepcopy(base.history.get("stages", [])),
+        "seed": seed,
+    }
+    fitted = Model(
+        network,
+        encoding,
+        labels=base.labels,
+        objective=base.objective,
+        checkpoint=base.checkpoint,
+        history=history,
     )
+    return fitted, cells
 
 
-def _sample(rows: NDArray[np.int64], seed: int, keep: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """At most `MOST_CELLS_FOR_SVD` of the rows, drawn at random, and all of `keep`; ascending."""
-    if len(rows) > MOST_CELLS_FOR_SVD:
-        rows = np.random.default_rng(seed).choice(rows, MOST_CELLS_FOR_SVD, replace=False)
-    return np.sort(rows) if keep is None else np.union1d(rows, keep)
+def _pretrain(model: Model, cells: Cells, config: FitConfig, progress: bool) -> None:
+    if model.objective is None:
+        raise ModelTaskError(
+            "This model does not say which objective it was pretrained with, so pretraining cannot be continued. "
+            "Leave `pretrain` out, or continue it with `scfm.pretrain(files, out, init=model)`."
+        )
+    objective = make_objective(model.objective, model.network, model.encoding)
+    run_stage(model, "pretraining", objective, cells.tokens.select(cells.split.fitted), config, progress=progress)
 
 
-def default_config(n_cells: int, seed: int) -> FitConfig:
-    """Steps that grow with the square root of the data: 48 for a few hundred cells, 2,000 for a million."""
-    return FitConfig(n_steps=int(np.clip(2 * np.sqrt(n_cells), 30, 4000)), seed=seed)
+def _frozen_features(model: Model, cells: Cells, config: FitConfig) -> NDArray[np.float32]:
+    """Class features of all cells before fine-tuning, for the row of the linear probe."""
+    return model.class_features(cells.tokens, precision=inference_precision(config))
 
 
-def _fine_tune(
-    model: Model,
-    cells: CellBatch,
-    expression_BV: sparse.csr_matrix,
-    split: FitSplit,
-    config: FitConfig | None,
-    seed: int,
-    progress: bool,
-) -> None:
-    """Fit both voters on the training cells: the transformer, from a linear probe, and the gene classifier."""
-    assert split.labels is not None
-    network, labels_B = model.network, split.labels.codes[split.train]
-    train_cells = cells.select(split.train).replace(labels_B=torch.from_numpy(labels_B))
-    model.labels = split.labels.names
-    network.add_class_head(len(model.labels))
-    rows = _sample(split.fitted, seed, keep=split.train)
-    codes_B = np.where(np.isin(rows, split.train), split.labels.codes[rows], -1)
-    component_BR = set_gene_classifier(network, expression_BV[rows], codes_B, n_components=N_COMPONENTS, seed=seed)
-    features_BE = model.class_features(train_cells)
-    set_linear_probe(network, features_BE, labels_B)
-    set_vote_weights(network, features_BE, component_BR, labels_B, seed)
-    objective = Classification(class_weights_C=class_weights(torch.from_numpy(labels_B), len(model.labels)))
-    stage = config or default_config(len(split.train), seed)
-    if config is None:
-        stage = stage.replace(n_steps=max(15, stage.n_steps // 2))
-    stage = stage.replace(learning_rate=FINE_TUNING_SHARE * (stage.learning_rate or 1e-3))
-    _run_stage(model, "fine-tuning", objective, train_cells, stage, progress)
+def _kind(encoding: str | EncodingConfig | None) -> str:
+    return encoding.kind if isinstance(encoding, EncodingConfig) else encoding or "rank"
 
 
-def _run_stage(
-    model: Model, name: str, objective: Objective, cells: CellBatch, config: FitConfig, progress: bool
-) -> None:
-    module = train(model.network, objective, cells, config, title=name, progress=progress)
-    losses = [float(loss) for loss in module.losses]
-    stages = model.history.setdefault("stages", [])
-    stages.append({"name": name, "objective": objective.name, "config": module.config.to_dict(), "losses": losses})
+def _refuse_with_model(**options: object) -> None:
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(
+            f"`{given[0]}` belongs to a new model, but `model` is given, which keeps its own. Leave `{given[0]}` out, or "
+            "leave `model` out to train a new one."
+        )

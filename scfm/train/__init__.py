@@ -4,6 +4,7 @@ from scfm.train.config import FitConfig
 from scfm.train.loop import train
 from scfm.train.module import NonFiniteLossError, TrainingModule
 from scfm.train.pretrain import PretrainConfig, pretrain
+from scfm.train.stage import run_stage
 from scfm.train.stream import CellStream
 from scfm.train.trainable import merge, set_trainable
 
@@ -15,6 +16,7 @@ __all__ = [
     "TrainingModule",
     "merge",
     "pretrain",
+    "run_stage",
     "set_trainable",
     "train",
 ]

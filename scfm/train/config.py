@@ -95,6 +95,11 @@ class FitConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
 
+    @classmethod
+    def for_cells(cls, n_cells: int, *, seed: int = 0) -> FitConfig:
+        """Return settings for a number of cells: steps grow with its square root, 53 for 700 and 2,000 for a million."""
+        return cls(n_steps=int(min(max(2 * n_cells**0.5, 30), 4000)), seed=seed)
+
     def with_defaults(self, **defaults: Any) -> FitConfig:
         """Fill in the fields that are None, such as the learning rate that suits a stage."""
         return self.replace(**{name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -84,7 +84,7 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.network, self.config.weight_decay, self.matrices)
         fused = self.config.precision != "16-mixed"  # Lightning cannot clip scaled gradients inside a fused step
-        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate or 0.0, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -19,7 +19,9 @@ def folder(cells, tmp_path_factory):
     path = tmp_path_factory.mktemp("cli")
     cells.write_h5ad(path / "cells.h5ad")
     config = scfm.FitConfig(n_steps=2)
-    scfm.fit(cells.copy(), labels_key="bulk_labels", config=config, progress=False).save(path / "model")
+    scfm.fit(cells.copy(), labels_key="bulk_labels", config=config, pretrain_config=config, progress=False).save(
+        path / "model"
+    )
     return path
 
 

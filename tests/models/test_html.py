@@ -30,7 +30,13 @@ class Text(HTMLParser):
 def fitted():
     cells = scfm.datasets.pbmc()[:60].copy()
     cells.obs["type"] = cells.obs["bulk_labels"].astype(str).replace({"Dendritic": "<b>Dendritic & co</b>"})
-    return scfm.fit(cells, labels_key="type", config=scfm.FitConfig(n_steps=1), progress=False)
+    return scfm.fit(
+        cells,
+        labels_key="type",
+        config=scfm.FitConfig(n_steps=1),
+        pretrain_config=scfm.FitConfig(n_steps=1),
+        progress=False,
+    )
 
 
 def test_a_model_shows_its_settings_labels_and_scores(fitted):

@@ -17,7 +17,13 @@ from scfm.models.io import hub
 @pytest.fixture(scope="module")
 def model():
     cells = scfm.datasets.pbmc()[:60].copy()
-    return scfm.fit(cells, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=1), progress=False)
+    return scfm.fit(
+        cells,
+        labels_key="bulk_labels",
+        config=scfm.FitConfig(n_steps=1),
+        pretrain_config=scfm.FitConfig(n_steps=1),
+        progress=False,
+    )
 
 
 @pytest.fixture

@@ -206,7 +206,13 @@ def test_colors_differ_for_color_blind_eyes():
 @pytest.fixture(scope="module")
 def fitted():
     cells = scfm.datasets.pbmc()[:60].copy()
-    return scfm.fit(cells, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=3), progress=False)
+    return scfm.fit(
+        cells,
+        labels_key="bulk_labels",
+        config=scfm.FitConfig(n_steps=3),
+        pretrain_config=scfm.FitConfig(n_steps=3),
+        progress=False,
+    )
 
 
 def test_report_draws_each_method_and_marks_the_model(fitted):

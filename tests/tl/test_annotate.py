@@ -1,4 +1,4 @@
-"""`scfm.tl.annotate`: rejection, votes of clusters, calibration."""
+"""`scfm.tl.annotate`: rejection, majority of clusters, the two ensemble members."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,9 @@ from sklearn.linear_model import LogisticRegression
 
 import scfm
 from scfm import baselines, pp
+from scfm.annotation.gene_classifier import N_COMPONENTS, N_DISPERSED
+from scfm.annotation.probe import INVERSE_PENALTY
 from scfm.errors import LabelsError, ModelTaskError
-from scfm.models import initialize
-from scfm.tl import _fit
-from scfm.tl._calibrate import fit_temperature
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +18,7 @@ def fitted():
     rare = adata.obs["bulk_labels"].value_counts()
     adata = adata[adata.obs["bulk_labels"].isin(rare.index[rare >= 10]).to_numpy()].copy()
     config = scfm.FitConfig(n_steps=1, tokens_per_step=2048)
-    return adata, scfm.fit(adata, labels_key="bulk_labels", config=config, progress=False)
+    return adata, scfm.fit(adata, labels_key="bulk_labels", config=config, pretrain_config=config, progress=False)
 
 
 def test_labels_are_the_most_probable_and_probabilities_add_up(fitted):
@@ -31,26 +30,26 @@ def test_labels_are_the_most_probable_and_probabilities_add_up(fitted):
     assert "scfm_label" not in adata.obs
 
 
-def test_the_gene_vote_is_a_regression_on_components_of_scaled_genes(fitted):
+def test_the_gene_classifier_is_a_regression_on_components_of_scaled_genes(fitted):
     adata, model = fitted
     train = (adata.obs["scfm_split"] == "train").to_numpy()
     expression = pp.log_expression(adata, model).toarray()
     deviation = expression[train].std(0)
-    assert len(deviation) < initialize.N_DISPERSED  # here every gene takes part
+    assert len(deviation) < N_DISPERSED  # here every gene takes part
     scaled = np.minimum(np.divide(expression, deviation, out=np.zeros_like(expression), where=deviation > 0), 10)
     # The whole spectrum by LAPACK; the randomised solver must find its head.
-    right = np.linalg.svd(scaled[train], full_matrices=False)[2][: _fit.N_COMPONENTS]
+    right = np.linalg.svd(scaled[train], full_matrices=False)[2][:N_COMPONENTS]
     components = scaled @ right.T
     components = components - components[train].mean(0)
     components /= np.sqrt((components[train] ** 2).mean())
-    regression = LogisticRegression(class_weight="balanced", C=initialize.INVERSE_PENALTY, max_iter=2000)
+    regression = LogisticRegression(class_weight="balanced", C=INVERSE_PENALTY, max_iter=2000)
     regression.fit(components[train], adata.obs["bulk_labels"][train].astype(str))
     logits = model.network.gene_classifier.logits(pp.log_expression(adata, model))
     assert tuple(regression.classes_) == model.labels
     np.testing.assert_allclose(softmax(logits, axis=1), regression.predict_proba(components), atol=2e-2)
 
 
-def test_both_votes_count_by_their_weights(fitted):
+def test_members_count_by_their_weights(fitted):
     adata, model = fitted
     cells, expression = pp.encode(adata, model), pp.log_expression(adata, model)
     network = model.predict_proba(cells, calibrated=False)
@@ -71,7 +70,7 @@ def test_unsure_and_distant_cells_are_unassigned(fitted):
     assert (near.obs["scfm_distance"] > 0).all()
 
 
-def test_clusters_vote_and_cells_without_one_keep_their_own(fitted):
+def test_cells_get_the_majority_label_of_their_cluster_or_keep_their_own(fitted):
     adata, model = fitted
     adata = adata.copy()
     adata.obs["cluster"] = ["one"] * (adata.n_obs - 3) + [None] * 3
@@ -88,14 +87,6 @@ def test_what_is_missing_is_named(fitted):
     unlabelled = scfm.fit(adata[:50].copy(), config=scfm.FitConfig(n_steps=1), progress=False)
     with pytest.raises(ModelTaskError, match="not trained to annotate"):
         scfm.tl.annotate(adata, unlabelled)
-
-
-def test_temperature_recovers_the_one_that_labels_were_drawn_with():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 2, (20_000, 4))
-    labels = np.array([rng.choice(4, p=p) for p in softmax(logits, axis=1)])
-    assert fit_temperature(softmax(logits * 3, axis=1), labels) == pytest.approx(3, rel=0.05)
-    assert fit_temperature(softmax(logits[:5], axis=1), labels[:5]) == 1  # too few to tell
 
 
 def test_calibration_error_of_known_cases():

@@ -8,10 +8,9 @@ import torch
 
 import scfm
 from scfm import baselines
+from scfm.annotation.calibration import fit_temperature
 from scfm.errors import LabelsError, VocabularyMismatchError
 from scfm.models import generate
-from scfm.tl._calibrate import fit_temperature
-from scfm.tl._split import split_for_fit
 
 SHORT = scfm.FitConfig(n_steps=2, tokens_per_step=2048)
 
@@ -26,15 +25,22 @@ def blood():
 @pytest.fixture(scope="module")
 def fitted(blood):
     adata = blood.copy()
-    return adata, scfm.fit(adata, labels_key="bulk_labels", config=SHORT, progress=False)
+    return adata, scfm.fit(adata, labels_key="bulk_labels", config=SHORT, pretrain_config=SHORT, progress=False)
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(blood, fitted):
     adata, model = fitted
     again = blood.copy()
-    assert scfm.fit(again, labels_key="bulk_labels", config=SHORT, progress=False).id == model.id
+    assert scfm.fit(again, labels_key="bulk_labels", config=SHORT, pretrain_config=SHORT, progress=False).id == model.id
     np.testing.assert_array_equal(again.obsm["X_scfm"], adata.obsm["X_scfm"])
-    other = scfm.fit(blood.copy(), labels_key="bulk_labels", config=SHORT.replace(seed=1), seed=1, progress=False)
+    other = scfm.fit(
+        blood.copy(),
+        labels_key="bulk_labels",
+        config=SHORT.replace(seed=1),
+        pretrain_config=SHORT.replace(seed=1),
+        seed=1,
+        progress=False,
+    )
     assert other.id != model.id
 
 
@@ -83,7 +89,7 @@ def test_cells_without_a_label_are_fitted_on_but_neither_trained_nor_tested(bloo
     adata = blood.copy()
     adata.obs["bulk_labels"] = adata.obs["bulk_labels"].astype(object)
     adata.obs.iloc[:20, adata.obs.columns.get_loc("bulk_labels")] = np.nan
-    scfm.fit(adata, labels_key="bulk_labels", config=SHORT, progress=False)
+    scfm.fit(adata, labels_key="bulk_labels", config=SHORT, pretrain_config=SHORT, progress=False)
     assert (adata.obs["scfm_split"][:20] == "unlabelled").all()
     assert not (adata.obs["scfm_split"][20:] == "unlabelled").any()
     assert np.isfinite(adata.obsm["X_scfm"]).all()
@@ -156,34 +162,15 @@ def test_temperatures_come_from_the_calibration_cells_alone(fitted):
         assert getattr(model.calibration, f"{member}_temperature") == pytest.approx(expected, rel=1e-3)
 
 
-def test_parts_are_disjoint_and_small_classes_follow_the_rule():
-    labels = ["many"] * 100 + ["few"] * 4 + ["one"] + [None] * 7
-    split = split_for_fit(pd.DataFrame({"type": labels}), "type", None, 0.2, seed=0)
-    parts = np.concatenate([split.train, split.calibration, split.test])
-    assert sorted(parts) == list(range(105))
-    assert sorted(np.concatenate([split.fitted, split.calibration, split.test])) == list(range(112))
-    assert set(split.calibration) <= set(range(100))  # too few of "few" and "one" remain
-    assert 104 in split.train
-
-
-def test_held_out_cells_are_learned_from_only_where_the_fit_says_transductive():
-    obs = pd.DataFrame({"type": ["a", "b", None] * 40})
-    inductive, transductive = (
-        split_for_fit(obs, "type", None, 0.2, seed=0, transductive=flag) for flag in (False, True)
-    )
-    for part in ("train", "calibration", "test"):
-        np.testing.assert_array_equal(getattr(transductive, part), getattr(inductive, part))
-    assert not set(inductive.fitted) & set(np.concatenate([inductive.test, inductive.calibration]))
-    np.testing.assert_array_equal(transductive.fitted, np.arange(120))
-
-
 def test_rows_of_a_transductive_fit_say_so_and_test_labels_are_not_read(blood):
     def fit(labels):
         adata = blood.copy()
         adata.obs["held"] = np.arange(adata.n_obs) % 5 == 0
         adata.obs["bulk_labels"] = labels
         settings = {"test_key": "held", "transductive": True, "baselines": False, "pretrain": False}
-        return scfm.fit(adata, labels_key="bulk_labels", config=SHORT, progress=False, **settings)
+        return scfm.fit(
+            adata, labels_key="bulk_labels", config=SHORT, pretrain_config=SHORT, progress=False, **settings
+        )
 
     labels = blood.obs["bulk_labels"].astype(str).to_numpy()
     turned = np.where(np.arange(len(labels)) % 5 == 0, np.roll(labels, 1), labels)
@@ -195,31 +182,9 @@ def test_rows_of_a_transductive_fit_say_so_and_test_labels_are_not_read(blood):
     assert other.report()["accuracy"].iloc[0] != model.report()["accuracy"].iloc[0]
 
 
-def test_batches_are_held_out_whole():
-    rng = np.random.default_rng(0)
-    obs = pd.DataFrame({"type": rng.choice(["a", "b"], 200), "donor": rng.choice(list("uvwxy"), 200)})
-    split = split_for_fit(obs, "type", "donor", 0.2, seed=0)
-    held = set(obs["donor"].iloc[split.test])
-    assert held
-    assert not held & set(obs["donor"].iloc[np.concatenate([split.train, split.calibration])])
-
-
-def test_a_class_that_lives_in_held_out_batches_alone_is_an_error():
-    obs = pd.DataFrame({"type": ["a"] * 20 + ["b"] * 20 + ["c"] * 20, "donor": ["x"] * 20 + ["y"] * 20 + ["z"] * 20})
-    with pytest.raises(LabelsError, match="so no model can learn"):
-        split_for_fit(obs, "type", "donor", 0.3, seed=0)
-
-
 def test_training_randomness_leaves_the_global_generator_alone(blood):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     scfm.fit(blood[:60].copy(), config=SHORT, progress=False)
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
-
-
-def test_named_test_cells_are_the_ones_held_out(blood):
-    obs = blood.obs.assign(mine=np.arange(blood.n_obs) % 5 == 0)
-    split = split_for_fit(obs, "bulk_labels", None, 0.2, seed=0, test_key="mine")
-    np.testing.assert_array_equal(split.test, np.flatnonzero(obs["mine"]))
-    assert not set(split.test) & set(np.concatenate([split.train, split.calibration, split.fitted]))

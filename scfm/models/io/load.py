@@ -76,6 +76,7 @@ def load_saved(path: Path) -> ModelState:
         calibration=calibration,
         scores=scores,
         screen=screen,
+        objective=config.get("objective"),
         checkpoint=checkpoint,
         history=history,
     )
@@ -107,6 +108,9 @@ def _of_format_1(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, t
             "unused": published["unused"],
             "settings": {name: value for name, value in published.items() if name not in ("family", "unused")},
         },
+        "objective": next(
+            (stage["objective"] for stage in history.get("stages", []) if stage["name"] == "pretraining"), None
+        ),
         "scores": history.pop("report", None),
         "history": history,
     }

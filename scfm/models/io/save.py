@@ -59,6 +59,7 @@ def _write(model: ModelState, folder: Path) -> None:
         "labels": list(model.labels),
         "calibration": None if model.calibration is None else asdict(model.calibration),
         "checkpoint": None if model.checkpoint is None else asdict(model.checkpoint),
+        "objective": model.objective,
         "scores": model.scores,
         "history": model.history,
     }

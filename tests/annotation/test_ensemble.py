@@ -1,4 +1,4 @@
-"""Starting points: which genes the components are made of, and how much each vote counts."""
+"""Ensemble members: which genes the components are made of, and how the members are weighted."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from scfm.annotation.ensemble import fit_ensemble_weights
+from scfm.annotation.gene_classifier import N_DISPERSED, gene_scales
 from scfm.models import ModelConfig
-from scfm.models.initialize import N_DISPERSED, gene_scales, set_vote_weights
 from scfm.nn import GeneClassifier
 
 
@@ -27,33 +28,35 @@ def test_scales_are_one_over_the_deviation_of_the_most_dispersed_genes():
     np.testing.assert_allclose(scale[chosen], 1 / np.log1p(counts).std(0)[chosen], rtol=1e-4)
 
 
-def weights_of(features, components, labels):
+def ensemble_weights(features, components, labels):
     config = ModelConfig(n_tokens=4, d_model=8, n_heads=1, n_classes=int(labels.max()) + 1)
     network = SimpleNamespace(gene_classifier=GeneClassifier(config))
-    set_vote_weights(network, features.astype(np.float32), components.astype(np.float64), labels)
+    fit_ensemble_weights(network, features.astype(np.float32), components.astype(np.float64), labels)
     return network.gene_classifier.ensemble_weights.numpy()
 
 
 @pytest.fixture
 def cells():
     rng = np.random.default_rng(0)
-    labels = np.r_[rng.integers(0, 3, 300), 3]  # the fourth class has one cell, which cannot be asked about
+    labels = np.r_[rng.integers(0, 3, 300), 3]  # the fourth class has one cell, which cannot be scored
     return labels, np.eye(4)[labels] + rng.normal(0, 0.3, (301, 4)), rng.normal(0, 1, (301, 4))
 
 
-def test_a_confident_vote_that_knows_nothing_loses_its_weight(cells):
-    labels, telling, noise = cells
-    network, genes = weights_of(telling, 30 * noise, labels)  # so large that the penalty does not hold it back
+def test_a_confident_member_without_information_loses_its_weight(cells):
+    labels, informative, noise = cells
+    network, genes = ensemble_weights(
+        informative, 30 * noise, labels
+    )  # so large that the penalty does not hold it back
     assert network > 5 * genes
 
 
-def test_votes_that_know_the_same_weigh_the_same(cells):
-    labels, telling, _ = cells
-    standardised = (telling - telling.mean(0)) / telling.std(0)
-    network, genes = weights_of(telling, standardised, labels)
+def test_members_with_the_same_information_have_the_same_weight(cells):
+    labels, informative, _ = cells
+    standardized = (informative - informative.mean(0)) / informative.std(0)
+    network, genes = ensemble_weights(informative, standardized, labels)
     assert network == pytest.approx(genes, rel=1e-3)
 
 
-def test_classes_of_one_cell_alone_leave_the_weights_equal():
+def test_classes_of_one_cell_leave_the_weights_equal():
     labels = np.arange(4)
-    np.testing.assert_array_equal(weights_of(np.eye(4), np.eye(4), labels), [1, 1])
+    np.testing.assert_array_equal(ensemble_weights(np.eye(4), np.eye(4), labels), [1, 1])

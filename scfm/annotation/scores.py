@@ -1,0 +1,88 @@
+"""Rows of the report of `scfm.fit`: the model next to simple methods, on the same held-out cells."""
+
+# Axes: B cells, V tokens of the vocabulary, X inputs of the class head, C classes.
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+
+from scfm import baselines
+from scfm.annotation.probe import probe_probabilities
+from scfm.annotation.splits import FitSplit
+from scfm.models.model import Model
+
+MAX_CELLS_FOR_BASELINES = 20_000
+
+Row = dict[str, Any]
+
+
+def score_model(model: Model, logits_BC: torch.Tensor, expression_BV: sparse.csr_matrix, split: FitSplit) -> list[Row]:
+    """Score the model, and the transformer alone, on the test cells; rows as `model.report` returns them.
+
+    A row is "inductive" if nothing of it was fitted on test cells, "transductive" if they were seen without their
+    labels.
+
+    Parameters
+    ----------
+    model
+        Calibrated.
+    logits_BC
+        Logits of the transformer for all cells.
+    expression_BV
+        log1p counts per 10,000 of all cells by token id.
+    split
+        Which cells test.
+    """
+    test = split.test
+    return [
+        score_row("scfm", model.proba_of_logits(logits_BC[test], expression_BV[test]), split),
+        score_row("scfm, transformer alone", model.proba_of_logits(logits_BC[test]), split),
+    ]
+
+
+def score_row(method: str, proba_BC: NDArray[np.floating], split: FitSplit) -> Row:
+    """Score class probabilities of the test cells, shape (test cells, C)."""
+    assert split.labels is not None
+    names, codes_B = np.asarray(split.labels.names), split.labels.codes[split.test]
+    setting = "transductive" if split.transductive else "inductive"
+    return {"method": method, "setting": setting, **baselines.score_proba(proba_BC, names, codes_B)}
+
+
+def score_probe(features_BX: NDArray[np.float32], split: FitSplit, *, seed: int) -> Row:
+    """Score a linear probe on the embedding of the model before fine-tuning."""
+    assert split.labels is not None
+    learn = cells_to_learn(split, seed)
+    proba_BC = probe_probabilities(
+        features_BX[learn], split.labels.codes[learn], features_BX[split.test], len(split.labels.names)
+    )
+    return score_row("linear probe on the frozen embedding", proba_BC, split)
+
+
+def score_baselines(expression_BG: sparse.csr_matrix, split: FitSplit, *, seed: int) -> list[Row]:
+    """Score the baselines on the test cells.
+
+    They are fitted on training and calibration cells together, because they need no cells for calibration.
+    """
+    assert split.labels is not None
+    table = baselines.score_annotation_baselines(
+        expression_BG,
+        np.asarray(split.labels.names),
+        split.labels.codes,
+        learn=cells_to_learn(split, seed),
+        test=split.test,
+        seed=seed,
+    )
+    return table.reset_index().to_dict("records")
+
+
+def cells_to_learn(split: FitSplit, seed: int) -> NDArray[np.int64]:
+    """Rows of training and calibration cells, at most `MAX_CELLS_FOR_BASELINES`, ascending."""
+    learn = np.union1d(split.train, split.calibration)
+    if len(learn) > MAX_CELLS_FOR_BASELINES:
+        learn = np.sort(np.random.default_rng(seed).choice(learn, MAX_CELLS_FOR_BASELINES, replace=False))
+    return learn

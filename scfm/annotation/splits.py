@@ -1,0 +1,128 @@
+"""Which cells train, which calibrate and which test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scfm.data import columns, split_cells
+from scfm.data.columns import Labels
+from scfm.errors import LabelsError
+
+CALIBRATION_FRACTION = 0.1
+MIN_TO_CALIBRATE = 5  # training cells that a class must have before one of them calibrates
+
+
+@dataclass(frozen=True)
+class FitSplit:
+    """Rows of each part, ascending; the first three parts are disjoint.
+
+    A class of one labelled cell is trained on and never tested. A class of fewer than `MIN_TO_CALIBRATE` training cells
+    has no calibration cell.
+
+    Attributes
+    ----------
+    labels
+        Class of each cell; None without labels.
+    train, calibration, test
+        Labelled cells that train the classifiers, calibrate them, and test them.
+    fitted
+        Cells that are learned from without labels: training and unlabelled cells; with `transductive` all cells.
+    transductive
+        Whether test and calibration cells are among the `fitted`.
+    """
+
+    labels: Labels | None
+    train: NDArray[np.int64]
+    calibration: NDArray[np.int64]
+    test: NDArray[np.int64]
+    fitted: NDArray[np.int64]
+    transductive: bool = False
+
+    def names(self, n_obs: int) -> pd.Categorical:
+        """Return the part of each cell, as written to `obs["scfm_split"]`."""
+        parts = {"train": self.train, "calibration": self.calibration, "test": self.test}
+        part_B = np.full(n_obs, "unlabelled", dtype=object)
+        for name, rows in parts.items():
+            part_B[rows] = name
+        return pd.Categorical(part_B, categories=[*parts, "unlabelled"])
+
+
+def split_for_fit(
+    obs: pd.DataFrame,
+    *,
+    labels_key: str | None,
+    batch_key: str | None = None,
+    test_key: str | None = None,
+    test_fraction: float = 0.2,
+    transductive: bool = False,
+    seed: int = 0,
+) -> FitSplit:
+    """Hold out test cells (those of `test_key`, or whole batches), and calibration cells from the rest.
+
+    Parameters
+    ----------
+    obs
+        `adata.obs`.
+    labels_key, batch_key, test_key
+        Columns with classes, batches and the truth value "is a test cell"; None for none.
+    test_fraction
+        Fraction of the labelled cells to hold out if `test_key` is None.
+    transductive
+        Whether test and calibration cells are learned from without their labels.
+    seed
+        Seed of the shuffle.
+
+    Raises
+    ------
+    LabelsError
+        If a column is missing, no cell can be held out, or a class has no training cell.
+    """
+    every = np.arange(len(obs))
+    if labels_key is None:
+        return FitSplit(None, every[:0], every[:0], every[:0], every)
+    labels = columns.labels(obs, labels_key)
+    if test_key is not None:
+        is_test_B = columns.truth(obs, test_key)[labels.labelled]
+        learn, test = labels.labelled[~is_test_B], labels.labelled[is_test_B]
+    else:
+        groups_B = None if batch_key is None else _groups(obs, batch_key, labels.labelled)
+        parts = split_cells(
+            labels=labels.codes[labels.labelled], groups=groups_B, test_fraction=test_fraction, seed=seed
+        )
+        learn, test = labels.labelled[parts.train], labels.labelled[parts.test]
+    if not len(test):
+        raise LabelsError(
+            f"No cell can be held out to score the model: of {len(labels.names)} classes with {len(labels.labelled)} cells "
+            f"{'`test_key` names none' if test_key else 'none has two'}. Give more labelled cells, or fit without labels."
+        )
+    learn_labels = np.unique(labels.codes[learn])
+    if len(learn_labels) < len(labels.names):
+        lost = [name for code, name in enumerate(labels.names) if code not in learn_labels]
+        raise LabelsError(
+            f"Every cell of {', '.join(lost)} is held out by `{'test_key' if test_key else 'batch_key'}`, so no model can "
+            "learn them. Choose another `seed` or other test cells, or remove the labels of these cells."
+        )
+    calibration = _calibration_cells(labels.codes, learn, seed)
+    held_out = np.union1d(calibration, test)
+    fitted = every if transductive else np.setdiff1d(every, held_out)
+    return FitSplit(labels, np.setdiff1d(learn, calibration), calibration, test, fitted, transductive)
+
+
+def _groups(obs: pd.DataFrame, batch_key: str, labelled: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Batch of each labelled cell; every cell without a batch is a batch of its own."""
+    codes_B = columns.groups(obs, batch_key).codes[labelled]
+    missing = np.flatnonzero(codes_B < 0)
+    codes_B[missing] = codes_B.max(initial=-1) + 1 + np.arange(len(missing))
+    return codes_B
+
+
+def _calibration_cells(codes_B: NDArray[np.int64], learn: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    counts_C = np.bincount(codes_B[learn])
+    many = learn[counts_C[codes_B[learn]] >= MIN_TO_CALIBRATE]
+    if not len(many):
+        return many
+    return many[split_cells(labels=codes_B[many], test_fraction=CALIBRATION_FRACTION, seed=seed).test]

@@ -1,0 +1,39 @@
+"""One stage of training a model in memory, recorded in its history."""
+
+from __future__ import annotations
+
+from scfm.data import CellBatch
+from scfm.models.model import Model
+from scfm.objectives import Objective
+from scfm.train.config import FitConfig
+from scfm.train.loop import train
+
+
+def run_stage(
+    model: Model, name: str, objective: Objective, cells: CellBatch, config: FitConfig, *, progress: bool = True
+) -> None:
+    """Train the network of `model` in place and append settings and losses to `model.history["stages"]`.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    name
+        Name of the stage, shown by the progress bar.
+    objective
+        What is trained.
+    cells
+        Encoded cells.
+    config
+        Settings of the stage.
+    progress
+        Whether to show a progress bar.
+    """
+    module = train(model.network, objective, cells, config, title=name, progress=progress)
+    stage = {
+        "name": name,
+        "objective": objective.name,
+        "config": module.config.to_dict(),
+        "losses": [float(loss) for loss in module.losses],
+    }
+    model.history.setdefault("stages", []).append(stage)
