@@ -1,6 +1,8 @@
 """What is handed out: the sdist holds every source and nothing else, the wheel the package with its types, not the tests."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,3 +96,24 @@ def test_every_dependency_and_extra_has_a_tested_version():
         need.split(";")[0].split("[")[0].split(">")[0].split("=")[0].strip().lower().replace("_", "-") for need in asked
     }
     assert names - {PROJECT["name"]} - pinned == set()
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    """Third-party packages named in import statements of `scfm`, against the dependencies and extras of the project."""
+
+    def names(requirements):
+        return {re.match(r"[\w-]+", requirement)[0].lower().replace("-", "_") for requirement in requirements}
+
+    required = names(PROJECT["dependencies"])
+    optional = {name for extra in PROJECT["optional-dependencies"].values() for name in names(extra)}
+    imported = set()
+    for path in (ROOT / "scfm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).partition(".")[0])
+    distributions = {"sklearn": "scikit_learn"}
+    imported = {distributions.get(name, name) for name in imported - set(sys.stdlib_module_names)} - {"scfm"}
+    assert imported <= required | optional
+    assert required <= imported

@@ -45,11 +45,11 @@ def embedding(
     Parameters
     ----------
     adata
-        Cells with `obsm[basis]` or `obsm["X_" + basis]`, of which the first two columns are drawn.
+        Cells with the embedding in `obsm`; its first two columns are drawn.
     color
         Columns of `obs` or names of genes. Categories get a legend; numbers get a color bar.
     basis
-        Key of `obsm`, with or without "X_". To make a UMAP of the model's embedding:
+        Key of `obsm`, with or without its prefix `X_`. To make a UMAP of the model's embedding:
         `sc.pp.neighbors(adata, use_rep="X_scfm"); sc.tl.umap(adata)`.
     layer
         Layer with the values of genes. None for `X`.
