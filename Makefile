@@ -45,6 +45,7 @@ sanitize: install
 docs: install
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]" --no-build-isolation
 	$(BIN)/python -m sphinx -W docs docs/_build/html
+	$(BIN)/python docs/check_pages.py docs/_build/html
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
