@@ -35,4 +35,4 @@ def _escaped(text: str) -> str:
     """Text in a cell of a table: no bar, and no character that Markdown would read as markup."""
     for character in "\\|<>*_":
         text = text.replace(character, f"\\{character}")
-    return text
+    return text.replace("--", r"\-\-")  # not a dash

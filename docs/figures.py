@@ -57,10 +57,10 @@ def flow() -> Axes:
         ("results", "obsm, obs, tables,\nfigures\n(scfm.tl, scfm.pl)"),
     ]
     width, gap = 15.6, 3.2
-    for place, (title, text) in enumerate(steps):
-        x = 1.6 + place * (width + gap)
+    for index, (title, text) in enumerate(steps):
+        x = 1.6 + index * (width + gap)
         box(ax, x, 1.5, width, 10.5, title, text)
-        if place:
+        if index:
             arrow(ax, (x - gap, 6.75), (x, 6.75))
     left, right = 1.6 + 2 * (width + gap), 1.6 + 3 * (width + gap)
     box(
@@ -70,64 +70,64 @@ def flow() -> Axes:
         2 * width + gap - 4,
         8.5,
         "objective",
-        "hides something, asks for it back,\ncharges for the error",
+        "hides a part of each cell;\nthe loss compares prediction and truth",
         ORANGE,
     )
     arrow(ax, (left + width / 2, 12), (left + width / 2, 18.5), ORANGE)
     arrow(ax, (right + width / 2, 18.5), (right + width / 2, 12), ORANGE)
-    ax.text(left + 1.2, 22.7, "only while training", ha="right", va="center", color=ORANGE, fontsize=9)
+    ax.text(left + 1.2, 22.7, "in training only", ha="right", va="center", color=ORANGE, fontsize=9)
     return ax
 
 
 def packing() -> Axes:
     ax = canvas(9.4, 3.6)
     longest, side = max(length for length, _ in CELLS.values()), 3.4
-    ax.text(2, 2.5, "padded: a rectangle, filled up", va="center", weight="bold", color=INK)
+    ax.text(2, 2.5, "padded: filled up to a rectangle", va="center", weight="bold", color=INK)
     for row, (name, (length, color)) in enumerate(CELLS.items()):
         y = 6 + row * (side + 0.7)
         ax.text(3, y + side / 2, f"cell {name}", va="center", color=INK)
-        for place in range(longest):
-            filled = place < length
+        for index in range(longest):
+            filled = index < length
             tile(
                 ax,
-                11 + place * side,
+                11 + index * side,
                 y,
                 color if filled else "#D5D8DC",
-                text=f"{name}{place + 1}" if filled else "",
+                text=f"{name}{index + 1}" if filled else "",
                 side=side,
             )
-    ax.text(42, 12, "grey: computed, and thrown away", va="center", color="#555555")
+    ax.text(42, 12, "grey: computed for nothing", va="center", color="#555555")
     ax.text(2, 23, "packed: end to end", va="center", weight="bold", color=INK)
     x, bounds = 11.0, [0]
     for name, (length, color) in CELLS.items():
-        for place in range(length):
-            tile(ax, x + place * side, 25.4, color, text=f"{name}{place + 1}", side=side)
+        for index in range(length):
+            tile(ax, x + index * side, 25.4, color, text=f"{name}{index + 1}", side=side)
         x += length * side
         bounds.append(bounds[-1] + length)
     ax.text(1.5, 32, "cu_seqlens", va="center", color=INK, family="monospace", fontsize=9)
     for bound in bounds:
         ax.plot([11 + bound * side] * 2, [25, 30.3], color=INK, lw=1.3)
         ax.text(11 + bound * side, 32, str(bound), ha="center", va="center", color=INK, fontsize=9)
-    ax.text(55, 27, "says where each cell begins;\nno token looks across a line", va="center", color="#555555")
+    ax.text(55, 27, "boundaries between cells;\nattention never crosses them", va="center", color="#555555")
     return ax
 
 
 def generative_mask() -> Axes:
     ax = canvas(7.6, 3.5)
-    names = ["known 1", "known 2", "known 3", "unknown 1", "unknown 2"]
+    names = ["context 1", "context 2", "context 3", "target 1", "target 2"]
     side, x0, y0, n_known = 4.6, 22, 9.5, 3
-    for row, looking in enumerate(names):
-        ax.text(x0 - 1, y0 + (row + 0.5) * side, looking, ha="right", va="center", color=INK)
+    for row, query in enumerate(names):
+        ax.text(x0 - 1, y0 + (row + 0.5) * side, query, ha="right", va="center", color=INK)
         for column in range(len(names)):
-            sees = column < n_known or column == row
-            color = (BLUE if row < n_known else ORANGE) if sees else "#E4E6E9"
-            tile(ax, x0 + column * side, y0 + row * side, color, text="x" if sees else "", side=side)
-    for column, seen in enumerate(names):
-        ax.text(x0 + (column + 0.5) * side, y0 - 0.8, seen, ha="left", va="bottom", rotation=35, color=INK, fontsize=9)
-    ax.text(x0 - 1, y0 - 2, "each row looks at ...", ha="right", va="center", color="#555555")
+            attends = column < n_known or column == row
+            color = (BLUE if row < n_known else ORANGE) if attends else "#E4E6E9"
+            tile(ax, x0 + column * side, y0 + row * side, color, text="x" if attends else "", side=side)
+    for column, key in enumerate(names):
+        ax.text(x0 + (column + 0.5) * side, y0 - 0.8, key, ha="left", va="bottom", rotation=35, color=INK, fontsize=9)
+    ax.text(x0 - 1, y0 - 2, "each row attends to ...", ha="right", va="center", color="#555555")
     words = [
-        "Known genes see\nall known genes.",
-        "An unknown gene sees the\nknown ones and itself, so that\nall can be predicted at once\nand do not influence each other.",
+        "Context genes attend to\nall context genes.",
+        "A target gene attends to the\ncontext genes and to itself, so\nall targets are predicted at once,\nindependently of each other.",
     ]
     for text, y, color in zip(words, (y0 + 1.5 * side, y0 + 4 * side), (BLUE, "#9A6A00")):
         ax.text(x0 + 5.4 * side, y, text, va="center", color=color, fontsize=9.5)
@@ -136,37 +136,37 @@ def generative_mask() -> Axes:
 
 def screen() -> Axes:
     ax = canvas(9.4, 4.0)
-    ax.text(2, 2.6, "exactly, gene by gene", va="center", weight="bold", color=INK)
-    for place in range(6):
-        x = 4 + place * 5
+    ax.text(2, 2.6, "exact, one gene at a time", va="center", weight="bold", color=INK)
+    for index in range(6):
+        x = 4 + index * 5
         for row in range(6):
-            tile(ax, x, 5 + row * 2, "white" if row == place else BLUE, side=1.9)
-            if row == place:
+            tile(ax, x, 5 + row * 2, "white" if row == index else BLUE, side=1.9)
+            if row == index:
                 ax.add_patch(Rectangle((x, 5 + row * 2), 1.9, 1.9, fc="white", ec=GREY, lw=0.8, ls=":"))
     ax.text(35.5, 11, "...", va="center", fontsize=14)
     ax.text(
         42,
         11,
-        "a forward pass for each of the N genes of each cell:\nthousands of passes a cell",
+        "one forward pass for each gene of each cell:\nthousands of passes per cell",
         va="center",
         color="#555555",
     )
     ax.text(2, 22.5, "scfm.tl.screen", va="center", weight="bold", color=INK, family="monospace")
     boxes = [
-        ("1  one pass forward", "keep what each head\nattends to"),
-        ("2  a few passes back", "how the embedding reacts\nto each attention output"),
-        ("3  all genes at once", "the softmax without each\nkey in turn: an estimate"),
-        ("4  verify the best", "delete them exactly; some\nrandom ones as a check"),
+        ("1  one forward pass", "record the attention\nof each head"),
+        ("2  few backward passes", "gradient of the embedding\nby each attention output"),
+        ("3  all genes at once", "the softmax without each\nkey gives an estimate"),
+        ("4  verify the best", "delete them exactly, and\nsome random ones to check"),
     ]
-    for place, (title, text) in enumerate(boxes):
-        x = 2 + place * 23.2
-        box(ax, x, 25.5, 20, 8.5, title, text, GREEN if place == 3 else BLUE)
-        if place:
+    for index, (title, text) in enumerate(boxes):
+        x = 2 + index * 23.2
+        box(ax, x, 25.5, 20, 8.5, title, text, GREEN if index == 3 else BLUE)
+        if index:
             arrow(ax, (x - 3.2, 29.7), (x, 29.7))
     ax.text(
         2,
         37.5,
-        "The table says which rows are exact, and how many of the true best it expects to have missed.",
+        "The table marks exact rows and estimates the fraction of the true best genes that was found.",
         color="#555555",
         va="center",
     )

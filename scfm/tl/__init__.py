@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from scfm.perturbation.network import gene_network
 from scfm.tl._annotate import annotate
 from scfm.tl._attention import attention
 from scfm.tl._denoise import denoise, evaluate_denoising
 from scfm.tl._embed import embed
 from scfm.tl._embed_files import embed_files
 from scfm.tl._gene_embeddings import gene_embeddings
+from scfm.tl._gene_network import gene_network
 from scfm.tl._genes import classify_genes, similar_genes
 from scfm.tl._map_reference import map_reference
 from scfm.tl._perturb import perturb
