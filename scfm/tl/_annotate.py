@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from scfm import pp
-from scfm.annotation.calibration import distances
-from scfm.errors import LabelsError
+from scfm._docs import document
+from scfm.annotation.calibration import distances, has_distances
+from scfm.data import columns
+from scfm.errors import ModelTaskError
+from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import require_cells
 from scfm.tl._record import record
@@ -19,9 +24,10 @@ from scfm.tl._record import record
 UNASSIGNED = "unassigned"
 
 
+@document
 def annotate(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     layer: str | None = None,
     gene_key: str | None = None,
@@ -31,44 +37,41 @@ def annotate(
     key_added: str = "scfm",
     copy: bool = False,
 ) -> anndata.AnnData | None:
-    """Give every cell the most probable of the labels that the model was fitted on.
+    """Predict the label of every cell.
 
     Parameters
     ----------
-    adata
-        Raw counts, n_obs cells by n_vars genes, in `X` or in `layer`.
+    {adata}
     model
-        Fitted with `labels_key=`.
-    layer, gene_key
-        As in `scfm.tl.embed`.
+        A model that was fitted with `labels_key`, or the path of one.
+    {layer}
+    {gene_key}
     min_confidence
-        Cells whose most probable label is less probable than this become "unassigned".
+        Cells whose predicted label has a lower probability become "unassigned".
     max_distance
-        Cells further than this from the training cells become "unassigned". Distances are in standard deviations of the
-        training cells; `model.calibration.typical_distance` is the one that 99 of 100 held-out cells keep.
-        None rejects none.
+        Cells at a larger distance from the training cells become "unassigned". Distances are in standard deviations of
+        the training cells; 99 of 100 held-out cells are within `model.calibration.typical_distance`. None rejects no
+        cell.
     majority_key
-        Column of `adata.obs` with clusters; every cell then gets the label that most cells of its cluster got, before
-        cells are rejected. Cells without a cluster (NaN) keep their own.
-    key_added
-        Prefix of what is written.
-    copy
-        Return a copy with the result instead of writing to `adata`.
+        Column of `adata.obs` with clusters. Every cell then gets the label that is predicted most often in its cluster,
+        before cells are rejected. Cells without a cluster (NaN) keep their own label.
+    {prefix_key_added}
+    {copy}
 
     Returns
     -------
     None, or the copy. Writes `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (calibrated probability of
     the label, 0 to 1), with `max_distance` also `obs["<key>_distance"]`, and `obsm["<key>_proba"]`, shape
-    (n_obs, n_labels), float32, its columns in the order of `model.labels`.
+    (n_obs, n_labels), float32, with columns in the order of `model.labels`.
 
     Raises
     ------
     ModelTaskError
-        If the model was fitted without labels.
+        If the model was fitted without labels, or its class head has no distances and `max_distance` is given.
     LabelsError
         If `majority_key` is missing.
     EmptyCellError
-        If there are no cells, or one has no known gene.
+        If there are no cells, or one expresses no gene of the vocabulary.
     ValueError
         If `min_confidence` is not a probability.
 
@@ -76,26 +79,31 @@ def annotate(
     --------
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()
-    >>> quick = {"context_length": 64, "baselines": False, "pretrain": False, "config": scfm.FitConfig(n_steps=2), "progress": False}
-    >>> model = scfm.fit(adata, labels_key="bulk_labels", **quick)
+    >>> quick = {"context_length": 64, "baselines": False, "pretrain": False, "progress": False}
+    >>> model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=2), **quick)
     >>> scfm.tl.annotate(adata, model)
     >>> adata.obs["scfm_label"].cat.categories.size
     10
     """
+    model = opened(model)
     model.require_labels()
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"`min_confidence` is {min_confidence}; it is a probability, from 0 to 1.")
     require_cells(adata)
-    if majority_key is not None and majority_key not in adata.obs:
-        raise LabelsError(
-            f"`majority_key` is {majority_key!r}, which is not in `adata.obs` ({', '.join(map(str, adata.obs))})."
+    clusters_B = (
+        None if majority_key is None else columns.groups(adata.obs, majority_key, argument="majority_key").codes
+    )
+    if max_distance is not None and not has_distances(model):
+        raise ModelTaskError(
+            "The class head of this model is that of a published classifier, which stores no statistics of its training "
+            "cells, so distances do not exist. Use `min_confidence`, or fine-tune the model with `scfm.fit(model=...)`."
         )
     adata = adata.copy() if copy else adata
     cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key)
     proba_BC = model.predict_proba(cells, pp.log_expression(adata, model.encoding, layer=layer, gene_key=gene_key))
     code_B = proba_BC.argmax(1)
-    if majority_key is not None:
-        code_B = _majority(code_B, adata.obs[majority_key])
+    if clusters_B is not None:
+        code_B = _majority(code_B, clusters_B)
     confidence_B = proba_BC[np.arange(len(code_B)), code_B]
     rejected_B = confidence_B < min_confidence
     if max_distance is not None:
@@ -122,11 +130,10 @@ def annotate(
     return adata if copy else None
 
 
-def _majority(code_B: NDArray[np.int64], clusters: pd.Series) -> NDArray[np.int64]:
-    """Most frequent code of each cell's cluster; of equally frequent ones the first."""
-    voted_B = code_B.copy()
-    cluster_B = pd.factorize(clusters)[0]
+def _majority(code_B: NDArray[np.int64], cluster_B: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Most frequent code in the cluster of each cell; the lowest of equally frequent ones."""
+    majority_B = code_B.copy()
     for cluster in range(cluster_B.max() + 1):
         members = cluster_B == cluster
-        voted_B[members] = np.bincount(code_B[members]).argmax()
-    return voted_B
+        majority_B[members] = np.bincount(code_B[members]).argmax()
+    return majority_B

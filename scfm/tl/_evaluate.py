@@ -1,4 +1,4 @@
-"""`scfm.tl.evaluate_annotation`: annotation over seeds, with intervals, beside simple methods."""
+"""`scfm.tl.evaluate_annotation`: annotation over several seeds, with intervals, compared with simple methods."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from scfm.data import split_cells
-from scfm.data.labels import Labels
+from scfm.data import columns, split_cells
+from scfm.data.columns import Labels
 from scfm.tl._fit import fit
 
 SCORES = ("accuracy", "macro_f1", "balanced_accuracy", "ece")
@@ -28,9 +28,9 @@ def evaluate_annotation(
     variants: bool = True,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Fit a model for each seed, each with a split of its own, and score it beside the baselines on the same cells.
+    """Fit one model per seed, each on its own split, and score it and the baselines on the same test cells.
 
-    The same model is fitted without pretraining, and once more with the test cells among the unlabelled ones.
+    Two variants of each model are fitted as well: without pretraining, and with the test cells among the unlabelled ones.
 
     Parameters
     ----------
@@ -39,34 +39,34 @@ def evaluate_annotation(
     labels_key
         Column of `adata.obs` with cell types.
     seeds
-        Of the splits and of the models.
+        Seeds of the splits and of the models.
     label_fraction
-        Share of the remaining cells that keep their labels, by class, at least one each; the others stay as unlabelled
-        cells. The test cells are the same for every share.
+        Fraction of the remaining cells of each class that keep their labels, at least one cell; the others stay as
+        unlabelled cells. The test cells are the same for every fraction.
     test_fraction
-        Share of the labelled cells that are tested.
+        Fraction of the labelled cells that are test cells.
     variants
-        False leaves these two out, and with them two thirds of the time.
+        False leaves out the two variants, and two thirds of the time.
     settings
-        Passed on to `scfm.fit`.
+        Further arguments of `scfm.fit`.
 
     Returns
     -------
-    A row a seed and method, with setting, scores and numbers of cells; `summarize_scores` makes a table of them.
+    One row per seed and method, with setting, scores and numbers of cells; `summarize_scores` averages over seeds.
 
     Examples
     --------
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()[:200].copy()
     >>> adata = adata[adata.obs["bulk_labels"].isin(["CD14+ Monocyte", "CD19+ B", "Dendritic"])].copy()
-    >>> config = scfm.FitConfig(n_steps=2)
+    >>> short = scfm.FitConfig(n_steps=2)
     >>> rows = scfm.tl.evaluate_annotation(
-    ...     adata, labels_key="bulk_labels", seeds=[0], variants=False, config=config, progress=False
+    ...     adata, labels_key="bulk_labels", seeds=[0], variants=False, config=short, pretrain=False, progress=False
     ... )
     >>> rows["method"].iloc[0], sorted(rows["setting"].unique())
     ('scfm', ['inductive', 'transductive'])
     """
-    labels = Labels.from_obs(adata.obs, labels_key)
+    labels = columns.labels(adata.obs, labels_key)
     tables = []
     for seed in seeds:
         chosen = hide_labels(adata, labels, labels_key, label_fraction, test_fraction, seed)
@@ -88,7 +88,7 @@ def _report(adata: anndata.AnnData, **settings: Any) -> pd.DataFrame:
 def hide_labels(
     adata: anndata.AnnData, labels: Labels, labels_key: str, label_fraction: float, test_fraction: float, seed: int
 ) -> anndata.AnnData:
-    """Copy `adata`, mark its test cells, and take labels away from a part of the others."""
+    """Copy `adata`, mark its test cells, and remove the labels of a part of the others."""
     codes_B = labels.codes[labels.labelled]
     parts = split_cells(labels=codes_B, test_fraction=test_fraction, seed=seed)
     chosen = adata.copy()
@@ -104,14 +104,14 @@ def hide_labels(
 
 
 def summarize_scores(rows: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
-    """Mean of each score over seeds, a row a method and setting, and half the width of its t interval.
+    """Average each score over seeds: one row per method and setting, with half the width of its t interval.
 
     Parameters
     ----------
     rows
         From `evaluate_annotation`.
     confidence
-        Of the interval. With a single seed there is none, and its width is NaN.
+        Confidence level of the interval. With a single seed its width is NaN.
 
     Returns
     -------

@@ -95,16 +95,16 @@ def fit(
     encoding
         "rank": genes in the order of their expression relative to their median expression (Geneformer). "bin": genes
         with binned values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind, which is taken as it is. None for
-        "rank", or for the encoding of `model`.
+        "rank", or the encoding of `model`.
     context_length
-        Maximum number of tokens of a cell. None for 1,024, or for that of the given configuration or model. The cost of
+        Maximum number of tokens of a cell. None for 1,024, or that of the given configuration or model. The cost of
         attention grows with its square.
     objective
         "masked": predict hidden genes (rank) or hidden values (bin). "generative": predict the values of all other
-        genes from some genes (bin; scGPT). None for "masked", or for the objective that `model` was pretrained with.
+        genes from some genes (bin; scGPT). None for "masked", or the objective of `model`.
     pretrain
-        Whether to train without labels first. None: yes without `model`, no with it. With `model`, True continues its
-        own pretraining objective on the new cells.
+        Whether to train without labels first. With `model`, this continues its own pretraining objective on the new
+        cells. None for yes without `model`, and no with it.
     preset
         Size of a new network: "small" (the default), "medium" or "large".
     extend_vocabulary

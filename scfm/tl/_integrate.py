@@ -4,13 +4,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
-import numpy as np
 import pandas as pd
 import torch
 
 from scfm import pp
+from scfm._docs import document
+from scfm.data import columns
+from scfm.data.columns import Labels
 from scfm.errors import LabelsError, ModelTaskError
+from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.objectives import Integration
@@ -18,9 +23,10 @@ from scfm.tl._record import record
 from scfm.train import FitConfig, train
 
 
+@document
 def integrate(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     batch_key: str,
     layer: str | None = None,
@@ -31,31 +37,28 @@ def integrate(
     progress: bool = True,
     copy: bool = False,
 ) -> anndata.AnnData | None:
-    """Embed cells so that their experimental batch is forgotten, by training a copy of the model on them.
+    """Embed cells with less influence of their experimental batch, by training a copy of the model on them.
 
-    The copy learns masked values from tokens and from cells, while similar cells are drawn together (ECS) and a
-    discriminator of batches is misled (DAR). Labels are not read.
+    The copy learns masked values from tokens and from cell embeddings, draws similar cells together (elastic cell
+    similarity, ECS), and is trained against a discriminator of batches (domain adaptation by reverse gradients, DAR).
+    Labels are not read.
 
     Parameters
     ----------
-    adata
-        Raw counts, n_obs cells by n_vars genes, in `X` or in `layer`.
+    {adata}
     model
-        With an encoding that has values, such as `scfm.fit(adata, encoding="bin")`; left unchanged.
+        A model whose encoding has values, such as that of `scfm.fit(adata, encoding="bin")`, or its path; left unchanged.
     batch_key
-        Column of `adata.obs` with experimental batches: two at least, none missing.
-    layer, gene_key
-        As in `scfm.tl.embed`.
+        Column of `adata.obs` with experimental batches: at least two, and one for every cell.
+    {layer}
+    {gene_key}
     config
-        Settings of training; by default 200 steps at a rate of 3e-4.
+        Settings of training. None for 200 steps with a learning rate of 3e-4.
     seed
-        Of the new heads, the order of cells, masks and dropout.
-    key_added
-        Where the embedding goes in `adata.obsm`.
-    progress
-        Whether to show a progress bar.
-    copy
-        Return a copy with the result instead of writing to `adata`.
+        Seed of the new heads, the order of cells, masks and dropout.
+    {obsm_key_added}
+    {progress}
+    {copy}
 
     Returns
     -------
@@ -83,37 +86,38 @@ def integrate(
     >>> adata.obsm["X_scfm_integrated"].shape
     (100, 128)
     """
+    model = opened(model)
     if not model.encoding.config.has_values or model.network.config.value_head != "mlp":
         raise ModelTaskError(
-            f"Integration learns masked values, which this model with its {model.encoding.config.kind} encoding cannot. "
+            f"Integration trains on masked values, which this model with its {model.encoding.config.kind} encoding does not have. "
             'Fit one with `scfm.fit(adata, encoding="bin")`.'
         )
     batches = _batches(adata.obs, batch_key)
     adata = adata.copy() if copy else adata
     cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key)
-    network = _with_integration_heads(model, len(batches.categories), seed)
+    network = _with_integration_heads(model, len(batches.names), seed)
     objective = Integration(is_gene_V=network.is_gene_V.cpu())
     stage = config or FitConfig(n_steps=200, learning_rate=3e-4, seed=seed)
-    labelled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes.astype(np.int64)))
+    labelled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
     train(network, objective, labelled, stage, title="integration", progress=progress)
     adata.obsm[key_added] = Model(network, model.encoding).embed(cells)
     record(adata, model, key_added, layer=layer, gene_key=gene_key, batch_key=batch_key, seed=seed)
     return adata if copy else None
 
 
-def _batches(obs: pd.DataFrame, batch_key: str) -> pd.Categorical:
-    if batch_key not in obs:
-        raise LabelsError(f"`batch_key` is {batch_key!r}, which is not in `adata.obs` ({', '.join(map(str, obs))}).")
-    if n_missing := int(obs[batch_key].isna().sum()):
-        raise LabelsError(f"{n_missing} cells have no batch in `adata.obs[{batch_key!r}]`; leave them out or name one.")
-    batches = pd.Categorical(obs[batch_key].astype(str))
-    if len(batches.categories) < 2:
-        raise LabelsError(f"`adata.obs[{batch_key!r}]` names one batch only, {batches.categories[0]!r}.")
+def _batches(obs: pd.DataFrame, batch_key: str) -> Labels:
+    batches = columns.groups(obs, batch_key)
+    if n_missing := int((batches.codes < 0).sum()):
+        raise LabelsError(
+            f"{n_missing} cells have no batch in `adata.obs[{batch_key!r}]`. Remove these cells, or name their batch."
+        )
+    if len(batches.names) < 2:
+        raise LabelsError(f"`adata.obs[{batch_key!r}]` names only one batch, {batches.names[0]!r}; two are needed.")
     return batches
 
 
 def _with_integration_heads(model: Model, n_batches: int, seed: int) -> CellTransformer:
-    """Copy the network, with fresh heads where it has none for this task, and without those that it does not need."""
+    """Copy the network; heads of this task that it lacks are added, and heads of other tasks are left out."""
     config = model.network.config.replace(
         batch_head=True,
         n_batches=n_batches,
