@@ -27,7 +27,7 @@ class Command:
 
     @property
     def name(self) -> str:
-        return self.function.__name__
+        return self.function.__name__.replace("_", "-")
 
     @property
     def purpose(self) -> str:

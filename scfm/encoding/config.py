@@ -12,6 +12,10 @@ DuplicatePolicy = Literal["error", "sum"]
 DepthOver = Literal["matrix", "vocabulary"]
 
 
+# Of every encoding whose class does not say otherwise.
+COMMON_DEFAULTS = {"add_cls": False, "add_eos": False, "depth_over": "matrix", "log1p": False, "include_zeros": False}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig(Config):
     """How a cell becomes tokens. None stands for the default of the kind, which replaces it on construction.
@@ -72,7 +76,7 @@ class EncodingConfig(Config):
     def __post_init__(self) -> None:
         if self.kind not in ENCODINGS:
             raise ValueError(f"`kind` is {self.kind!r}; it must be one of {', '.join(ENCODINGS)}.")
-        for name, value in self._class.defaults.items():
+        for name, value in {**COMMON_DEFAULTS, **self._class.defaults}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check()

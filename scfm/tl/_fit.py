@@ -106,7 +106,8 @@ def fit(
         Whether to train without labels first. With `model`, this continues its own pretraining objective on the new
         cells. None for yes without `model`, and no with it.
     preset
-        Size of a new network: "small" (the default), "medium" or "large".
+        Size of a new network: "small" (the default), "medium" or "large"; or the name of any preset of
+        `scfm.families.table()`, with its encoding, trained from scratch.
     extend_vocabulary
         Whether genes of the data that `model` lacks are added to its vocabulary. Their embeddings are predicted from
         their loadings on principal components. By default they are ignored, and a message gives their number.
@@ -174,7 +175,7 @@ def fit(
     )
     counts = _Counts(adata, layer, gene_key)
     if model is None:
-        chosen = choose_preset(preset or "small", encoding=_kind(encoding), objective=objective or "masked")
+        chosen = choose_preset(preset or "small", encoding=_kind(encoding), objective=objective)
         settings = encoding if isinstance(encoding, EncodingConfig) else EncodingConfig(**chosen.encoding)
         settings = settings if context_length is None else settings.replace(context_length=context_length)
         fitted, cells = _new_model(counts, chosen, settings, split, seed)
@@ -316,8 +317,8 @@ def _frozen_features(model: Model, cells: Cells, config: FitConfig) -> NDArray[n
     return model.class_features(cells.tokens, precision=inference_precision(config))
 
 
-def _kind(encoding: str | EncodingConfig | None) -> str:
-    return encoding.kind if isinstance(encoding, EncodingConfig) else encoding or "rank"
+def _kind(encoding: str | EncodingConfig | None) -> str | None:
+    return encoding.kind if isinstance(encoding, EncodingConfig) else encoding
 
 
 def _refuse_with_model(**options: object) -> None:

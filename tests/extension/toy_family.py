@@ -1,0 +1,71 @@
+"""A family in one file: one small preset, and checkpoints that are directories with a `toy.json`."""
+
+import json
+
+import torch
+
+from scfm.encoding import EncodingConfig, make_encoding
+from scfm.families import Family, Preset, add_family
+from scfm.models.io.tensors import WeightMapping, fill_network, read_network
+from scfm.models.model import Model
+from scfm.models.network import CellTransformer
+from scfm.models.state import Checkpoint
+from scfm.vocab import Vocabulary
+
+NAME = "toy"
+ENCODING = {"kind": "toy_bits"}
+OBJECTIVES = {"masked": "toy_half_hidden"}
+ARCHITECTURE = {
+    "positions": "none",
+    "values": "continuous",
+    "gene_head": False,
+    "value_head": "mlp",
+    "pooling": "cls",
+}
+PRESET = Preset(
+    name="toy-tiny",
+    family=NAME,
+    encoding=ENCODING,
+    network={**ARCHITECTURE, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16, "context_length": 128},
+    objective="toy_half_hidden",
+    objectives=OBJECTIVES,
+)
+
+
+def published_names(network):
+    """Every tensor of the checkpoint has scfm's name with "toy." before it."""
+    return [WeightMapping(name, (f"toy.{name}",)) for name in network.state_dict()]
+
+
+def recognise(files):
+    return files.has("toy.json")
+
+
+def read(files, *, vocabulary, medians, strict):
+    tokens = Vocabulary.from_dict(files.json("toy.json"))
+    network = CellTransformer.for_vocabulary(PRESET.model_config(n_tokens=len(tokens), pad_id=tokens.pad_id), tokens)
+    state = files.torch("toy.pt")
+    unused = fill_network(network, state, published_names(network), source=str(files), strict=strict)
+    encoding = make_encoding(EncodingConfig(**ENCODING), vocabulary=tokens)
+    return Model(network, encoding, checkpoint=Checkpoint(family=NAME, unused=unused))
+
+
+def write(model, path):
+    path.mkdir(parents=True)
+    (path / "toy.json").write_text(json.dumps(model.encoding.vocabulary.to_dict()))
+    torch.save(read_network(model.network, published_names(model.network)), path / "toy.pt")
+
+
+add_family(
+    Family(
+        name=NAME,
+        layout="a toy directory (toy.json)",
+        encoding=ENCODING,
+        architecture=ARCHITECTURE,
+        presets=(PRESET,),
+        objectives=OBJECTIVES,
+        recognise=recognise,
+        read=read,
+        write=write,
+    )
+)
