@@ -16,4 +16,4 @@ def toy_count(data: Path, /) -> None:
     """
     from scfm.data.files import count_rows
 
-    print(count_rows(data))
+    print(count_rows(data))  # noqa: T201

@@ -8,7 +8,7 @@ from scfm.encoding.ragged import expressed
 
 class BitLengthEncoding(Encoding):
     kind = "toy_bits"
-    defaults = {"context_length": 128, "add_cls": True}  # noqa: RUF012 - as a newcomer would write it
+    defaults = {"context_length": 128, "add_cls": True}
 
     def _encode_numpy(self, block, genes, depth_B, draw):
         cells = expressed(block, genes)
