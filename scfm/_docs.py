@@ -63,6 +63,16 @@ key_added
 key_added
     Prefix of the names of all results.
 """,
+    "checkpoint": """
+vocabulary
+    Vocabulary of a published checkpoint, if its folder has none: a path (published pickle, JSON or TSV), a mapping of token
+    to id, or a `Vocabulary`.
+medians
+    Medians of the genes, which a Geneformer checkpoint needs: a path, a mapping of gene to median, or an array by token id.
+strict
+    Whether to refuse a checkpoint with missing, unknown or misshapen tensors. False loads the tensors that fit, and warns
+    with the list of the others.
+""",
     "copy": """
 copy
     Return a copy with the result instead of writing to `adata`.

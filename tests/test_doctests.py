@@ -20,9 +20,17 @@ PUBLIC = sorted(
     | {f"scfm.baselines.{name}" for name in ("annotation_baselines", "log_normalize", "scores")}
     | {f"scfm.Model.{name}" for name in ("from_pretrained", "push_to_hub", "report", "save", "save_pretrained")}
 )
-# What functions return or raise, protocols and types: explained where they are met.
+# What functions return or raise, protocols, types and registries: explained where they are used.
 RESULTS = {
     "scfm.data.Split",
+    "scfm.encoding.ENCODINGS",
+    "scfm.families.FAMILIES",
+    "scfm.families.Family",
+    "scfm.families.Preset",
+    "scfm.families.add_family",
+    "scfm.objectives.GeneClassification",
+    "scfm.objectives.OBJECTIVES",
+    "scfm.objectives.PretrainingObjective",
     "scfm.objectives.Loss",
     "scfm.objectives.Objective",
     "scfm.objectives.Targets",

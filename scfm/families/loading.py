@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from scfm._docs import document
 from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
 from scfm.families.base import FAMILIES, Family
@@ -15,6 +16,7 @@ from scfm.models.model import Model
 OWN = "scfm"  # the family that every model can be saved as
 
 
+@document
 def load(
     path: str | Path,
     *,
@@ -34,15 +36,9 @@ def load(
     ----------
     path
         Directory or file.
-    vocabulary
-        Needed for published checkpoints without a vocabulary in their directory: a path (published pickle, JSON or TSV),
-        a mapping of token to id, or a `Vocabulary`.
-    medians
-        Geneformer needs its genes' medians: a path, a mapping of gene to median, or an array by token id.
-    strict
-        False loads what fits, and warns with the list of what does not.
+    {checkpoint}
     device
-        Where the network goes: "cpu", "cuda", ... or "auto" for the GPU if there is one.
+        Device of the network: "cpu", "cuda", ... or "auto" for the GPU if there is one.
 
     Raises
     ------
@@ -95,6 +91,7 @@ def opened(model: Model | str | Path) -> Model:
     return model if isinstance(model, Model) else load(model)
 
 
+@document
 def convert(
     source: str | Path,
     target: str | Path,
@@ -109,14 +106,13 @@ def convert(
     Parameters
     ----------
     source
-        Anything that `load` opens.
+        Saved model or published checkpoint, as for `scfm.load`.
     target
         Directory or file to write; must not exist, unless it is a saved scfm model.
     to
         Name of the family whose format to write. None for "scfm", or, for a model that is saved in that format already,
         for the published family that has its encoding.
-    vocabulary, medians, strict
-        As in `load`.
+    {checkpoint}
 
     Returns
     -------

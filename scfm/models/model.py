@@ -159,20 +159,20 @@ class Model(ModelState):
         revision: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Upload the model with its card to a repository on the model hub, made where there is none.
+        """Upload the model with its card to a repository on the model hub, which is created if it does not exist.
 
         Parameters
         ----------
         repository
             "owner/name".
         data, licence
-            As in `save_pretrained`.
+            Training data in a sentence, and the license of the model, for the model card.
         private
-            Whether a repository that is made is private.
+            Whether a new repository is private.
         revision
-            Branch; None for the main one.
+            Branch. None for the main branch.
         token
-            None for the one that `hf auth login` stored.
+            Access token. None for the one that `hf auth login` stored.
 
         Returns
         -------

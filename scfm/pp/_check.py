@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scfm._docs import document
 from scfm.data.matrix import CountMatrix
 from scfm.encoding.base import Encoding
 from scfm.encoding.genes import GeneMap, GeneReport, gene_names, guess_species
@@ -109,6 +110,7 @@ class DataCheck:
         self.findings.append(Finding(what, found, verdict))
 
 
+@document
 def check(
     adata: Any,
     model_or_encoding: Any,
@@ -117,22 +119,23 @@ def check(
     gene_key: str | None = None,
     depth_key: str | None = None,
 ) -> DataCheck:
-    """Look whether data suit a model: counts, genes, empty and long cells, memory and time.
+    """Check whether a model can use a data set: counts, genes, empty and long cells, memory and time.
 
     Nothing is raised for bad data; it is reported. At most 2,000 cells, spread over the data, are encoded.
 
     Parameters
     ----------
     adata
-        The data, in any form; left unchanged.
+        Data in any form. It is left unchanged.
     model_or_encoding
         A model or an encoding.
-    layer, gene_key, depth_key
-        As in `scfm.pp.encode`.
+    {layer}
+    {gene_key}
+    {depth_key}
 
     Returns
     -------
-    DataCheck: print it, or read its attributes; `ok` tells whether nothing stands in the way.
+    A `DataCheck`: print it, or read its attributes. `ok` says whether the model can use the data.
 
     Examples
     --------

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from scfm._docs import document
 from scfm.data.batch import CellBatch
 from scfm.data.matrix import BLOCK_ROWS, CountMatrix, require_adata
 from scfm.encoding.base import Backend, Encoding
@@ -14,6 +15,7 @@ from scfm.encoding.genes import GeneMap
 from scfm.errors import EmptyCellError
 
 
+@document
 def encode(
     adata: Any,
     model_or_encoding: Any,
@@ -25,28 +27,23 @@ def encode(
     rng: np.random.Generator | None = None,
     backend: Backend = "auto",
 ) -> CellBatch:
-    """Turn every cell into tokens.
+    """Encode every cell as tokens.
 
     Parameters
     ----------
     adata
-        Raw counts, n_obs cells by n_vars genes: dense, CSR, CSC, backed or a view. Left unchanged.
+        Raw counts, n_obs cells by n_vars genes: dense, CSR, CSC, backed or a view. It is left unchanged.
     model_or_encoding
-        A model (its encoding is used) or an encoding.
-    layer
-        Layer with the counts, "raw" for `adata.raw`; None for `adata.X`.
-    gene_key
-        Column of `var` with gene names; None for `var_names`, or cellxgene's `feature_name` and its like where
-        `var_names` are of another kind than the vocabulary.
-    depth_key
-        Column of `obs` with total counts over all genes measured, where the matrix holds only some. None takes the
-        column named in `adata.uns["scfm"]["depth_key"]`, if any, or sums the rows.
+        An encoding, or a model whose encoding is used.
+    {layer}
+    {gene_key}
+    {depth_key}
     empty
-        What to do with cells in which no known gene is expressed: "error", or "keep" them without gene tokens.
+        What to do with cells that express no gene of the vocabulary: "error", or "keep" them without gene tokens.
     rng
-        Training randomness (see the encoding); None for the same tokens every time.
+        Source of the randomness that some encodings use in training. None for deterministic tokens.
     backend
-        "auto", "compiled" or "numpy"; both give the same bits.
+        "auto", "compiled" or "numpy"; their results are bitwise identical.
 
     Returns
     -------
@@ -59,7 +56,7 @@ def encode(
     VocabularyMismatchError
         If the genes do not fit the vocabulary.
     EmptyCellError
-        If a cell has no known gene and `empty` is "error".
+        If a cell expresses no gene of the vocabulary and `empty` is "error".
 
     Examples
     --------

@@ -10,26 +10,28 @@ import numpy as np
 from scipy import sparse
 
 from scfm import baselines
+from scfm._docs import document
 from scfm.data import CountMatrix
 from scfm.encoding import GeneMap
 from scfm.pp._encode import encoding_of
 
 
+@document
 def log_expression(
     adata: Any, model_or_encoding: Any, *, layer: str | None = None, gene_key: str | None = None
 ) -> sparse.csr_matrix:
-    """log1p of counts per 10,000 by token id, shape (n_obs, length of the vocabulary), CSR float32.
+    """Matrix of log1p counts per 10,000 by token id, shape (n_obs, length of the vocabulary), CSR float32.
 
-    Totals are over all genes of the matrix; genes that the vocabulary does not know are left out.
+    Totals are over all genes of the matrix. Genes that are not in the vocabulary are left out.
 
     Parameters
     ----------
     adata
         Raw counts.
     model_or_encoding
-        Whose vocabulary numbers the columns.
-    layer, gene_key
-        As in `scfm.pp.encode`.
+        Model or encoding whose vocabulary gives the columns.
+    {layer}
+    {gene_key}
 
     Examples
     --------

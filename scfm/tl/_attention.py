@@ -8,9 +8,11 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._docs import document
 from scfm.models.model import Model
 
 
+@document
 def attention(
     adata: anndata.AnnData,
     model: Model,
@@ -25,20 +27,21 @@ def attention(
     Parameters
     ----------
     adata
-        Raw counts of the cells to look into, n_obs cells by n_vars genes; take one cell, or the cells of one type.
+        Raw counts of one cell, or of the cells of one type, n_obs cells by n_vars genes.
     model
-        From `scfm.fit` or `scfm.load`, with softmax attention.
+        A model from `scfm.fit` or `scfm.load`, with softmax attention.
     genes
-        At least two, by the names of the vocabulary.
+        At least two genes, named as in the vocabulary.
     hidden_layer
-        Layer whose attention is read; -1 for the last.
-    layer, gene_key
-        As in `scfm.tl.embed`.
+        Layer whose attention is used. -1 is the last.
+    {layer}
+    {gene_key}
 
     Returns
     -------
-    A row a gene that looks, a column a gene that is looked at, in the order of `genes`. Values are times the attention
-    of a token that looks at all tokens of its cell alike; NaN on the diagonal, and for genes that no cell has together.
+    One row per gene that attends and one column per gene that is attended to, in the order of `genes`. Values are relative to
+    uniform attention: 1 is the attention to an average token. NaN on the diagonal, and for genes that no cell expresses
+    together.
 
     Raises
     ------
@@ -49,8 +52,8 @@ def attention(
 
     Notes
     -----
-    Only the chosen pairs are computed, by `scfm.ops.attention_scores`; whole attention matrices are never made. Attention says
-    what a layer reads, not what its output depends on: `scfm.tl.gene_network` has a null, and `kind="deletion"`.
+    Only the chosen pairs are computed, by `scfm.ops.attention_scores`, never a complete attention matrix. Attention is not the
+    same as influence: `scfm.tl.gene_network` tests edges against a null, and has `kind="deletion"`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`scfm.tl.denoise`, and its scores beside no change and neighbour smoothing."""
+"""`scfm.tl.denoise`, and its scores compared with no change and smoothing over neighbors."""
 
 # Axes: B cells, G genes of the matrix, T packed tokens, V tokens of the vocabulary.
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm import baselines, pp
+from scfm._docs import document
 from scfm.data import CellBatch, CountMatrix
 from scfm.encoding import GeneMap
 from scfm.errors import ModelTaskError
@@ -21,6 +22,7 @@ from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
 
 
+@document
 def denoise(
     adata: anndata.AnnData,
     model: Model,
@@ -35,23 +37,21 @@ def denoise(
 
     Parameters
     ----------
-    adata
-        Raw counts, n_obs cells by n_vars genes, in `X` or in `layer`.
+    {adata}
     model
-        With a continuous encoding and a value head, trained by `scfm.objectives.ReadDepth` (scFoundation).
+        A model with a continuous encoding and a value head, trained with `scfm.objectives.ReadDepth` (scFoundation).
     target_depth
-        Total counts to predict for; None for each cell's own.
-    layer, gene_key
-        As in `scfm.tl.embed`.
+        Total counts to predict for. None for the total of each cell.
+    {layer}
+    {gene_key}
     key_added
-        Where the result goes in `adata.layers`.
-    copy
-        Return a copy with the result instead of writing to `adata`.
+        Key of `adata.layers` for the result.
+    {copy}
 
     Returns
     -------
     None, or the copy. Writes `layers[key_added]`, shape (n_obs, n_vars), dense float32: predicted log1p counts per
-    `target_sum` of the model, at least 0; NaN for genes that the model does not know.
+    `target_sum` of the model, at least 0; NaN for genes that are not in the vocabulary.
 
     Raises
     ------
@@ -60,12 +60,12 @@ def denoise(
 
     Notes
     -----
-    Read-depth enhancement of scFoundation (Hao et al. 2024). A network to be trained for this alone does better on whole cells than
-    on masked ones: ``ReadDepth(masked=False, downsample_probability=1.0)``.
+    Read-depth enhancement of scFoundation (Hao et al. 2024). To train a network for denoising only, use complete cells:
+    ``ReadDepth(masked=False, downsample_probability=1.0)``.
 
     Examples
     --------
-    A small untrained network of scFoundation's kind; `scfm.load` opens the published one.
+    A small untrained network with the architecture of scFoundation; `scfm.load` opens the published one.
 
     >>> import scfm
     >>> from scfm.encoding import make_encoding
@@ -116,6 +116,7 @@ def thin_counts(counts_BG: sparse.csr_matrix, rate: float, seed: int = 0) -> spa
     return thinned_BG
 
 
+@document
 def evaluate_denoising(
     adata: anndata.AnnData,
     model: Model,
@@ -126,35 +127,35 @@ def evaluate_denoising(
     gene_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Thin the counts, denoise them, and compare with the originals, beside no change, neighbours, and both weighed.
+    """Scores of denoising downsampled counts, compared with no change, neighbors, and a weighted mean of both.
 
     Parameters
     ----------
     adata
         Raw counts of cells that the model was not trained on.
     model
-        As in `denoise`.
+        A model with a continuous encoding and a value head.
     rate
-        Share of the counts that is kept.
+        Fraction of the counts that is kept.
     n_neighbors
-        Cells that the smoothing baseline averages over.
-    layer, gene_key
-        As in `scfm.tl.embed`.
+        Number of cells over which the baseline averages.
+    {layer}
+    {gene_key}
     seed
-        Of the thinning.
+        Seed of the downsampling.
 
     Returns
     -------
-    A row a method: mean squared error of log1p counts per 10,000, and the mean over cells of the Pearson correlation, both
-    over the genes that the model knows.
+    One row per method: mean squared error of log1p counts per 10,000, and the mean over cells of the Pearson correlation, both
+    over the genes in the vocabulary.
 
     Notes
     -----
-    The originals hold the counts that the methods see, which favours those that keep them.
+    The original counts include the downsampled ones, which favors methods that keep them.
 
     Examples
     --------
-    A small untrained network of scFoundation's kind; `scfm.load` opens the published one.
+    A small untrained network with the architecture of scFoundation; `scfm.load` opens the published one.
 
     >>> import scfm
     >>> from scfm.encoding import make_encoding

@@ -5,10 +5,12 @@ from __future__ import annotations
 import anndata
 
 from scfm import pp
+from scfm._docs import document
 from scfm.models.model import Model, Precision
 from scfm.tl._record import record
 
 
+@document
 def embed(
     adata: anndata.AnnData,
     model: Model,
@@ -24,31 +26,20 @@ def embed(
 ) -> anndata.AnnData | None:
     """Embed every cell.
 
-    A cell gets the same numbers whatever the order, the batch size and the other cells are (to the bit on the CPU).
+    The embedding of a cell does not depend on the order, the batch size or the other cells (bitwise on a CPU).
 
     Parameters
     ----------
-    adata
-        Raw counts, n_obs cells by n_vars genes, in `X` or in `layer`.
-    model
-        From `scfm.fit` or `scfm.load`.
-    layer
-        Layer that holds the counts; "raw" for `adata.raw`.
-    gene_key
-        Column of `adata.var` with the gene names or ids that the vocabulary uses; None for `var_names`.
-    hidden_layer
-        Hidden state to pool, indexed as Python does: -1 the last; None for the family's (-2 for Geneformer).
-    pooling
-        "mean" or "max" over the gene tokens, "cls", or "concat" (scFoundation: source depth, target depth, max, mean);
-        None for the family's.
-    normalize
-        Whether to divide each embedding by its length; None for as published (scGPT does).
-    precision
-        "fp32", or "bf16" for several times the speed, at a cosine similarity above 0.999.
-    key_added
-        Where the embedding goes in `adata.obsm`.
-    copy
-        Return a copy with the result instead of writing to `adata`.
+    {adata}
+    {model}
+    {layer}
+    {gene_key}
+    {hidden_layer}
+    {pooling}
+    {normalize}
+    {precision}
+    {obsm_key_added}
+    {copy}
 
     Returns
     -------

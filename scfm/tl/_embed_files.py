@@ -1,4 +1,4 @@
-"""`scfm.tl.embed_files`: embeddings of files larger than memory, which a stopped run goes on with."""
+"""`scfm.tl.embed_files`: embeddings of files larger than memory, resumable after an interruption."""
 
 # Axes: B cells of a block, N cells of all files, D model width.
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from scfm._docs import document
 from scfm._files import atomic_write, require_writable
 from scfm.data import open_counts
 from scfm.data.files import count_rows
@@ -28,6 +29,7 @@ from scfm.tl._write_embedding import SUFFIXES, read_obs, write_embedding
 BLOCK_CELLS = 1024  # cells between two notes of the progress; seconds of work on a CPU
 
 
+@document
 def embed_files(
     paths: Sequence[str | Path],
     out: str | Path,
@@ -43,38 +45,42 @@ def embed_files(
     key_added: str = "X_scfm",
     progress: bool = True,
 ) -> int:
-    """Embed every cell of one or many files, a block of cells in memory at a time.
+    """Embed every cell of one or many files, with one block of cells in memory at a time.
 
-    Progress is kept beside `out` in the folder `<out>.part`; a run that was stopped, called again in the same way, goes on
-    there. The numbers are those of `scfm.tl.embed`. Under torchrun each process embeds its share of the cells, and the
-    first one writes `out`, the same as from one process; all of them must see the same folder.
+    Progress is kept in the folder `<out>.part`. After an interruption, the same call continues from there. The embeddings are
+    those of `scfm.tl.embed`. Under torchrun each process embeds a part of the cells, and the first one writes `out`; all
+    processes must be able to read and write the same folder.
 
     Parameters
     ----------
     paths
         `.h5ad` files and `.zarr` folders with raw counts.
     out
-        What to write, by its suffix: `.h5ad` or `.zarr` (one input: a copy of it with the embedding; several: their `obs` with
-        a column `file`, and the embedding, without counts), `.parquet` or `.csv` (a row a cell), `.npy` (the array).
-    model
-        From `scfm.fit` or `scfm.load`.
-    layer, gene_key, hidden_layer, pooling, normalize, precision, key_added
-        As in `scfm.tl.embed`.
-    depth_key
-        As in `scfm.pp.encode`.
-    progress
-        Whether to show a progress bar with cells per second and time left.
+        File to write; its suffix names the format. `.h5ad` or `.zarr`: a copy of the input with the embedding, or, for several
+        inputs, their `obs` with a column `file` and the embedding, without counts. `.parquet` or `.csv`: one row per cell.
+        `.npy`: the array.
+    {model}
+    {layer}
+    {gene_key}
+    {hidden_layer}
+    {pooling}
+    {normalize}
+    {precision}
+    key_added
+        Name of the embedding: its key in `obsm`.
+    {depth_key}
+    {progress}
 
     Returns
     -------
-    Number of cells. Writes `out`, whole or not at all: an array of shape (N, D), float32, cells in the order of the files.
+    Number of cells. Writes `out` atomically: an array of shape (N, D), float32, with cells in the order of the files.
 
     Raises
     ------
     CountsError, VocabularyMismatchError, EmptyCellError
-        As in `scfm.tl.embed`.
+        If a matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
     ValueError
-        If `out` has another suffix, is one of the inputs, or is a folder that is no .zarr.
+        If `out` has another suffix, is one of the inputs, or is a folder that is not a .zarr.
     OSError
         If an input is missing, cut short or of another kind, or `out` cannot be written.
 

@@ -10,10 +10,12 @@ import pandas as pd
 import torch
 
 from scfm import pp
+from scfm._docs import document
 from scfm.data import CellBatch
 from scfm.models.model import Model, Precision
 
 
+@document
 def gene_embeddings(
     adata: anndata.AnnData | None,
     model: Model,
@@ -24,27 +26,25 @@ def gene_embeddings(
     min_cells: int = 1,
     precision: Precision = "fp32",
 ) -> pd.DataFrame:
-    """Embed every gene: the mean of its token's state over the cells in which it is a token.
+    """Table of gene embeddings: the mean state of each gene's token over the cells that contain it.
 
     Parameters
     ----------
     adata
-        Raw counts, n_obs cells by n_vars genes; None for the genes' input embeddings, which know no cell.
-    model
-        From `scfm.fit` or `scfm.load`.
-    layer, gene_key
-        As in `scfm.tl.embed`.
+        Raw counts, n_obs cells by n_vars genes. None for the input embeddings of the genes, which do not depend on cells.
+    {model}
+    {layer}
+    {gene_key}
     hidden_layer
-        Hidden state to average, indexed as Python does; None for the family's: -2 for Geneformer, the decoder's states
-        for scFoundation.
+        Hidden state to average, counted as Python counts: -1 is the last. None for the default of the model's family: -2
+        for Geneformer, the states of the decoder for scFoundation.
     min_cells
-        Genes that are tokens of fewer cells are left out.
-    precision
-        As in `scfm.tl.embed`.
+        Leave out genes that are tokens of fewer cells.
+    {precision}
 
     Returns
     -------
-    Data frame, a row a gene (as the vocabulary names it), a column a dimension, float32.
+    One row per gene, named as in the vocabulary, and one column per dimension, float32.
 
     Examples
     --------

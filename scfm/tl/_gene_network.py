@@ -6,10 +6,12 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._docs import document
 from scfm.models.model import Model
 from scfm.tl._record import store_table
 
 
+@document
 def gene_network(
     adata: anndata.AnnData,
     model: Model,
@@ -25,45 +27,42 @@ def gene_network(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Weigh the edges between genes in a group of cells, and test them against cells with shuffled counts.
+    """Table of the edges between genes in a group of cells, tested against cells with shuffled counts.
 
     Parameters
     ----------
-    adata
-        Raw counts of the group, n_obs cells by n_vars genes.
-    model
-        From `scfm.fit` or `scfm.load`.
+    {adata}
+    {model}
     genes
-        Genes of the network; None for the 50 that most cells express.
+        Genes of the network. None for the 50 genes that are expressed in most cells.
     kind
-        "attention": how much the target's token looks at the source's, over heads, times the number of tokens (1 is
-        attention at random). "deletion": 1 - cosine of the target's state before and after the source is deleted.
+        "attention": attention of the target's token to the source's token, averaged over heads and multiplied by the number
+        of tokens (1 is uniform attention). "deletion": 1 - cosine of the target's state before and after the source is
+        deleted.
     hidden_layer
-        Layer whose attention, or whose states, are read; -1 for the last.
+        Layer whose attention or states are used. -1 is the last.
     n_shuffles
-        Shuffled copies of the cells behind the null: each gene's counts are dealt anew among the cells.
+        Number of shuffled copies of the cells for the null: the counts of each gene are permuted among the cells.
     min_cells
         Edges between genes that fewer cells express together are left out.
-    layer, gene_key
-        As in `scfm.tl.embed`.
-    key_added
-        Where the table goes in `adata.uns`; None for nowhere.
+    {layer}
+    {gene_key}
+    {uns_key_added}
     seed
-        Of the shuffles.
-    progress
-        Whether to show a progress bar.
+        Seed of the shuffles.
+    {progress}
 
     Returns
     -------
-    A row an edge, the most surprising first: `source`, `target`, `n_cells`, `weight` (mean over cells), `null` in words,
-    `null_mean`, `null_std` (between cells), `z` (the difference in standard errors), `p_value` (Student's, two-sided), `fdr`
-    (Benjamini-Hochberg).
+    One row per edge, the most significant first: `source`, `target`, `n_cells`, `weight` (mean over cells), `null` (a
+    description), `null_mean`, `null_std` (between cells), `z` (the difference in standard errors), `p_value` (Student's test,
+    two-sided), `fdr` (Benjamini-Hochberg).
 
     Notes
     -----
-    Only pairs of the chosen genes are ever computed: memory goes with their number squared, not with a cell's length
-    squared. An edge says that two genes matter to each other in the model, not that one regulates the other. Cells are
-    taken as independent; where they come from few donors, p-values are too small.
+    Only pairs of the chosen genes are computed, so memory grows with the square of their number, not of the length of a
+    cell. An edge describes the model; it does not say that one gene regulates the other. The test treats cells as
+    independent; if they come from few donors, the p-values are too small.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What gene embeddings say: which genes are alike, and whether they tell classes of genes apart."""
+"""Similar genes by their embeddings, and classification of genes."""
 
 # Axes: G genes, D model width.
 
@@ -20,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scfm import baselines, pp
+from scfm._docs import document
 from scfm.data import CellBatch, CountMatrix
 from scfm.encoding.genes import gene_names
 from scfm.errors import LabelsError, VocabularyMismatchError
@@ -31,20 +32,20 @@ if TYPE_CHECKING:
 
 
 def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: int = 10) -> pd.DataFrame:
-    """Find the genes whose embeddings are most like those of given genes.
+    """Table of the genes whose embeddings are most similar to those of given genes.
 
     Parameters
     ----------
     embeddings
-        A row a gene, as from `scfm.tl.gene_embeddings`.
+        One row per gene, from `scfm.tl.gene_embeddings`.
     genes
         Genes to search for.
     n_genes
-        How many to return for each.
+        Number of similar genes to return for each gene.
 
     Returns
     -------
-    A row a pair: `gene`, `similar`, `cosine` (of embeddings minus their mean, which all genes share), and as a baseline
+    One row per pair: `gene`, `similar`, `cosine` (of embeddings minus their mean over all genes), and, as a baseline,
     `cosine_baseline`, the mean cosine of the gene with all others.
 
     Raises
@@ -89,6 +90,7 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
     return pd.concat(parts, ignore_index=True)
 
 
+@document
 def classify_genes(
     embeddings: pd.DataFrame | None,
     labels: Mapping[str, str],
@@ -122,12 +124,11 @@ def classify_genes(
         Settings of fine-tuning; None for 60 steps on all weights, or for "lora:8" if the model is large.
     n_folds
         Folds, stratified by class; the same for all methods.
-    layer, gene_key
-        As in `scfm.tl.embed`.
+    {layer}
+    {gene_key}
     seed
         Seed of the folds.
-    progress
-        Whether to show a progress bar while fine-tuning.
+    {progress}
 
     Returns
     -------

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from scfm import pp
+from scfm._docs import document
 from scfm.data.labels import Labels
 from scfm.errors import LabelsError
 from scfm.models.model import Model
@@ -18,6 +19,7 @@ from scfm.pp._encode import require_cells
 from scfm.tl._record import record
 
 
+@document
 def map_reference(
     query: anndata.AnnData,
     reference: anndata.AnnData,
@@ -30,33 +32,34 @@ def map_reference(
     key_added: str = "scfm_mapped",
     copy: bool = False,
 ) -> anndata.AnnData | None:
-    """Give every query cell the label of its nearest reference cells in the model's embedding.
+    """Transfer labels to query cells from their nearest reference cells in the model's embedding.
 
-    Embeddings are scaled by the mean and deviation of the reference, and compared by Euclidean distance; nearer
-    neighbours weigh more, by exp(-d^2 / 2s^2) with s the median distance of the cell's own neighbours.
+    Embeddings are scaled by the mean and standard deviation of the reference, and compared by Euclidean distance d. A
+    neighbor has the weight exp(-d^2 / 2s^2), where s is the median distance of the cell's neighbors.
 
     Parameters
     ----------
-    query, reference
-        Raw counts; their genes may differ, as long as the model knows them.
+    query
+        Raw counts of the cells to label.
+    reference
+        Raw counts of the labeled cells. Its genes may differ from those of `query`.
     model
-        Any model; it need not have been fitted with labels.
+        Any model; it does not need labels.
     labels_key
         Column of `reference.obs` with labels. Reference cells without one (NaN) are not used.
     n_neighbors
-        Reference cells to look at.
-    layer, gene_key
-        As in `scfm.tl.embed`, for both.
-    key_added
-        Prefix of what is written.
+        Number of reference cells to use for each query cell.
+    {layer}
+    {gene_key}
+    {prefix_key_added}
     copy
         Return a copy of `query` with the result instead of writing to it.
 
     Returns
     -------
-    None, or the copy. Writes to `query`: `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (weighted share of
-    the neighbours with that label, 0 to 1), `obs["<key>_distance"]` (mean distance to the neighbours, in deviations of the
-    reference), `obsm["<key>_neighbors"]` (rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64) and
+    None, or the copy. Writes to `query`: `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (weighted fraction
+    of the neighbors with that label, 0 to 1), `obs["<key>_distance"]` (mean distance to the neighbors, in standard deviations
+    of the reference), `obsm["<key>_neighbors"]` (rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64) and
     `obsm["<key>_neighbor_distances"]`.
 
     Raises

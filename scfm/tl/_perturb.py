@@ -8,11 +8,13 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._docs import document
 from scfm.models.model import Model, Precision
 from scfm.perturbation.variants import Genes
 from scfm.tl._record import store_table
 
 
+@document
 def perturb(
     adata: anndata.AnnData,
     model: Model,
@@ -37,73 +39,64 @@ def perturb(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Perturb genes in silico and measure how far each cell's embedding moves, and whether toward a goal.
+    """Table of the effects of in-silico perturbations: how far the embeddings of cells move, and whether toward a goal.
 
-    Variants are made and embedded some at a time, and equal ones once: memory grows neither with cells nor with their
-    product with genes. Under torchrun each process takes its share of the cells, and all of them return the same table.
+    Perturbed cells are made and embedded in batches, so memory does not grow with the number of perturbations. Under
+    torchrun each process takes a part of the cells, and all of them return the same table.
 
     Parameters
     ----------
-    adata
-        Raw counts of the cells, n_obs cells by n_vars genes.
-    model
-        From `scfm.fit` or `scfm.load`.
+    {adata}
+    {model}
     genes
-        Each a name, or a list of names to perturb together; None for every gene that a cell expresses.
+        Perturbations: each is a gene, or a list of genes to perturb together. None for every gene that a cell expresses.
     kind
-        "delete": the gene's token goes. "overexpress": the gene comes to the front of the ranks, or takes the cell's
-        largest value, also where it was not expressed. "inhibit", "activate": its rank or value moves down or up by
-        `quantile`. All but "overexpress" act only in cells that express all the genes perturbed together.
+        "delete" removes the token of the gene. "overexpress" moves the gene to the first rank, or gives it the largest
+        value of the cell, also if it was not expressed. "inhibit" and "activate" move its rank or value down or up by
+        `quantile`. All but "overexpress" apply only to cells that express all genes of the perturbation.
     effect_on
-        "cell": the cell's embedding moves. "genes": the states of all its other genes move, each on its own; needs `genes`,
-        and has no goal.
+        "cell" measures the shift of the cell's embedding. "genes" measures the shift of the state of each other gene; it
+        needs `genes`, and takes no goal.
     combine
-        Take all combinations of so many of `genes`.
+        Perturb all combinations of this many of `genes`.
     quantile
-        Share of the cell's genes, or of its values, that "inhibit" and "activate" move a gene by.
-    positions
-        After a deletion under a rank encoding, later genes move up a rank ("shift", as published) or keep their
-        positions ("held").
-    groupby, start, goal
-        Column of `adata.obs`, the state whose cells are perturbed (None: all but the goal's), and the state whose mean
-        embedding they should approach.
+        Fraction of the ranks, or of the range of values, by which "inhibit" and "activate" move a gene.
+    {positions}
+    {start_and_goal}
     null_genes
         Genes to perturb in the same way as the null of the tests. None: for fewer than 100 `genes`, about 100 others that
         as many cells express, perturbed in at most 200 cells; else each perturbation is tested against all others.
     missing
         What to do about perturbations that no cell allows: "report" them in a row with `n_cells` 0 and a `reason`, or
         "error". If none can be done, that is an error.
-    n_bootstrap
-        Resamples of cells behind the intervals; 0 for none.
+    {n_bootstrap}
     precision
-        "fp32", or "bf16": blocks in bfloat16, faster where the machine has it; cells before and after alike.
+        "fp32", or "bf16", which is faster on machines that support it.
     checkpoint
-        File to save to after every few thousand variants, and to continue from if it is there.
-    layer, gene_key
-        As in `scfm.tl.embed`.
-    key_added
-        Where the table goes in `adata.uns`; None for nowhere.
+        File to save progress to, and to continue from if it exists.
+    {layer}
+    {gene_key}
+    {uns_key_added}
     seed
-        Of the bootstrap, and of the sample of 512 cells that tests and intervals see where there are more.
-    progress
-        Whether to show a progress bar with the time left.
+        Seed of the bootstrap, and of the sample of 512 cells that tests and intervals use if there are more.
+    {progress}
 
     Returns
     -------
-    A row a perturbation, genes perturbed together joined by "+", the largest mean shift first (toward the goal, if there
-    is one):
+    One row per perturbation, with genes perturbed together joined by "+", the largest mean shift first (toward the goal,
+    if there is one):
 
-    - `n_cells` it was done to
+    - `n_cells`: number of perturbed cells
     - `shift_mean`, `shift_std`, `shift_sem`, `shift_low`, `shift_high`: 1 - cosine similarity between a cell's embedding
-      before and after, from 0 (nothing) to 2; with its 95 % bootstrap interval over cells
+      before and after, from 0 (no change) to 2, with its 95 % bootstrap interval over cells
     - `goal_shift_...`: with `goal`, cos(after, goal) - cos(before, goal)
     - `excess_...`: with combinations, the shift minus the sum of the shifts of the single genes in the same cell
     - `null`, `null_mean`, `effect_size` (rank-biserial), `p_value` (rank-sum), `fdr` (Benjamini-Hochberg): of the goal
       shift if there is a goal, else of the shift, against the null that `null` names
 
-    With ``effect_on="genes"`` a row a perturbation and other gene: `gene`, `affected`, then the same columns of the shift
-    of the affected gene's state. It is tested against all other genes under the same perturbation, or, with `null_genes`,
-    against itself under those.
+    With ``effect_on="genes"``, one row per perturbation and other gene: `gene`, `affected`, then the same columns for the
+    shift of the state of the affected gene. It is tested against all other genes under the same perturbation, or, with
+    `null_genes`, against the same gene under those perturbations.
 
     Raises
     ------
@@ -116,8 +109,8 @@ def perturb(
 
     Notes
     -----
-    Deletion, overexpression, goal-state shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). Tests
-    take cells as independent; where they come from few donors, p-values are too small.
+    Deletion, overexpression, goal-state shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). The tests
+    treat cells as independent; if the cells come from few donors, the p-values are too small.
 
     Examples
     --------

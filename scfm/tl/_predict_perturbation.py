@@ -8,9 +8,11 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._docs import document
 from scfm.models.model import Model
 
 
+@document
 def predict_perturbation(
     adata: anndata.AnnData,
     model: Model,
@@ -28,36 +30,37 @@ def predict_perturbation(
     Parameters
     ----------
     adata
-        Raw counts of control and perturbed cells, n_obs cells by n_vars genes.
+        Raw counts of control and perturbed cells, n_obs cells by n_vars genes, in `X` or in `layer`.
     model
-        From `scfm.fit` or `scfm.load`. Fit it without the cells of perturbations that are to be scored.
+        A model from `scfm.fit` or `scfm.load`, fitted without the cells of the perturbations to be scored.
     perturbation_key
         Column of `adata.obs` with the perturbed gene, or genes joined by `separator`; cells with NaN are left out.
     control
         Value of that column for unperturbed cells.
     predict
-        Perturbations to predict, genes joined by `separator`; measured ones are predicted from all of the data too.
+        Perturbations to predict, with genes joined by `separator`. Measured ones are predicted from all data.
     separator
-        Between the genes of a combination.
-    layer, gene_key
-        As in `scfm.tl.embed`.
+        Text between the genes of a combination.
+    {layer}
+    {gene_key}
     seed
-        Of the choice of control cells.
+        Seed of the choice of control cells.
 
     Returns
     -------
-    A row a method and perturbation (index: `method`, `perturbation`) by a column a gene: change of mean log1p counts per
-    10,000. Methods: "scfm", and beside it "no change", "train mean", "additive" and "bilinear ridge".
+    Change of mean log1p counts per 10,000, with one row per method and perturbation (index: `method`, `perturbation`) and one
+    column per gene. Methods: "scfm", and the baselines "no change", "train mean", "additive" and "bilinear ridge".
 
     Notes
     -----
-    Each gene is described by where its deletion moves control cells (it is put in where it is not expressed); a ridge leads from there to the measured changes, and, for combinations, a second one from products of
-    features to what is left beside the sum of singles. The simple methods are hard to beat: see
+    The features of a gene are the shift of control cells after its deletion (cells that do not express it get it first).
+    Ridge regression predicts the measured changes from them. For combinations, a second ridge regression predicts, from
+    products of features, the difference from the sum of the single changes. The baselines are hard to beat: see
     `scfm.tl.score_perturbation_prediction`.
 
     Examples
     --------
-    Cells that are called knock-outs, to show the form; real ones come from a Perturb-seq experiment.
+    The labels of this example are made up; real ones come from a Perturb-seq experiment.
 
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()[:200].copy()

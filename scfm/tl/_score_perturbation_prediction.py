@@ -6,9 +6,11 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._docs import document
 from scfm.models.model import Model
 
 
+@document
 def score_perturbation_prediction(
     adata: anndata.AnnData,
     model: Model,
@@ -21,25 +23,35 @@ def score_perturbation_prediction(
     gene_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Leave each measured perturbation out in turn, predict it, and score the prediction beside the baselines'.
+    """Scores of predictions of each measured perturbation, left out in turn, and of the baselines.
 
     Parameters
     ----------
-    adata, model, perturbation_key, control, separator, layer, gene_key, seed
-        As in `scfm.tl.predict_perturbation`.
+    {adata}
+    {model}
+    perturbation_key
+        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`; cells with NaN are left out.
+    control
+        Value of that column for unperturbed cells.
+    separator
+        Text between the genes of a combination.
     n_top
-        How many genes, of the largest measured change, `pearson_top` looks at.
+        Number of genes with the largest measured change for `pearson_top`.
+    {layer}
+    {gene_key}
+    seed
+        Seed of the choice of control cells.
 
     Returns
     -------
-    A row a perturbation and method:
+    One row per perturbation and method:
 
-    - `pearson_top`: correlation of predicted and measured change over the `n_top` genes; NaN where a prediction is constant
-    - `rmse` over all genes
-    - `rank`: share of the other measured perturbations whose change correlates better with the prediction than that of the
-      right one; 0 is best, 0.5 is chance
+    - `pearson_top`: correlation of predicted and measured change over the `n_top` genes; NaN if a prediction is constant
+    - `rmse`: root mean squared error over all genes
+    - `rank`: fraction of the other measured perturbations whose change correlates better with the prediction than the true
+      one; 0 is best, 0.5 is chance
 
-    The perturbed genes themselves are left out of all scores: that a target falls is known beforehand.
+    The perturbed genes are left out of all scores, because their change is known in advance.
 
     Examples
     --------

@@ -6,10 +6,12 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._docs import document
 from scfm.models.model import Model, Precision
 from scfm.tl._record import store_table
 
 
+@document
 def screen(
     adata: anndata.AnnData,
     model: Model,
@@ -30,65 +32,58 @@ def screen(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Estimate what deleting each gene does, for all genes of each cell at once, and verify the best.
+    """Table of the effects of deleting each gene: estimated for all genes of a cell at once, and exact for the best ones.
 
-    Exact deletion of the N genes of a cell takes N forward passes. The estimate takes `n_projections` backward passes,
-    or one toward a goal, and under a rank encoding that shifts five forward passes more, or eight toward a goal.
+    Exact deletion of the N genes of a cell takes N forward passes. The estimate takes `n_projections` backward passes, or
+    one toward a goal. A rank encoding with `positions="shift"` takes five more forward passes, or eight toward a goal.
 
     Parameters
     ----------
-    adata
-        Raw counts of the cells, n_obs cells by n_vars genes.
+    {adata}
     model
-        From `scfm.fit` or `scfm.load`; mean or `cls` embedding, softmax attention.
-    groupby, start, goal
-        As in `scfm.tl.perturb`. With a goal, genes are ranked by how far their deletion moves cells toward it.
-    positions
-        As in `scfm.tl.perturb`: "shift" or "held". Matters for rank encodings only.
+        A model from `scfm.fit` or `scfm.load`, with a mean or `cls` embedding and softmax attention.
+    {start_and_goal}
+    {positions}
     n_verify
-        How many of the best genes to delete exactly, in every cell that expresses them.
+        Number of best genes to delete exactly, in every cell that expresses them.
     n_check
-        How many random other genes to delete exactly, for the estimate of the recall.
+        Number of random other genes to delete exactly, to estimate the recall.
     n_projections
-        Directions in which the estimate resolves what other genes do, without a goal. They are found once for a model, by
-        640 exact deletions in ten of these cells, and saved with it.
+        Number of directions in the embedding along which effects are estimated, without a goal. They are found once for a
+        model, from 640 exact deletions in ten of these cells, and saved with it.
     min_cells
         Genes that fewer cells express are not ranked among the best.
-    n_bootstrap
-        Resamples of cells behind the intervals; 0 for none.
+    {n_bootstrap}
     precision
-        Of the estimates: "fp32", or "bf16" for blocks in bfloat16, two to three times faster where the machine has it. The
-        best genes are verified in fp32 all the same.
-    layer, gene_key
-        As in `scfm.tl.embed`.
-    key_added
-        Where the table goes in `adata.uns`; None for nowhere.
+        Precision of the estimates: "fp32", or "bf16", which is two to three times faster on machines that support it. The
+        best genes are always verified in fp32.
+    {layer}
+    {gene_key}
+    {uns_key_added}
     seed
-        Of calibration, checked genes and bootstrap.
-    progress
-        Whether to show progress bars.
+        Seed of the choice of directions, of the random genes and of the bootstrap.
+    {progress}
 
     Returns
     -------
-    A row a gene, the best first, as from `scfm.tl.perturb` (`goal_shift_...` in place of `shift_...` with a goal), and
+    One row per gene, the largest effect first (toward the goal, if there is one), with the columns of `scfm.tl.perturb` and
 
-    - `exact`: whether mean, deviation and interval of the row are exact; else they are those of the estimate
-    - `estimate_mean`: the estimate, also where the row is exact; tests and effect sizes compare estimates with estimates
-    - `rank_only`: the gene's mean place in its cells, from 0 (first by rank, or largest value) to 1, as a control
+    - `exact`: whether mean, standard deviation and interval of the row are exact or estimated
+    - `estimate_mean`: the estimate, also if the row is exact; tests and effect sizes compare estimates with each other
+    - `rank_only`: the mean position of the gene in its cells, from 0 (highest rank or value) to 1, as a control
 
-    `attrs` has `recall_estimate`, the expected share of the exact best 50 that was verified; `rank_only_recall`, the share
-    of the best 50 found that as many genes chosen by `rank_only` would have held; and `n_top`, that 50 or fewer.
+    `attrs` holds `recall_estimate`, the expected fraction of the true best 50 genes that was verified; `rank_only_recall`,
+    the fraction that the same number of genes chosen by `rank_only` would contain; and `n_top`, 50 or the number of genes.
 
     Raises
     ------
     ValueError
-        If the model is not one that the estimate describes; use `scfm.tl.perturb`.
+        If the model has another embedding or attention; use `scfm.tl.perturb`.
 
     Notes
     -----
-    Where rank embeddings are rough (short training), moving up a rank dominates every shift, and the best genes are the
-    highest ranked: look at `rank_only_recall`, and use ``positions="held"``. The estimate follows such ranks too, by the forward
-    passes named above.
+    After a short training, moving up a rank changes the embedding more than the deletion itself, so the best genes are
+    those with the highest ranks. Check `rank_only_recall`, and use ``positions="held"``.
 
     Examples
     --------

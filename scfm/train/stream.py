@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from scfm._docs import document
 from scfm.data.batch import CellBatch
 from scfm.data.files import count_rows, open_counts
 from scfm.data.host import host_threads, keep_to_one_thread
@@ -36,8 +37,9 @@ class _Block:
     stop: int
 
 
+@document
 class CellStream(IterableDataset[CellBatch]):
-    """Batches of encoded cells from one or many files, shuffled anew each epoch.
+    """Batches of encoded cells from one or many files, shuffled in each epoch.
 
     Files are cut into blocks of neighbouring rows. Each epoch shuffles the blocks of all files, deals them to the
     ranks, and reads a buffer's worth of them at a time, each block encoded as soon as it is read, as many at once as torch has
@@ -53,25 +55,26 @@ class CellStream(IterableDataset[CellBatch]):
     paths
         `.h5ad` files and `.zarr` folders.
     encoding
-        What to encode with.
+        Encoding of the cells.
     batch_cells
-        Cells of a batch (the files' sizes decide how nearly).
+        Number of cells in a batch; some batches are smaller or larger, depending on the sizes of the files.
     buffer_cells
-        Cells of a buffer: the more, the better shuffled.
+        Number of cells in the buffer that is shuffled. A larger buffer shuffles better and needs more memory.
     block_cells
-        Cells of a block: the fewer, the better shuffled, and the slower to read.
+        Number of neighboring cells that are read together. Smaller blocks shuffle better and are read more slowly.
     shuffle
-        False for cells in the order of the files, without training randomness.
+        Whether to shuffle cells. False keeps the order of the files and uses no training randomness.
     seed
         Seed of everything that is random.
     rank, world_size
-        Which part is this process's.
-    layer, gene_key, depth_key
-        As in `scfm.pp.encode`, the same for all files.
+        Rank of this process and number of processes; each process gets its own part of the cells.
+    {layer}
+    {gene_key}
+    {depth_key}
 
     Notes
     -----
-    Batches carry `cell_index_B`: rows counted through all files in order, by which labels can be added.
+    `cell_index_B` of a batch numbers the rows of all files in order, so that labels can be added.
 
     Examples
     --------
