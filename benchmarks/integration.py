@@ -198,11 +198,14 @@ def score_denoising(steps: int, seed: int) -> pd.DataFrame:
     rows = np.random.default_rng(seed).permutation(adata.n_obs)
     learn, test = adata[np.sort(rows[: len(rows) // 2])].copy(), adata[np.sort(rows[len(rows) // 2 :])].copy()
     encoding = make_encoding("continuous", adata=learn)
-    shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "d_ff": 128, "context_length": 512, "decoder_layers": 1}
-    decoder = {"decoder_width": 64, "decoder_heads": 4, "decoder_head_width": 16, "n_random_features": 32}
+    shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "d_ff": 128, "context_length": 512}
+    attention = {"kind": "linear", "qkv_bias": False, "head_width": 16, "n_random_features": 32}
+    decoder = {"n_layers": 1, "d_model": 64, "n_heads": 4, "d_ff": 256, "attention": attention}
     vocabulary = encoding.vocabulary
     torch.manual_seed(seed)
-    config = ModelConfig(**{**scfoundation.ARCHITECTURE, **shape, **decoder}, n_tokens=len(vocabulary))
+    config = ModelConfig.from_dict(
+        {**scfoundation.ARCHITECTURE, **shape, "decoder": decoder, "n_tokens": len(vocabulary)}
+    )
     network = CellTransformer.for_vocabulary(config, vocabulary)
     target, source = (vocabulary.special_id(role) for role in ("target_depth", "source_depth"))
     objective = ReadDepth(

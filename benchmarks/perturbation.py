@@ -34,7 +34,7 @@ from scfm.perturbation.shifts import cosine_distance, goal_shift
 from scfm.perturbation.variants import cell_of, pack
 
 # Geneformer V1-10M; its embedding is the mean of the second-to-last hidden state.
-V1 = {"d_model": 256, "n_heads": 4, "n_layers": 6, "d_ff": 512, "context_length": 2048, "embedding_layer": -2}
+V1 = {"d_model": 256, "n_heads": 4, "n_layers": 6, "d_ff": 512, "context_length": 2048, "pooling": {"hidden_layer": -2}}
 N_GENES = 2000
 N_VARIANTS = 8  # of the 2,000; a batch of ours, and of the peer
 N_TOP = 50
@@ -60,7 +60,7 @@ def v1_model() -> scfm.Model:
         scfm.EncodingConfig(kind="rank"), vocabulary=vocabulary, medians=np.ones(len(vocabulary))
     )
     torch.manual_seed(0)
-    config = scfm.ModelConfig(n_tokens=len(vocabulary), **V1)
+    config = scfm.ModelConfig.from_dict({"n_tokens": len(vocabulary), **V1})
     return scfm.Model(CellTransformer.for_vocabulary(config, vocabulary), encoding)
 
 

@@ -23,6 +23,7 @@ from transformers import BertConfig, BertForMaskedLM
 from scfm import objectives
 from scfm.data import CellBatch
 from scfm.models import CellTransformer, ModelConfig
+from scfm.nn import EmbeddingConfig
 from scfm.objectives import MaskedGenes
 
 N_TOKENS, WIDTH, HEADS, LAYERS, FEED_FORWARD, CONTEXT = 25_426, 256, 4, 6, 512, 2048  # Geneformer V1-10M
@@ -44,7 +45,7 @@ def pad(cells: CellBatch, values_T: torch.Tensor, fill: int) -> torch.Tensor:
 def scfm_step(batches: list[CellBatch], autocast: Callable) -> Callable[[int], None]:
     config = ModelConfig(
         n_tokens=N_TOKENS, d_model=WIDTH, n_heads=HEADS, n_layers=LAYERS, d_ff=FEED_FORWARD, context_length=CONTEXT,
-        n_token_types=2, dropout=0.02,
+        embedding=EmbeddingConfig(n_token_types=2), dropout=0.02,
     )  # fmt: skip
     network = CellTransformer(config, special_ids=(0, 1)).train()
     objective = MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V)

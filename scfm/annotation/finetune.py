@@ -141,7 +141,7 @@ def set_labels(model: Model, labels: tuple[str, ...]) -> bool:
     An existing head is kept if it predicts the same classes of cells in the same order.
     """
     network = model.network
-    if network.class_head is not None and model.labels == labels and network.config.class_head != "token":
+    if network.class_head is not None and model.labels == labels and network.config.classes.kind != "token":
         network.add_gene_classifier()
         return True
     model.labels = labels

@@ -1,7 +1,7 @@
 """The families of models: one file for each, with its encoding, architecture, presets, objectives and checkpoints."""
 
 from scfm.families._presets import choose_preset, preset, presets, sizes, table
-from scfm.families.base import FAMILIES, Family, Preset, add_family
+from scfm.families.base import FAMILIES, Family, Preset, add_family, merged
 from scfm.families.loading import convert, load, recognise
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "choose_preset",
     "convert",
     "load",
+    "merged",
     "preset",
     "presets",
     "recognise",

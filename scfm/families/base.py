@@ -30,7 +30,7 @@ class Preset:
     encoding
         Fields of `EncodingConfig`.
     network
-        Fields of `ModelConfig`, without those that follow from the vocabulary.
+        Fields of `ModelConfig`, without those that follow from the vocabulary; a group as a mapping of its fields.
     objective
         Name of the pretraining objective.
     objectives
@@ -64,15 +64,16 @@ class Preset:
     source: str = ""
 
     def model_config(self, *, n_tokens: int | None = None, pad_id: int | None = None, **changes: Any) -> ModelConfig:
-        """Complete the network's configuration for a vocabulary of `n_tokens`."""
+        """Complete the network's configuration for a vocabulary of `n_tokens`; `changes` may change parts of a group."""
         n_tokens = self.n_tokens if n_tokens is None else n_tokens
         if n_tokens is None:
             raise ValueError(f"The preset {self.name!r} has no vocabulary of its own; pass `n_tokens`.")
         pad_id = self.pad_id if pad_id is None else pad_id
-        return ModelConfig(**{**self.network, "n_tokens": n_tokens, "pad_id": pad_id, **changes})
+        settings = merged(self.network, OBJECTIVES[self.objective].network_settings, changes)
+        return ModelConfig.from_dict({**settings, "n_tokens": n_tokens, "pad_id": pad_id})
 
     def for_objective(self, objective: str) -> Preset:
-        """Return the preset as it is pretrained on "masked" or "generative", with the network that this needs.
+        """Return the preset as it is pretrained on "masked" or "generative".
 
         Raises
         ------
@@ -91,8 +92,7 @@ class Preset:
                 f"`objective` is {objective!r}, which does not exist for the {self.encoding['kind']!r} encoding of "
                 f"{self.name!r}. {remedy}, or objective={next(iter(self.objectives))!r}."
             )
-        name = self.objectives[objective]
-        return replace(self, objective=name, network={**self.network, **OBJECTIVES[name].network_settings})
+        return replace(self, objective=self.objectives[objective])
 
     def n_parameters(self, n_tokens: int | None = None) -> int:
         """Count the network's parameters without allocating them."""
@@ -137,7 +137,7 @@ class Family:
     Examples
     --------
     >>> from scfm.families import FAMILIES
-    >>> FAMILIES["geneformer"].encoding["kind"], FAMILIES["scbert"].architecture["attention"]
+    >>> FAMILIES["geneformer"].encoding["kind"], FAMILIES["scbert"].architecture["attention"]["kind"]
     ('rank', 'linear')
     """
 
@@ -160,6 +160,28 @@ FAMILIES: Registry[Family] = Registry(
 def add_family(family: Family) -> Family:
     """Register a family under its name."""
     return FAMILIES.add(family.name, family)
+
+
+def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge fields of `ModelConfig`; of a group of fields, later settings replace those that they name.
+
+    Parameters
+    ----------
+    *settings
+        Mappings of fields, a group as a mapping of its fields.
+
+    Examples
+    --------
+    >>> from scfm.families.base import merged
+    >>> merged({"norm": "pre", "heads": {"genes": True}}, {"heads": {"values": "mlp"}})
+    {'norm': 'pre', 'heads': {'genes': True, 'values': 'mlp'}}
+    """
+    result: dict[str, Any] = {}
+    for each in settings:
+        for name, value in each.items():
+            is_group = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+            result[name] = {**result[name], **value} if is_group else value
+    return result
 
 
 def refuse_medians(files: CheckpointFiles, medians: Source | None) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
-from scfm.families.base import Family, Preset, add_family
-from scfm.models.config import ClassHeadKind, ModelConfig
+from scfm.families.base import Family, Preset, add_family, merged
+from scfm.models.config import ModelConfig
 from scfm.models.io.dictionaries import Source, find_medians, find_vocabulary, write_dictionaries
 from scfm.models.io.load import read_weights
 from scfm.models.io.tensors import (
@@ -36,17 +36,15 @@ NAME = "geneformer"
 ENCODING = {"kind": "rank"}
 OBJECTIVES = {"masked": "masked_genes"}
 ARCHITECTURE: dict[str, Any] = {
-    "positions": "rank",
-    "values": "none",
     "norm": "post",
     "norm_eps": 1e-12,
-    "embedding_norm": True,
     "activation": "relu",
-    "gene_head": True,
-    "pooling": "mean",
+    "embedding": {"positions": "rank", "values": "none", "norm": True},
+    "heads": {"genes": True},
+    "pooling": {"how": "mean"},
 }
 WORDS = "bert.embeddings.word_embeddings.weight"
-BERT_CLASSES: dict[str, ClassHeadKind] = {
+BERT_CLASSES: dict[str, str] = {
     "BertForSequenceClassification": "pooler",
     "BertForTokenClassification": "token",
 }
@@ -75,21 +73,21 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     unused = fill_network(
         network, state, published_names(config), source=str(path), unused=_copies(state, config, path), strict=strict
     )
-    labels = _labels(bert) if config.n_classes else ()
+    labels = _labels(bert) if config.classes.n_classes else ()
     return Model(network, encoding, labels=labels, checkpoint=Checkpoint(family=NAME, unused=unused))
 
 
 def write(model: Model, path: Path) -> None:
     """Write a directory that `transformers.AutoModelForMaskedLM` (or its classifiers) opens, with its dictionaries."""
     config = model.network.config
-    require(config, {**_WIRED, "d_head": config.d_model // config.n_heads}, "Geneformer")
-    if config.n_classes and config.class_head not in BERT_CLASSES.values():
+    require(config, {**_FIXED, "d_head": config.d_model // config.n_heads}, "Geneformer")
+    if config.classes.n_classes and config.classes.kind not in BERT_CLASSES.values():
         raise ModelFileError(
-            f"This model has a class head of kind {config.class_head!r}, which BERT's classifiers do not know. "
+            f"This model has a class head of kind {config.classes.kind!r}, which BERT's classifiers do not know. "
             "Convert a model that was fitted without labels, or one with a 'pooler' or 'token' head."
         )
     state = read_network(model.network, published_names(config))
-    if not config.n_token_types:  # BERT always has the table; zeros leave the sum as it is
+    if not config.embedding.n_token_types:  # BERT always has the table; zeros leave the sum as it is
         state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.d_model)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(_bert_config(model), indent=1))
@@ -97,11 +95,20 @@ def write(model: Model, path: Path) -> None:
     write_dictionaries(model.encoding, path)
 
 
-_WIRED = {
-    name: value
-    for name, value in (ARCHITECTURE | {"attention": "softmax", "qkv_bias": True, "gene_norm": False}).items()
-    if name not in ("pooling", "gene_head", "norm_eps")
-} | {"final_norm": False, "batch_norm": "none", "decoder_layers": 0, "dropout_in_feed_forward": False}
+_FIXED = {
+    "norm": "post",
+    "activation": "relu",
+    "dropout_in_feed_forward": False,
+    "final_norm": False,
+    "decoder": None,
+    "attention.kind": "softmax",
+    "attention.qkv_bias": True,
+    "embedding.positions": "rank",
+    "embedding.values": "none",
+    "embedding.norm": True,
+    "embedding.gene_norm": False,
+    "embedding.batch_norm": "none",
+}
 
 
 def published_names(config: ModelConfig) -> list[WeightMapping]:
@@ -111,7 +118,7 @@ def published_names(config: ModelConfig) -> list[WeightMapping]:
         weight("embedding.rank.weight", "bert.embeddings.position_embeddings.weight"),
         *weight_and_bias("embedding.norm", "bert.embeddings.LayerNorm"),
     ]
-    if config.n_token_types:
+    if config.embedding.n_token_types:
         listed.append(weight("embedding.token_type.weight", "bert.embeddings.token_type_embeddings.weight"))
     for layer in range(config.n_layers):
         ours, theirs = f"blocks.{layer}", f"bert.encoder.layer.{layer}"
@@ -123,13 +130,13 @@ def published_names(config: ModelConfig) -> list[WeightMapping]:
         listed += weight_and_bias(f"{ours}.feed_forward.up", f"{theirs}.intermediate.dense")
         listed += weight_and_bias(f"{ours}.feed_forward.down", f"{theirs}.output.dense")
         listed += weight_and_bias(f"{ours}.feed_forward_norm", f"{theirs}.output.LayerNorm")
-    if config.gene_head:
+    if config.heads.genes:
         listed.append(weight("gene_head.bias", "cls.predictions.bias"))
         listed += weight_and_bias("gene_head.transform", "cls.predictions.transform.dense")
         listed += weight_and_bias("gene_head.norm", "cls.predictions.transform.LayerNorm")
-    if config.n_classes:
+    if config.classes.n_classes:
         listed += weight_and_bias("class_head.linear", "classifier")
-        listed += weight_and_bias("class_head.pooler", "bert.pooler.dense") if config.class_head == "pooler" else []
+        listed += weight_and_bias("class_head.pooler", "bert.pooler.dense") if config.classes.kind == "pooler" else []
     return listed
 
 
@@ -159,28 +166,31 @@ def _model_config(bert: Mapping[str, Any], vocabulary: Vocabulary, state: State,
         if bert.get(name, value) != value:
             raise ModelFileError(f"{path}: config.json has {name} {bert[name]!r}; Geneformer has {value!r}.")
     head = "classifier.weight" in state
-    kind: ClassHeadKind = "pooler" if "bert.pooler.dense.weight" in state else "token"
+    kind = "pooler" if "bert.pooler.dense.weight" in state else "token"
     try:
-        return ModelConfig(
-            **ARCHITECTURE
-            | {
-                "n_tokens": bert["vocab_size"],
-                "pad_id": vocabulary.pad_id,
-                "context_length": bert["max_position_embeddings"],
-                "d_model": bert["hidden_size"],
-                "n_heads": bert["num_attention_heads"],
-                "n_layers": bert["num_hidden_layers"],
-                "d_ff": bert["intermediate_size"],
-                "dropout": bert.get("hidden_dropout_prob", 0.1),
-                "norm_eps": bert.get("layer_norm_eps", 1e-12),
-                "n_token_types": bert.get("type_vocab_size", 2),
-                "gene_head": not head,
-                "class_head": kind if head else "normalised",
-                "class_dropout": bert.get("classifier_dropout") or bert.get("hidden_dropout_prob", 0.1),
-                "n_classes": state["classifier.weight"].shape[0] if head else 0,
-                "pooling": "cls" if vocabulary.cls_id is not None else "mean",
-                "embedding_layer": -2,
-            }
+        return ModelConfig.from_dict(
+            merged(
+                ARCHITECTURE,
+                {
+                    "n_tokens": bert["vocab_size"],
+                    "pad_id": vocabulary.pad_id,
+                    "context_length": bert["max_position_embeddings"],
+                    "d_model": bert["hidden_size"],
+                    "n_heads": bert["num_attention_heads"],
+                    "n_layers": bert["num_hidden_layers"],
+                    "d_ff": bert["intermediate_size"],
+                    "dropout": bert.get("hidden_dropout_prob", 0.1),
+                    "norm_eps": bert.get("layer_norm_eps", 1e-12),
+                    "embedding": {"n_token_types": bert.get("type_vocab_size", 2)},
+                    "heads": {"genes": not head},
+                    "classes": {
+                        "kind": kind if head else "batch_norm",
+                        "dropout": bert.get("classifier_dropout") or bert.get("hidden_dropout_prob", 0.1),
+                        "n_classes": state["classifier.weight"].shape[0] if head else 0,
+                    },
+                    "pooling": {"how": "cls" if vocabulary.cls_id is not None else "mean", "hidden_layer": -2},
+                },
+            )
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path}: config.json does not describe a BERT ({error!r}).") from error
@@ -207,7 +217,7 @@ def _bert_config(model: Model) -> dict[str, Any]:
     kinds = {kind: name for name, kind in BERT_CLASSES.items()}
     labels = {str(place): name for place, name in enumerate(model.labels)}
     return {
-        "architectures": [kinds[config.class_head] if config.n_classes else "BertForMaskedLM"],
+        "architectures": [kinds[config.classes.kind] if config.classes.n_classes else "BertForMaskedLM"],
         "model_type": "bert",
         "vocab_size": config.n_tokens,
         "hidden_size": config.d_model,
@@ -218,7 +228,7 @@ def _bert_config(model: Model) -> dict[str, Any]:
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
         "max_position_embeddings": config.context_length,
-        "type_vocab_size": config.n_token_types or 2,
+        "type_vocab_size": config.embedding.n_token_types or 2,
         "layer_norm_eps": config.norm_eps,
         "pad_token_id": config.pad_id,
         "tie_word_embeddings": True,
@@ -241,9 +251,8 @@ def _preset(name: str, layers: int, width: int, heads: int, d_ff: int, *, v2: bo
             "d_ff": d_ff,
             "context_length": context,
             "dropout": 0.1 if v2 else 0.02,
-            "n_token_types": 2,
-            "pooling": "cls" if v2 else "mean",
-            "embedding_layer": -2,
+            "embedding": {**ARCHITECTURE["embedding"], "n_token_types": 2},
+            "pooling": {"how": "cls" if v2 else "mean", "hidden_layer": -2},
         },
         objective="masked_genes",
         objectives=OBJECTIVES,

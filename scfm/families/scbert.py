@@ -11,7 +11,7 @@ from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
 from scfm.families._performer import block_weights, counter_name, registered_twice
-from scfm.families.base import Family, Preset, add_family, refuse_medians
+from scfm.families.base import Family, Preset, add_family, merged, refuse_medians
 from scfm.models.config import ModelConfig
 from scfm.models.io.dictionaries import Source, find_vocabulary
 from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
@@ -24,21 +24,15 @@ NAME = "scbert"
 ENCODING = {"kind": "bucket"}
 OBJECTIVES = {"masked": "masked_buckets"}
 ARCHITECTURE: dict[str, Any] = {
-    "positions": "none",
-    "values": "bucket",
-    "n_value_bins": 7,
-    "attention": "linear",
-    "qkv_bias": False,
     "norm": "pre",
     "norm_eps": 1e-5,
     "final_norm": True,
-    "embedding_norm": False,
     "activation": "gelu",
-    "gene_head": False,
-    "value_head": "bucket",
-    "train_gene_embedding": False,
     "dropout": 0.0,
-    "pooling": "mean",
+    "attention": {"kind": "linear", "qkv_bias": False},
+    "embedding": {"positions": "none", "values": "bucket", "n_value_bins": 7, "norm": False, "train_genes": False},
+    "heads": {"genes": False, "values": "bucket"},
+    "pooling": {"how": "mean"},
 }
 STATE = "model_state_dict"
 PROJECTION = "performer.net.layers.0.0.fn.fast_attention.projection_matrix"
@@ -65,17 +59,17 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
         unused=registered_twice(state, "performer", str(path)),
         strict=strict,
     )
-    encoding = make_encoding(EncodingConfig(kind="bucket", n_bins=config.n_value_bins - 1), vocabulary=tokens)
+    encoding = make_encoding(EncodingConfig(kind="bucket", n_bins=config.embedding.n_value_bins - 1), vocabulary=tokens)
     checkpoint = Checkpoint(family=NAME, unused=unused, settings={"counter": counter})
-    return Model(network, encoding, labels=tuple(map(str, range(config.n_classes))), checkpoint=checkpoint)
+    return Model(network, encoding, labels=tuple(map(str, range(config.classes.n_classes))), checkpoint=checkpoint)
 
 
 def write(model: Model, path: Path) -> None:
     """Write `{"model_state_dict": ...}` under the names that it was read with; the file holds no gene names."""
     config, checkpoint = model.network.config, model.checkpoint or Checkpoint(family=NAME)
-    require(config, {name: value for name, value in ARCHITECTURE.items() if name not in _FREE}, "scBERT")
-    if config.n_classes and config.class_head != "panel":
-        raise ModelFileError(f"This model has a class head of kind {config.class_head!r}; scBERT's is a 'panel'.")
+    require(config, _FIXED, "scBERT")
+    if config.classes.n_classes and config.classes.kind != "panel":
+        raise ModelFileError(f"This model has a class head of kind {config.classes.kind!r}; scBERT's is a 'panel'.")
     state = read_network(
         model.network, published_names(config, checkpoint.settings.get("counter", counter_name({}, "performer")))
     )
@@ -85,7 +79,18 @@ def write(model: Model, path: Path) -> None:
     torch.save({STATE: state}, path)
 
 
-_FREE = ("pooling", "train_gene_embedding", "value_head", "n_value_bins", "embedding_layer", "dropout")
+_FIXED = {
+    "norm": "pre",
+    "norm_eps": 1e-5,
+    "final_norm": True,
+    "activation": "gelu",
+    "attention.kind": "linear",
+    "attention.qkv_bias": False,
+    "embedding.positions": "none",
+    "embedding.values": "bucket",
+    "embedding.norm": False,
+    "heads.genes": False,
+}
 
 
 def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
@@ -97,9 +102,9 @@ def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
         *weight_and_bias("norm", "norm"),
         weight("calls_since_redraw", counter),
     ]
-    if config.value_head == "bucket":
+    if config.heads.values == "bucket":
         listed += weight_and_bias("value_head.bucket", "to_out")
-    if config.n_classes:
+    if config.classes.n_classes:
         listed += weight_and_bias("class_head.convolution", "to_out.conv1")
         for number in (1, 2, 3):
             listed += weight_and_bias(f"class_head.linear{number}", f"to_out.fc{number}")
@@ -128,23 +133,26 @@ def _model_config(state: State, vocabulary: Vocabulary, path: Path) -> ModelConf
         )
     n_layers = sum(name.startswith("performer.net.layers.") and name.endswith(".fn.to_q.weight") for name in state)
     classes = state.get("to_out.fc3.weight")
-    return ModelConfig(
-        **ARCHITECTURE
-        | {
-            "n_tokens": n_positions,
-            "pad_id": None,
-            "context_length": n_positions,
-            "d_model": d_model,
-            "n_heads": width // head_width,
-            "head_width": head_width,
-            "n_random_features": n_features,
-            "n_layers": n_layers,
-            "d_ff": d_ff,
-            "n_value_bins": n_buckets,
-            "value_head": "bucket" if classes is None else "none",
-            "class_head": "normalised" if classes is None else "panel",
-            "n_classes": 0 if classes is None else classes.shape[0],
-        }
+    return ModelConfig.from_dict(
+        merged(
+            ARCHITECTURE,
+            {
+                "n_tokens": n_positions,
+                "pad_id": None,
+                "context_length": n_positions,
+                "d_model": d_model,
+                "n_heads": width // head_width,
+                "n_layers": n_layers,
+                "d_ff": d_ff,
+                "attention": {"head_width": head_width, "n_random_features": n_features},
+                "embedding": {"n_value_bins": n_buckets},
+                "heads": {"values": "bucket" if classes is None else "none"},
+                "classes": {
+                    "kind": "batch_norm" if classes is None else "panel",
+                    "n_classes": 0 if classes is None else classes.shape[0],
+                },
+            },
+        )
     )
 
 
@@ -164,7 +172,7 @@ add_family(
                     "n_layers": 6,
                     "d_model": 200,
                     "n_heads": 10,
-                    "head_width": 64,
+                    "attention": {**ARCHITECTURE["attention"], "head_width": 64},
                     "d_ff": 800,
                     "context_length": 16_907,
                 },

@@ -7,7 +7,7 @@ from typing import Any
 from scfm.errors import ModelFileError
 from scfm.families import geneformer, scgpt
 from scfm.families._checkpoint import CheckpointFiles
-from scfm.families.base import Family, Preset, add_family
+from scfm.families.base import Family, Preset, add_family, merged
 from scfm.models.io.dictionaries import Source
 from scfm.models.io.layout import CONFIG, FORMAT
 from scfm.models.io.load import load_saved
@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, int]] = {
 # Small data: no division of embeddings by their length, and no prediction of values from cells.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "rank": geneformer.ARCHITECTURE,
-    "bin": scgpt.ARCHITECTURE | {"normalize_embedding": False, "value_from_cell_head": False},
+    "bin": merged(scgpt.ARCHITECTURE, {"pooling": {"normalize": False}, "heads": {"values_from_cells": False}}),
 }
 _FAMILY_OF = {"rank": geneformer, "bin": scgpt}
 

@@ -12,32 +12,29 @@ from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
 from scfm.families._performer import block_weights, counter_name, registered_twice
-from scfm.families.base import Family, Preset, add_family, refuse_medians
+from scfm.families.base import Family, Preset, add_family, merged, refuse_medians
 from scfm.models.config import ModelConfig
 from scfm.models.io.dictionaries import Source, find_vocabulary
 from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.models.state import Checkpoint
+from scfm.nn.config import DecoderConfig
 from scfm.vocab import Vocabulary
 
 NAME = "scfoundation"
 ENCODING = {"kind": "continuous"}
 OBJECTIVES = {"masked": "read_depth"}
 ARCHITECTURE: dict[str, Any] = {
-    "positions": "none",
-    "values": "soft_bins",
-    "n_value_bins": 100,
     "norm": "post",
     "norm_eps": 1e-5,
     "final_norm": True,
-    "embedding_norm": False,
-    "dropout_in_feed_forward": True,
     "activation": "relu",
-    "gene_head": False,
-    "value_head": "linear",
     "dropout": 0.1,
-    "pooling": "concat",
+    "dropout_in_feed_forward": True,
+    "embedding": {"positions": "none", "values": "soft_bins", "n_value_bins": 100, "norm": False},
+    "heads": {"genes": False, "values": "linear"},
+    "pooling": {"how": "concat"},
 }
 PARTS = ("cell", "rde", "gene")  # in the order of preference: the first is the one that embeddings are published with
 PREFIX = "model."
@@ -74,8 +71,8 @@ def write(model: Model, path: Path) -> None:
     """Write the model as the part that it was read from ("cell" for our own)."""
     config, checkpoint = model.network.config, model.checkpoint or Checkpoint(family=NAME)
     published = checkpoint.settings
-    require(config, {name: value for name, value in ARCHITECTURE.items() if name not in _FREE}, "scFoundation")
-    if config.n_classes:
+    require(config, _FIXED, "scFoundation")
+    if config.classes.n_classes:
         raise ModelFileError("scFoundation has no class head. Convert a model that was fitted without labels.")
     counter = published.get("counter", counter_name({}, PERFORMER))
     state = read_network(model.network, published_names(config, counter or "counter"))
@@ -88,7 +85,18 @@ def write(model: Model, path: Path) -> None:
     torch.save({published.get("part", PARTS[0]): {"state_dict": named, "config": settings}}, path)
 
 
-_FREE = ("pooling", "n_value_bins", "bin_alpha", "embedding_layer", "dropout")
+_FIXED = {
+    "norm": "post",
+    "norm_eps": 1e-5,
+    "final_norm": True,
+    "activation": "relu",
+    "dropout_in_feed_forward": True,
+    "embedding.positions": "none",
+    "embedding.values": "soft_bins",
+    "embedding.norm": False,
+    "heads.genes": False,
+    "heads.values": "linear",
+}
 
 
 def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
@@ -114,7 +122,7 @@ def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
         *listed,
         *weight_and_bias("norm", "encoder.norm"),
         *weight_and_bias("decoder.project", "decoder_embed"),
-        *block_weights(config.decoder_layers, "decoder.blocks", PERFORMER),
+        *block_weights(config.decoder.n_layers if config.decoder else 0, "decoder.blocks", PERFORMER),
         *weight_and_bias("decoder.inner_norm", "decoder.norm"),
         *weight_and_bias("decoder.norm", "norm"),
         *weight_and_bias("value_head.value", "to_final"),
@@ -141,31 +149,41 @@ def _model_config(settings: Mapping[str, Any], state: State, vocabulary: Vocabul
                 f"{source} has {n_positions} positions (two read depths and padding included), but the vocabulary has "
                 f"{len(vocabulary)} tokens. Pass as `vocabulary=` the published list of 19,264 genes."
             )
-        return ModelConfig(
-            **ARCHITECTURE
-            | {
-                "n_tokens": n_positions,
-                "pad_id": None,
-                "context_length": n_positions - 1,
-                "d_model": encoder["hidden_dim"],
-                "n_layers": encoder["depth"],
-                "n_heads": encoder["heads"],
-                "d_ff": 4 * encoder["hidden_dim"],
-                "decoder_width": decoder["hidden_dim"],
-                "decoder_layers": decoder["depth"],
-                "decoder_heads": decoder["heads"],
-                "decoder_head_width": decoder["dim_head"],
-                "n_random_features": projection.shape[0],
-                "n_value_bins": network["bin_num"],
-                "bin_alpha": float(network["bin_alpha"]),
-            }
+        return ModelConfig.from_dict(
+            merged(
+                ARCHITECTURE,
+                {
+                    "n_tokens": n_positions,
+                    "pad_id": None,
+                    "context_length": n_positions - 1,
+                    "d_model": encoder["hidden_dim"],
+                    "n_layers": encoder["depth"],
+                    "n_heads": encoder["heads"],
+                    "d_ff": 4 * encoder["hidden_dim"],
+                    "embedding": {"n_value_bins": network["bin_num"], "bin_alpha": float(network["bin_alpha"])},
+                    "decoder": {
+                        "n_layers": decoder["depth"],
+                        "d_model": decoder["hidden_dim"],
+                        "n_heads": decoder["heads"],
+                        "d_ff": 4 * decoder["hidden_dim"],
+                        "attention": {
+                            "kind": "linear",
+                            "qkv_bias": False,
+                            "head_width": decoder["dim_head"],
+                            "n_random_features": projection.shape[0],
+                        },
+                    },
+                },
+            )
         )
-    except (KeyError, TypeError) as error:
+    except ModelFileError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{source} has no configuration of an scFoundation network ({error!r}).") from error
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    decoder = config.decoder_config
+    decoder = config.decoder or DecoderConfig()
     return {
         "model_config": {
             "mae_autobin": {
@@ -184,8 +202,8 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
                     "dim_head": decoder.d_head,
                 },
                 "n_class": 1,
-                "bin_num": config.n_value_bins,
-                "bin_alpha": config.bin_alpha,
+                "bin_num": config.embedding.n_value_bins,
+                "bin_alpha": config.embedding.bin_alpha,
             }
         },
         "dataset_config": {"rnaseq": {"seq_len": config.n_tokens - 1, "pad_token_id": 103, "mask_token_id": 102}},
@@ -209,7 +227,7 @@ add_family(
                     "d_model": 768,
                     "n_heads": 12,
                     "d_ff": 3072,
-                    "decoder_layers": 6,
+                    "decoder": {},
                     "context_length": 19_266,
                 },
                 objective="read_depth",

@@ -13,7 +13,7 @@ import torch
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
-from scfm.families.base import Family, Preset, add_family, refuse_medians
+from scfm.families.base import Family, Preset, add_family, merged, refuse_medians
 from scfm.models.config import ModelConfig
 from scfm.models.io.dictionaries import Source, find_vocabulary
 from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
@@ -26,19 +26,13 @@ NAME = "scgpt"
 ENCODING = {"kind": "bin", "add_cls": True}
 OBJECTIVES = {"masked": "masked_values", "generative": "generative"}
 ARCHITECTURE: dict[str, Any] = {
-    "positions": "none",
-    "values": "continuous",
     "norm": "post",
     "norm_eps": 1e-5,
-    "gene_norm": True,
-    "embedding_norm": False,
-    "dropout_in_feed_forward": True,
     "activation": "relu",
-    "gene_head": False,
-    "value_head": "mlp",
-    "value_from_cell_head": True,
-    "pooling": "cls",
-    "normalize_embedding": True,
+    "dropout_in_feed_forward": True,
+    "embedding": {"positions": "none", "values": "continuous", "gene_norm": True, "norm": False},
+    "heads": {"genes": False, "values": "mlp", "values_from_cells": True},
+    "pooling": {"how": "cls", "normalize": True},
 }
 WEIGHTS = ("best_model.pt", "model.pt")
 FIRST_LAYER = "transformer_encoder.layers.0.self_attn"
@@ -75,11 +69,10 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
 def write(model: Model, path: Path) -> None:
     """Write a directory as scGPT does, with the attention keys as they were read (else torch's `in_proj_*`)."""
     config, published = model.network.config, model.checkpoint.settings if model.checkpoint else {}
-    wired = {name: ARCHITECTURE[name] for name in _FIXED} | _PLAIN | {"d_head": config.d_model // config.n_heads}
-    require(config, wired, "scGPT")
-    if config.n_classes and config.class_head != "mlp":
+    require(config, {**_FIXED, "d_head": config.d_model // config.n_heads}, "scGPT")
+    if config.classes.n_classes and config.classes.kind != "mlp":
         raise ModelFileError(
-            f"This model has a class head of kind {config.class_head!r}, which scGPT does not know. "
+            f"This model has a class head of kind {config.classes.kind!r}, which scGPT does not know. "
             "Convert a model that was fitted without labels, or one with an 'mlp' head."
         )
     layout = published.get("layout", ("in_proj_", "out_proj"))
@@ -91,17 +84,21 @@ def write(model: Model, path: Path) -> None:
     (path / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
 
 
-_FIXED = (
-    "positions",
-    "values",
-    "norm",
-    "gene_norm",
-    "embedding_norm",
-    "dropout_in_feed_forward",
-    "activation",
-    "gene_head",
-)
-_PLAIN = {"value_head": "mlp", "attention": "softmax", "qkv_bias": True, "final_norm": False, "decoder_layers": 0}
+_FIXED = {
+    "norm": "post",
+    "activation": "relu",
+    "dropout_in_feed_forward": True,
+    "final_norm": False,
+    "decoder": None,
+    "attention.kind": "softmax",
+    "attention.qkv_bias": True,
+    "embedding.positions": "none",
+    "embedding.values": "continuous",
+    "embedding.gene_norm": True,
+    "embedding.norm": False,
+    "heads.genes": False,
+    "heads.values": "mlp",
+}
 
 
 def published_names(config: ModelConfig, qkv: str, out: str) -> list[WeightMapping]:
@@ -124,18 +121,18 @@ def published_names(config: ModelConfig, qkv: str, out: str) -> list[WeightMappi
         listed += weight_and_bias(f"{ours}.feed_forward.down", f"{theirs}.linear2")
         listed += weight_and_bias(f"{ours}.attention_norm", f"{theirs}.norm1")
         listed += weight_and_bias(f"{ours}.feed_forward_norm", f"{theirs}.norm2")
-    if config.unknown_tokens == "flag":
+    if config.embedding.target_input == "flag":
         listed.append(weight("embedding.flag.weight", "flag_encoder.weight"))
     return listed + _batch_norm_weights(config) + _head_weights(config)
 
 
 def _batch_norm_weights(config: ModelConfig) -> list[WeightMapping]:
     statistics = ["running_mean", "running_var", "num_batches_tracked"]
-    if config.batch_norm == "shared":
+    if config.embedding.batch_norm == "shared":
         return [
             weight(f"embedding.batch_norm.norms.0.{name}", f"bn.{name}") for name in ["weight", "bias", *statistics]
         ]
-    if config.batch_norm == "domain":
+    if config.embedding.batch_norm == "domain":
         return [
             weight(f"embedding.batch_norm.norms.{domain}.{name}", f"dsbn.bns.{domain}.{name}")
             for domain in range(config.n_batches)
@@ -150,24 +147,24 @@ def _head_weights(config: ModelConfig) -> list[WeightMapping]:
         listed += weight_and_bias(f"value_head.value.linear{number}", f"decoder.fc.{index}")
         listed += (
             weight_and_bias(f"value_head.nonzero.linear{number}", f"decoder.zero_logit.{index}")
-            if config.zero_head
+            if config.heads.zeros
             else []
         )
-    if config.value_from_cell_head:
+    if config.heads.values_from_cells:
         listed += weight_and_bias("value_from_cell_head.query", "mvc_decoder.gene2query")
         listed.append(weight("value_from_cell_head.weight.weight", "mvc_decoder.W.weight"))
         listed += (
-            weight_and_bias("value_from_cell_head.nonzero", "mvc_decoder.W_zero_logit") if config.zero_head else []
+            weight_and_bias("value_from_cell_head.nonzero", "mvc_decoder.W_zero_logit") if config.heads.zeros else []
         )
-    if config.batch_labels:
+    if config.heads.batch_labels:
         listed += weight_and_bias("batch_labels.norm", "batch_encoder.enc_norm")
         listed.append(weight("batch_labels.embedding.weight", "batch_encoder.embedding.weight"))
     for present, ours, theirs in (
-        (config.n_classes, "class_head", "cls_decoder"),
-        (config.batch_head, "batch_head", "grad_reverse_discriminator"),
+        (config.classes.n_classes, "class_head", "cls_decoder"),
+        (config.heads.batches, "batch_head", "grad_reverse_discriminator"),
     ):
         if present:
-            for number in range(config.n_class_layers - 1):  # linear, activation, norm; the activation has no tensor
+            for number in range(config.classes.n_layers - 1):  # linear, activation, norm; the activation has no tensor
                 listed += weight_and_bias(f"{ours}.layers.{3 * number}", f"{theirs}._decoder.{3 * number}")
                 listed += weight_and_bias(f"{ours}.layers.{3 * number + 2}", f"{theirs}._decoder.{3 * number + 2}")
             listed += weight_and_bias(f"{ours}.linear", f"{theirs}.out_layer")
@@ -190,28 +187,36 @@ def _model_config(arguments: Mapping[str, Any], vocabulary: Vocabulary, state: S
     batches = next((state[name].shape[0] for name in _BATCH_TENSORS if name in state), domains)
     classes = state.get("cls_decoder.out_layer.weight")
     try:
-        return ModelConfig(
-            **ARCHITECTURE
-            | {
-                "n_tokens": len(vocabulary),
-                "pad_id": vocabulary.pad_id,
-                "context_length": arguments["max_seq_len"],
-                "d_model": arguments["embsize"],
-                "n_heads": arguments["nheads"],
-                "n_layers": arguments["nlayers"],
-                "d_ff": arguments["d_hid"],
-                "dropout": arguments["dropout"],
-                "unknown_tokens": "flag" if "flag_encoder.weight" in state else "value",
-                "batch_norm": "domain" if domains else "shared" if "bn.running_mean" in state else "none",
-                "n_batches": batches,
-                "zero_head": "decoder.zero_logit.0.weight" in state,
-                "value_from_cell_head": "mvc_decoder.gene2query.weight" in state,
-                "batch_labels": _BATCH_TENSORS[0] in state,
-                "batch_head": _BATCH_TENSORS[1] in state,
-                "class_head": "normalised" if classes is None else "mlp",
-                "n_classes": 0 if classes is None else classes.shape[0],
-                "n_class_layers": arguments.get("n_layers_cls", 3),
-            }
+        return ModelConfig.from_dict(
+            merged(
+                ARCHITECTURE,
+                {
+                    "n_tokens": len(vocabulary),
+                    "pad_id": vocabulary.pad_id,
+                    "context_length": arguments["max_seq_len"],
+                    "d_model": arguments["embsize"],
+                    "n_heads": arguments["nheads"],
+                    "n_layers": arguments["nlayers"],
+                    "d_ff": arguments["d_hid"],
+                    "dropout": arguments["dropout"],
+                    "n_batches": batches,
+                    "embedding": {
+                        "target_input": "flag" if "flag_encoder.weight" in state else "value",
+                        "batch_norm": "domain" if domains else "shared" if "bn.running_mean" in state else "none",
+                    },
+                    "heads": {
+                        "zeros": "decoder.zero_logit.0.weight" in state,
+                        "values_from_cells": "mvc_decoder.gene2query.weight" in state,
+                        "batch_labels": _BATCH_TENSORS[0] in state,
+                        "batches": _BATCH_TENSORS[1] in state,
+                    },
+                    "classes": {
+                        "kind": "batch_norm" if classes is None else "mlp",
+                        "n_classes": 0 if classes is None else classes.shape[0],
+                        "n_layers": arguments.get("n_layers_cls", 3),
+                    },
+                },
+            )
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path}: args.json does not describe an scGPT network ({error!r}).") from error
@@ -232,9 +237,9 @@ def _encoding_config(arguments: Mapping[str, Any], config: ModelConfig) -> Encod
 
 def _labels(arguments: Mapping[str, Any], config: ModelConfig) -> tuple[str, ...]:
     """Names of the classes; the pretrained decoder of one class says nothing, and published files keep no names."""
-    if config.n_classes < 2:
+    if config.classes.n_classes < 2:
         return ()
-    return tuple(arguments.get("labels") or map(str, range(config.n_classes)))
+    return tuple(arguments.get("labels") or map(str, range(config.classes.n_classes)))
 
 
 def _arguments(model: Model) -> dict[str, Any]:
@@ -244,7 +249,7 @@ def _arguments(model: Model) -> dict[str, Any]:
         "nheads": config.n_heads,
         "d_hid": config.d_ff,
         "nlayers": config.n_layers,
-        "n_layers_cls": config.n_class_layers,
+        "n_layers_cls": config.classes.n_layers,
         "dropout": config.dropout,
         "n_bins": encoding.n_bins,
         "input_emb_style": "continuous",
@@ -275,7 +280,7 @@ add_family(
                     "d_ff": 512,
                     "context_length": 1200,
                     "dropout": 0.2,
-                    "unknown_tokens": "flag",
+                    "embedding": {**ARCHITECTURE["embedding"], "target_input": "flag"},
                 },
                 objective="generative",
                 objectives=OBJECTIVES,

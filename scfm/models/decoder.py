@@ -7,8 +7,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from scfm import ops
-from scfm.models.config import ModelConfig
 from scfm.nn import Block, Linear
+from scfm.nn.config import DecoderConfig
 
 
 class Decoder(nn.Module):
@@ -17,13 +17,12 @@ class Decoder(nn.Module):
     Published code normalises twice, once at the end of the Performer and once more before the value head.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_input: int, config: DecoderConfig) -> None:
         super().__init__()
-        decoder = config.decoder_config
-        self.project = Linear(config.d_model, decoder.d_model)
-        self.blocks = nn.ModuleList(Block(decoder) for _ in range(decoder.n_layers))
-        self.inner_norm = nn.LayerNorm(decoder.d_model, eps=decoder.norm_eps)
-        self.norm = nn.LayerNorm(decoder.d_model, eps=decoder.norm_eps)
+        self.project = Linear(d_input, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.inner_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
     def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan) -> Tensor:
         """States of all tokens, shape (T, E)."""

@@ -235,11 +235,11 @@ class Model(ModelState):
             for batch in self.batches(cells)
         ]
         if not parts:
-            return np.empty((0, config.replace(pooling=pooling or config.pooling).d_embedding), np.float32)
+            return np.empty((0, config.width_of(pooling or config.pooling.how)), np.float32)
         embedding_BD = torch.cat(parts).numpy()
         return (
             unit_length(embedding_BD)
-            if (config.normalize_embedding if normalize is None else normalize)
+            if (config.pooling.normalize if normalize is None else normalize)
             else embedding_BD
         )
 
@@ -247,7 +247,7 @@ class Model(ModelState):
         """Return what `embed` returns; class features that are the embedding already are not computed again."""
         if not self.network.class_head_reads_embedding:
             return self.embed(cells)
-        return unit_length(features_BX) if self.network.config.normalize_embedding else features_BX
+        return unit_length(features_BX) if self.network.config.pooling.normalize else features_BX
 
     def class_features(self, cells: CellBatch, *, precision: Precision = "fp32") -> NDArray[np.float32]:
         """Return what the class head reads of each encoded cell, shape (B, X), float32."""
@@ -258,7 +258,7 @@ class Model(ModelState):
     def logits_of_features(self, features_BX: NDArray[np.float32], cells: CellBatch) -> torch.Tensor:
         """Return the transformer's logits, shape (B, C), from class features; a head that reads all tokens gets `cells`."""
         self.require_labels()
-        if self.network.config.class_head == "panel":
+        if self.network.config.classes.kind == "panel":
             return torch.cat([self.network.class_logits(batch).float().cpu() for batch in self.batches(cells)])
         self.network.eval()
         with torch.inference_mode():
@@ -305,7 +305,7 @@ class Model(ModelState):
 
     def require_labels(self) -> None:
         """Raise `ModelTaskError` unless the model tells classes of cells apart."""
-        if self.labels and self.network.config.class_head == "token":
+        if self.labels and self.network.config.classes.kind == "token":
             raise ModelTaskError(
                 "This model tells classes of genes apart, not of cells. Its logits are `network.class_logits(cells)`, a row a token."
             )

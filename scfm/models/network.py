@@ -30,7 +30,7 @@ from scfm.nn import (
 from scfm.nn.block import unknown_tokens
 from scfm.nn.class_heads import MLPClassHead, make_class_head
 from scfm.nn.embedding import init_weights
-from scfm.nn.heads import VALUE_HEADS
+from scfm.nn.heads import BucketHead, LinearValueHead, ValueHead
 from scfm.nn.recording import Recording, record
 from scfm.ops.attention import Backend
 from scfm.vocab import Vocabulary
@@ -65,31 +65,56 @@ class CellTransformer(nn.Module):
     def __init__(self, config: ModelConfig, special_ids: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.config = config
-        self.embedding = TokenEmbedding(config)
+        self.embedding = TokenEmbedding(
+            config.n_tokens,
+            config.d_model,
+            config.embedding,
+            pad_id=config.pad_id,
+            context_length=config.context_length,
+            n_batches=config.n_batches,
+            dropout=config.dropout,
+            norm_eps=config.norm_eps,
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.final_norm else nn.Identity()
-        self.decoder = Decoder(config) if config.decoder_layers else None
-        self.gene_head = GeneHead(config) if config.gene_head else None
-        self.value_head = None if config.value_head == "none" else VALUE_HEADS[config.value_head](config)
-        self.value_from_cell_head = ValueFromCellHead(config) if config.value_from_cell_head else None
-        self.batch_labels = BatchLabels(config) if config.batch_labels else None
-        self.batch_head = (
-            MLPClassHead(config.d_model, config.n_batches, config.n_class_layers, nn.LeakyReLU)
-            if config.batch_head
-            else None
-        )
-        self.class_head = make_class_head(config) if config.n_classes else None
-        self.gene_classifier = GeneClassifier(config) if config.gene_classifier else None
+        self.decoder = None if config.decoder is None else Decoder(config.d_model, config.decoder)
+        self._add_pretraining_heads()
+        self._add_classes()
         is_gene_V = torch.ones(config.n_tokens, dtype=torch.bool)
         is_gene_V[list(special_ids)] = False
         self.register_buffer("is_gene_V", is_gene_V, persistent=False)
-        if config.attention == "linear" or config.decoder_layers:
+        if config.redraw_interval is not None:
             self.register_buffer("calls_since_redraw", torch.tensor(0))
         self.apply(init_weights)
+
+    def _add_pretraining_heads(self) -> None:
+        config, heads = self.config, self.config.heads
+        d_model, d_input = config.d_model, config.d_value_input
+        self.gene_head = GeneHead(d_model, config.n_tokens, norm_eps=config.norm_eps) if heads.genes else None
+        self.value_head = _value_head(config)
+        self.value_from_cell_head = (
+            ValueFromCellHead(d_model, d_input, zeros=heads.zeros) if heads.values_from_cells else None
+        )
+        self.batch_labels = BatchLabels(config.n_batches, d_model) if heads.batch_labels else None
+        self.batch_head = (
+            MLPClassHead(d_model, config.n_batches, config.classes.n_layers, nn.LeakyReLU) if heads.batches else None
+        )
+
+    def _add_classes(self) -> None:
+        config, classes = self.config, self.config.classes
+        self.class_head = None
+        if classes.n_classes:
+            widths = {"d_model": config.d_model, "d_embedding": config.d_embedding}
+            self.class_head = make_class_head(classes, **widths, context_length=config.context_length)
+        self.gene_classifier = GeneClassifier(config.n_tokens, classes.n_classes) if classes.gene_classifier else None
 
     @classmethod
     def for_vocabulary(cls, config: ModelConfig, vocabulary: Vocabulary) -> CellTransformer:
         """Build the network that reads the tokens of `vocabulary`."""
+        if config.n_tokens != len(vocabulary):
+            raise ValueError(
+                f"ModelConfig.n_tokens is {config.n_tokens}, but the vocabulary has {len(vocabulary)} tokens."
+            )
         genes = set(vocabulary.gene_ids.tolist())
         return cls(config, tuple(token for token in range(len(vocabulary)) if token not in genes))
 
@@ -148,7 +173,7 @@ class CellTransformer(nn.Module):
     @property
     def n_embedding_blocks(self) -> int:
         """Number of blocks that the embedding of a cell needs; 0 if it is made of the input of the first."""
-        return self.config.embedding_layer % (self.config.n_layers + 1)
+        return self.config.pooling.hidden_layer % (self.config.n_layers + 1)
 
     def embed_from(self, hidden_TD: Tensor, cells: CellBatch, *, n_done: int) -> Tensor:
         """Embeddings of cells, shape (B, D), from the states of their tokens after the first `n_done` blocks."""
@@ -201,12 +226,12 @@ class CellTransformer(nn.Module):
 
     def embed_cells(self, cells: CellBatch, *, hidden_layer: int | None = None, pooling: str | None = None) -> Tensor:
         """One vector a cell, shape (B, D), as the configuration says unless told otherwise."""
-        layer = self.config.embedding_layer if hidden_layer is None else hidden_layer
+        layer = self.config.pooling.hidden_layer if hidden_layer is None else hidden_layer
         return self.pool(self(cells, hidden_layer=layer), cells, pooling)
 
     def pool(self, hidden_TD: Tensor, cells: CellBatch, pooling: str | None = None) -> Tensor:
         """Pool token states to cells; the mean leaves special tokens out."""
-        how = self.config.pooling if pooling is None else pooling
+        how = self.config.pooling.how if pooling is None else pooling
         keep_T = self.is_gene_T(cells) if how != "cls" else None
         return pool_cells(hidden_TD, cells.cu_seqlens, keep_T, how=how)
 
@@ -237,7 +262,7 @@ class CellTransformer(nn.Module):
 
     def class_logits(self, cells: CellBatch) -> Tensor:
         """Logits of each cell's class, shape (B, C); of each token's, shape (T, C), with a "token" head."""
-        head, kind = self._head("class_head"), self.config.class_head
+        head, kind = self._head("class_head"), self.config.classes.kind
         if kind in ("token", "panel"):
             return head(self(cells))
         return head(self.class_features(cells))
@@ -251,19 +276,23 @@ class CellTransformer(nn.Module):
     @property
     def class_head_reads_embedding(self) -> bool:
         """Whether class features are the cell embedding; heads of BERT and scGPT read the first token's last state."""
-        return self.config.class_head not in ("pooler", "mlp")
+        return self.config.classes.kind not in ("pooler", "mlp")
 
-    def add_class_head(self, n_classes: int) -> None:
-        """Replace the class head by a fresh one that reads the cell embedding, and the gene classifier too."""
-        self.config = self.config.replace(n_classes=n_classes, class_head="normalised")
-        self.class_head = make_class_head(self.config).to(self.embedding.gene.weight.device)
+    def add_class_head(self, n_classes: int, *, kind: str = "batch_norm", gene_classifier: bool = True) -> None:
+        """Replace the class head by a new one, by default one that reads the cell embedding, and the gene classifier too."""
+        classes = {"kind": kind, "n_classes": n_classes, "gene_classifier": gene_classifier}
+        self.config = self.config.replace(classes=classes)
+        self._add_classes()
+        for module in (self.class_head, self.gene_classifier):
+            if module is not None:
+                module.to(self.embedding.gene.weight.device)
         self.class_head.apply(init_weights)
-        self.add_gene_classifier()
 
     def add_gene_classifier(self) -> None:
-        """Replace the linear classifier of gene expression by a fresh one for the same classes."""
-        self.config = self.config.replace(gene_classifier=True)
-        self.gene_classifier = GeneClassifier(self.config).to(self.embedding.gene.weight.device)
+        """Replace the linear classifier of gene expression by a new one for the same classes."""
+        self.config = self.config.replace(classes={"gene_classifier": True})
+        classifier = GeneClassifier(self.config.n_tokens, self.config.classes.n_classes)
+        self.gene_classifier = classifier.to(self.embedding.gene.weight.device)
 
     def in_bfloat16(self) -> CellTransformer:
         """Copy for inference with the blocks in bfloat16. Embedding and heads keep their digits: values would lose theirs."""
@@ -297,10 +326,22 @@ class CellTransformer(nn.Module):
         if not self.training or not linear or self._has_frozen_embedding():
             return
         self.calls_since_redraw += 1
-        if int(self.calls_since_redraw) > self.config.redraw_interval:
+        if int(self.calls_since_redraw) > (self.config.redraw_interval or 0):
             self.calls_since_redraw.zero_()
             for attention in linear:
                 attention.redraw_projection()
+
+
+def _value_head(config: ModelConfig) -> nn.Module | None:
+    match config.heads.values:
+        case "mlp":
+            return ValueHead(config.d_value_input, config.d_model, zeros=config.heads.zeros)
+        case "linear":
+            return LinearValueHead(config.d_model if config.decoder is None else config.decoder.d_model)
+        case "bucket":
+            return BucketHead(config.d_model, config.embedding.n_value_bins)
+        case _:
+            return None
 
 
 def visible_tokens(cells: CellBatch, keep_T: Tensor) -> CellBatch:

@@ -4,29 +4,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from scfm.models.config import ModelConfig
 
 EPS = 6.1e-5  # scGPT's
 
 
 class TokenBatchNorm(nn.Module):
-    """scGPT's batch norm on the summed embedding: "shared" (with gain), or "domain", one without gain for each batch.
+    """scGPT's batch norm of the summed embedding: a shared one with gain, or one without gain for each of `n_domains`.
 
     Published code takes the statistics over padding too, and wants all cells of a training batch from one domain; here the
     statistics are those of real tokens, and a training batch may mix domains, each normalised by its own tokens.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, *, n_domains: int | None) -> None:
         super().__init__()
-        domains = config.n_batches if config.batch_norm == "domain" else 1
-        shared = config.batch_norm == "shared"
-        self.norms = nn.ModuleList(nn.BatchNorm1d(config.d_model, eps=EPS, affine=shared) for _ in range(domains))
+        shared = n_domains is None
+        self.norms = nn.ModuleList(nn.BatchNorm1d(d_model, eps=EPS, affine=shared) for _ in range(n_domains or 1))
 
     def forward(self, hidden_TD: Tensor, batch_ids_T: Tensor | None) -> Tensor:
         if len(self.norms) == 1:

@@ -5,20 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scfm import ops
+from scfm.nn.config import BlockConfig
 from scfm.nn.dropout import add_dropped, dropout
 from scfm.nn.linear import Linear
 from scfm.ops.attention import Backend
-
-if TYPE_CHECKING:
-    from scfm.models.config import ModelConfig
-
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -37,23 +33,23 @@ def add_linear(residual_TD: Tensor, layer: nn.Module, input_TD: Tensor, p: float
 class Attention(nn.Module):
     """Multi-head self-attention inside each cell; one projection makes queries, keys and values.
 
-    With `attention="linear"` the softmax is replaced by random features (FAVOR+), whose projection is saved with the
+    With linear attention the softmax is replaced by random features (FAVOR+), whose projection is saved with the
     weights.
     """
 
     projection_MK: Tensor | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.n_heads, self.d_head = config.n_heads, config.d_head
         width = config.n_heads * config.d_head
-        self.qkv = Linear(config.d_model, 3 * width, bias=config.qkv_bias)
+        self.qkv = Linear(config.d_model, 3 * width, bias=config.attention.qkv_bias)
         self.out = Linear(width, config.d_model)
-        self.skip_unknown_out = config.skip_unknown_out
+        self.skip_target_projection = config.attention.skip_target_projection
         self.dropout = config.dropout
         self.backend: Backend = "auto"
-        linear = config.attention == "linear"
-        projection_MK = ops.random_projection(config.n_random_features, config.d_head) if linear else None
+        linear = config.attention.kind == "linear"
+        projection_MK = ops.random_projection(config.attention.n_random_features, config.d_head) if linear else None
         self.register_buffer("projection_MK", projection_MK)
 
     def forward(
@@ -104,7 +100,7 @@ class Attention(nn.Module):
     def add_output(self, residual_TD: Tensor, attended_THK: Tensor, plan: ops.AttentionPlan | None = None) -> Tensor:
         """`residual_TD` plus the output projection of all heads, shape (T, D)."""
         attended_TD = attended_THK.flatten(1)
-        if not self.skip_unknown_out or plan is None or plan.n_known is None:
+        if not self.skip_target_projection or plan is None or plan.n_known is None:
             return add_linear(residual_TD, self.out, attended_TD, self.dropout, self.training)
         is_unknown_TD = unknown_tokens(plan).to(residual_TD.device)[:, None]
         taken_TD = torch.where(is_unknown_TD, attended_TD, self.out(attended_TD))
@@ -126,7 +122,7 @@ def unknown_tokens(plan: ops.AttentionPlan) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.up = Linear(config.d_model, config.d_ff)
         self.down = Linear(config.d_ff, config.d_model)
@@ -147,7 +143,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each with a residual and a layer norm before ("pre") or after ("post") it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)

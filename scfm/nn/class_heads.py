@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scfm.nn.config import ClassHeadConfig
 from scfm.nn.linear import Linear
 from scfm.ops.linear import linear
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
-
-    from scfm.models.config import ModelConfig
 
 LARGEST_SCALED = 10.0  # most deviations that a gene counts for in the gene classifier
 
@@ -30,11 +29,11 @@ class ClassHead(nn.Module):
     small step of the network moves that shared part, and with it every logit.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_input: int, config: ClassHeadConfig) -> None:
         super().__init__()
-        self.dropout = config.class_dropout
-        self.norm = nn.BatchNorm1d(config.d_embedding, affine=False)
-        self.linear = Linear(config.d_embedding, config.n_classes)
+        self.dropout = config.dropout
+        self.norm = nn.BatchNorm1d(d_input, affine=False)
+        self.linear = Linear(d_input, config.n_classes)
 
     def forward(self, cell_BD: Tensor) -> Tensor:
         """Logits, shape (B, C). In evaluation a cell's logits do not depend on the batch."""
@@ -74,11 +73,11 @@ class GeneClassifier(nn.Module):
     bias_C: Tensor
     ensemble_weights: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, n_tokens: int, n_classes: int) -> None:
         super().__init__()
-        self.register_buffer("scale_V", torch.ones(config.n_tokens))
-        self.register_buffer("weight_VC", torch.zeros(config.n_tokens, config.n_classes))
-        self.register_buffer("bias_C", torch.zeros(config.n_classes))
+        self.register_buffer("scale_V", torch.ones(n_tokens))
+        self.register_buffer("weight_VC", torch.zeros(n_tokens, n_classes))
+        self.register_buffer("bias_C", torch.zeros(n_classes))
         self.register_buffer("ensemble_weights", torch.ones(2))  # of the network, of this classifier
 
     def scaled(self, expression_BV: csr_matrix) -> csr_matrix:
@@ -102,11 +101,11 @@ class GeneClassifier(nn.Module):
 class PoolerClassHead(nn.Module):
     """BERT's: tanh of a linear layer on the first token's state, dropout, one linear layer (Geneformer)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, config: ClassHeadConfig) -> None:
         super().__init__()
-        self.dropout = config.class_dropout
-        self.pooler = Linear(config.d_model, config.d_model)
-        self.linear = Linear(config.d_model, config.n_classes)
+        self.dropout = config.dropout
+        self.pooler = Linear(d_model, d_model)
+        self.linear = Linear(d_model, config.n_classes)
 
     def forward(self, cell_BD: Tensor) -> Tensor:
         """Logits from the states of first tokens, shape (B, C)."""
@@ -116,10 +115,10 @@ class PoolerClassHead(nn.Module):
 class TokenClassHead(nn.Module):
     """Class of a gene from its token's state: dropout, one linear layer (Geneformer's gene classifier)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, config: ClassHeadConfig) -> None:
         super().__init__()
-        self.dropout = config.class_dropout
-        self.linear = Linear(config.d_model, config.n_classes)
+        self.dropout = config.dropout
+        self.linear = Linear(d_model, config.n_classes)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Logits of each token, shape (N, C)."""
@@ -148,14 +147,14 @@ class MLPClassHead(nn.Module):
 class PanelClassHead(nn.Module):
     """scBERT's: a 1 x D convolution over each position's state, then three linear layers with ReLU and dropout.
 
-    Every cell has the same `context_length` positions. Widths 512 and 128 are those of the published code.
+    Every cell has the same number of positions. Widths 512 and 128 are those of the published code.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, n_positions: int, config: ClassHeadConfig) -> None:
         super().__init__()
-        self.n_positions, self.dropout = config.context_length, config.class_dropout
-        self.convolution = nn.Conv2d(1, 1, (1, config.d_model))
-        self.linear1 = Linear(config.context_length, 512)
+        self.n_positions, self.dropout = n_positions, config.dropout
+        self.convolution = nn.Conv2d(1, 1, (1, d_model))
+        self.linear1 = Linear(n_positions, 512)
         self.linear2 = Linear(512, 128)
         self.linear3 = Linear(128, config.n_classes)
 
@@ -167,14 +166,16 @@ class PanelClassHead(nn.Module):
         return self.linear3(F.dropout(F.relu(self.linear2(hidden_BD)), self.dropout, self.training))
 
 
-def make_class_head(config: ModelConfig) -> nn.Module:
-    """Build the head that `config.class_head` names, for `config.n_classes`."""
-    if config.class_head == "mlp":
-        return MLPClassHead(config.d_model, config.n_classes, config.n_class_layers)
-    heads = {
-        "normalised": ClassHead,
-        "pooler": PoolerClassHead,
-        "token": TokenClassHead,
-        "panel": PanelClassHead,
-    }
-    return heads[config.class_head](config)
+def make_class_head(config: ClassHeadConfig, *, d_model: int, d_embedding: int, context_length: int) -> nn.Module:
+    """Build the head that `config.kind` names, for `config.n_classes`."""
+    match config.kind:
+        case "mlp":
+            return MLPClassHead(d_model, config.n_classes, config.n_layers)
+        case "panel":
+            return PanelClassHead(d_model, context_length, config)
+        case "pooler":
+            return PoolerClassHead(d_model, config)
+        case "token":
+            return TokenClassHead(d_model, config)
+        case _:
+            return ClassHead(d_embedding, config)

@@ -4,17 +4,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from scfm.nn.batch_norm import TokenBatchNorm
+from scfm.nn.config import EmbeddingConfig
 from scfm.nn.dropout import dropout
 from scfm.nn.values import VALUE_EMBEDDINGS
-
-if TYPE_CHECKING:
-    from scfm.models.config import ModelConfig
 
 UNKNOWN_FLAG = 1  # row of the flag embedding that stands for "to be generated"; scGPT never uses row 0
 
@@ -22,18 +18,33 @@ UNKNOWN_FLAG = 1  # row of the flag embedding that stands for "to be generated";
 class TokenEmbedding(nn.Module):
     """Sum of the embeddings of gene, rank, token type and value, as far as the family has them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        n_tokens: int,
+        d_model: int,
+        config: EmbeddingConfig,
+        *,
+        pad_id: int | None,
+        context_length: int,
+        n_batches: int,
+        dropout: float,
+        norm_eps: float,
+    ) -> None:
         super().__init__()
-        self.gene = nn.Embedding(config.n_tokens, config.d_model, padding_idx=config.pad_id)
-        self.gene.weight.requires_grad_(config.train_gene_embedding)
-        self.gene_norm = nn.LayerNorm(config.d_model) if config.gene_norm else None
-        self.rank = nn.Embedding(config.context_length, config.d_model) if config.positions == "rank" else None
-        self.token_type = nn.Embedding(config.n_token_types, config.d_model) if config.n_token_types else None
-        self.value = None if config.values == "none" else VALUE_EMBEDDINGS[config.values](config)
-        self.flag = nn.Embedding(2, config.d_model) if config.unknown_tokens == "flag" else None
-        self.batch_norm = None if config.batch_norm == "none" else TokenBatchNorm(config)
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps) if config.embedding_norm else None
-        self.dropout = config.dropout if config.embedding_norm else 0.0
+        self.gene = nn.Embedding(n_tokens, d_model, padding_idx=pad_id)
+        self.gene.weight.requires_grad_(config.train_genes)
+        self.gene_norm = nn.LayerNorm(d_model) if config.gene_norm else None
+        self.rank = nn.Embedding(context_length, d_model) if config.positions == "rank" else None
+        self.token_type = nn.Embedding(config.n_token_types, d_model) if config.n_token_types else None
+        self.value = (
+            None if config.values == "none" else VALUE_EMBEDDINGS[config.values](d_model, config, dropout=dropout)
+        )
+        self.flag = nn.Embedding(2, d_model) if config.target_input == "flag" else None
+        self.batch_norm = None
+        if config.batch_norm != "none":
+            self.batch_norm = TokenBatchNorm(d_model, n_domains=n_batches if config.batch_norm == "domain" else None)
+        self.norm = nn.LayerNorm(d_model, eps=norm_eps) if config.norm else None
+        self.dropout = dropout if config.norm else 0.0
 
     def forward(
         self,

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,18 +11,15 @@ from torch.nn import functional as F
 from scfm.nn.linear import Linear
 from scfm.ops.linear import linear
 
-if TYPE_CHECKING:
-    from scfm.models.config import ModelConfig
-
 
 class GeneHead(nn.Module):
     """Which gene a token is: BERT's transform, then the gene embedding as decoder, and a bias a gene."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, n_tokens: int, *, norm_eps: float) -> None:
         super().__init__()
-        self.transform = Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.n_tokens))
+        self.transform = Linear(d_model, d_model)
+        self.norm = nn.LayerNorm(d_model, eps=norm_eps)
+        self.bias = nn.Parameter(torch.zeros(n_tokens))
 
     def forward(self, hidden_ND: Tensor, gene_weight_VD: Tensor) -> Tensor:
         """Logits over the vocabulary, shape (N, V)."""
@@ -51,12 +46,12 @@ class ValueMLP(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """Value of a token from its state (scGPT's GEP decoder); with `zero_head` also the logit of "not zero"."""
+    """Value of a token from its state (scGPT's GEP decoder); with `zeros` also the logit of "not zero"."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_input: int, d_model: int, *, zeros: bool) -> None:
         super().__init__()
-        self.value = ValueMLP(config.d_read, config.d_model)
-        self.nonzero = ValueMLP(config.d_read, config.d_model) if config.zero_head else None
+        self.value = ValueMLP(d_input, d_model)
+        self.nonzero = ValueMLP(d_input, d_model) if zeros else None
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Predicted values, shape (N,)."""
@@ -66,9 +61,9 @@ class ValueHead(nn.Module):
 class LinearValueHead(nn.Module):
     """Value of a token by one linear layer on its decoder state (scFoundation)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_input: int) -> None:
         super().__init__()
-        self.value = Linear(config.decoder_config.d_model if config.decoder_layers else config.d_model, 1)
+        self.value = Linear(d_input, 1)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Predicted values, shape (N,)."""
@@ -78,9 +73,9 @@ class LinearValueHead(nn.Module):
 class BucketHead(nn.Module):
     """Bucket of a token by one linear layer on its state (scBERT)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, n_buckets: int) -> None:
         super().__init__()
-        self.bucket = Linear(config.d_model, config.n_value_bins)
+        self.bucket = Linear(d_model, n_buckets)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Logits over the buckets, shape (N, S)."""
@@ -90,11 +85,11 @@ class BucketHead(nn.Module):
 class ValueFromCellHead(nn.Module):
     """Value of a gene from its cell's embedding (scGPT's MVC decoder): (W sigmoid(A e_gene + a)) . h_cell."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, d_input: int, *, zeros: bool) -> None:
         super().__init__()
-        self.query = Linear(config.d_model, config.d_model)
-        self.weight = Linear(config.d_model, config.d_read, bias=False)
-        self.nonzero = Linear(config.d_model, config.d_read) if config.zero_head else None
+        self.query = Linear(d_model, d_model)
+        self.weight = Linear(d_model, d_input, bias=False)
+        self.nonzero = Linear(d_model, d_input) if zeros else None
 
     def forward(self, cell_ND: Tensor, gene_ND: Tensor) -> Tensor:
         """Predicted values, shape (N,); row n pairs a gene's embedding with the embedding of its cell."""
@@ -109,13 +104,10 @@ class ValueFromCellHead(nn.Module):
 class BatchLabels(nn.Module):
     """scGPT's embedding of the experimental batch, which its decoders read beside the state."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, n_batches: int, d_model: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.n_batches, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model)
+        self.embedding = nn.Embedding(n_batches, d_model)
+        self.norm = nn.LayerNorm(d_model)
 
     def forward(self, batch_ids_N: Tensor) -> Tensor:
         return self.norm(self.embedding(batch_ids_N))
-
-
-VALUE_HEADS: dict[str, type[nn.Module]] = {"mlp": ValueHead, "linear": LinearValueHead, "bucket": BucketHead}

@@ -4,17 +4,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scfm.nn.config import EmbeddingConfig
 from scfm.nn.dropout import dropout
 from scfm.nn.linear import Linear
-
-if TYPE_CHECKING:
-    from scfm.models.config import ModelConfig
 
 LARGEST_VALUE = 512.0  # scGPT clamps values here before the first linear layer
 MASK_VALUE = -1.0  # of a hidden value, in every encoding but buckets, where it is the last bucket
@@ -26,12 +22,12 @@ class ContinuousValueEmbedding(nn.Module):
     Masked (-1) and padding (-2) values go through the same layers, as published.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, config: EmbeddingConfig, *, dropout: float) -> None:
         super().__init__()
-        self.linear1 = Linear(1, config.d_model)
-        self.linear2 = Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model)
-        self.dropout = config.dropout
+        self.linear1 = Linear(1, d_model)
+        self.linear2 = Linear(d_model, d_model)
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = dropout
 
     def forward(self, values_T: Tensor) -> Tensor:
         hidden_TD = F.relu(self.linear1(values_T.clamp(max=LARGEST_VALUE)[:, None]))
@@ -41,8 +37,8 @@ class ContinuousValueEmbedding(nn.Module):
 class BucketValueEmbedding(nn.Embedding):
     """One vector a bucket (scBERT); the last bucket means "masked"."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.n_value_bins, config.d_model)
+    def __init__(self, d_model: int, config: EmbeddingConfig, *, dropout: float) -> None:
+        super().__init__(config.n_value_bins, d_model)
 
     def forward(self, values_T: Tensor) -> Tensor:
         return super().forward(values_T.long())
@@ -55,13 +51,13 @@ class SoftBinValueEmbedding(nn.Module):
     its own. `pad` is kept for the published format alone: padding is never computed.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, d_model: int, config: EmbeddingConfig, *, dropout: float) -> None:
         super().__init__()
         self.linear1 = Linear(1, config.n_value_bins)
         self.linear2 = Linear(config.n_value_bins, config.n_value_bins)
-        self.bins = nn.Embedding(config.n_value_bins, config.d_model)
-        self.mask = nn.Embedding(1, config.d_model)
-        self.pad = nn.Embedding(1, config.d_model)
+        self.bins = nn.Embedding(config.n_value_bins, d_model)
+        self.mask = nn.Embedding(1, d_model)
+        self.pad = nn.Embedding(1, d_model)
         self.pad.weight.requires_grad_(False)
         self.alpha = config.bin_alpha
 

@@ -115,4 +115,6 @@ def _generative(network: CellTransformer, encoding: Encoding) -> Generative:
     return Generative(is_gene_V=network.is_gene_V.cpu(), second_pass_from=SECOND_PASS_STEPS)
 
 
-OBJECTIVES.add("generative", PretrainingObjective(make=_generative, network_settings={"value_from_cell_head": True}))
+OBJECTIVES.add(
+    "generative", PretrainingObjective(make=_generative, network_settings={"heads": {"values_from_cells": True}})
+)

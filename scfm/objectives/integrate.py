@@ -36,7 +36,7 @@ class Integration:
     ...     batch_ids_B=torch.tensor([0, 1]),
     ... )
     >>> settings = scfm.families.preset("small-bin").for_objective("generative")
-    >>> config = settings.model_config(n_tokens=12, batch_head=True, n_batches=2, zero_head=True)
+    >>> config = settings.model_config(n_tokens=12, n_batches=2, heads={"batches": True, "zeros": True})
     >>> network = scfm.models.CellTransformer(config, special_ids=(0, 1))
     >>> objective = scfm.objectives.Integration(is_gene_V=network.is_gene_V)
     >>> sorted(objective.loss(network, *objective.corrupt(cells, torch.Generator().manual_seed(0))))

@@ -24,7 +24,7 @@ MIN_CELL = 128  # tokens; shorter cells are packed with others instead, which fi
 def shares_first_block(network: CellTransformer, editor: Editor) -> bool:
     """Whether deletions take tokens away from a network whose first block is a softmax over them."""
     removes = editor.kind == "delete" and not editor.keeps_zeros
-    return removes and network.config.attention == "softmax" and network.n_embedding_blocks > 0
+    return removes and network.config.attention.kind == "softmax" and network.n_embedding_blocks > 0
 
 
 @torch.inference_mode()

@@ -63,7 +63,7 @@ class GeneShiftRunner(VariantRunner):
         with torch.inference_mode():
             for rows in runs_of_tokens(bounds, TOKENS_PER_BATCH) if variants else ():
                 batch = pack(variants[rows]).to(network.is_gene_V.device)
-                states_TD = network(batch, hidden_layer=network.config.embedding_layer).float().cpu()
+                states_TD = network(batch, hidden_layer=network.config.pooling.hidden_layer).float().cpu()
                 parts += [part.numpy() for part in states_TD.split([len(variant) for variant in variants[rows]])]
         return parts
 

@@ -73,7 +73,8 @@ def denoise(
     >>> from scfm.families import scfoundation
     >>> adata = scfm.datasets.pbmc()[:20, :50].copy()
     >>> encoding = make_encoding("continuous", adata=adata)
-    >>> config = ModelConfig(**scfoundation.ARCHITECTURE, n_tokens=len(encoding.vocabulary), d_model=16, n_layers=1)
+    >>> sizes = {"n_tokens": len(encoding.vocabulary), "d_model": 16, "n_layers": 1}
+    >>> config = ModelConfig.from_dict(scfoundation.ARCHITECTURE | sizes)
     >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     >>> scfm.tl.denoise(adata, model)
     >>> adata.layers["scfm_denoised"].shape
@@ -163,7 +164,8 @@ def evaluate_denoising(
     >>> from scfm.families import scfoundation
     >>> adata = scfm.datasets.pbmc()[:20, :50].copy()
     >>> encoding = make_encoding("continuous", adata=adata)
-    >>> config = ModelConfig(**scfoundation.ARCHITECTURE, n_tokens=len(encoding.vocabulary), d_model=16, n_layers=1)
+    >>> sizes = {"n_tokens": len(encoding.vocabulary), "d_model": 16, "n_layers": 1}
+    >>> config = ModelConfig.from_dict(scfoundation.ARCHITECTURE | sizes)
     >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
     ['scfm', 'no change', 'mean of 15 nearest neighbours', 'own counts and neighbours, weighed']

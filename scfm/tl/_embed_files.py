@@ -110,7 +110,7 @@ def embed_files(
         folder=out.with_name(out.name + ".part"),
         settings={"model_id": model.id, "files": [_identity(path) for path in files], **where, **how},
         n_cells=sum(rows),
-        width=model.network.config.replace(pooling=pooling or model.network.config.pooling).d_embedding,
+        width=model.network.config.width_of(pooling or model.network.config.pooling.how),
     )
     rank, world_size = torchrun_rank()
     share, part = share_of(job.n_cells, rank, world_size), _Part(job, rank, world_size)

@@ -75,7 +75,7 @@ def _sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of each token's states, shape (V, D), float64, and how many there are, shape (V,)."""
     network, n_tokens = model.network_in(precision), len(model.encoding.vocabulary)
-    layer = model.network.config.embedding_layer if hidden_layer is None else hidden_layer
+    layer = model.network.config.pooling.hidden_layer if hidden_layer is None else hidden_layer
     sum_VD: torch.Tensor | None = None
     for batch in model.batches(cells):
         decoded = hidden_layer is None and network.decoder is not None

@@ -87,7 +87,7 @@ def integrate(
     (100, 128)
     """
     model = opened(model)
-    if not model.encoding.config.has_values or model.network.config.value_head != "mlp":
+    if not model.encoding.config.has_values or model.network.config.heads.values != "mlp":
         raise ModelTaskError(
             f"Integration trains on masked values, which this model with its {model.encoding.config.kind} encoding does not have. "
             'Fit one with `scfm.fit(adata, encoding="bin")`.'
@@ -119,12 +119,9 @@ def _batches(obs: pd.DataFrame, batch_key: str) -> Labels:
 def _with_integration_heads(model: Model, n_batches: int, seed: int) -> CellTransformer:
     """Copy the network; heads of this task that it lacks are added, and heads of other tasks are left out."""
     config = model.network.config.replace(
-        batch_head=True,
         n_batches=n_batches,
-        zero_head=True,
-        value_from_cell_head=True,
-        n_classes=0,
-        gene_classifier=False,
+        heads={"batches": True, "zeros": True, "values_from_cells": True},
+        classes={"n_classes": 0, "gene_classifier": False},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

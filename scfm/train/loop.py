@@ -90,7 +90,7 @@ def train(
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()[:50]
     >>> encoding = scfm.encoding.make_encoding("rank", adata=adata)
-    >>> sizes = {"d_model": 32, "n_heads": 2, "n_layers": 1, "gene_head": True}
+    >>> sizes = {"d_model": 32, "n_heads": 2, "n_layers": 1}
     >>> network = scfm.models.CellTransformer.for_vocabulary(
     ...     scfm.ModelConfig(n_tokens=len(encoding.vocabulary), **sizes), encoding.vocabulary
     ... )

@@ -221,7 +221,7 @@ def _network(encoding: Encoding, config: PretrainConfig) -> CellTransformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.fit.seed)
         # A gene embedding that a family freezes was trained elsewhere (scBERT: gene2vec); here it starts from nothing.
-        return CellTransformer.for_vocabulary(model_config.replace(train_gene_embedding=True), vocabulary)
+        return CellTransformer.for_vocabulary(model_config.replace(embedding={"train_genes": True}), vocabulary)
 
 
 def _with_token_budget(

@@ -53,8 +53,9 @@ def set_trainable(network: CellTransformer, how: str) -> int:
     Examples
     --------
     >>> import scfm
+    >>> classes = scfm.nn.ClassHeadConfig(n_classes=3)
     >>> network = scfm.models.CellTransformer(
-    ...     scfm.ModelConfig(n_tokens=50, d_model=32, n_heads=2, n_layers=2, n_classes=3)
+    ...     scfm.ModelConfig(n_tokens=50, d_model=32, n_heads=2, n_layers=2, classes=classes)
     ... )
     >>> everything, head = [scfm.train.set_trainable(network, how) for how in ("all", "head")]
     >>> head < everything / 10
@@ -90,8 +91,9 @@ def merge(network: CellTransformer) -> None:
     Examples
     --------
     >>> import scfm
+    >>> classes = scfm.nn.ClassHeadConfig(n_classes=3)
     >>> network = scfm.models.CellTransformer(
-    ...     scfm.ModelConfig(n_tokens=50, d_model=32, n_heads=2, n_layers=1, n_classes=3)
+    ...     scfm.ModelConfig(n_tokens=50, d_model=32, n_heads=2, n_layers=1, classes=classes)
     ... )
     >>> names = set(network.state_dict())
     >>> _ = scfm.train.set_trainable(network, "lora:2")
@@ -111,7 +113,7 @@ def merge(network: CellTransformer) -> None:
 
 def _freeze_as_configured(network: CellTransformer) -> None:
     """Keep still what the family never trains: scBERT's gene embedding, scFoundation's vector of padding."""
-    if not network.config.train_gene_embedding:
+    if not network.config.embedding.train_genes:
         network.embedding.gene.requires_grad_(False)
     if (padding := getattr(network.embedding.value, "pad", None)) is not None:
         padding.requires_grad_(False)

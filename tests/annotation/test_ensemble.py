@@ -29,8 +29,7 @@ def test_scales_are_one_over_the_deviation_of_the_most_dispersed_genes():
 
 
 def ensemble_weights(features, components, labels):
-    config = ModelConfig(n_tokens=4, d_model=8, n_heads=1, n_classes=int(labels.max()) + 1)
-    network = SimpleNamespace(gene_classifier=GeneClassifier(config))
+    network = SimpleNamespace(gene_classifier=GeneClassifier(4, int(labels.max()) + 1))
     fit_ensemble_weights(network, features.astype(np.float32), components.astype(np.float64), labels)
     return network.gene_classifier.ensemble_weights.numpy()
 

@@ -23,15 +23,15 @@ def make_cells():
         {},
         {"norm": "pre", "final_norm": True},
         {"n_layers": 1},
-        {"attention": "linear"},
-        {"values": "continuous", "positions": "none"},
+        {"attention": {"kind": "linear"}},
+        {"embedding": {"values": "continuous", "positions": "none"}},
     ],
 )
 @pytest.mark.parametrize("tokens", [[0, 3, 6, 9, 10, 37, 49], [12], [], list(range(50))])
 def test_states_and_gradients_are_those_of_the_whole_network(changes, tokens):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "n_heads": 2, "n_layers": 3, "d_ff": 48, "context_length": 64}
-    network = CellTransformer(ModelConfig(**{"n_tokens": 50, **sizes, **changes}), special_ids=(0, 1)).eval()
+    network = CellTransformer(ModelConfig.from_dict({"n_tokens": 50, **sizes, **changes}), special_ids=(0, 1)).eval()
     token_N = torch.tensor(tokens, dtype=torch.int64)
     weigh_ND = torch.randn(len(tokens), 32)
     results = []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scfm.data import CellBatch
-from scfm.families import scgpt
+from scfm.families import merged, scgpt
 from scfm.models import CellTransformer, ModelConfig
 
 N_TOKENS, CLS, LENGTHS = 40, 2, (9, 30, 2, 17)
@@ -43,7 +43,8 @@ def make_network():
         torch.manual_seed(0)
         sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 24, "dropout": 0.0, "context_length": 64}
         network = CellTransformer(
-            ModelConfig(**scgpt.ARCHITECTURE | sizes | {"n_tokens": N_TOKENS} | changes), special_ids=(0, 1, 2, 3)
+            ModelConfig.from_dict(merged(scgpt.ARCHITECTURE, sizes, {"n_tokens": N_TOKENS}, changes)),
+            special_ids=(0, 1, 2, 3),
         )
         with torch.no_grad():
             for parameter in network.parameters():

@@ -30,10 +30,10 @@ def test_known_tokens_come_first_and_nothing_is_lost(cells, is_gene_V):
     assert (inputs.values_T[targets["token_N"]] == -1).all()
 
 
-@pytest.mark.parametrize("unknown_tokens", ["value", "flag"])
-def test_each_unknown_gene_is_predicted_as_if_it_were_the_only_one(cells, is_gene_V, make_network, unknown_tokens):
+@pytest.mark.parametrize("target_input", ["value", "flag"])
+def test_each_unknown_gene_is_predicted_as_if_it_were_the_only_one(cells, is_gene_V, make_network, target_input):
     # Known tokens never see unknown ones, and unknown ones not each other: taking all others away changes nothing.
-    network = make_network(unknown_tokens=unknown_tokens).eval()
+    network = make_network(embedding={"target_input": target_input}).eval()
     inputs, targets = Generative(is_gene_V=is_gene_V).corrupt(cells, torch.Generator().manual_seed(1))
     is_unknown_T = torch.zeros(cells.n_tokens, dtype=torch.bool).index_fill(0, targets["token_N"], True)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_the_second_pass_comes_at_its_step(is_gene_V):
 
 
 def test_skipping_the_output_projection_changes_unknown_tokens_as_published(cells, is_gene_V, make_network, generator):
-    network = make_network(skip_unknown_out=True).eval()
+    network = make_network(attention={"skip_target_projection": True}).eval()
     inputs, targets = Generative(is_gene_V=is_gene_V).corrupt(cells, generator)
     attention, plan = network.blocks[0].attention, network.plan(inputs)
     with torch.no_grad():

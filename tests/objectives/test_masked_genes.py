@@ -6,6 +6,10 @@ import torch
 from scfm.objectives import MaskedGenes, total
 
 MASK = 1
+GENES_ONLY = {
+    "embedding": {"values": "none"},
+    "heads": {"genes": True, "values": "none", "values_from_cells": False},
+}
 
 
 def test_shares_are_those_of_bert_and_specials_are_left_alone(cells, is_gene_V):
@@ -30,7 +34,7 @@ def test_shares_are_those_of_bert_and_specials_are_left_alone(cells, is_gene_V):
 
 
 def test_the_loss_is_the_cross_entropy_over_the_vocabulary(cells, is_gene_V, make_network, generator):
-    network = make_network(values="none", gene_head=True, value_head="none", value_from_cell_head=False).eval()
+    network = make_network(**GENES_ONLY).eval()
     objective = MaskedGenes(mask_id=MASK, is_gene_V=is_gene_V)
     inputs, targets = objective.corrupt(cells, generator)
     with torch.no_grad():
@@ -40,7 +44,7 @@ def test_the_loss_is_the_cross_entropy_over_the_vocabulary(cells, is_gene_V, mak
 
 
 def test_a_batch_without_genes_has_loss_zero(cells, is_gene_V, make_network, generator):
-    network = make_network(values="none", gene_head=True, value_head="none", value_from_cell_head=False).eval()
+    network = make_network(**GENES_ONLY).eval()
     bare = cells.replace(gene_ids_T=torch.full_like(cells.gene_ids_T, 2))
     objective = MaskedGenes(mask_id=MASK, is_gene_V=is_gene_V)
     assert float(total(objective.loss(network, *objective.corrupt(bare, generator)))) == 0

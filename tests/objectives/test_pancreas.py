@@ -41,7 +41,7 @@ def trained():
     encoding = make_encoding(config, adata=adata)
     cells = scfm.pp.encode(adata, encoding)
     config = preset("small-bin").model_config(
-        n_tokens=len(encoding.vocabulary), value_from_cell_head=True, context_length=N_GENES + 1, dropout=0.0
+        n_tokens=len(encoding.vocabulary), heads={"values_from_cells": True}, context_length=N_GENES + 1, dropout=0.0
     )
     torch.manual_seed(0)
     network = CellTransformer.for_vocabulary(config, encoding.vocabulary)

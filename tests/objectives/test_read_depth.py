@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scfm.data import CellBatch
-from scfm.families import scfoundation
+from scfm.families import merged, scfoundation
 from scfm.models import CellTransformer, ModelConfig
 from scfm.objectives import ReadDepth, total
 
@@ -93,9 +93,11 @@ def test_shares_of_targets_are_those_of_expressed_and_silent_genes(cells):
 
 def test_the_loss_is_the_squared_error_of_the_original_values(cells):
     torch.manual_seed(0)
-    sizes = {"n_tokens": N_GENES + 3, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "decoder_layers": 1}
-    widths = {"decoder_width": 8, "decoder_heads": 2, "decoder_head_width": 4, "n_value_bins": 5}
-    network = CellTransformer(ModelConfig(**scfoundation.ARCHITECTURE | sizes | widths)).eval()
+    sizes = {"n_tokens": N_GENES + 3, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32}
+    attention = {"kind": "linear", "qkv_bias": False, "head_width": 4}
+    decoder = {"n_layers": 1, "d_model": 8, "n_heads": 2, "d_ff": 32, "attention": attention}
+    parts = {"decoder": decoder, "embedding": {"n_value_bins": 5}}
+    network = CellTransformer(ModelConfig.from_dict(merged(scfoundation.ARCHITECTURE, sizes, parts))).eval()
     inputs, targets = objective().corrupt(cells, torch.Generator().manual_seed(0))
     with torch.no_grad():
         predicted_T = network.values(network.value_states(inputs))

@@ -52,7 +52,7 @@ def by_hand(network, inputs, targets):
 
 @pytest.mark.parametrize("batch_labels", [False, True])
 def test_value_terms_are_those_of_the_formulas(cells, is_gene_V, make_network, generator, batch_labels):
-    network = make_network(zero_head=True, batch_labels=batch_labels, n_batches=3)
+    network = make_network(heads={"zeros": True, "batch_labels": batch_labels}, n_batches=3)
     objective = MaskedValues(is_gene_V=is_gene_V, cell_weight=0.5, zero_weight=2.0)
     inputs, targets = objective.corrupt(cells, generator)
     loss, expected = objective.loss(network, inputs, targets), by_hand(network, inputs, targets)
@@ -78,7 +78,10 @@ def test_masked_buckets_takes_expressed_genes_and_scores_buckets(cells, is_gene_
     assert abs(float(torch.stack(shares).mean()) - 0.9) < 0.02
 
     network = make_network(
-        values="bucket", n_value_bins=7, value_head="bucket", value_from_cell_head=False, attention="linear", norm="pre"
+        embedding={"values": "bucket", "n_value_bins": 7},
+        heads={"values": "bucket", "values_from_cells": False},
+        attention={"kind": "linear"},
+        norm="pre",
     )
     logits_NS = network.values(network(inputs)[token_N])
     picked_N = logits_NS.log_softmax(-1)[torch.arange(len(token_N)), targets["buckets_N"]]
@@ -102,7 +105,9 @@ def test_the_reversed_gradient_has_the_other_sign():
 
 
 def test_integration_adds_similarity_and_reversed_batch_loss(cells, is_gene_V, make_network, generator):
-    network = make_network(zero_head=True, batch_head=True, batch_labels=True, batch_norm="domain", n_batches=3)
+    network = make_network(
+        heads={"zeros": True, "batches": True, "batch_labels": True}, embedding={"batch_norm": "domain"}, n_batches=3
+    )
     objective = Integration(is_gene_V=is_gene_V, batch_weight=0.3)
     inputs, targets = objective.corrupt(cells, generator)
     network.eval()
@@ -122,7 +127,7 @@ def test_integration_adds_similarity_and_reversed_batch_loss(cells, is_gene_V, m
 
 
 def test_domain_batch_norm_uses_the_statistics_of_each_domain(cells, make_network):
-    network = make_network(batch_norm="domain", n_batches=3).train()
+    network = make_network(embedding={"batch_norm": "domain"}, n_batches=3).train()
     plain = make_network()
     plain.load_state_dict({k: v for k, v in network.state_dict().items() if "batch_norm" not in k})
     with torch.no_grad():

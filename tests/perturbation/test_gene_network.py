@@ -39,15 +39,8 @@ def small_model(adata):
     """A random network with weights large enough for cells to differ."""
     fitted = make_encoding(EncodingConfig(kind="rank"), adata=adata)
     torch.manual_seed(0)
-    config = scfm.ModelConfig(
-        **ARCHITECTURES["rank"],
-        n_tokens=len(fitted.vocabulary),
-        context_length=1024,
-        d_model=32,
-        n_heads=2,
-        n_layers=1,
-        d_ff=48,
-    )
+    sizes = {"context_length": 1024, "d_model": 32, "n_heads": 2, "n_layers": 1, "d_ff": 48}
+    config = scfm.ModelConfig.from_dict(ARCHITECTURES["rank"] | sizes | {"n_tokens": len(fitted.vocabulary)})
     network = CellTransformer.for_vocabulary(config, fitted.vocabulary)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -10,6 +10,7 @@ from scipy import stats
 import scfm
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import EmptyCellError, LabelsError, VocabularyMismatchError
+from scfm.families import merged
 from scfm.families.scfm import ARCHITECTURES
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
@@ -26,10 +27,10 @@ def toy_model(adata, kind, **encoding):
     """A random network of two layers: perturbation must be right whatever the weights are."""
     fitted = make_encoding(EncodingConfig(kind=kind, **encoding), adata=adata)
     torch.manual_seed(0)
-    config = scfm.ModelConfig(
-        **{**ARCHITECTURES[kind], "pooling": "mean", "gene_head": False, "value_head": "none"},
-        n_tokens=len(fitted.vocabulary), context_length=1024, d_model=32, n_heads=2, n_layers=2, d_ff=48,
-    )  # fmt: skip
+    heads, pooling = {"genes": False, "values": "none"}, {"how": "mean"}
+    sizes = {"n_tokens": len(fitted.vocabulary), "context_length": 1024, "d_model": 32, "n_heads": 2, "n_layers": 2}
+    parts = {**sizes, "d_ff": 48, "heads": heads, "pooling": pooling}
+    config = scfm.ModelConfig.from_dict(merged(ARCHITECTURES[kind], parts))
     network = CellTransformer.for_vocabulary(config, fitted.vocabulary)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -104,7 +105,7 @@ def test_deletions_agree_with_a_plain_loop(cells, kind):
 def test_deletions_that_share_their_first_layer_are_the_plain_ones(cells, kind, positions, pooling, norm):
     """Oracle: every variant on its own. Runs of several lengths, the last of them shorter."""
     model = toy_model(cells, kind, add_cls=True)
-    config = model.network.config.replace(norm=norm, final_norm=norm == "pre", pooling=pooling)
+    config = model.network.config.replace(norm=norm, final_norm=norm == "pre", pooling={"how": pooling})
     network = CellTransformer.for_vocabulary(config, model.encoding.vocabulary).eval()
     editor = Editor.of(model.encoding, "delete", positions=positions)
     encoded = scfm.pp.encode(cells, model)

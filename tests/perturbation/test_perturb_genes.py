@@ -8,6 +8,7 @@ from scipy import stats
 
 import scfm
 from scfm.encoding import EncodingConfig, make_encoding
+from scfm.families import merged
 from scfm.families.scfm import ARCHITECTURES
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
@@ -25,10 +26,10 @@ def model(request, cells):
     """A random network: the shifts must be right whatever the weights are. Its embedding is not of the last layer."""
     fitted = make_encoding(EncodingConfig(kind=request.param, add_cls=True), adata=cells)
     torch.manual_seed(0)
-    config = scfm.ModelConfig(
-        **{**ARCHITECTURES[request.param], "pooling": "mean", "gene_head": False, "value_head": "none"},
-        n_tokens=len(fitted.vocabulary), context_length=1024, d_model=32, n_heads=2, n_layers=2, d_ff=48,
-    ).replace(embedding_layer=-2)  # fmt: skip
+    heads, pooling = {"genes": False, "values": "none"}, {"how": "mean", "hidden_layer": -2}
+    sizes = {"n_tokens": len(fitted.vocabulary), "context_length": 1024, "d_model": 32, "n_heads": 2, "n_layers": 2}
+    parts = {**sizes, "d_ff": 48, "heads": heads, "pooling": pooling}
+    config = scfm.ModelConfig.from_dict(merged(ARCHITECTURES[request.param], parts))
     network = CellTransformer.for_vocabulary(config, fitted.vocabulary)
     with torch.no_grad():
         for parameter in network.parameters():

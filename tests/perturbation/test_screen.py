@@ -33,7 +33,7 @@ def model(request, adata):
 def test_held_estimates_rank_genes_as_exact_deletion_does(adata, model):
     exact = scfm.tl.perturb(adata[:N_CELLS], model, positions="held", n_bootstrap=0, progress=False)
     # A `cls` embedding has no own share: all that is known of a deletion lies in the projections.
-    n_projections = 8 if model.network.config.pooling == "mean" else 64
+    n_projections = 8 if model.network.config.pooling.how == "mean" else 64
     table = scfm.tl.screen(
         adata[:N_CELLS], model, positions="held", n_verify=0, n_bootstrap=0, n_projections=n_projections, progress=False
     )
@@ -225,7 +225,7 @@ def test_own_paths_agree_with_one_token_moved_at_a_time(adata, norm):
     """Oracle: whole attention matrices in float64, in which one query sees the keys of the cell as it is."""
     encoding = scfm.encoding.make_encoding("rank", adata=adata)
     config = scfm.ModelConfig(
-        n_tokens=len(encoding.vocabulary), context_length=1024, positions="rank", norm=norm, final_norm=norm == "pre",
+        n_tokens=len(encoding.vocabulary), context_length=1024, norm=norm, final_norm=norm == "pre",
         d_model=16, n_heads=2, n_layers=2, d_ff=24,
     )  # fmt: skip
     torch.manual_seed(0)

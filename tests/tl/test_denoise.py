@@ -24,9 +24,11 @@ def blood():
 @pytest.fixture(scope="module")
 def model(blood):
     encoding = make_encoding("continuous", adata=blood)
-    shape = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16, "context_length": 80, "decoder_layers": 1}
-    decoder = {"decoder_width": 16, "decoder_heads": 2, "decoder_head_width": 8, "n_random_features": 8}
-    config = ModelConfig(**{**scfoundation.ARCHITECTURE, **shape, **decoder}, n_tokens=len(encoding.vocabulary))
+    shape = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16, "context_length": 80}
+    attention = {"kind": "linear", "qkv_bias": False, "head_width": 8, "n_random_features": 8}
+    decoder = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 64, "attention": attention}
+    parts = {"decoder": decoder, "n_tokens": len(encoding.vocabulary)}
+    config = ModelConfig.from_dict({**scfoundation.ARCHITECTURE, **shape, **parts})
     torch.manual_seed(0)
     return Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
 

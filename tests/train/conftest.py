@@ -32,7 +32,7 @@ def make_cells(n_cells: int = 200, seed: int = 0) -> CellBatch:
 def make_network(seed: int = 0, **changes) -> CellTransformer:
     torch.manual_seed(seed)
     settings = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64, "context_length": 32, "dropout": 0.1, **changes}
-    return CellTransformer(ModelConfig(n_tokens=N_TOKENS, **settings), special_ids=(0, 1))
+    return CellTransformer(ModelConfig.from_dict({"n_tokens": N_TOKENS, **settings}), special_ids=(0, 1))
 
 
 class EveryThirdGene:
@@ -57,7 +57,7 @@ class EveryThirdGene:
 
 @pytest.fixture
 def tiny():
-    network = make_network(n_classes=3)
+    network = make_network(classes={"n_classes": 3})
     return SimpleNamespace(
         network=network,
         cells=make_cells(),

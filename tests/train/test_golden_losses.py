@@ -31,10 +31,10 @@ def twenty_losses(name: str) -> list[float]:
     cells = pp.encode(adata, encoding).replace(labels_B=labels)
     torch.manual_seed(0)
     vocabulary = encoding.vocabulary
-    config = ModelConfig(
-        **(scgpt.ARCHITECTURE if kind == "bin" else geneformer.ARCHITECTURE), n_tokens=len(vocabulary), pad_id=vocabulary.pad_id, d_model=32, n_heads=2, n_layers=2, d_ff=64,
-        context_length=128, dropout=0.1, n_classes=10,
-    )  # fmt: skip
+    sizes = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64, "context_length": 128, "dropout": 0.1}
+    tokens = {"n_tokens": len(vocabulary), "pad_id": vocabulary.pad_id, "classes": {"n_classes": 10}}
+    family = scgpt if kind == "bin" else geneformer
+    config = ModelConfig.from_dict(family.ARCHITECTURE | sizes | tokens)
     network = CellTransformer.for_vocabulary(config, vocabulary)
     objective = {
         "masked_genes": MaskedGenes(mask_id=vocabulary.mask_id, is_gene_V=network.is_gene_V),

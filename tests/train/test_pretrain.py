@@ -103,7 +103,7 @@ def test_the_config_that_a_run_writes_runs_it_again(files, tmp_path):
 
 
 # Each family's shape with one thin layer, so that a step takes a moment.
-THIN = {"n_layers": 1, "d_model": 16, "n_heads": 2, "head_width": None, "d_ff": 16}
+THIN = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 16}
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,13 @@ THIN = {"n_layers": 1, "d_model": 16, "n_heads": 2, "head_width": None, "d_ff": 
     ],
 )
 def test_a_published_shape_is_pretrained_in_its_own_way(files, tmp_path, monkeypatch, preset, objective, expected):
-    decoder = {"decoder_layers": 1, "decoder_width": 16, "decoder_heads": 2, "decoder_head_width": 8}
+    attention = {"kind": "linear", "qkv_bias": False, "head_width": 8}
+    decoder = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 64, "attention": attention}
+    parts = {"scbert": {"attention": {"head_width": None}}, "scfoundation": {"decoder": decoder}}
 
     def thin(name, **wanted):
         found = families.choose_preset(name, **wanted)
-        return replace(found, network={**found.network, **THIN, **(decoder if preset == "scfoundation" else {})})
+        return replace(found, network=families.merged(found.network, THIN, parts.get(preset, {})))
 
     monkeypatch.setattr(sys.modules["scfm.train.pretrain"], "choose_preset", thin)
     config = PretrainConfig(preset=preset, objective=objective, fit=CONFIG.fit.replace(n_steps=2))

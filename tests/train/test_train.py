@@ -43,7 +43,7 @@ def test_training_lowers_the_loss(tiny):
 def test_same_seed_same_weights_and_another_seed_others(tiny):
     runs = []
     for seed in (0, 0, 1):
-        network = tiny.make_network(n_classes=3)
+        network = tiny.make_network(classes={"n_classes": 3})
         train(network, tiny.masked, tiny.cells, CONFIG.replace(seed=seed), title="t", progress=False)
         runs.append(weights(network))
     assert same(runs[0], runs[1])
@@ -53,7 +53,7 @@ def test_same_seed_same_weights_and_another_seed_others(tiny):
 def test_mixed_precision_learns_as_full_precision_does(tiny):
     last = {}
     for precision in ("32-true", "bf16-mixed"):
-        network = tiny.make_network(n_classes=3)
+        network = tiny.make_network(classes={"n_classes": 3})
         module = train(
             network,
             tiny.classify,
@@ -88,13 +88,13 @@ class StopAt(lightning.Callback):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_broken_run_resumes_to_the_same_bits(tiny, tmp_path, accumulate):
     config = CONFIG.replace(accumulate=accumulate)
-    whole = tiny.make_network(n_classes=3)
+    whole = tiny.make_network(classes={"n_classes": 3})
     expected = train(whole, tiny.masked, tiny.cells, config, title="t", run_dir=tmp_path / "whole", progress=False)
-    broken = tiny.make_network(n_classes=3)
+    broken = tiny.make_network(classes={"n_classes": 3})
     with pytest.raises(RuntimeError, match="power cut"):
         train(broken, tiny.masked, tiny.cells, config, title="t", run_dir=tmp_path / "broken", progress=False,
               callbacks=[StopAt(10)])  # fmt: skip
-    resumed = tiny.make_network(seed=9, n_classes=3)  # other weights: all must come from the checkpoint
+    resumed = tiny.make_network(seed=9, classes={"n_classes": 3})  # other weights: all must come from the checkpoint
     got = train(resumed, tiny.masked, tiny.cells, config, title="t", run_dir=tmp_path / "broken", progress=False)
     assert same(weights(whole), weights(resumed))
     assert torch.equal(torch.stack(expected.losses), torch.stack(got.losses))
@@ -103,11 +103,11 @@ def test_a_broken_run_resumes_to_the_same_bits(tiny, tmp_path, accumulate):
 def test_the_objective_changes_at_its_step_also_in_a_resumed_run(tiny, tmp_path):
     """Generative training whose second pass comes at step 6, broken at 10: the same losses as in one go."""
     config = CONFIG.replace(checkpoint_every=4)
-    wiring = {**scgpt.ARCHITECTURE, "pooling": "mean"}
+    architecture = {**scgpt.ARCHITECTURE, "pooling": {"how": "mean"}}
     cells = tiny.cells.replace(values_T=(tiny.cells.gene_ids_T % 7).float())
 
     def run(name, *callbacks):
-        network = tiny.make_network(**wiring)
+        network = tiny.make_network(**architecture)
         objective = Generative(is_gene_V=network.is_gene_V, second_pass_from=6)
         module = train(network, objective, cells, config, title="t", run_dir=tmp_path / name, progress=False,
                        callbacks=callbacks)  # fmt: skip
@@ -119,7 +119,7 @@ def test_the_objective_changes_at_its_step_also_in_a_resumed_run(tiny, tmp_path)
     resumed = run("broken")
     assert torch.equal(whole[0], resumed[0])
     assert same(whole[1], resumed[1])
-    without = tiny.make_network(**wiring)
+    without = tiny.make_network(**architecture)
     one_pass = train(without, Generative(is_gene_V=without.is_gene_V), cells, config, title="t", progress=False)
     agree = [bool(torch.equal(a, b)) for a, b in zip(whole[0], one_pass.losses)]
     assert agree == [True] * 6 + [False] * 6
@@ -139,7 +139,7 @@ class Slow(lightning.Callback):
     def on_train_batch_end(self, *_):
         time.sleep(0.1)
 
-network = make_network(n_classes=3)
+network = make_network(classes={"n_classes": 3})
 train(network, MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V), make_cells(), FitConfig(**{config!r}),
       title="t", run_dir={run!r}, progress=False, callbacks=[Slow()])
 """
@@ -159,7 +159,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path):
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     step = newest_checkpoint(tmp_path / "run" / "checkpoints")[1]
     assert 4 <= step < 60
-    resumed, whole = tiny.make_network(seed=9, n_classes=3), tiny.make_network(n_classes=3)
+    resumed, whole = tiny.make_network(seed=9, classes={"n_classes": 3}), tiny.make_network(classes={"n_classes": 3})
     train(resumed, tiny.masked, tiny.cells, config, title="t", run_dir=tmp_path / "run", progress=False)
     train(whole, tiny.masked, tiny.cells, config, title="t", progress=False)
     assert same(weights(whole), weights(resumed))
@@ -170,7 +170,7 @@ def test_the_log_holds_loss_terms_and_rate_also_of_a_resumed_run(tiny, tmp_path)
     cells = tiny.cells.replace(values_T=(tiny.cells.gene_ids_T % 7).float())
 
     def run(*callbacks):
-        network = tiny.make_network(**{**scgpt.ARCHITECTURE, "pooling": "mean"})
+        network = tiny.make_network(**{**scgpt.ARCHITECTURE, "pooling": {"how": "mean"}})
         return train(network, Generative(is_gene_V=network.is_gene_V), cells, config, title="t", run_dir=tmp_path,
                      progress=False, callbacks=callbacks)  # fmt: skip
 
@@ -297,7 +297,7 @@ def test_only_what_is_trainable_moves(tiny, how):
 
 
 def test_a_gene_embedding_that_the_family_freezes_stays_frozen(tiny):
-    network = tiny.make_network(n_classes=3, train_gene_embedding=False)
+    network = tiny.make_network(classes={"n_classes": 3}, embedding={"train_genes": False})
     before = weights(network)
     train(network, tiny.classify, tiny.cells, CONFIG, title="t", progress=False)
     assert torch.equal(network.embedding.gene.weight, before["embedding.gene.weight"])
@@ -331,7 +331,7 @@ def test_an_unknown_way_of_fine_tuning_is_refused(tiny, how):
 def test_activation_checkpointing_changes_nothing_but_memory(tiny):
     runs = []
     for checkpointing in (False, True):
-        network = tiny.make_network(n_classes=3)
+        network = tiny.make_network(classes={"n_classes": 3})
         config = CONFIG.replace(activation_checkpointing=checkpointing)
         runs.append(torch.stack(train(network, tiny.masked, tiny.cells, config, title="t", progress=False).losses))
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)

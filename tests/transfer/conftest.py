@@ -8,20 +8,27 @@ import scfm
 from scfm.families import choose_preset
 
 WIDTHS = {"d_model": 32, "n_heads": 4, "n_layers": 3, "d_ff": 48, "dropout": 0.0}
-LINEAR = {"attention": "linear", "n_random_features": 24}
+LINEAR = {"attention": {"kind": "linear", "n_random_features": 24}}
+DECODER = {
+    "n_layers": 1,
+    "d_model": 16,
+    "n_heads": 2,
+    "d_ff": 64,
+    "attention": {**LINEAR["attention"], "head_width": 8, "qkv_bias": False},
+}
 # Name of the preset, and what is changed in it besides the widths.
 KINDS = {
     "geneformer v1": ("geneformer-v1-10m", {}),
     "geneformer v2": ("geneformer-v2-104m", {}),
     "scgpt": ("scgpt-human", {}),
-    "scgpt, batch norm": ("scgpt-human", {"batch_norm": "shared"}),
-    "scbert": ("scbert", {"head_width": 8, "n_random_features": 24}),
+    "scgpt, batch norm": ("scgpt-human", {"embedding": {"batch_norm": "shared"}}),
+    "scbert": ("scbert", {"attention": {"head_width": 8, "n_random_features": 24}}),
     "scfoundation": (
         "scfoundation",
-        {"decoder_layers": 1, "decoder_width": 16, "decoder_heads": 2, "decoder_head_width": 8, "n_value_bins": 10},
+        {"decoder": DECODER, "embedding": {"n_value_bins": 10}},
     ),
     "rank, mean": ("small-rank", {}),
-    "rank, concat": ("small-rank", {"pooling": "concat"}),
+    "rank, concat": ("small-rank", {"pooling": {"how": "concat"}}),
     "rank, linear attention": ("small-rank", LINEAR),
     "bin, cls": ("small-bin", {}),
     "bin, linear attention": ("small-bin", LINEAR),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,11 @@ from safetensors.torch import load_file
 from scfm.encoding import encoding_from_dict
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
+from scfm.models.io import format_1
 from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, SCREEN, VOCABULARY, WEIGHTS
 from scfm.models.network import CellTransformer
 from scfm.models.state import Calibration, Checkpoint, ModelState
 from scfm.vocab import Vocabulary
-
-# Names of tensors in files of format 1, and what they are called now.
-_RENAMED = {"gene_classifier.vote_weights": "gene_classifier.ensemble_weights"}
 
 
 def is_saved(path: Path) -> bool:
@@ -46,9 +42,10 @@ def load_saved(path: Path) -> ModelState:
             "Upgrade: pip install -U single-cell-fm"
         )
     screen = read_weights(path / SCREEN) if (path / SCREEN).is_file() else {}
-    if config.get("format_version") == 1:
-        config, screen = _of_format_1(config)
     try:
+        if config.get("format_version") == 1:
+            screen = format_1.screen_directions(config["history"])
+            config = format_1.content(config)
         network_config = ModelConfig.from_dict(config["network"])
         vocabulary = Vocabulary.from_json(path / VOCABULARY)
         arrays = load_arrays(path / ARRAYS) if (path / ARRAYS).is_file() else {}
@@ -67,7 +64,9 @@ def load_saved(path: Path) -> ModelState:
             "others. Put back the file of this model, or save the model again."
         )
     network = CellTransformer.for_vocabulary(network_config, vocabulary)
-    weights = {_RENAMED.get(name, name): tensor for name, tensor in read_weights(path / WEIGHTS).items()}
+    weights = {
+        format_1.RENAMED_TENSORS.get(name, name): tensor for name, tensor in read_weights(path / WEIGHTS).items()
+    }
     load_weights(network, weights, str(path))
     return ModelState(
         network,
@@ -80,41 +79,6 @@ def load_saved(path: Path) -> ModelState:
         checkpoint=checkpoint,
         history=history,
     )
-
-
-def _of_format_1(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Content of a config.json of format 1 as format 2 has it, and the directions of the screen.
-
-    Format 1 kept calibration, scores, checkpoint and directions (base64 of little-endian float32) in the history.
-    """
-    history = dict(config["history"])
-    fitted = history.pop("calibration", None)
-    published = history.pop("published", None)
-    screen = {}
-    for measure, saved in history.pop("screen", {}).items():
-        flat = torch.frombuffer(bytearray(base64.b64decode(saved["directions"])), dtype=torch.float32)
-        screen[measure] = flat.view(-1, saved["n_projections"])
-    state = {
-        "calibration": fitted
-        and {
-            "n_cells": fitted["n_cells"],
-            "transformer_temperature": fitted["temperature"]["transformer"],
-            "ensemble_temperature": fitted["temperature"]["ensemble"],
-            "typical_distance": fitted["usual_distance"],
-        },
-        "checkpoint": published
-        and {
-            "family": published["family"],
-            "unused": published["unused"],
-            "settings": {name: value for name, value in published.items() if name not in ("family", "unused")},
-        },
-        "objective": next(
-            (stage["objective"] for stage in history.get("stages", []) if stage["name"] == "pretraining"), None
-        ),
-        "scores": history.pop("report", None),
-        "history": history,
-    }
-    return {**config, **state}, screen
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -173,12 +174,12 @@ def read_torch(path: Path) -> Any:
 
 
 def require(config: ModelConfig, settings: Mapping[str, Any], family: str) -> None:
-    """Raise `ModelFileError` unless the network is wired as the family's published code is."""
-    faults = [
-        f"{name} is {getattr(config, name)!r}, not {value!r}"
-        for name, value in settings.items()
-        if getattr(config, name) != value
-    ]
+    """Raise `ModelFileError` unless the network has the architecture of the family's published code.
+
+    Settings are named with dots: "embedding.positions".
+    """
+    found = {name: reduce(getattr, name.split("."), config) for name in settings}
+    faults = [f"{name} is {found[name]!r}, not {value!r}" for name, value in settings.items() if found[name] != value]
     if faults:
         raise ModelFileError(
             f"This model cannot be written as {family}, whose code has no such settings:\n  " + "\n  ".join(faults)

@@ -54,7 +54,7 @@ class Estimator:
         self.cells = cells.to(network.is_gene_V.device)
         self.ranks_move = self.network.embedding.rank is not None and positions == "shift"
         with torch.enable_grad(), self.network.record() as self._recording:
-            self.states_TD = self.network(self.cells, hidden_layer=network.config.embedding_layer)
+            self.states_TD = self.network(self.cells, hidden_layer=network.config.pooling.hidden_layer)
         with torch.no_grad():
             self.mean_BD = self.network.pool(self.states_TD.detach(), self.cells)
         self.cell_T = self.cells.cell_of_token_T()
@@ -79,7 +79,7 @@ class Estimator:
 
     def own_share(self) -> Tensor:
         """(m - h_g) / (N - 1) of each token, shape (T, D); zeros where the embedding is the `cls` state."""
-        if self.network.config.pooling == "cls":
+        if self.network.config.pooling.how == "cls":
             return torch.zeros_like(self.states_TD)
         others_T1 = (self.n_genes_B - 1).clamp(min=1)[self.cell_T, None]
         return (self.mean_BD[self.cell_T] - self.states_TD.detach()) / others_T1
@@ -87,7 +87,7 @@ class Estimator:
     @property
     def factor_T1(self) -> Tensor:
         """N / (N - 1) of each token's cell, shape (T, 1), float64; 1 where the embedding is the `cls` state."""
-        if self.network.config.pooling == "cls":
+        if self.network.config.pooling.how == "cls":
             return torch.ones(self.cells.n_tokens, 1, dtype=torch.float64, device=self.cells.device)
         factor_B = (self.n_genes_B / (self.n_genes_B - 1).clamp(min=1)).double()
         return factor_B[self.cell_T, None]
@@ -111,7 +111,7 @@ class Estimator:
 
     def _backward(self, direction_BD: Tensor, *, with_ranks: bool) -> list[Tensor]:
         """Gradients of direction . m at the attention outputs, and at the rank embeddings."""
-        if self.network.config.pooling == "cls":
+        if self.network.config.pooling.how == "cls":
             cotangent_TD = torch.zeros_like(self.states_TD)
             cotangent_TD[self.cells.cu_seqlens[:-1].long()] = direction_BD.to(cotangent_TD.dtype)
         else:
@@ -177,8 +177,8 @@ def require_screenable(model: Model) -> None:
     """Raise `ValueError` for networks and encodings that the estimator does not describe."""
     config = model.network.config
     obstacle = None
-    if config.pooling not in ("mean", "cls"):
-        obstacle = f"the embedding is pooled by {config.pooling!r}, not by 'mean' or 'cls'"
+    if config.pooling.how not in ("mean", "cls"):
+        obstacle = f"the embedding is pooled by {config.pooling.how!r}, not by 'mean' or 'cls'"
     elif getattr(config, "attention", "softmax") != "softmax":
         obstacle = "attention is linear, so that there is no softmax to take a key out of"
     elif model.encoding.config.include_zeros:

@@ -44,7 +44,7 @@ def own_paths(
     states_TD
         States of the tokens in their places, of the layer that cells are embedded by.
     """
-    if network.config.pooling == "cls":
+    if network.config.pooling.how == "cls":
         return torch.zeros_like(states_TD, dtype=torch.float64)
     moved = at_positions(cells, (cells.position_T() - 1).clamp(min=0))
     hidden_TD = network.states_with_keys(moved, keys)

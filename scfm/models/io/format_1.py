@@ -1,0 +1,111 @@
+"""Content of format 1, in which settings were one flat list and typed state lay in the history, as format 2 has it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+# Names of tensors in files of format 1, and what they are called now.
+RENAMED_TENSORS = {"gene_classifier.vote_weights": "gene_classifier.ensemble_weights"}
+# Group and field of each setting that is not a field of ModelConfig any more.
+_GROUPED = {
+    "head_width": ("attention", "head_width"),
+    "qkv_bias": ("attention", "qkv_bias"),
+    "attention": ("attention", "kind"),
+    "n_random_features": ("attention", "n_random_features"),
+    "redraw_interval": ("attention", "redraw_interval"),
+    "skip_unknown_out": ("attention", "skip_target_projection"),
+    "positions": ("embedding", "positions"),
+    "values": ("embedding", "values"),
+    "n_value_bins": ("embedding", "n_value_bins"),
+    "bin_alpha": ("embedding", "bin_alpha"),
+    "unknown_tokens": ("embedding", "target_input"),
+    "n_token_types": ("embedding", "n_token_types"),
+    "gene_norm": ("embedding", "gene_norm"),
+    "train_gene_embedding": ("embedding", "train_genes"),
+    "embedding_norm": ("embedding", "norm"),
+    "batch_norm": ("embedding", "batch_norm"),
+    "gene_head": ("heads", "genes"),
+    "value_head": ("heads", "values"),
+    "zero_head": ("heads", "zeros"),
+    "value_from_cell_head": ("heads", "values_from_cells"),
+    "batch_labels": ("heads", "batch_labels"),
+    "batch_head": ("heads", "batches"),
+    "class_head": ("classes", "kind"),
+    "n_classes": ("classes", "n_classes"),
+    "n_class_layers": ("classes", "n_layers"),
+    "class_dropout": ("classes", "dropout"),
+    "gene_classifier": ("classes", "gene_classifier"),
+    "pooling": ("pooling", "how"),
+    "embedding_layer": ("pooling", "hidden_layer"),
+    "normalize_embedding": ("pooling", "normalize"),
+}
+
+
+def network_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `ModelConfig` from the flat list of format 1."""
+    settings: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name in _GROUPED:
+            group, field = _GROUPED[name]
+            settings.setdefault(group, {})[field] = value
+        elif not name.startswith("decoder_"):
+            settings[name] = value
+    if flat.get("class_head") == "normalised":
+        settings["classes"]["kind"] = "batch_norm"
+    if flat.get("decoder_layers"):
+        settings["decoder"] = {
+            "n_layers": flat["decoder_layers"],
+            "d_model": flat["decoder_width"],
+            "n_heads": flat["decoder_heads"],
+            "d_ff": 4 * flat["decoder_width"],
+            "attention": {
+                "kind": "linear",
+                "head_width": flat["decoder_head_width"],
+                "qkv_bias": False,
+                "n_random_features": flat["n_random_features"],
+                "redraw_interval": flat["redraw_interval"],
+            },
+        }
+    return settings
+
+
+def screen_directions(history: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Directions of the screen, which format 1 keeps as base64 of little-endian float32."""
+    directions = {}
+    for measure, saved in history.get("screen", {}).items():
+        flat = torch.frombuffer(bytearray(base64.b64decode(saved["directions"])), dtype=torch.float32)
+        directions[measure] = flat.view(-1, saved["n_projections"])
+    return directions
+
+
+def content(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of a config.json of format 1 as format 2 has it; the directions of the screen are files there."""
+    history = dict(config["history"])
+    fitted, published = history.pop("calibration", None), history.pop("published", None)
+    history.pop("screen", None)
+    calibration = fitted and {
+        "n_cells": fitted["n_cells"],
+        "transformer_temperature": fitted["temperature"]["transformer"],
+        "ensemble_temperature": fitted["temperature"]["ensemble"],
+        "typical_distance": fitted["usual_distance"],
+    }
+    checkpoint = published and {
+        "family": published["family"],
+        "unused": published["unused"],
+        "settings": {name: value for name, value in published.items() if name not in ("family", "unused")},
+    }
+    return {
+        **config,
+        "network": network_settings(config["network"]),
+        "calibration": calibration,
+        "checkpoint": checkpoint,
+        "objective": next(
+            (stage["objective"] for stage in history.get("stages", []) if stage["name"] == "pretraining"), None
+        ),
+        "scores": history.pop("report", None),
+        "history": history,
+    }
