@@ -17,7 +17,6 @@ from torch import Tensor
 from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.nn.class_heads import make_class_head
 from scfm.objectives import GeneClassification, class_weights
 from scfm.train import FitConfig, train
 
@@ -73,7 +72,7 @@ def cross_validate_genes(
         _start_from_probe(network, states_VD[gene_ids_G[train_G]], codes_G[train_G])
         labels_V = torch.full((network.config.n_tokens,), -1)
         labels_V[torch.from_numpy(gene_ids_G[train_G])] = torch.from_numpy(codes_G[train_G])
-        objective = GeneClassification(labels_V, class_weights(labels_V, network.config.n_classes, power=1.0))
+        objective = GeneClassification(labels_V, class_weights(labels_V, network.config.classes.n_classes, power=1.0))
         train(network, objective, cells, config, title="gene classes", progress=progress)
         finetuned = Model(network, model.encoding)
         log_proba_VC = _mean_over_cells(finetuned.batches(cells), network, _log_proba_of(network))
@@ -90,9 +89,7 @@ def _default_config(model: Model) -> FitConfig:
 def _with_token_head(network: CellTransformer, n_classes: int) -> CellTransformer:
     """Copy a network and give it a head that classifies each token."""
     copied = copy.deepcopy(network)
-    copied.config = network.config.replace(n_classes=n_classes, class_head="token", gene_classifier=False)
-    copied.class_head = make_class_head(copied.config).to(network.embedding.gene.weight.device)
-    copied.gene_classifier = None
+    copied.add_class_head(n_classes, kind="token", gene_classifier=False)
     return copied
 
 

@@ -117,7 +117,7 @@ class Edges:
 def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
     """Attention of target to source, the mean of the heads, times the cell's tokens."""
     network, config = model.network.eval(), model.network.config
-    if getattr(config, "attention", "softmax") != "softmax":
+    if config.attention.kind != "softmax":
         raise ValueError('This model has linear attention, which has no scores. Use `kind="deletion"`.')
     edges = Edges.none(len(tokens))
     for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):

@@ -179,7 +179,7 @@ def require_screenable(model: Model) -> None:
     obstacle = None
     if config.pooling.how not in ("mean", "cls"):
         obstacle = f"the embedding is pooled by {config.pooling.how!r}, not by 'mean' or 'cls'"
-    elif getattr(config, "attention", "softmax") != "softmax":
+    elif config.attention.kind != "softmax":
         obstacle = "attention is linear, so that there is no softmax to take a key out of"
     elif model.encoding.config.include_zeros:
         obstacle = "unexpressed genes have tokens, so that a deletion changes a value and removes no token"
