@@ -8,7 +8,6 @@ import scipy.sparse as sp
 
 from scfm.annotation.ensemble import fit_ensemble_weights
 from scfm.annotation.gene_classifier import N_DISPERSED, gene_scales
-from scfm.models import ModelConfig
 from scfm.nn import GeneClassifier
 
 
