@@ -17,7 +17,7 @@ adata
 """,
     "model": """
 model
-    A model from `scfm.fit` or `scfm.load`.
+    A model from `scfm.fit` or `scfm.load`, or the path of one.
 """,
     "layer": """
 layer

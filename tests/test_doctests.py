@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 
 import docstring_parser
 import matplotlib
@@ -102,3 +103,9 @@ def test_a_shared_description_that_does_not_exist_is_refused():
 
     with pytest.raises(KeyError, match="progess"):
         document(misspelt)
+
+
+@pytest.mark.parametrize("path", PUBLIC)
+def test_no_description_refers_to_another_docstring(path):
+    """`help` of one function is complete."""
+    assert not re.search(r"As in `", inspect.getdoc(public(path)) or "")

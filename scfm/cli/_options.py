@@ -103,7 +103,7 @@ class _Config:
                 consume_multiple=True,
                 negative_iterable="",
             )
-            annotation = Annotated[_plain(hint) | None, option]
+            annotation = Annotated[_plain(hint) | None, option]  # type: ignore[valid-type]
             options.append(
                 inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
             )

@@ -88,7 +88,13 @@ def recognise(path: str | Path) -> Family:
 
 def opened(model: Model | str | Path) -> Model:
     """Return a model as it is, or open the path or name of one."""
-    return model if isinstance(model, Model) else load(model)
+    if isinstance(model, (str, Path)):
+        return load(model)
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; pass a model, which `scfm.fit` and `scfm.load` return, or its path."
+        )
+    return model
 
 
 @document

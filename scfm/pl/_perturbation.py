@@ -154,8 +154,9 @@ def volcano(
     ax.scatter(mean[~sure], height[~sure], s=10, color="#BBBBBB", linewidths=0)
     ax.scatter(mean[sure], height[sure], s=14, color=COLORS[5], linewidths=0)
     ax.axhline(-np.log10(max_fdr), color=GREY, lw=0.8, ls="--")
-    line = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 7, "color": GREY}
-    ax.text(0.99, -np.log10(max_fdr), f"FDR = {max_fdr:g}", **line)
+    side = ax.get_yaxis_transform()
+    height_of_line, words_of_line = -np.log10(max_fdr), f"FDR = {max_fdr:g}"
+    ax.text(0.99, height_of_line, words_of_line, transform=side, ha="right", va="bottom", fontsize=7, color=GREY)
     points = pd.DataFrame({"x": mean[sure], "y": height[sure]})
     name_points(ax, points.nlargest(n_names, ["y", "x"]))
     ax.set_ylabel("-log10 false discovery rate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from scfm.data.matrix import BLOCK_ROWS, CountMatrix, require_adata
 from scfm.encoding.base import Backend, Encoding
 from scfm.encoding.genes import GeneMap
 from scfm.errors import EmptyCellError
+from scfm.families.loading import opened
 
 
 @document
@@ -93,12 +95,14 @@ def require_cells(adata: Any) -> None:
 
 
 def encoding_of(model_or_encoding: Any) -> Encoding:
-    """Take the encoding of a model, or an encoding as it is."""
+    """Return the encoding of a model or of the path of one, or an encoding as it is."""
+    if isinstance(model_or_encoding, (str, Path)):
+        return opened(model_or_encoding).encoding
     encoding = getattr(model_or_encoding, "encoding", model_or_encoding)
     if not isinstance(encoding, Encoding):
         raise TypeError(
-            f"`model_or_encoding` is a {type(model_or_encoding).__name__}; pass a model, which `scfm.fit` gives and "
-            "`scfm.load` opens, or an encoding from `scfm.encoding.make_encoding`."
+            f"`model_or_encoding` is a {type(model_or_encoding).__name__}; pass a model, which `scfm.fit` and "
+            "`scfm.load` return, its path, or an encoding from `scfm.encoding.make_encoding`."
         )
     return encoding
 

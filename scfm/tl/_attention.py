@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import anndata
 import pandas as pd
 
 from scfm import perturbation
 from scfm._docs import document
+from scfm.families.loading import opened
 from scfm.models.model import Model
 
 
 @document
 def attention(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     genes: Sequence[str],
     *,
     hidden_layer: int = -1,
@@ -64,6 +66,7 @@ def attention(
     >>> scfm.tl.attention(b_cells, model, ["CD74", "CD79A", "HLA-DRA"]).shape
     (3, 3)
     """
+    model = opened(model)
     return perturbation.attention(
         adata,
         model,

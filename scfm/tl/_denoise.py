@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from scfm._docs import document
 from scfm.data import CellBatch, CountMatrix
 from scfm.encoding import GeneMap
 from scfm.errors import ModelTaskError
+from scfm.families.loading import opened
 from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
 from scfm.pp._encode import gene_map
 from scfm.pp._expression import log_normalized_counts
@@ -25,7 +28,7 @@ from scfm.tl._record import record
 @document
 def denoise(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     target_depth: float | None = None,
     layer: str | None = None,
@@ -80,6 +83,7 @@ def denoise(
     >>> adata.layers["scfm_denoised"].shape
     (20, 50)
     """
+    model = opened(model)
     if "target_depth" not in model.encoding.config.special_roles or model.network.value_head is None:
         raise ModelTaskError(
             f"Denoising needs a model with a continuous encoding and a value head; this one has a "
@@ -120,7 +124,7 @@ def thin_counts(counts_BG: sparse.csr_matrix, rate: float, seed: int = 0) -> spa
 @document
 def evaluate_denoising(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     rate: float = 0.2,
     n_neighbors: int = 15,
@@ -170,6 +174,7 @@ def evaluate_denoising(
     >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
     ['scfm', 'no change', 'mean of 15 nearest neighbours', 'own counts and neighbours, weighed']
     """
+    model = opened(model)
     original_BG = log_normalized_counts(adata, layer=layer).toarray()
     counts_BG = sparse.vstack(
         [block for _, block, _ in CountMatrix.from_adata(adata, layer=layer).blocks()], format="csr"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 
 from scfm import pp
 from scfm._docs import document
+from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.tl._record import record
 
@@ -13,7 +16,7 @@ from scfm.tl._record import record
 @document
 def embed(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     layer: str | None = None,
     gene_key: str | None = None,
@@ -59,6 +62,7 @@ def embed(
     >>> adata.obsm["X_scfm"].shape
     (700, 128)
     """
+    model = opened(model)
     adata = adata.copy() if copy else adata
     cells = pp.encode(adata, model, layer=layer, gene_key=gene_key)
     how = {"hidden_layer": hidden_layer, "pooling": pooling, "normalize": normalize, "precision": precision}

@@ -21,6 +21,7 @@ from scfm._files import atomic_write, require_writable
 from scfm.data import open_counts
 from scfm.data.files import count_rows
 from scfm.data.ranks import gather, share_of, torchrun_rank
+from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.pp._encode import gene_map, refuse_empty
 from scfm.tl._record import record_of
@@ -33,7 +34,7 @@ BLOCK_CELLS = 1024  # cells between two notes of the progress; seconds of work o
 def embed_files(
     paths: Sequence[str | Path],
     out: str | Path,
-    model: Model,
+    model: Model | str | Path,
     *,
     layer: str | None = None,
     gene_key: str | None = None,
@@ -96,6 +97,9 @@ def embed_files(
     >>> np.load(folder / "pbmc.npy").shape
     (700, 128)
     """
+    model = opened(model)
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"`paths` is one path ({paths}); pass a list of paths: [{str(paths)!r}].")
     files, out = [Path(path) for path in paths], Path(out)
     require_writable(out, SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -12,13 +14,14 @@ import torch
 from scfm import pp
 from scfm._docs import document
 from scfm.data import CellBatch
+from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 
 
 @document
 def gene_embeddings(
     adata: anndata.AnnData | None,
-    model: Model,
+    model: Model | str | Path,
     *,
     layer: str | None = None,
     gene_key: str | None = None,
@@ -54,6 +57,7 @@ def gene_embeddings(
     >>> scfm.tl.gene_embeddings(adata, model, min_cells=10).shape[1]
     128
     """
+    model = opened(model)
     vocabulary = model.encoding.vocabulary
     gene_ids = torch.from_numpy(vocabulary.gene_ids).to(model.device)
     if adata is None:

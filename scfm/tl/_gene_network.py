@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 import pandas as pd
 
 from scfm import perturbation
 from scfm._docs import document
+from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.tl._record import store_table
 
@@ -14,7 +17,7 @@ from scfm.tl._record import store_table
 @document
 def gene_network(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     genes: list[str] | None = None,
     kind: str = "attention",
@@ -75,6 +78,7 @@ def gene_network(
     >>> len(edges)
     6
     """
+    model = opened(model)
     table = perturbation.gene_network(
         adata,
         model,

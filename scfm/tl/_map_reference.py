@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ from scfm import pp
 from scfm._docs import document
 from scfm.data.labels import Labels
 from scfm.errors import LabelsError
+from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import require_cells
 from scfm.tl._record import record
@@ -23,7 +26,7 @@ from scfm.tl._record import record
 def map_reference(
     query: anndata.AnnData,
     reference: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     labels_key: str,
     n_neighbors: int = 15,
@@ -79,6 +82,7 @@ def map_reference(
     >>> query.obsm["scfm_mapped_neighbors"].shape
     (50, 15)
     """
+    model = opened(model)
     require_cells(query)
     labels = Labels.from_obs(reference.obs, labels_key)
     if len(labels.labelled) < n_neighbors:

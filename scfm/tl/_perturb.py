@@ -9,6 +9,7 @@ import pandas as pd
 
 from scfm import perturbation
 from scfm._docs import document
+from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.perturbation.variants import Genes
 from scfm.tl._record import store_table
@@ -17,7 +18,7 @@ from scfm.tl._record import store_table
 @document
 def perturb(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     genes: Genes | None = None,
     kind: str = "delete",
@@ -120,6 +121,7 @@ def perturb(
     >>> scfm.tl.perturb(adata, model, genes=["CD74", "CST3"], progress=False).index.name
     'gene'
     """
+    model = opened(model)
     table = perturbation.perturb(
         adata,
         model,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import anndata
 import pandas as pd
 
 from scfm import perturbation
 from scfm._docs import document
+from scfm.families.loading import opened
 from scfm.models.model import Model
 
 
 @document
 def predict_perturbation(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     perturbation_key: str,
     control: str,
@@ -72,6 +74,7 @@ def predict_perturbation(
     >>> change.loc["scfm"].shape
     (2, 765)
     """
+    model = opened(model)
     return perturbation.predict_perturbation(
         adata,
         model,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 import pandas as pd
 
 from scfm import perturbation
 from scfm._docs import document
+from scfm.families.loading import opened
 from scfm.models.model import Model
 
 
 @document
 def score_perturbation_prediction(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     perturbation_key: str,
     control: str,
@@ -63,6 +66,7 @@ def score_perturbation_prediction(
     >>> sorted(set(scores["method"]))
     ['additive', 'bilinear ridge', 'no change', 'scfm', 'train mean']
     """
+    model = opened(model)
     return perturbation.score_perturbation_prediction(
         adata,
         model,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 import pandas as pd
 
 from scfm import perturbation
 from scfm._docs import document
+from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.tl._record import store_table
 
@@ -14,7 +17,7 @@ from scfm.tl._record import store_table
 @document
 def screen(
     adata: anndata.AnnData,
-    model: Model,
+    model: Model | str | Path,
     *,
     groupby: str | None = None,
     start: str | None = None,
@@ -94,6 +97,7 @@ def screen(
     >>> int(table["exact"].sum()) - 20
     5
     """
+    model = opened(model)
     table = perturbation.screen(
         adata,
         model,

@@ -1,0 +1,40 @@
+"""Functions take a model or its path, and say what they take if they get something else."""
+
+import numpy as np
+import pytest
+
+import scfm
+
+
+@pytest.fixture(scope="module")
+def adata():
+    return scfm.datasets.pbmc()[:30].copy()
+
+
+@pytest.fixture(scope="module")
+def path(adata, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "model"
+    scfm.fit(adata.copy(), config=scfm.FitConfig(n_steps=1), progress=False).save(path)
+    return path
+
+
+def test_a_path_gives_what_its_model_gives(adata, path):
+    model = scfm.load(path)
+    np.testing.assert_array_equal(
+        scfm.tl.embed(adata, str(path), copy=True).obsm["X_scfm"], scfm.tl.embed(adata, model, copy=True).obsm["X_scfm"]
+    )
+    assert scfm.pp.check(adata, path).ok
+    assert scfm.tl.gene_embeddings(adata, path).equals(scfm.tl.gene_embeddings(adata, model))
+
+
+@pytest.mark.parametrize("call", [scfm.tl.embed, scfm.tl.perturb, scfm.tl.gene_embeddings, scfm.tl.denoise])
+def test_what_is_not_a_model_is_named(adata, call):
+    with pytest.raises(scfm.errors.ModelFileError, match="no/such/model"):
+        call(adata, "no/such/model")
+    with pytest.raises(TypeError, match="`model` is a AnnData; pass a model"):
+        call(adata, adata)
+
+
+def test_one_path_in_place_of_a_list_is_named(path, tmp_path):
+    with pytest.raises(TypeError, match=r"pass a list of paths: \['cells.h5ad'\]"):
+        scfm.tl.embed_files("cells.h5ad", tmp_path / "out.npy", path)
