@@ -1,6 +1,6 @@
-"""The simple methods that every score is held against.
+"""The simple methods that every score is compared with.
 
-All of them see log1p counts per 10,000, are fitted with scikit-learn, and are scored on the same held-out cells as the
+All of them use log1p counts per 10,000, are fitted with scikit-learn, and are scored on the same held-out cells as the
 model.
 """
 
@@ -24,34 +24,15 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
-TARGET_SUM = 1e4
-MOST_ROWS_TO_TURN = 4000  # the cost grows with the cube
+from scfm.data.counts import log_normalize
+
+__all__ = [
+    "RowSpace", "annotation_baselines", "expected_calibration_error", "log_normalize", "score_annotation_baselines",
+    "score_proba", "scores", "smooth_over_neighbors",
+]  # fmt: skip
+
+MAX_ROWS_TO_PROJECT = 4000  # the cost grows with the cube
 COLUMNS_AT_A_TIME = 4096
-
-
-def log_normalize(counts_BG: sparse.csr_matrix, depth_B: NDArray[np.floating] | None = None) -> sparse.csr_matrix:
-    """log1p of counts per 10,000, shape (B, G), float32; `depth_B` replaces the row sums where the matrix is a part.
-
-    Parameters
-    ----------
-    counts_BG
-        Raw counts, shape (B, G), CSR.
-    depth_B
-        Total counts of each cell, shape (B,), where the matrix holds only some of its genes; None to sum the rows.
-
-    Examples
-    --------
-    >>> import numpy as np, scfm
-    >>> from scipy.sparse import csr_matrix
-    >>> scfm.baselines.log_normalize(csr_matrix([[1.0, 3.0]])).toarray().astype(float).round(2).tolist()
-    [[7.82, 8.92]]
-    """
-    counts_BG = sparse.csr_matrix(counts_BG, dtype=np.float32, copy=True)
-    depth_B = np.asarray(counts_BG.sum(1)).ravel() if depth_B is None else np.asarray(depth_B, dtype=np.float64)
-    scale_B = TARGET_SUM / np.maximum(depth_B, 1e-12)
-    counts_BG.data *= np.repeat(scale_B, np.diff(counts_BG.indptr)).astype(np.float32)
-    np.log1p(counts_BG.data, out=counts_BG.data)
-    return counts_BG
 
 
 def annotation_baselines(n_cells: int, n_genes: int, seed: int = 0) -> dict[str, Pipeline | DummyClassifier]:
@@ -100,7 +81,7 @@ class RowSpace(TransformerMixin, BaseEstimator):
     def fit(self, rows_BG: sparse.csr_matrix, labels_B: object = None) -> RowSpace:
         n_rows, n_columns = rows_BG.shape
         self.rows_BG_: sparse.csr_matrix | None = None
-        if n_rows < min(n_columns, MOST_ROWS_TO_TURN):
+        if n_rows < min(n_columns, MAX_ROWS_TO_PROJECT):
             self.rows_BG_ = sparse.csr_matrix(rows_BG)
             square_R, turn_BR = np.linalg.eigh(_products(self.rows_BG_, self.rows_BG_))
             spans = square_R > 1e-10 * square_R[-1]

@@ -39,10 +39,10 @@ def strip_version(name: str) -> str:
     return _VERSION.sub("", name) if is_ensembl(name) else name
 
 
-def guess_id_type(names: Sequence[str]) -> IdType:
+def guess_id_type(names: Sequence[str | None]) -> IdType:
     """Say which kind of name most of `names` are; a sample of 2,000 spread over the list decides."""
-    sample = names[:: max(1, len(names) // 2000)]
-    if not len(sample):
+    sample = [name for name in names[:: max(1, len(names) // 2000)] if name is not None]
+    if not sample:
         return "other"
     ensembl = sum(map(is_ensembl, sample)) / len(sample)
     if ensembl > 0.5:
@@ -52,12 +52,12 @@ def guess_id_type(names: Sequence[str]) -> IdType:
 
 
 class Vocabulary:
-    """Tokens in order; a token's place is its id. Immutable.
+    """Tokens in order; a token's position is its id. Immutable.
 
     Parameters
     ----------
     tokens
-        Every token, genes and specials, in the order of their ids.
+        Every token, genes and special tokens, in the order of their ids.
     special
         Role to token, such as ``{"pad": "<pad>", "mask": "<mask>"}``; every token named must be in `tokens`.
         All other tokens are genes.
@@ -69,7 +69,7 @@ class Vocabulary:
     Raises
     ------
     ValueError
-        If a token occurs twice, or a special or an alias points to no token.
+        If a token occurs twice, or a special token or an alias is not among the tokens.
 
     Examples
     --------
@@ -90,9 +90,9 @@ class Vocabulary:
         aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.tokens: tuple[str, ...] = tuple(map(str, tokens))
-        self._ids = {token: place for place, token in enumerate(self.tokens)}
+        self._ids = {token: position for position, token in enumerate(self.tokens)}
         if len(self._ids) < len(self.tokens):
-            twice = next(token for place, token in enumerate(self.tokens) if self._ids[token] != place)
+            twice = next(token for position, token in enumerate(self.tokens) if self._ids[token] != position)
             raise ValueError(f"Token {twice!r} occurs more than once; a vocabulary needs distinct tokens.")
         self.special: Mapping[str, str] = MappingProxyType(dict(special))
         for role, token in self.special.items():
@@ -114,7 +114,7 @@ class Vocabulary:
         special: Sequence[str] = ("pad", "mask", "cls", "eos"),
         id_type: IdType | None = None,
     ) -> Vocabulary:
-        """Build a vocabulary of the given specials, then the given genes, in their order."""
+        """Build a vocabulary of the given special tokens, then the given genes, in their order."""
         specials = {role: DEFAULT_SPECIALS.get(role, f"<{role}>") for role in special}
         return cls([*specials.values(), *names], special=specials, id_type=id_type)
 
@@ -147,7 +147,9 @@ class Vocabulary:
     def gene_ids(self) -> NDArray[np.int32]:
         """Ids of the tokens that are genes, ascending, shape (n_genes,), int32."""
         specials = set(self.special.values())
-        return np.array([place for place, token in enumerate(self.tokens) if token not in specials], dtype=np.int32)
+        return np.array(
+            [position for position, token in enumerate(self.tokens) if token not in specials], dtype=np.int32
+        )
 
     def special_id(self, role: str) -> int | None:
         """Id of the special token of this role; None where there is none."""
@@ -171,22 +173,61 @@ class Vocabulary:
         return self.special_id("eos")
 
     def token_ids(self, names: Iterable[str]) -> NDArray[np.int32]:
-        """Look names up as they are written, then as aliases; -1 where neither is known. Shape (n,), int32."""
+        """Look names up as they are written, then as aliases; -1 if neither is found. Shape (n,), int32."""
         ids, aliases = self._ids, self.aliases
         found = (ids.get(name, -1) if name in ids else ids.get(aliases.get(name, ""), -1) for name in names)
         return np.fromiter(found, dtype=np.int32)
 
+    def find(self, names: Sequence[str | None]) -> tuple[NDArray[np.int32], int]:
+        """Look up genes as data name them: as written, as an alias, or without the version of an Ensembl id.
+
+        Versions are ignored on both sides: ENSG00000019582.14 finds ENSG00000019582, and the reverse.
+
+        Parameters
+        ----------
+        names
+            Names of genes; None for a gene without one.
+
+        Returns
+        -------
+        Token ids, shape (n,), int32, -1 for what is not a gene of the vocabulary; and how many were found only without
+        their version.
+        """
+        ids = self.token_ids("" if name is None else name for name in names)
+        ids[np.array([name is None for name in names], dtype=bool)] = -1
+        rest = np.flatnonzero(ids < 0)
+        bare = [strip_version(names[place] or "") for place in rest]
+        found = self.token_ids(bare)
+        found = np.where(found >= 0, found, [self._unversioned.get(name, -1) for name in bare]).astype(np.int32)
+        found[[not name for name in bare]] = -1
+        ids[rest] = found
+        special = np.setdiff1d(np.arange(len(self)), self.gene_ids)
+        ids[np.isin(ids, special)] = -1
+        return ids, int((found >= 0).sum())
+
+    @cached_property
+    def _unversioned(self) -> dict[str, int]:
+        """Ensembl ids whose token has a version to token id; those of which several versions are tokens are left out."""
+        ids: dict[str, int] = {}
+        twice = set()
+        for token, position in self._ids.items():
+            bare = strip_version(token)
+            if bare != token:
+                twice |= {bare} & ids.keys()
+                ids[bare] = position
+        return {bare: position for bare, position in ids.items() if bare not in twice}
+
     def require(self, names: Sequence[str]) -> NDArray[np.int32]:
-        """Look up genes that must be there.
+        """Look up genes that must be in the vocabulary.
 
         Raises
         ------
         VocabularyMismatchError
-            If a name is unknown; says which, and how names are written here.
+            If a name is missing; says which, and how the names of the vocabulary are written.
         """
         ids = self.token_ids(names)
         if (ids < 0).any():
-            missing = [name for name, place in zip(names, ids) if place < 0]
+            missing = [name for name, token_id in zip(names, ids) if token_id < 0]
             raise VocabularyMismatchError(
                 f"{len(missing)} of {len(names)} genes are not in the vocabulary: {', '.join(map(repr, missing[:5]))}. "
                 f"It holds {self.n_genes} genes by {self.id_type}, such as {self.genes[0]!r}; names are case-sensitive."

@@ -164,7 +164,9 @@ def find(
         name = names[places[0]]
         if isinstance(frame, pd.DataFrame):
             return frame.iloc[:, places[0]]
-        return frame[[name]].to_memory()[name]  # a lazy table
+        if hasattr(frame, "read_column"):  # a table of a file
+            return frame.read_column(name)
+        return frame[[name]].to_memory()[name]  # what anndata's read_lazy has
     if places:
         raise error(f"`{where}` has {len(places)} columns named {key!r} (`{argument}`). Rename all but one of them.")
     texts = [str(name) for name in names]

@@ -15,12 +15,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from scfm.data.batch import CellBatch
-from scfm.data.counts import row_totals
+from scfm.data.counts import canonical_csr, row_totals
 from scfm.data.host import host_module, host_threads
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import boundaries
 from scfm.encoding.registry import ENCODINGS
+from scfm.errors import VocabularyMismatchError
 from scfm.vocab import Vocabulary
 
 Backend = Literal["auto", "compiled", "numpy"]
@@ -45,7 +46,7 @@ class Encoding(ABC):
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()
     >>> encoding = scfm.encoding.make_encoding("rank", adata=adata)
-    >>> genes = scfm.encoding.GeneMap.from_var(adata.var, encoding.vocabulary)
+    >>> genes = scfm.encoding.GeneMap.of(scfm.data.CountSource.of(adata), encoding.vocabulary)
     >>> cells = encoding.encode(adata.X[:2], genes)
     >>> cells.lengths_B.tolist() == (adata.X[:2] > 0).sum(1).ravel().tolist()[0]  # a token for each expressed gene
     True
@@ -116,7 +117,7 @@ class Encoding(ABC):
         Parameters
         ----------
         counts
-            Raw counts, shape (B, n_vars), CSR or anything that converts to it; already checked.
+            Raw counts, shape (B, n_vars), dense or sparse.
         genes
             Token of each column.
         depth_B
@@ -132,10 +133,17 @@ class Encoding(ABC):
         CellBatch with `cell_index_B` from 0, `depth_B`, and int64 `cu_seqlens`. Cells without a known gene have only
         special tokens, or none.
         """
-        block = counts if sp.issparse(counts) and counts.format == "csr" else sp.csr_matrix(counts)
+        if genes.vocabulary is not self.vocabulary and genes.vocabulary.fingerprint != self.vocabulary.fingerprint:
+            raise VocabularyMismatchError(
+                f"`genes` maps to another vocabulary ({genes.vocabulary}) than the encoding has ({self.vocabulary}). Map the "
+                "genes with `GeneMap.of(counts, encoding.vocabulary)`."
+            )
+        block = canonical_csr(counts, name="`counts`")
         if block.shape[1] != genes.n_vars:
             raise ValueError(f"`counts` has {block.shape[1]} columns; `genes` maps {genes.n_vars}.")
         depths = row_totals(block) if depth_B is None else np.ascontiguousarray(depth_B, dtype=np.float64)
+        if depths.shape != (block.shape[0],):
+            raise ValueError(f"`depth_B` has shape {depths.shape}; `counts` has {block.shape[0]} cells.")
         draw = None if rng is None else int(rng.integers(2**63))
         host = _choose_backend(backend) if self._compiled_serves(block, genes) else None
         if host is None:
@@ -149,6 +157,11 @@ class Encoding(ABC):
             cell_index_B=torch.arange(block.shape[0]),
             depth_B=torch.from_numpy(depths.astype(np.float32)),
         )
+
+    def encodes(self, genes: GeneMap) -> NDArray[np.bool_]:
+        """Which columns can become tokens: those of genes of the vocabulary, for rank with a median; shape (n_vars,)."""
+        encodes = genes.token_ids >= 0
+        return encodes if self.medians is None else encodes & ~np.isnan(self.medians[genes.token_ids])
 
     def replace(self, **changes: Any) -> Encoding:
         """Return the same encoding with some settings changed."""

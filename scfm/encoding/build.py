@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from scfm.data.matrix import CountMatrix
+from scfm.data.source import CountSource
 from scfm.encoding.base import Encoding
 from scfm.encoding.config import EncodingConfig
-from scfm.encoding.genes import GeneMap, gene_names
+from scfm.encoding.genes import GeneMap, several_columns
 from scfm.encoding.registry import ENCODINGS
 from scfm.errors import CountsError, ModelFileError, VocabularyMismatchError
-from scfm.vocab import Vocabulary
+from scfm.vocab import Vocabulary, strip_version
 
 
 def make_encoding(
@@ -34,7 +34,7 @@ def make_encoding(
     kind
         "rank", "bin", "bucket" or "continuous" with that family's settings, or all settings.
     adata
-        Raw counts: an AnnData in any form, or an open `CountMatrix`; only needed for what is not given.
+        Raw counts, in any form that `CountSource.of` takes; only needed for what is not given.
     vocabulary
         Token ids; None to build it of the genes that at least one cell of `adata` expresses, in the order of the data,
         with `pad`, `mask` and the special tokens that the settings ask for.
@@ -67,17 +67,17 @@ def make_encoding(
         )
     if vocabulary is None and medians is not None:
         raise ValueError("`medians` go by token id, so they need their `vocabulary`.")
-    counts = (
-        adata if isinstance(adata, CountMatrix) else CountMatrix.from_adata(adata, layer=layer, depth_key=depth_key)
-    )
+    counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
     if vocabulary is None:
-        vocabulary = build_vocabulary(counts, config, gene_key=gene_key)
-    genes = GeneMap.from_var(counts.var, vocabulary, gene_key=gene_key, duplicates=config.duplicates)
+        vocabulary = build_vocabulary(counts, config)
+    genes = GeneMap.of(counts, vocabulary, duplicates=config.duplicates)
     return encoding_class.fit(((block, depth_B) for _, block, depth_B in counts.blocks()), genes, config)
 
 
-def build_vocabulary(counts: CountMatrix, config: EncodingConfig, *, gene_key: str | None = None) -> Vocabulary:
+def build_vocabulary(counts: CountSource, config: EncodingConfig) -> Vocabulary:
     """Make a vocabulary of the genes that are expressed at least once, in the order of the data.
+
+    Genes without a name are left out, and Ensembl ids lose their versions.
 
     Parameters
     ----------
@@ -85,8 +85,6 @@ def build_vocabulary(counts: CountMatrix, config: EncodingConfig, *, gene_key: s
         Raw counts.
     config
         Settings of the encoding, which say what special tokens it needs.
-    gene_key
-        Column of `var` with the gene names; None to use `var_names`.
 
     Raises
     ------
@@ -98,26 +96,25 @@ def build_vocabulary(counts: CountMatrix, config: EncodingConfig, *, gene_key: s
     Examples
     --------
     >>> import scfm
-    >>> counts = scfm.data.CountMatrix.from_adata(scfm.datasets.pbmc())
+    >>> counts = scfm.data.CountSource.of(scfm.datasets.pbmc())
     >>> vocabulary = scfm.encoding.build_vocabulary(counts, scfm.EncodingConfig(kind="bin"))
     >>> vocabulary.n_genes, list(vocabulary.special)
     (765, ['pad', 'mask', 'cls'])
     """
-    names, source = gene_names(counts.var, gene_key=gene_key)
-    expressed = np.zeros(counts.n_vars, dtype=bool)
+    names, source = counts.names()
+    is_expressed = np.zeros(counts.n_vars, dtype=bool)
     for _, block, _ in counts.blocks():
-        expressed[block.indices[block.data != 0]] = True
-    if not expressed.any():
+        is_expressed[block.indices] = True
+    if not is_expressed.any():
         raise CountsError(f"{counts.name} holds no counts at all ({counts.n_obs} cells x {counts.n_vars} genes).")
-    seen = [name for name, is_seen in zip(names, expressed) if is_seen]
-    distinct = list(dict.fromkeys(seen))
-    if len(distinct) < len(seen) and config.duplicates == "error":
+    genes = [strip_version(name) if name is not None and seen else None for name, seen in zip(names, is_expressed)]
+    distinct = list(dict.fromkeys(gene for gene in genes if gene is not None))
+    if not distinct:
         raise VocabularyMismatchError(
-            f"{len(seen) - len(distinct)} names in {source} are duplicated (such as "
-            f"{next(name for place, name in enumerate(seen) if name in seen[:place])!r}). Keep one column of each "
-            "(`adata[:, ~adata.var_names.duplicated()]`), or fit with an encoding that sums them "
-            '(`encoding=scfm.EncodingConfig(kind=..., duplicates="sum")`).'
+            f"None of the {counts.n_vars} genes has a name in {source}. Pass another `gene_key`."
         )
+    if len(distinct) < sum(gene is not None for gene in genes) and config.duplicates == "error":
+        raise VocabularyMismatchError(several_columns(names, [-1 if gene is None else gene for gene in genes], source))
     return Vocabulary.from_genes(distinct, special=["pad", "mask", *config.special_roles])
 
 

@@ -1,72 +1,70 @@
-"""`GeneMap`: which token each column of a matrix is, and how well data and vocabulary fit."""
+"""`GeneMap`: which token each column of a matrix is, and how well data and vocabulary match."""
+
+# Axes: G genes of the matrix.
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from scfm.data.source import CountSource
 from scfm.encoding.config import DuplicatePolicy
 from scfm.errors import VocabularyMismatchError
-from scfm.vocab import IdType, Vocabulary, guess_id_type, is_ensembl, strip_version
-
-logger = logging.getLogger(__name__)
+from scfm.vocab import IdType, Vocabulary, guess_id_type, is_ensembl
 
 MIN_COVERAGE = 0.1
+_FIRST_ROWS = 200  # cells by which the fraction of the counts that is matched is judged
 
-# Where data sets keep the other kind of name, most specific first: cellxgene (feature_name, feature_id), 10x through
-# scanpy (gene_ids), and common hand-made names.
-_COLUMNS = {
-    "symbol": ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol", "hgnc_symbol"),
-    "ensembl": ("feature_id", "gene_ids", "ensembl_id", "ensembl_ids", "gene_id", "ensembl", "ensembl_gene_id"),
-}
 _ENSEMBL_SPECIES = {"ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSSSCG": "pig",
                     "ENSMMUG": "macaque", "ENSMFAG": "macaque", "ENSPTRG": "chimpanzee"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneReport:
-    """How the genes of the data and those of the vocabulary fit together.
+    """How the genes of the data and those of the vocabulary match.
 
     Attributes
     ----------
     source
         Where names were taken from: "var_names" or 'var["column"]'.
-    n_vars, n_known, n_vocabulary
-        Genes of the data, those of them that the vocabulary knows, and genes of the vocabulary.
-    gene_share, count_share
-        Share of the data's genes, and of its counts (None where not measured), that is known.
+    n_vars, n_matched, n_vocabulary
+        Number of genes of the data, of those that are in the vocabulary, and of genes of the vocabulary.
+    n_unnamed
+        Number of genes of the data without a name.
+    gene_fraction, count_fraction
+        Fraction of the data's genes, and of its counts (None if they were not given), that is in the vocabulary.
     id_type, species
-        What the names look like; species is "unknown" where they do not tell.
+        What the names look like; species is "unknown" if they do not show it.
     vocabulary_id_type, vocabulary_species
-        The same of the vocabulary.
+        The same for the vocabulary.
     n_unversioned, n_aliased
-        Names known only after dropping an Ensembl version, or through an alias.
+        Number of names found only without their Ensembl version, or through an alias.
     duplicated
-        Genes that several columns stand for.
-    unknown
-        The first few names that are not known.
+        Genes that have several columns.
+    unmatched
+        The first few names that are not in the vocabulary.
 
     Examples
     --------
     >>> import scfm
     >>> vocabulary = scfm.Vocabulary.from_genes(["CD74", "CST3"], special=("pad",))
     >>> print(scfm.encoding.GeneMap.from_names(["CST3", "INS"], vocabulary, gene_totals=[30, 10]).report)
-    1 of 2 genes known (50.0%, 75.0% of the counts), by names; 2 genes in the vocabulary
+    1 of 2 genes matched (50.0%, 75.0% of the counts), by names; 2 genes in the vocabulary
     """
 
     source: str
     n_vars: int
-    n_known: int
+    n_matched: int
     n_vocabulary: int
-    gene_share: float
-    count_share: float | None
+    n_unnamed: int
+    gene_fraction: float
+    count_fraction: float | None
     id_type: IdType
     species: str
     vocabulary_id_type: IdType
@@ -74,18 +72,18 @@ class GeneReport:
     n_unversioned: int
     n_aliased: int
     duplicated: tuple[str, ...]
-    unknown: tuple[str, ...]
+    unmatched: tuple[str, ...]
 
     @property
     def coverage(self) -> float:
-        """The larger of two shares: of the data's counts (or genes) that are known, of the vocabulary that is found."""
-        known = self.gene_share if self.count_share is None else self.count_share
-        return max(known, len_ratio(self.n_known, self.n_vocabulary))
+        """The larger of two fractions: of the data's counts (or genes), and of the vocabulary, that is matched."""
+        matched = self.gene_fraction if self.count_fraction is None else self.count_fraction
+        return max(matched, _ratio(self.n_matched, self.n_vocabulary))
 
     def __str__(self) -> str:
-        counts = "" if self.count_share is None else f", {self.count_share:.1%} of the counts"
+        counts = "" if self.count_fraction is None else f", {self.count_fraction:.1%} of the counts"
         return (
-            f"{self.n_known} of {self.n_vars} genes known ({self.gene_share:.1%}{counts}), by {self.source}; "
+            f"{self.n_matched} of {self.n_vars} genes matched ({self.gene_fraction:.1%}{counts}), by {self.source}; "
             f"{self.n_vocabulary} genes in the vocabulary"
         )
 
@@ -99,9 +97,9 @@ class GeneMap:
     vocabulary
         The vocabulary that the ids belong to.
     token_ids
-        Shape (n_vars,), int32; -1 where the gene is not known.
+        Shape (n_vars,), int32; -1 for a gene that is not in the vocabulary.
     report
-        How well the two fit.
+        How well the two match.
 
     Examples
     --------
@@ -116,6 +114,13 @@ class GeneMap:
     token_ids: NDArray[np.int32]
     report: GeneReport
 
+    def __post_init__(self) -> None:
+        ids = self.token_ids
+        if len(ids) and not -1 <= ids.min() <= ids.max() < len(self.vocabulary):
+            raise ValueError(
+                f"`token_ids` run {ids.min()}..{ids.max()}; they must be -1 or a token of {self.vocabulary}."
+            )
+
     @property
     def n_vars(self) -> int:
         return len(self.token_ids)
@@ -127,7 +132,7 @@ class GeneMap:
     @classmethod
     def from_names(
         cls,
-        names: Sequence[str],
+        names: Sequence[str | None],
         vocabulary: Vocabulary,
         *,
         duplicates: DuplicatePolicy = "error",
@@ -135,121 +140,105 @@ class GeneMap:
         min_coverage: float = MIN_COVERAGE,
         source: str = "names",
     ) -> GeneMap:
-        """Look each name up: as written, without its Ensembl version, as an alias; never with its case changed.
+        """Look each name up: as written, as an alias, without its Ensembl version; never with its case changed.
 
         Parameters
         ----------
         names
-            Names of the columns.
+            Names of the columns; None for a gene without one.
         vocabulary
             Where to look them up.
         duplicates
-            Whether columns that are one gene are refused ("error") or to be summed ("sum").
+            Whether several columns of one gene are an error ("error") or are summed ("sum").
         gene_totals
-            Counts of each column, shape (n_vars,), over some or all cells; for the share of counts that is known.
+            Counts of each column, shape (n_vars,), over some or all cells; for the fraction of counts that is matched.
         min_coverage
-            Smallest `GeneReport.coverage` that is not an error; 0 to accept anything but nothing.
+            Smallest `GeneReport.coverage` that is accepted; with 0, one matched gene is enough.
         source
-            What to call the place where names came from.
+            Where the names come from, for errors.
 
         Raises
         ------
         VocabularyMismatchError
             If the species differ, coverage is below `min_coverage`, or names are duplicated against the policy.
         """
-        names = [str(name) for name in names]
-        ids, n_unversioned = _look_up(names, vocabulary)
+        names = [None if name is None else str(name) for name in names]
+        ids, n_unversioned = vocabulary.find(names)
         report = _report(names, ids, vocabulary, gene_totals, source)
         report = dataclasses.replace(report, n_unversioned=n_unversioned)
         _refuse_misfit(report, names, vocabulary, min_coverage)
         if report.duplicated and duplicates == "error":
-            raise VocabularyMismatchError(
-                f"{len(report.duplicated)} genes have several columns each in {source}: "
-                f"{', '.join(map(repr, report.duplicated[:5]))}. Keep one column of each "
-                "(`adata[:, ~adata.var_names.duplicated()]`), or fit with an encoding that sums them "
-                '(`encoding=scfm.EncodingConfig(kind=..., duplicates="sum")`).'
-            )
+            raise VocabularyMismatchError(several_columns(names, ids, source))
         return cls(vocabulary, ids, report)
 
     @classmethod
-    def from_var(
+    def of(
         cls,
-        var: pd.DataFrame,
+        source: CountSource,
         vocabulary: Vocabulary,
         *,
-        gene_key: str | None = None,
         duplicates: DuplicatePolicy = "error",
-        gene_totals: ArrayLike | None = None,
         min_coverage: float = MIN_COVERAGE,
     ) -> GeneMap:
-        """Map the genes of an AnnData: by `gene_key`, by `var_names`, or by a column known to hold the right kind.
+        """Map the genes of a source of counts: by its `gene_key`, by `var_names`, or by a column known to hold the right kind.
 
-        `var_names` are used where they are of the vocabulary's kind. Where they are not (Ensembl ids for a vocabulary
-        of symbols, or the reverse), the columns in use for the other kind are tried, cellxgene's `feature_name` first;
-        the report and the log say which was taken.
+        `var_names` are used if they are of the vocabulary's kind. If they are not (Ensembl ids for a vocabulary of symbols,
+        or the reverse), the columns in use for the other kind are tried, cellxgene's `feature_name` first; the report and
+        the log say which was taken. The fraction of counts that is matched is judged by the first cells.
+
+        Raises
+        ------
+        CountsError
+            If the first cells do not hold raw counts.
+        VocabularyMismatchError
+            As `from_names` raises it.
         """
-        names, source = gene_names(var, gene_key=gene_key, id_type=vocabulary.id_type, vocabulary=vocabulary)
+        names, place = source.names(vocabulary)
+        first = source.check(source.rows(0, min(source.n_obs, _FIRST_ROWS)))
         return cls.from_names(
             names,
             vocabulary,
             duplicates=duplicates,
-            gene_totals=gene_totals,
+            gene_totals=np.bincount(first.indices, weights=first.data, minlength=source.n_vars) if first.nnz else None,
             min_coverage=min_coverage,
-            source=source,
+            source=place,
         )
 
 
-def gene_names(
-    var: pd.DataFrame,
-    *,
-    gene_key: str | None = None,
-    id_type: IdType | None = None,
-    vocabulary: Vocabulary | None = None,
-) -> tuple[list[str], str]:
-    """Find the names of the genes of `var`, and say where they came from.
+def several_columns(names: Sequence[str | None], genes: Sequence[Hashable], source: str) -> str:
+    """Say which genes have several columns, and how to keep one of each.
 
     Parameters
     ----------
-    var
-        `adata.var`.
-    gene_key
-        Column to take; None to choose.
-    id_type
-        The kind of name wanted; None for whatever `var_names` are.
-    vocabulary
-        Where given, a column is taken in place of `var_names` only if more of its names are known.
+    names
+        Names of the columns, as the data have them.
+    genes
+        What each column is, shape (n_vars,); -1 for columns that do not matter.
+    source
+        Where the names come from.
     """
-    if gene_key is not None:
-        if gene_key not in var:
-            raise VocabularyMismatchError(
-                f"`gene_key` is {gene_key!r}, which is not a column of `var` ({', '.join(map(str, var.columns[:9])) or 'it has none'}). "
-                "Name the column that holds gene ids, or pass None to use `var_names`."
-            )
-        return var[gene_key].astype(str).tolist(), f'var["{gene_key}"]'
-    index = var.index.astype(str).tolist()
-    if id_type in (None, "other") or guess_id_type(index) == id_type:
-        return index, "var_names"
-    best, source = index, "var_names"
-    n_known = 0 if vocabulary is None else int((_look_up(index, vocabulary)[0] >= 0).sum())
-    for column in _COLUMNS[id_type]:
-        if column not in var:
-            continue
-        names = var[column].astype(str).tolist()
-        known = guess_id_type(names) == id_type if vocabulary is None else (_look_up(names, vocabulary)[0] >= 0).sum()
-        if known > n_known:
-            best, source, n_known = names, f'var["{column}"]', int(known)
-    if source != "var_names":
-        logger.info("genes are named by %s (var_names are not %s ids)", source, id_type)
-    return best, source
+    table = pd.DataFrame({"name": names, "gene": genes})
+    table = table[table["gene"] != -1]
+    repeated = table[table["gene"].duplicated(keep=False)]
+    shown = [" and ".join(map(repr, group)) for _, group in repeated.groupby("gene", sort=False)["name"]]
+    start = (
+        f"{repeated['gene'].nunique()} genes have several columns each in {source}: {'; '.join(shown[:3])}"
+        f"{'; ...' * (len(shown) > 3)}. "
+    )
+    sums = 'an encoding that sums them (`encoding=scfm.EncodingConfig(kind=..., duplicates="sum")`)'
+    if table.drop_duplicates("name")["gene"].duplicated().any():
+        return f"{start}Keep one column of each, or fit with {sums}."
+    column = "adata.var_names" if source == "var_names" else f"adata.{source}"
+    return f"{start}Keep one column of each (`adata[:, ~{column}.duplicated()]`), or fit with {sums}."
 
 
-def guess_species(names: Sequence[str]) -> str:
+def guess_species(names: Sequence[str | None]) -> str:
     """Guess a species from Ensembl prefixes, or from the case of symbols: GAPDH human, Gapdh mouse, gapdh zebrafish."""
-    sample = names[:: max(1, len(names) // 2000)]
+    sample = [name for name in names[:: max(1, len(names) // 2000)] if name is not None]
     if guess_id_type(sample) == "ensembl":
         prefixes = [re.match(r"[A-Z]+", name) for name in sample if is_ensembl(name)]
-        votes = pd.Series([match.group() for match in prefixes if match]).value_counts()
-        return _ENSEMBL_SPECIES.get(str(votes.index[0]), "unknown")
+        counts = pd.Series([match.group() for match in prefixes if match]).value_counts()
+        return _ENSEMBL_SPECIES.get(str(counts.index[0]), "unknown")
     forms = {"human": r"[A-Z][A-Z0-9.orf-]*", "mouse": r"[A-Z][a-z][a-z0-9-]*", "zebrafish": r"[a-z][a-z0-9.:-]*"}
     lettered = [name for name in sample if re.match(r"[A-Za-z]{2}", name)]
     stems = {name.rstrip("0123456789") for name in lettered}
@@ -261,55 +250,49 @@ def guess_species(names: Sequence[str]) -> str:
     return "unknown"
 
 
-def len_ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
-
-
-def _look_up(names: list[str], vocabulary: Vocabulary) -> tuple[NDArray[np.int32], int]:
-    """Token ids (-1 unknown or special), and how many needed their version dropped."""
-    ids = vocabulary.token_ids(names)
-    lost = np.flatnonzero(ids < 0)
-    stripped = vocabulary.token_ids(strip_version(names[place]) for place in lost)
-    ids[lost] = stripped
-    specials = np.setdiff1d(np.arange(len(vocabulary)), vocabulary.gene_ids)
-    ids[np.isin(ids, specials)] = -1
-    return ids, int((stripped >= 0).sum())
+def _ratio(part: int, total: int) -> float:
+    return part / total if total else 0.0
 
 
 def _report(
-    names: list[str], ids: NDArray[np.int32], vocabulary: Vocabulary, gene_totals: ArrayLike | None, source: str
+    names: list[str | None],
+    ids_G: NDArray[np.int32],
+    vocabulary: Vocabulary,
+    gene_totals: ArrayLike | None,
+    source: str,
 ) -> GeneReport:
-    known = ids >= 0
-    count_share = None
+    matched_G = ids_G >= 0
+    count_fraction = None
     if gene_totals is not None:
-        totals = np.asarray(gene_totals, dtype=np.float64)
-        count_share = float(totals[known].sum() / totals.sum()) if totals.sum() > 0 else 0.0
-    tokens, columns = np.unique(ids[known], return_counts=True)
+        total_G = np.asarray(gene_totals, dtype=np.float64)
+        count_fraction = float(total_G[matched_G].sum() / total_G.sum()) if total_G.sum() > 0 else 0.0
+    tokens, n_columns = np.unique(ids_G[matched_G], return_counts=True)
     return GeneReport(
         source=source,
         n_vars=len(names),
-        n_known=int(known.sum()),
+        n_matched=int(matched_G.sum()),
         n_vocabulary=vocabulary.n_genes,
-        gene_share=len_ratio(int(known.sum()), len(names)),
-        count_share=count_share,
+        n_unnamed=sum(name is None for name in names),
+        gene_fraction=_ratio(int(matched_G.sum()), len(names)),
+        count_fraction=count_fraction,
         id_type=guess_id_type(names),
         species=guess_species(names),
         vocabulary_id_type=vocabulary.id_type,
         vocabulary_species=guess_species(vocabulary.genes),
         n_unversioned=0,
         n_aliased=sum(name not in vocabulary and name in vocabulary.aliases for name in names),
-        duplicated=tuple(vocabulary.tokens[token] for token in tokens[columns > 1]),
-        unknown=tuple(name for name, place in zip(names, ids) if place < 0)[:10],
+        duplicated=tuple(vocabulary.tokens[token] for token in tokens[n_columns > 1]),
+        unmatched=tuple(name for name, token in zip(names, ids_G) if token < 0 and name is not None)[:10],
     )
 
 
-def _refuse_misfit(report: GeneReport, names: list[str], vocabulary: Vocabulary, min_coverage: float) -> None:
-    if report.n_known and report.coverage >= min_coverage:
+def _refuse_misfit(report: GeneReport, names: list[str | None], vocabulary: Vocabulary, min_coverage: float) -> None:
+    if report.n_matched and report.coverage >= min_coverage:
         return
     if not names:
         raise VocabularyMismatchError("The data hold no genes (n_vars is 0). Was every gene filtered out?")
-    found = "None" if not report.n_known else f"Only {report.n_known} ({report.gene_share:.1%})"
-    share = "" if report.count_share is None else f", {report.count_share:.1%} of the counts"
+    found = "None" if not report.n_matched else f"Only {report.n_matched} ({report.gene_fraction:.1%})"
+    of_counts = "" if report.count_fraction is None else f", {report.count_fraction:.1%} of the counts"
     species = {report.species, report.vocabulary_species}
     if len(species) == 2 and "unknown" not in species:
         remedy = (
@@ -321,10 +304,10 @@ def _refuse_misfit(report: GeneReport, names: list[str], vocabulary: Vocabulary,
     else:
         remedy = (
             "Pass `gene_key=` if another `var` column holds the names, or a model whose vocabulary has these genes; "
-            f"the least share accepted is {min_coverage:.0%}."
+            f"at least {min_coverage:.0%} must match."
         )
     raise VocabularyMismatchError(
-        f"{found} of the {report.n_vars} genes in {report.source} are in the vocabulary{share} (first: {names[0]!r}; the "
+        f"{found} of the {report.n_vars} genes in {report.source} are in the vocabulary{of_counts} (first: {names[0]!r}; the "
         f"vocabulary uses {_KIND_NAMES[vocabulary.id_type]} such as "
         f"{vocabulary.genes[0] if vocabulary.genes else ''!r}). {remedy}"
     )

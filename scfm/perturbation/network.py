@@ -17,7 +17,7 @@ from scipy import sparse, stats
 from tqdm.auto import tqdm
 
 from scfm import ops, pp
-from scfm.data import CellBatch, CountMatrix
+from scfm.data import CellBatch, CountSource
 from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
 from scfm.perturbation.edits import Editor
 from scfm.perturbation.shifts import cosine_distance
@@ -73,7 +73,7 @@ def _tokens(genes: list[str] | None, cells: CellBatch, model: Model) -> NDArray[
 
 def shuffle_counts(adata: anndata.AnnData, rng: np.random.Generator, layer: str | None) -> anndata.AnnData:
     """Deal each gene's counts anew among the cells: genes keep their distributions and lose what ties them together."""
-    matrix = CountMatrix.from_adata(adata, layer=layer)
+    matrix = CountSource.of(adata, layer=layer)
     counts = sparse.vstack([block for _, block, _ in matrix.blocks()]).tocsc().copy()
     for column in range(counts.shape[1]):
         span = slice(counts.indptr[column], counts.indptr[column + 1])

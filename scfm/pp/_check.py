@@ -1,7 +1,10 @@
-"""`scfm.pp.check`: what a model would make of the data, before anything is run."""
+"""`scfm.pp.check`: whether data can be used with a model, before anything is run."""
+
+# Axes: B cells, G genes.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import time
 from dataclasses import dataclass, field
@@ -9,25 +12,24 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from scfm._docs import document
-from scfm.data.matrix import CountMatrix
+from scfm.data.source import BLOCK_ROWS, CountSource
 from scfm.encoding.base import Encoding
-from scfm.encoding.genes import GeneMap, GeneReport, gene_names, guess_species
+from scfm.encoding.genes import GeneMap, GeneReport, guess_species
 from scfm.errors import CountsError, VocabularyMismatchError
-from scfm.pp._encode import encoding_of
+from scfm.pp._encode import empty_cells, encoding_of, gene_map
 from scfm.vocab import guess_id_type
 
 Verdict = Literal["ok", "note", "problem"]
 
-# Cells are judged by a sample in runs spread over the data, so that a file on disk is read in few places.
-_SAMPLE_RUNS, _RUN_ROWS = 8, 250
+_ENCODED_CELLS = 2000  # by which the time to encode is estimated
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table: what was looked at, what was found, and whether it is all right."""
+    """One line of the table: what was checked, what was found, and whether it prevents encoding."""
 
     what: str
     found: str
@@ -45,21 +47,23 @@ class DataCheck:
     raw_counts
         Whether the matrix holds raw counts.
     counts_elsewhere
-        Other places of the AnnData where raw counts seem to be.
+        Other matrices of the AnnData that seem to hold raw counts.
+    other_features
+        Number of features that are not genes, by feature type; they are left out.
     genes
-        How genes and vocabulary fit; None where they do not.
+        How genes and vocabulary match; None if they do not.
     depth
-        Quartiles of the total counts of a cell; None without raw counts.
+        Quartiles of the total counts per cell; None without raw counts.
     duplicated_names
-        Number of names that come more than once.
-    empty_share
-        Share of cells without a known gene.
+        Number of columns whose gene has another column before.
+    empty_fraction
+        Fraction of cells that express no gene of the vocabulary.
     tokens_per_cell
         Median number of tokens.
-    truncated_share
-        Share of cells with more genes than fit the context.
+    truncated_fraction
+        Fraction of cells that express more genes than fit the context.
     memory_bytes, encode_seconds
-        What encoding all cells would take.
+        Estimates for encoding all cells.
     findings
         The lines of the table.
     """
@@ -68,19 +72,20 @@ class DataCheck:
     n_genes: int
     raw_counts: bool = False
     counts_elsewhere: list[str] = field(default_factory=list)
+    other_features: dict[str, int] = field(default_factory=dict)
     genes: GeneReport | None = None
     depth: tuple[float, float, float] | None = None
     duplicated_names: int = 0
-    empty_share: float | None = None
+    empty_fraction: float | None = None
     tokens_per_cell: float | None = None
-    truncated_share: float | None = None
+    truncated_fraction: float | None = None
     memory_bytes: int | None = None
     encode_seconds: float | None = None
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing stands in the way."""
+        """Whether `scfm.pp.encode` will succeed."""
         return all(finding.verdict != "problem" for finding in self.findings)
 
     @property
@@ -92,7 +97,7 @@ class DataCheck:
         marks = {"ok": " ", "note": "!", "problem": "X"}
         width = max((len(finding.what) for finding in self.findings), default=0)
         lines = [f"{marks[f.verdict]} {f.what:<{width}}  {f.found}" for f in self.findings]
-        return "\n".join([*lines, "ready" if self.ok else "not ready: mend the lines marked X"])
+        return "\n".join([*lines, "ready" if self.ok else "not ready: fix the lines marked X"])
 
     def __repr__(self) -> str:
         return str(self)
@@ -121,7 +126,7 @@ def check(
 ) -> DataCheck:
     """Check whether a model can use a data set: counts, genes, empty and long cells, memory and time.
 
-    Nothing is raised for bad data; it is reported. At most 2,000 cells, spread over the data, are encoded.
+    Nothing is raised for bad data; it is reported. Every cell is read once, and about 2,000 are encoded.
 
     Parameters
     ----------
@@ -135,7 +140,7 @@ def check(
 
     Returns
     -------
-    A `DataCheck`: print it, or read its attributes. `ok` says whether the model can use the data.
+    A `DataCheck`: print it, or read its attributes. `ok` says whether `scfm.pp.encode` will succeed.
 
     Examples
     --------
@@ -146,108 +151,127 @@ def check(
     """
     encoding = encoding_of(model_or_encoding)
     try:
-        counts = CountMatrix.from_adata(adata, layer=layer, depth_key=depth_key)
+        counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
     except CountsError as error:
-        report = DataCheck(n_cells=adata.n_obs, n_genes=adata.n_vars)
+        report = DataCheck(n_cells=getattr(adata, "n_obs", 0), n_genes=getattr(adata, "n_vars", 0))
         report.add("counts", str(error), "problem")
         return report
-    report = DataCheck(n_cells=counts.n_obs, n_genes=counts.n_vars)
+    report = DataCheck(n_cells=counts.n_obs, n_genes=counts.n_vars, other_features=counts.left_out)
     size = f"{counts.n_obs:,} cells x {counts.n_vars:,} genes in {counts.name}"
     report.add("data", size, "ok" if counts.n_obs and counts.n_vars else "problem")
-    sample, depth_B = _sample(counts)
-    _judge_counts(report, counts, sample, depth_B)
-    genes = _judge_genes(report, counts, sample, encoding, gene_key)
-    if genes is not None and report.raw_counts and sample.shape[0]:
-        _judge_tokens(report, sample, depth_B, genes, encoding)
+    if counts.left_out:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in counts.left_out.items())
+        report.add(
+            "features left out", f"{kinds}: not genes, so they count neither as tokens nor for the depth", "note"
+        )
+    genes = _check_genes(report, counts, encoding)
+    totals = _check_cells(report, counts, encoding, genes)
+    if genes is not None:
+        _report_coverage(report, genes, totals)
+    if report.tokens_per_cell is not None:
         _expect_network(report, getattr(model_or_encoding, "network", None))
     return report
 
 
-def _sample(counts: CountMatrix) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Rows in runs spread over the matrix, unchecked, and the totals that the data name for them (or their sums)."""
-    starts = np.unique(np.linspace(0, max(counts.n_obs - _RUN_ROWS, 0), _SAMPLE_RUNS).astype(int))
-    stops = np.minimum([*starts[1:], counts.n_obs], starts + _RUN_ROWS)
-    parts = [counts.rows(int(start), int(stop)) for start, stop in zip(starts, stops)]
-    named = counts.named_depth
-    depths = [
-        np.asarray(part.sum(axis=1), dtype=np.float64).ravel() if named is None else named[start:stop]
-        for part, start, stop in zip(parts, starts, stops)
-    ]
-    return sp.csr_matrix(sp.vstack(parts)), np.concatenate(depths)
-
-
-def _judge_counts(report: DataCheck, counts: CountMatrix, sample: sp.csr_matrix, depth_B: np.ndarray) -> None:
-    report.counts_elsewhere = counts.places_with_counts()
+def _check_genes(report: DataCheck, counts: CountSource, encoding: Encoding) -> GeneMap | None:
     try:
-        counts.check(sample)
-    except CountsError as error:
-        report.add("counts", str(error), "problem")
-        return
-    report.raw_counts = True
-    report.add("counts", f"raw ({sample.dtype}; judged by {sample.shape[0]:,} cells)")
-    if sample.shape[0]:
-        low, middle, high = np.quantile(depth_B, [0.25, 0.5, 0.75])
-        report.depth = float(low), float(middle), float(high)
-        source = "summed over the matrix" if counts.named_depth is None else "as named by the data"
-        report.add("counts a cell", f"median {middle:,.0f}, half within {low:,.0f}..{high:,.0f} ({source})")
-
-
-def _judge_genes(
-    report: DataCheck, counts: CountMatrix, sample: sp.csr_matrix, encoding: Encoding, gene_key: str | None
-) -> GeneMap | None:
-    vocabulary = encoding.vocabulary
-    try:
-        names, source = gene_names(counts.var, gene_key=gene_key, id_type=vocabulary.id_type, vocabulary=vocabulary)
+        names, source = counts.names(encoding.vocabulary)
+        report.add("genes are named by", f"{source}: {guess_id_type(names)}, looks like {guess_species(names)}")
+        given = [name for name in names if name is not None]
+        if n_unnamed := len(names) - len(given):
+            report.add("genes without a name", f"{n_unnamed:,}: left out, but part of the depth", "note")
+        report.duplicated_names = len(given) - len(set(given))
+        if report.duplicated_names:
+            report.add("duplicated names", f"{report.duplicated_names:,}", "note")
     except VocabularyMismatchError as error:
-        report.add("genes", str(error), "problem")
+        report.add("genes are named by", str(error), "problem")
         return None
-    report.add("genes are named by", f"{source}: {guess_id_type(names)}, looks like {guess_species(names)}")
-    report.duplicated_names = len(names) - len(set(names))
-    if report.duplicated_names:
-        report.add("duplicated names", f"{report.duplicated_names:,}", "note")
-    totals = np.bincount(sample.indices, weights=sample.data, minlength=counts.n_vars) if report.raw_counts else None
     try:
-        genes = GeneMap.from_names(
-            names, vocabulary, duplicates=encoding.config.duplicates, gene_totals=totals, source=source
-        )
+        return gene_map(counts, encoding)
     except VocabularyMismatchError as error:
         report.add("coverage", str(error), "problem")
+    except CountsError:
+        pass  # is found again when all cells are checked
+    return None
+
+
+def _check_cells(
+    report: DataCheck, counts: CountSource, encoding: Encoding, genes: GeneMap | None
+) -> NDArray[np.float64] | None:
+    """Read all cells and report on them; the total counts of each gene, shape (G,), or None without raw counts."""
+    report.counts_elsewhere = counts.places_with_counts()
+    total_G, depths, empty, lengths = np.zeros(counts.n_vars), [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0, int)]
+    encoded, seconds, dtype = [np.zeros(0, int)], 0.0, None
+    n_encoded = -(-_ENCODED_CELLS * BLOCK_ROWS // max(counts.n_obs, BLOCK_ROWS))  # of each block
+    try:
+        for _, block, depth_B in counts.blocks(BLOCK_ROWS):
+            dtype = block.dtype
+            total_G += np.bincount(block.indices, weights=block.data, minlength=counts.n_vars)
+            depths.append(depth_B)
+            if genes is None:
+                continue
+            empty.append(empty_cells(block, genes, encoding))
+            lengths.append(
+                np.diff(np.concatenate([[0], np.cumsum(encoding.encodes(genes)[block.indices])])[block.indptr])
+            )
+            started = time.perf_counter()
+            encoded.append(encoding.encode(block[:n_encoded], genes, depth_B=depth_B[:n_encoded]).lengths_B.numpy())
+            seconds += time.perf_counter() - started
+    except CountsError as error:
+        report.add("counts", str(error), "problem")
         return None
+    report.raw_counts = True
+    if not counts.n_obs:
+        return total_G
+    report.add("counts", f"raw ({dtype})")
+    low, middle, high = np.quantile(np.concatenate(depths), [0.25, 0.5, 0.75])
+    report.depth = float(low), float(middle), float(high)
+    source = "summed over the matrix" if counts.named_depth is None else "as named by the data"
+    report.add("counts per cell", f"median {middle:,.0f}, half within {low:,.0f}..{high:,.0f} ({source})")
+    if genes is not None:
+        n_tokens_B = np.concatenate(encoded)
+        report.encode_seconds = seconds * counts.n_obs / len(n_tokens_B)
+        _report_tokens(report, encoding, np.concatenate(empty), np.concatenate(lengths), n_tokens_B)
+    return total_G
+
+
+def _report_coverage(report: DataCheck, genes: GeneMap, total_G: NDArray[np.float64] | None) -> None:
+    """How many genes, and how many of the counts of all cells, the vocabulary has."""
     report.genes = genes.report
-    share = genes.report.gene_share if genes.report.count_share is None else genes.report.count_share
-    report.add("coverage", str(genes.report), "ok" if share >= 0.5 else "note")
-    return genes
+    if total_G is not None and total_G.sum() > 0:
+        matched = float(total_G[genes.token_ids >= 0].sum() / total_G.sum())
+        report.genes = dataclasses.replace(genes.report, count_fraction=matched)
+    fraction = report.genes.gene_fraction if report.genes.count_fraction is None else report.genes.count_fraction
+    report.add("coverage", str(report.genes), "ok" if fraction >= 0.5 else "note")
 
 
-def _judge_tokens(
-    report: DataCheck, sample: sp.csr_matrix, depth_B: np.ndarray, genes: GeneMap, encoding: Encoding
+def _report_tokens(
+    report: DataCheck,
+    encoding: Encoding,
+    empty_B: NDArray[np.bool_],
+    n_expressed_B: NDArray[np.integer],
+    n_tokens_B: NDArray[np.integer],
 ) -> None:
     config = encoding.config
-    started = time.perf_counter()
-    cells = encoding.encode(sample, genes, depth_B=depth_B)
-    scale = report.n_cells / sample.shape[0]
-    report.encode_seconds = (time.perf_counter() - started) * scale
-    lengths = cells.lengths_B.numpy()
-    report.tokens_per_cell = float(np.median(lengths))
-    known = sp.csr_matrix(sample[:, genes.token_ids >= 0])
-    expressed = np.diff(known.indptr)
-    report.empty_share = float(np.mean(expressed == 0))
-    report.truncated_share = 0.0 if config.max_genes is None else float(np.mean(expressed > config.max_genes))
-    report.memory_bytes = int(cells.n_tokens * (4 + 4 * config.has_values) * scale)
-    if report.empty_share:
-        advice = "filter them out with scanpy.pp.filter_cells(adata, min_genes=1), on the known genes alone"
-        report.add("empty cells", f"{report.empty_share:.2%} have no known gene: {advice}", "problem")
-    report.add("tokens a cell", f"median {report.tokens_per_cell:,.0f}, most {lengths.max():,}")
-    if report.truncated_share:
-        text = f"{report.truncated_share:.1%} of the cells have more genes than the {config.max_genes:,} that fit"
+    report.tokens_per_cell = float(np.median(n_tokens_B))
+    report.empty_fraction = float(np.mean(empty_B))
+    report.truncated_fraction = 0.0 if config.max_genes is None else float(np.mean(n_expressed_B > config.max_genes))
+    report.memory_bytes = int(n_tokens_B.mean() * (4 + 4 * config.has_values) * report.n_cells)
+    if report.empty_fraction:
+        advice = "filter them out with scanpy.pp.filter_cells(adata, min_genes=1), after leaving out other genes"
+        report.add("empty cells", f"{report.empty_fraction:.2%} express no gene of the vocabulary: {advice}", "problem")
+    report.add("tokens per cell", f"median {report.tokens_per_cell:,.0f}, at most {n_tokens_B.max():,}")
+    if report.truncated_fraction:
+        text = f"{report.truncated_fraction:.1%} of the cells express more genes than the {config.max_genes:,} that fit"
         report.add("truncated", text, "note")
     report.add(
-        "tokens of all cells", f"{report.memory_bytes / 1e6:,.1f} MB, encoded in {_seconds(report.encode_seconds)}"
+        "tokens of all cells",
+        f"{report.memory_bytes / 1e6:,.1f} MB, encoded in {_seconds(report.encode_seconds or 0.0)}",
     )
 
 
 def _expect_network(report: DataCheck, network: Any) -> None:
-    """Estimate one pass of a network over all cells: two operations a weight and token, at a measured speed."""
+    """Estimate one pass of a network over all cells: two operations per weight and token, at a measured speed."""
     if network is None or report.tokens_per_cell is None:
         return
     import torch

@@ -1,4 +1,6 @@
-"""`scfm.pp.encode`: a whole AnnData to packed tokens."""
+"""`scfm.pp.encode`: all cells of an AnnData to packed tokens."""
+
+# Axes: B cells.
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import sparse
 
 from scfm._docs import document
 from scfm.data.batch import CellBatch
-from scfm.data.matrix import BLOCK_ROWS, CountMatrix, require_adata
+from scfm.data.source import BLOCK_ROWS, CountSource, require_adata
 from scfm.encoding.base import Backend, Encoding
 from scfm.encoding.genes import GeneMap
 from scfm.errors import EmptyCellError
@@ -34,7 +38,8 @@ def encode(
     Parameters
     ----------
     adata
-        Raw counts, n_obs cells by n_vars genes: dense, CSR, CSC, backed or a view. It is left unchanged.
+        Raw counts, n_obs cells by n_vars genes, in any form that `scfm.data.CountSource.of` takes: AnnData in memory,
+        backed, lazy or a view, dense or sparse; the path of a file. It is left unchanged.
     model_or_encoding
         An encoding, or a model whose encoding is used.
     {layer}
@@ -56,7 +61,7 @@ def encode(
     CountsError
         If the numbers are not raw counts.
     VocabularyMismatchError
-        If the genes do not fit the vocabulary.
+        If the genes do not match the vocabulary.
     EmptyCellError
         If a cell expresses no gene of the vocabulary and `empty` is "error".
 
@@ -71,24 +76,23 @@ def encode(
     if empty not in ("error", "keep"):
         raise ValueError(f"`empty` is {empty!r}; it must be 'error' or 'keep'.")
     encoding = encoding_of(model_or_encoding)
-    counts = CountMatrix.from_adata(adata, layer=layer, depth_key=depth_key)
-    genes = gene_map(counts, encoding, gene_key=gene_key)
-    parts = [
-        encoding.encode(block, genes, depth_B=depth_B, rng=rng, backend=backend)
-        for _, block, depth_B in counts.blocks(BLOCK_ROWS)
-    ]
+    counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    genes = gene_map(counts, encoding)
+    parts, empty_B = [], np.zeros(counts.n_obs, dtype=bool)
+    for first, block, depth_B in counts.blocks(BLOCK_ROWS):
+        empty_B[first : first + block.shape[0]] = empty_cells(block, genes, encoding)
+        parts.append(encoding.encode(block, genes, depth_B=depth_B, rng=rng, backend=backend))
+    if empty == "error":
+        refuse_empty(empty_B, counts)
     if len(parts) == 1:
         cells = parts[0]
     else:
         cells = CellBatch.concat(parts) if parts else encoding.encode(np.zeros((0, counts.n_vars)), genes)
-    cells = cells.replace(cu_seqlens=cells.cu_seqlens.long(), cell_index_B=torch.arange(cells.n_cells))
-    if empty == "error":
-        refuse_empty(cells, encoding, adata.obs_names)
-    return cells
+    return cells.replace(cu_seqlens=cells.cu_seqlens.long(), cell_index_B=torch.arange(cells.n_cells))
 
 
 def require_cells(adata: Any) -> None:
-    """Raise `EmptyCellError` where there is nothing to work on."""
+    """Raise `EmptyCellError` if there are no cells, `TypeError` if `adata` is not an AnnData."""
     require_adata(adata)
     if not adata.n_obs:
         raise EmptyCellError(f"The data hold no cells ({adata.n_obs} x {adata.n_vars}). Was every cell filtered out?")
@@ -107,33 +111,23 @@ def encoding_of(model_or_encoding: Any) -> Encoding:
     return encoding
 
 
-def gene_map(counts: CountMatrix, encoding: Encoding, *, gene_key: str | None = None) -> GeneMap:
-    """Map the genes of `counts`; the share of counts that is known is judged by the first cells, if they hold counts."""
-    first = counts.rows(0, min(counts.n_obs, 200))
-    counts.check(first)  # of what are no counts, no share is known
-    return GeneMap.from_var(
-        counts.var,
-        encoding.vocabulary,
-        gene_key=gene_key,
-        duplicates=encoding.config.duplicates,
-        gene_totals=np.bincount(first.indices, weights=first.data, minlength=counts.n_vars) if first.nnz else None,
-    )
+def gene_map(counts: CountSource, encoding: Encoding) -> GeneMap:
+    """Map the genes of `counts` to the tokens of `encoding`."""
+    return GeneMap.of(counts, encoding.vocabulary, duplicates=encoding.config.duplicates)
 
 
-def refuse_empty(cells: CellBatch, encoding: Encoding, names: Any) -> None:
-    """Raise `EmptyCellError` if a cell has no expressed gene.
+def empty_cells(block: sparse.csr_matrix, genes: GeneMap, encoding: Encoding) -> NDArray[np.bool_]:
+    """Which cells of a checked block express no gene that the encoding can encode, shape (B,)."""
+    counted_N = encoding.encodes(genes)[block.indices]
+    return np.diff(np.concatenate([[0], np.cumsum(counted_N)])[block.indptr]) == 0
 
-    Where zeros get tokens, a cell is empty when all its gene values are 0; otherwise when it has special tokens only.
-    """
-    bare = cells.lengths_B.numpy() <= encoding.config.n_special_tokens
-    if encoding.config.include_zeros and cells.values_T is not None:
-        is_gene = np.zeros(len(encoding.vocabulary), dtype=bool)
-        is_gene[encoding.vocabulary.gene_ids] = True
-        counted_T = is_gene[cells.gene_ids_T.numpy()] & (cells.values_T.numpy() > 0)
-        bare = np.bincount(cells.cell_of_token_T().numpy(), weights=counted_T, minlength=cells.n_cells) == 0
-    if bare.any():
-        shown = ", ".join(repr(str(name)) for name in np.asarray(names)[bare][:5])
+
+def refuse_empty(empty_B: NDArray[np.bool_], counts: CountSource, first: int = 0) -> None:
+    """Raise `EmptyCellError` if one of the cells from row `first` on is empty."""
+    if empty_B.any():
+        rows = first + np.flatnonzero(empty_B)
+        shown = ", ".join(repr(str(name)) for name in counts.obs_names[rows[:5]])
         raise EmptyCellError(
-            f"{int(bare.sum())} of {len(bare)} cells have no expressed gene that the vocabulary knows: {shown}. Filter "
-            "them out: `scanpy.pp.filter_cells(adata, min_genes=1)`, on the known genes alone where they express others."
+            f"{len(rows)} of {len(empty_B)} cells express no gene of the vocabulary: {shown}. Filter them out: "
+            "`scanpy.pp.filter_cells(adata, min_genes=1)`, after leaving out other genes if they express some."
         )

@@ -1,28 +1,32 @@
-"""`scfm.pp.log_expression`: what linear methods read of a cell, by the tokens of a model."""
-
-# Axes: B cells, G genes of the matrix, V tokens of the vocabulary.
+"""`scfm.pp.log_expression`: the log-normalized expression that linear methods use, by the tokens of a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from scipy import sparse
 
-from scfm import baselines
 from scfm._docs import document
-from scfm.data import CountMatrix
+from scfm.data import CountSource
+from scfm.data.counts import log_normalize
+from scfm.data.source import sum_columns
 from scfm.encoding import GeneMap
 from scfm.pp._encode import encoding_of
 
 
 @document
 def log_expression(
-    adata: Any, model_or_encoding: Any, *, layer: str | None = None, gene_key: str | None = None
+    adata: Any,
+    model_or_encoding: Any,
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    depth_key: str | None = None,
 ) -> sparse.csr_matrix:
     """Matrix of log1p counts per 10,000 by token id, shape (n_obs, length of the vocabulary), CSR float32.
 
-    Totals are over all genes of the matrix. Genes that are not in the vocabulary are left out.
+    Totals are over all genes of the matrix. Genes that are not in the vocabulary are left out. Several columns of one
+    gene are summed first.
 
     Parameters
     ----------
@@ -32,6 +36,7 @@ def log_expression(
         Model or encoding whose vocabulary gives the columns.
     {layer}
     {gene_key}
+    {depth_key}
 
     Examples
     --------
@@ -41,21 +46,17 @@ def log_expression(
     (700, 767)
     """
     encoding = encoding_of(model_or_encoding)
-    genes = GeneMap.from_var(
-        adata.var, encoding.vocabulary, gene_key=gene_key, duplicates=encoding.config.duplicates, min_coverage=0
-    )
-    expression_BG = log_normalized_counts(adata, layer=layer).tocoo()
-    token_N = genes.token_ids[expression_BG.col]
-    known_N = token_N >= 0
-    return sparse.csr_matrix(
-        (expression_BG.data[known_N], (expression_BG.row[known_N], token_N[known_N])),
-        shape=(adata.n_obs, len(encoding.vocabulary)),
-    )
+    counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    genes = GeneMap.of(counts, encoding.vocabulary, duplicates=encoding.config.duplicates, min_coverage=0)
+    n_tokens = len(encoding.vocabulary)
+    parts = [
+        log_normalize(sum_columns(block, genes.token_ids, n_tokens), depth_B) for _, block, depth_B in counts.blocks()
+    ]
+    return sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix((0, n_tokens), dtype="float32")
 
 
-def log_normalized_counts(adata: Any, *, layer: str | None = None) -> sparse.csr_matrix:
-    """log1p of counts per 10,000 by column of the matrix, shape (n_obs, n_vars), CSR float32."""
-    blocks, depths = zip(
-        *((block, depth_B) for _, block, depth_B in CountMatrix.from_adata(adata, layer=layer).blocks())
-    )
-    return baselines.log_normalize(sparse.vstack(blocks, format="csr"), np.concatenate(depths))
+def log_normalized_counts(
+    adata: Any, *, layer: str | None = None, gene_key: str | None = None, depth_key: str | None = None
+) -> sparse.csr_matrix:
+    """log1p of counts per 10,000 by gene of the data, shape (n_obs, G), CSR float32; see `CountSource.log_normalized`."""
+    return CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key).log_normalized()[0]

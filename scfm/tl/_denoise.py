@@ -15,13 +15,10 @@ from scipy import sparse
 
 from scfm import baselines, pp
 from scfm._docs import document
-from scfm.data import CellBatch, CountMatrix
-from scfm.encoding import GeneMap
+from scfm.data import CellBatch, CountSource
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
 from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
-from scfm.pp._encode import gene_map
-from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
 
 
@@ -93,23 +90,34 @@ def denoise(
     adata = adata.copy() if copy else adata
     every_gene = model.encoding.replace(include_zeros=True, target_depth=target_depth)
     cells = pp.encode(adata, every_gene, layer=layer, gene_key=gene_key)
-    genes = gene_map(CountMatrix.from_adata(adata, layer=layer), every_gene, gene_key=gene_key)
-    adata.layers[key_added] = _predict(model, cells, genes)
+    adata.layers[key_added] = _predict(model, cells, _tokens_of_columns(adata, model, layer, gene_key))
     record(adata, model, key_added, layer=layer, gene_key=gene_key, target_depth=target_depth)
     return adata if copy else None
 
 
-def _predict(model: Model, cells: CellBatch, genes: GeneMap) -> NDArray[np.float32]:
+def _tokens_of_columns(
+    adata: anndata.AnnData, model: Model, layer: str | None, gene_key: str | None
+) -> NDArray[np.int32]:
+    """Token of each column of `adata`, which the result is for even if the counts are those of `adata.raw`; shape (G,)."""
+    source = CountSource.of(
+        adata, layer=None if layer == "raw" and layer not in adata.layers else layer, gene_key=gene_key
+    )
+    token_ids_G = np.full(adata.n_vars, -1, dtype=np.int32)
+    token_ids_G[source.columns] = model.encoding.vocabulary.find(source.names(model.encoding.vocabulary)[0])[0]
+    return token_ids_G
+
+
+def _predict(model: Model, cells: CellBatch, token_ids_G: NDArray[np.int32]) -> NDArray[np.float32]:
     network = model.network.eval()
-    known = genes.token_ids >= 0
-    predicted_BG = np.full((len(cells), genes.n_vars), np.nan, dtype=np.float32)
+    known_G = token_ids_G >= 0
+    predicted_BG = np.full((len(cells), len(token_ids_G)), np.nan, dtype=np.float32)
     with torch.inference_mode():
         for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
             batch = cells.select(np.arange(rows.start, rows.stop)).to(model.device)
             value_T = network.values(network.value_states(batch)).float().clamp(min=0)
             value_BV = value_T.new_zeros(len(batch), network.config.n_tokens)
             value_BV[batch.cell_of_token_T(), batch.gene_ids_T.long()] = value_T
-            predicted_BG[rows, known] = value_BV.cpu().numpy()[:, genes.token_ids[known]]
+            predicted_BG[rows, known_G] = value_BV.cpu().numpy()[:, token_ids_G[known_G]]
     return predicted_BG
 
 
@@ -175,12 +183,12 @@ def evaluate_denoising(
     ['scfm', 'no change', 'mean of 15 nearest neighbours', 'own counts and neighbours, weighed']
     """
     model = opened(model)
-    original_BG = log_normalized_counts(adata, layer=layer).toarray()
-    counts_BG = sparse.vstack(
-        [block for _, block, _ in CountMatrix.from_adata(adata, layer=layer).blocks()], format="csr"
-    )
+    source = CountSource.of(adata, layer=layer, gene_key=gene_key)
+    blocks, depths = zip(*((block, depth_B) for _, block, depth_B in source.blocks()))
+    counts_BG = sparse.vstack(blocks, format="csr")
+    original_BG = baselines.log_normalize(counts_BG, np.concatenate(depths)).toarray()
     # Totals named in `uns` are those of the deep cells, so they stay behind.
-    thinned = anndata.AnnData(thin_counts(counts_BG, rate, seed), obs=adata.obs.copy(), var=adata.var.copy())
+    thinned = anndata.AnnData(thin_counts(counts_BG, rate, seed), obs=adata.obs.copy(), var=source.var.copy())
     keep_B = np.asarray(thinned.X.sum(1)).ravel() > 0
     thinned, original_BG = thinned[keep_B].copy(), original_BG[keep_B]
     depth = np.median(np.asarray(counts_BG.sum(1)))

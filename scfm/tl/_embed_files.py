@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 
 from scfm._docs import document
 from scfm._files import atomic_write, require_writable
-from scfm.data import open_counts
+from scfm.data import CountSource
 from scfm.data.files import count_rows
 from scfm.data.ranks import gather, share_of, torchrun_rank
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
-from scfm.pp._encode import gene_map, refuse_empty
+from scfm.pp._encode import empty_cells, gene_map, refuse_empty
 from scfm.tl._record import record_of
-from scfm.tl._write_embedding import SUFFIXES, read_obs, write_embedding
+from scfm.tl._write_embedding import SUFFIXES, write_embedding
 
 BLOCK_CELLS = 1024  # cells between two notes of the progress; seconds of work on a CPU
 
@@ -121,7 +121,7 @@ def embed_files(
     spans = list(_spans(files, rows, share[part.done :]))
     try:
         for path, _ in spans:  # that the last file does not fit is told now, not after hours
-            gene_map(open_counts(path, layer=layer, depth_key=depth_key), model.encoding, gene_key=gene_key)
+            gene_map(CountSource.of(path, **where), model.encoding)
         with tqdm(
             total=len(share), initial=part.done, desc="embedding", unit="cell", disable=not progress or rank > 0
         ) as bar:
@@ -232,10 +232,8 @@ def _blocks(
     path: Path, model: Model, span: range, where: dict[str, Any], how: dict[str, Any]
 ) -> Iterator[NDArray[np.float32]]:
     """Embed some rows of a file, a block at a time."""
-    counts = open_counts(path, layer=where["layer"], depth_key=where["depth_key"])
-    genes = gene_map(counts, model.encoding, gene_key=where["gene_key"])
-    names = read_obs(path).index
+    counts = CountSource.of(path, **where)
+    genes = gene_map(counts, model.encoding)
     for first, block, depth_B in counts.blocks(BLOCK_CELLS, start=span.start, stop=span.stop):
-        cells = model.encoding.encode(block, genes, depth_B=depth_B)
-        refuse_empty(cells, model.encoding, names[first : first + cells.n_cells])
-        yield model.embed(cells, **how)
+        refuse_empty(empty_cells(block, genes, model.encoding), counts, first)
+        yield model.embed(model.encoding.encode(block, genes, depth_B=depth_B), **how)

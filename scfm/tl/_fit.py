@@ -20,9 +20,8 @@ from scfm._docs import document
 from scfm.annotation.finetune import Cells, finetune, inference_precision, score_from_scratch, stage_config
 from scfm.annotation.scores import score_baselines, score_model, score_probe
 from scfm.annotation.splits import FitSplit, split_for_fit
-from scfm.data import CountMatrix
+from scfm.data import CountSource
 from scfm.encoding import Encoding, EncodingConfig, make_encoding
-from scfm.encoding.genes import gene_names
 from scfm.errors import ModelTaskError
 from scfm.families import Preset, choose_preset
 from scfm.families.loading import opened
@@ -197,7 +196,9 @@ def fit(
         if compare_from_scratch:
             fitted.scores.append(score_from_scratch(fitted, cells, stage, progress=progress))
         if baselines:
-            fitted.scores += score_baselines(log_normalized_counts(adata, layer=layer), split, seed=seed)
+            fitted.scores += score_baselines(
+                log_normalized_counts(adata, layer=layer, gene_key=gene_key), split, seed=seed
+            )
         adata.obs["scfm_split"] = split.names(adata.n_obs)
         adata.obsm[key_added] = fitted.embedding_of_features(outputs.features_BX, cells.tokens)
     record(adata, fitted, key_added, **counts.source, labels_key=labels_key, batch_key=batch_key)
@@ -221,15 +222,17 @@ class _Counts:
 
     def genes_outside(self, encoding: Encoding) -> _MissingGenes:
         """Find the genes that have counts but no token."""
-        counts = CountMatrix.from_adata(self.adata, layer=self.layer)
+        counts = CountSource.of(self.adata, **self.source)
         total_G = np.zeros(counts.n_vars)
         for _, block, _ in counts.blocks():
             total_G += np.asarray(block.sum(0), dtype=np.float64).ravel()
-        genes = gene_map(counts, encoding, gene_key=self.gene_key)
-        names, _ = gene_names(counts.var, gene_key=self.gene_key, id_type=encoding.vocabulary.id_type)
+        genes = gene_map(counts, encoding)
+        names, _ = counts.names(encoding.vocabulary)
         outside = np.flatnonzero((genes.token_ids < 0) & (total_G > 0))
         fraction = float(total_G[outside].sum() / max(total_G.sum(), 1.0))
-        return _MissingGenes(tuple(dict.fromkeys(names[column] for column in outside)), fraction)
+        return _MissingGenes(
+            tuple(dict.fromkeys(name for column in outside if (name := names[column]) is not None)), fraction
+        )
 
     def cells(self, encoding: Encoding, split: FitSplit) -> Cells:
         tokens = pp.encode(self.adata, encoding, **self.source)

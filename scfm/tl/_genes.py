@@ -19,13 +19,13 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from scfm import baselines, pp
+from scfm import pp
 from scfm._docs import document
-from scfm.data import CellBatch, CountMatrix
-from scfm.encoding.genes import gene_names
+from scfm.data import CellBatch, CountSource
 from scfm.errors import LabelsError, VocabularyMismatchError
 from scfm.models.model import Model
 from scfm.tl._gene_embeddings import gene_embeddings
+from scfm.vocab import strip_version
 
 if TYPE_CHECKING:
     from scfm.train import FitConfig
@@ -102,6 +102,7 @@ def classify_genes(
     n_folds: int = 5,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -126,6 +127,7 @@ def classify_genes(
         Folds, stratified by class; the same for all methods.
     {layer}
     {gene_key}
+    {depth_key}
     seed
         Seed of the folds.
     {progress}
@@ -160,16 +162,16 @@ def classify_genes(
     if embeddings is None:
         assert model is not None
         embeddings = gene_embeddings(adata, model, layer=layer, gene_key=gene_key)
-    names, _ = gene_names(adata.var, gene_key=gene_key)
-    column_of = {str(name): column for column, name in enumerate(names)}
-    usable, cells = set(column_of), None
+    expression_BG, names = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key).log_normalized()
+    column_of = {name: column for column, name in enumerate(names)}
+    usable, cells = {gene for gene in embeddings.index if strip_version(gene) in column_of}, None
     if finetune and model is not None:
-        cells = pp.encode(adata, model, layer=layer, gene_key=gene_key)
+        cells = pp.encode(adata, model, layer=layer, gene_key=gene_key, depth_key=depth_key)
         usable &= _tokens_of(cells, model)
     genes = [gene for gene in embeddings.index if gene in labels and gene in usable]
     classes = np.array([labels[gene] for gene in genes], dtype=object).astype(str)
     _require_classes(classes, n_folds)
-    level_G3 = _levels(adata, layer)[[column_of[gene] for gene in genes]]
+    level_G3 = _levels(expression_BG)[[column_of[strip_version(gene)] for gene in genes]]
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     rows = {}
     if cells is not None and model is not None:
@@ -214,12 +216,9 @@ def _scores(classes: NDArray[np.str_], predicted: NDArray[np.str_]) -> dict[str,
     }
 
 
-def _levels(adata: anndata.AnnData, layer: str | None) -> NDArray[np.float64]:
-    """Log mean, share of cells, log variance of each column's log-normalised counts, shape (G, 3)."""
-    matrix = CountMatrix.from_adata(adata, layer=layer)
-    blocks, depths = zip(*((block, depth_B) for _, block, depth_B in matrix.blocks()))
-    expression_BG = baselines.log_normalize(sparse.vstack(blocks, format="csr"), np.concatenate(depths))
+def _levels(expression_BG: sparse.csr_matrix) -> NDArray[np.float64]:
+    """Log mean, fraction of cells, log variance of each gene's log-normalized counts, shape (G, 3)."""
     mean_G = np.asarray(expression_BG.mean(0), dtype=np.float64).ravel()
     square_G = np.asarray(expression_BG.multiply(expression_BG).mean(0), dtype=np.float64).ravel()
-    share_G = np.asarray((expression_BG > 0).mean(0), dtype=np.float64).ravel()
-    return np.stack([np.log(mean_G + 1e-6), share_G, np.log((square_G - mean_G**2).clip(min=0) + 1e-6)], 1)
+    fraction_G = np.asarray((expression_BG > 0).mean(0), dtype=np.float64).ravel()
+    return np.stack([np.log(mean_G + 1e-6), fraction_G, np.log((square_G - mean_G**2).clip(min=0) + 1e-6)], 1)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm._files import require_folder
-from scfm.data import CellBatch
-from scfm.data.files import count_rows, open_counts
+from scfm.data import CellBatch, CountSource
+from scfm.data.files import count_rows
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, build_vocabulary
 from scfm.encoding.registry import ENCODINGS
 from scfm.families import Preset, choose_preset
@@ -182,7 +182,7 @@ def learn_encoding(files: Sequence[Path], config: PretrainConfig) -> Encoding:
     """Build one vocabulary over all files, and learn from cells spread evenly over them what the encoding needs."""
     preset = config.chosen_preset
     settings = EncodingConfig(**preset.encoding).replace(**OBJECTIVES[preset.objective].encoding_settings)
-    found = [build_vocabulary(_open(path, config), settings, gene_key=config.gene_key) for path in files]
+    found = [build_vocabulary(_open(path, config), settings) for path in files]
     genes = list(dict.fromkeys(gene for each in found for gene in each.genes))
     vocabulary = Vocabulary.from_genes(genes, special=list(found[0].special))
     most = max(1, MOST_CELLS_TO_LEARN_FROM // len(files))
@@ -198,7 +198,7 @@ def _aligned_blocks(
     column_of_token[every.token_ids] = np.arange(every.n_vars)
     for path in files:
         counts = _open(path, config)
-        genes = GeneMap.from_var(counts.var, every.vocabulary, gene_key=config.gene_key, min_coverage=0)
+        genes = GeneMap.of(counts, every.vocabulary, min_coverage=0)
         known = np.flatnonzero(genes.token_ids >= 0)
         columns = column_of_token[genes.token_ids[known]]
         select = sparse.csr_matrix(
@@ -211,8 +211,8 @@ def _aligned_blocks(
                 yield (block @ select).tocsr(), depth_B
 
 
-def _open(path: Path, config: PretrainConfig) -> Any:
-    return open_counts(path, layer=config.layer, depth_key=config.depth_key)
+def _open(path: Path, config: PretrainConfig) -> CountSource:
+    return CountSource.of(path, layer=config.layer, gene_key=config.gene_key, depth_key=config.depth_key)
 
 
 def _network(encoding: Encoding, config: PretrainConfig) -> CellTransformer:
@@ -243,7 +243,7 @@ def _first_cells(files: Sequence[Path], encoding: Encoding, config: PretrainConf
     firsts: list[CellBatch] = []
     for path in files[:20]:
         counts = _open(path, config)
-        genes = GeneMap.from_var(counts.var, encoding.vocabulary, gene_key=config.gene_key)
+        genes = GeneMap.of(counts, encoding.vocabulary)
         blocks = counts.blocks(stop=min(256, counts.n_obs))
         firsts += [encoding.encode(block, genes, depth_B=depth_B) for _, block, depth_B in blocks]
     return CellBatch.concat(firsts)

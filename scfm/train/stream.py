@@ -22,9 +22,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from scfm._docs import document
 from scfm.data.batch import CellBatch
-from scfm.data.files import count_rows, open_counts
+from scfm.data.files import count_rows
 from scfm.data.host import host_threads, keep_to_one_thread
-from scfm.data.matrix import CountMatrix
+from scfm.data.source import CountSource
 from scfm.encoding import Encoding, GeneMap
 
 
@@ -113,15 +113,14 @@ class CellStream(IterableDataset[CellBatch]):
         self.encoding = encoding
         self.batch_cells, self.shuffle, self.seed = batch_cells, shuffle, seed
         self.rank, self.world_size = rank, world_size
-        self._where = {"layer": layer, "depth_key": depth_key}
-        self._gene_key = gene_key
+        self._where = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
         rows = [count_rows(path) for path in self.paths]
         self.n_obs = sum(rows)
         self._first_row = np.concatenate([[0], np.cumsum(rows)])
         self._blocks = [block for source, n in enumerate(rows) for block in _cut(source, n, block_cells)]
         self._blocks_per_buffer = max(1, buffer_cells // block_cells)
         self.epoch, self._next_buffer, self._next_batch = 0, 0, 0
-        self._opened: dict[int, tuple[CountMatrix, GeneMap]] = {}
+        self._opened: dict[int, tuple[CountSource, GeneMap]] = {}
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch, over all workers."""
@@ -188,7 +187,7 @@ class CellStream(IterableDataset[CellBatch]):
         with ThreadPoolExecutor(host_threads(), initializer=keep_to_one_thread) as pool:
             return CellBatch.concat(list(pool.map(self._encode, blocks, opened, rngs)))
 
-    def _encode(self, block: _Block, opened: tuple[CountMatrix, GeneMap], rng: np.random.Generator | None) -> CellBatch:
+    def _encode(self, block: _Block, opened: tuple[CountSource, GeneMap], rng: np.random.Generator | None) -> CellBatch:
         """Read and encode a block; several at a time, each in one thread."""
         counts, genes = opened
         parts = []
@@ -198,15 +197,10 @@ class CellStream(IterableDataset[CellBatch]):
             parts.append(cells.replace(cell_index_B=index_B))
         return parts[0] if len(parts) == 1 else CellBatch.concat(parts)
 
-    def _open(self, source: int) -> tuple[CountMatrix, GeneMap]:
+    def _open(self, source: int) -> tuple[CountSource, GeneMap]:
         if source not in self._opened:
-            counts = open_counts(self.paths[source], **self._where)
-            genes = GeneMap.from_var(
-                counts.var,
-                self.encoding.vocabulary,
-                gene_key=self._gene_key,
-                duplicates=self.encoding.config.duplicates,
-            )
+            counts = CountSource.of(self.paths[source], **self._where)
+            genes = GeneMap.of(counts, self.encoding.vocabulary, duplicates=self.encoding.config.duplicates)
             self._opened[source] = counts, genes
         return self._opened[source]
 

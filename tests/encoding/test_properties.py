@@ -227,13 +227,13 @@ def test_training_draws_differ_and_repeat_by_seed(backend):
 
 def test_wrapped_row_pointers_are_refused():
     """What int32 pointers look like past 2^31 non-zero entries."""
-    from scfm.data.matrix import CountMatrix
+    from scfm.data import CountSource
     from scfm.errors import CountsError
 
     block = sp.csr_matrix(np.eye(3, dtype=np.float32))
     block.indptr = np.array([0, 2**31 - 1, -(2**31), 3], dtype=np.int32)
     with pytest.raises(CountsError, match=r"2\^31"):
-        CountMatrix(block)
+        CountSource(block)
 
 
 def test_compiled_code_never_reads_outside_the_matrix(backend):

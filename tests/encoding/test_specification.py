@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import scfm.pp
+from scfm.data import CountSource
 from scfm.encoding import EncodingConfig, RankEncoding, Vocabulary, make_encoding
 from scfm.errors import VocabularyMismatchError
 
@@ -157,6 +158,6 @@ def test_a_human_name_list_of_scgpt_covers_pbmc(scfm_data, human_symbols):
     from scfm.encoding import GeneMap
 
     adata = anndata.read_h5ad(scfm_data / HUMAN[0], backed="r")
-    report = GeneMap.from_var(adata.var, human_symbols).report
+    report = GeneMap.of(CountSource.of(adata), human_symbols).report
     assert (report.n_vars, report.species, report.vocabulary_species) == (32738, "human", "human")
-    assert report.n_known == sum(name in human_symbols for name in adata.var_names)
+    assert report.n_matched == sum(name in human_symbols for name in adata.var_names)

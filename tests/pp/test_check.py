@@ -27,12 +27,12 @@ def test_good_data_are_ready(pbmc, encoding):
     assert report.ok
     assert report.raw_counts
     assert (report.n_cells, report.n_genes) == (700, 765)
-    assert report.genes.gene_share == 1
+    assert report.genes.gene_fraction == 1
     assert report.depth[1] == np.median(pbmc.obs["n_counts"])
     cells = scfm.pp.encode(pbmc, encoding)
     assert report.tokens_per_cell == cells.lengths_B.double().quantile(0.5)
     assert report.memory_bytes == cells.n_tokens * 4
-    assert report.empty_share == report.truncated_share == 0
+    assert report.empty_fraction == report.truncated_fraction == 0
     assert str(report).endswith("ready")
     assert "<table>" in report._repr_html_()
 
@@ -64,12 +64,12 @@ def test_empty_truncated_and_duplicated_are_counted(pbmc, encoding):
     adata.X[:70] = 0
     adata.X.eliminate_zeros()
     report = scfm.pp.check(adata, encoding)
-    assert report.empty_share == 0.1
+    assert report.empty_fraction == 0.1
     assert not report.ok
     short = make_encoding(EncodingConfig(kind="rank", context_length=200), adata=pbmc)
     genes = np.diff(pbmc.X.indptr)
     report = scfm.pp.check(pbmc, short)
-    assert report.truncated_share == np.mean(genes > 200)
+    assert report.truncated_fraction == np.mean(genes > 200)
     assert verdicts(report)["truncated"] == "note"
     doubled = anndata.concat([pbmc, pbmc], axis=1)
     doubled.obs = pbmc.obs
@@ -89,7 +89,7 @@ def test_a_model_gets_a_time_to_expect(pbmc, encoding):
     assert "one pass of the model" in verdicts(report)
 
 
-def test_large_data_are_judged_by_a_sample(encoding):
+def test_memory_of_large_data_is_estimated_from_some_cells_and_every_cell_is_checked(encoding):
     import scipy.sparse as sp
 
     names = encoding.vocabulary.genes
@@ -98,5 +98,9 @@ def test_large_data_are_judged_by_a_sample(encoding):
     adata = anndata.AnnData(counts)
     adata.var_names = names
     report = scfm.pp.check(adata, encoding)
-    assert "judged by 2,000 cells" in str(report)
+    assert report.ok
     assert abs(report.memory_bytes / (counts.nnz * 4) - 1) < 0.05
+    adata.X[8500] = 0
+    assert scfm.pp.check(adata, encoding).empty_fraction == 1 / 9000
+    adata.X.data[-1] = 0.5
+    assert not scfm.pp.check(adata, encoding).raw_counts

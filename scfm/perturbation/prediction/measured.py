@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from scfm import baselines
 from scfm._config import did_you_mean
-from scfm.data import CountMatrix
+from scfm.data import CountSource
 from scfm.data.columns import groups
 from scfm.errors import LabelsError
 from scfm.perturbation.prediction.targets import Target, read_target
+from scfm.vocab import strip_version
 
 MIN_CELLS = 5  # perturbations with fewer are left out: their mean says little
 
@@ -107,14 +107,14 @@ def read_measured(
             f"{', '.join(list(left_out)[:5])}.",
             stacklevel=4,
         )
-    expression_BG, genes = _expression(adata, layer=layer, gene_key=gene_key)
+    expression_BG, genes, columns = _expression(adata, layer=layer, gene_key=gene_key)
     control_G = np.asarray(expression_BG[control_B].mean(0), dtype=np.float64).ravel()
     means = [np.asarray(expression_BG[rows[target]].mean(0), dtype=np.float64).ravel() for target in kept]
     return Measured(
         targets=tuple(kept),
         change_PG=np.stack(means) - control_G,
         genes=genes,
-        columns=tuple(map(str, adata.var_names)),
+        columns=columns,
         names=tuple(names[target] for target in kept),
         left_out=left_out,
         control_rows=np.flatnonzero(control_B),
@@ -129,11 +129,10 @@ def _shown(name: str, control: str, separator: str) -> str:
 
 def _expression(
     adata: anndata.AnnData, *, layer: str | None, gene_key: str | None
-) -> tuple[sparse.csr_matrix, tuple[str, ...]]:
-    """log1p counts per 10,000, and the names of its columns."""
-    blocks, depths = zip(
-        *((block, depth_B) for _, block, depth_B in CountMatrix.from_adata(adata, layer=layer).blocks())
-    )
-    expression_BG = baselines.log_normalize(sparse.vstack(blocks, format="csr"), np.concatenate(depths))
-    names = adata.var_names if gene_key is None else adata.var[gene_key]
-    return expression_BG, tuple(map(str, names))
+) -> tuple[sparse.csr_matrix, tuple[str, ...], tuple[str, ...]]:
+    """log1p counts per 10,000 by gene, the names of the genes, and their `var_names` (of the first column of each)."""
+    source = CountSource.of(adata, layer=layer, gene_key=gene_key)
+    expression_BG, genes = source.log_normalized()
+    pairs = [(strip_version(name), str(column)) for name, column in zip(source.names()[0], source.var.index) if name]
+    column_of = dict(reversed(pairs))
+    return expression_BG, tuple(genes), tuple(column_of[gene] for gene in genes)

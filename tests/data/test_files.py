@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scfm.data import open_counts
+from scfm.data import CountSource
 from scfm.errors import CountsError
 
 NAMES = [f"G{place}" for place in range(50)]
@@ -20,14 +20,14 @@ def test_files_open_by_layer_raw_and_depth(tmp_path):
     adata.layers["dense"] = counts.toarray()
     adata.write_h5ad(tmp_path / "a.h5ad")
     for layer, sums in ((None, 1), ("more", 2), ("raw", 3), ("csc", 1), ("dense", 1)):
-        assert open_counts(tmp_path / "a.h5ad", layer=layer).depth().tolist() == [sums] * 4
-    assert open_counts(tmp_path / "a.h5ad", depth_key="depth").depth().tolist() == [7] * 4
+        assert CountSource.of(tmp_path / "a.h5ad", layer=layer).depth().tolist() == [sums] * 4
+    assert CountSource.of(tmp_path / "a.h5ad", depth_key="depth").depth().tolist() == [7] * 4
     adata.uns["scfm"] = {"depth_key": "depth"}
     adata.write_h5ad(tmp_path / "b.h5ad")
-    assert open_counts(tmp_path / "b.h5ad").depth().tolist() == [7] * 4
-    with pytest.raises(CountsError, match="has no layers/none"):
-        open_counts(tmp_path / "a.h5ad", layer="none")
+    assert CountSource.of(tmp_path / "b.h5ad").depth().tolist() == [7] * 4
+    with pytest.raises(CountsError, match=r"`layer` is .none., which is not there"):
+        CountSource.of(tmp_path / "a.h5ad", layer="none")
     with pytest.raises(CountsError, match="'none', which is not a column"):
-        open_counts(tmp_path / "a.h5ad", depth_key="none")
+        CountSource.of(tmp_path / "a.h5ad", depth_key="none")
     with pytest.raises(FileNotFoundError):
-        open_counts(tmp_path / "none.h5ad")
+        CountSource.of(tmp_path / "none.h5ad")

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scfm.data import CountMatrix
+from scfm.data import CountSource
 from scfm.errors import CountsError
 
 
@@ -45,7 +45,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_rows(counts, form):
     expected = counts > 0 if form == "bool" else counts
-    blocks, depth = joined(CountMatrix.from_adata(make(FORMS[form](counts))))
+    blocks, depth = joined(CountSource.of(make(FORMS[form](counts))))
     np.testing.assert_array_equal(blocks, expected)
     np.testing.assert_array_equal(depth, expected.sum(axis=1))
 
@@ -63,7 +63,7 @@ def test_backed_files_give_the_same_rows(counts, form, suffix, tmp_path):
         group = zarr.open(path, mode="r")
         element = group["X"] if form == "dense" else anndata.io.sparse_dataset(group["X"])
         adata = anndata.AnnData(element, obs=pd.DataFrame(index=map(str, range(23))))
-    blocks, depth = joined(CountMatrix.from_adata(adata))
+    blocks, depth = joined(CountSource.of(adata))
     np.testing.assert_array_equal(blocks, counts)
     np.testing.assert_array_equal(depth, counts.sum(axis=1))
 
@@ -74,13 +74,13 @@ def test_views_give_their_own_rows(counts, backed, tmp_path):
     if backed:
         adata.write_h5ad(tmp_path / "a.h5ad")
         adata = anndata.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    blocks, _ = joined(CountMatrix.from_adata(adata[3:20:2, [4, 1, 7]]))
+    blocks, _ = joined(CountSource.of(adata[3:20:2, [4, 1, 7]]))
     np.testing.assert_array_equal(blocks, counts[3:20:2][:, [4, 1, 7]])
 
 
 def test_csr_rows_share_memory_with_the_matrix(counts):
     matrix = sp.csr_matrix(counts)
-    for _, block, _ in CountMatrix(matrix).blocks(5):
+    for _, block, _ in CountSource(matrix).blocks(5):
         assert np.shares_memory(block.data, matrix.data)
         assert np.shares_memory(block.indices, matrix.indices)
 
@@ -88,22 +88,22 @@ def test_csr_rows_share_memory_with_the_matrix(counts):
 def test_layer_and_raw_are_found(counts):
     logged = np.log1p(counts)
     adata = make(sp.csr_matrix(logged), counts=sp.csr_matrix(counts))
-    np.testing.assert_array_equal(joined(CountMatrix.from_adata(adata, layer="counts"))[0], counts)
+    np.testing.assert_array_equal(joined(CountSource.of(adata, layer="counts"))[0], counts)
     with_raw = make(sp.csr_matrix(counts))
     with_raw.raw = with_raw.copy()
     with_raw = with_raw[:, :4].copy()
-    matrix = CountMatrix.from_adata(with_raw, layer="raw")
+    matrix = CountSource.of(with_raw, layer="raw")
     assert matrix.n_vars == 9
     assert list(matrix.var.index) == [f"G{i}" for i in range(9)]
 
 
 def test_depth_comes_from_obs_where_it_is_named(counts):
     adata = make(sp.csr_matrix(counts))
-    assert CountMatrix.from_adata(adata, depth_key="total").depth()[3] == 103
+    assert CountSource.of(adata, depth_key="total").depth()[3] == 103
     adata.uns["scfm"] = {"depth_key": "total"}
-    assert CountMatrix.from_adata(adata).depth()[3] == 103
+    assert CountSource.of(adata).depth()[3] == 103
     del adata.uns["scfm"]
-    np.testing.assert_array_equal(CountMatrix.from_adata(adata).depth(), counts.sum(axis=1))
+    np.testing.assert_array_equal(CountSource.of(adata).depth(), counts.sum(axis=1))
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -114,8 +114,8 @@ def test_depth_comes_from_obs_where_it_is_named(counts):
         (lambda x: np.where(x == 1, np.nan, x), "NaN"),
         (lambda x: np.where(x == 1, np.inf, x), "infinite"),
         (lambda x: np.where(x == 1, -np.inf, x), "infinite"),
-        (np.log1p, "log-normalised, and raw counts are needed"),
-        (lambda x: x / x.sum() * 1e4 + x / 3, "looks normalised"),
+        (np.log1p, "log-normalized, and raw counts are needed"),
+        (lambda x: x / x.sum() * 1e4 + x / 3, "looks normalized"),
         (lambda x: (x - x.mean()) / x.std(), "scaled"),
     ],
 )
@@ -123,7 +123,7 @@ def test_what_is_not_counts_is_refused(counts, spoil, message, sparse):
     spoiled = spoil(counts).astype(np.float32)
     adata = make(sp.csr_matrix(spoiled) if sparse else spoiled)
     with pytest.raises(CountsError, match=message):
-        joined(CountMatrix.from_adata(adata))
+        joined(CountSource.of(adata))
 
 
 @pytest.mark.parametrize("with_host", [True, False])
@@ -132,17 +132,17 @@ def test_the_error_says_where_counts_hide(counts, with_host, monkeypatch):
     logged = sp.csr_matrix(np.log1p(counts))
     adata = make(logged, spliced=sp.csr_matrix(counts), scaled=logged.copy())
     with pytest.raises(CountsError, match=r'Raw counts seem to be in layer="spliced": pass that'):
-        joined(CountMatrix.from_adata(adata))
+        joined(CountSource.of(adata))
     adata = make(sp.csr_matrix(counts))
     adata.raw = adata.copy()
     adata.X = logged
     with pytest.raises(CountsError, match=r'in layer="raw" \(adata.raw\)'):
-        joined(CountMatrix.from_adata(adata))
+        joined(CountSource.of(adata))
     with pytest.raises(CountsError, match="No raw counts were found elsewhere"):
-        joined(CountMatrix.from_adata(make(logged)))
+        joined(CountSource.of(make(logged)))
     adata = make(sp.csr_matrix(counts), logged=logged)
     with pytest.raises(CountsError, match=r"in layer=None \(adata.X\)"):
-        joined(CountMatrix.from_adata(adata, layer="logged"))
+        joined(CountSource.of(adata, layer="logged"))
 
 
 @pytest.mark.parametrize(
@@ -150,18 +150,18 @@ def test_the_error_says_where_counts_hide(counts, with_host, monkeypatch):
     [
         ({"layer": "nowhere"}, r"'nowhere', which is not there. Layers: \['counts'\]"),
         ({"layer": "raw"}, "`adata.raw`: none"),
-        ({"depth_key": "depth"}, "'depth', which is not in `adata.obs` .total"),
+        ({"depth_key": "depth"}, "'depth', which is not a column of `adata.obs`. Columns: total"),
     ],
 )
 def test_missing_places_are_named(counts, arguments, message):
     with pytest.raises(CountsError, match=message):
-        CountMatrix.from_adata(make(counts, counts=counts), **arguments)
+        CountSource.of(make(counts, counts=counts), **arguments)
 
 
 @pytest.mark.parametrize("depth", [np.full(23, -1.0), np.full(23, np.nan), np.ones(22)])
 def test_impossible_depths_are_refused(counts, depth):
     with pytest.raises(CountsError, match="depths"):
-        CountMatrix(counts, depth=depth)
+        CountSource(counts, depth=depth)
 
 
 def test_totals_and_survey_agree_with_and_without_compiled_code(counts, monkeypatch):
