@@ -43,6 +43,7 @@ def canonical_csr(block: Any, *, name: str = "the matrix") -> sp.csr_matrix:
     if not sp.issparse(block):
         return sp.csr_matrix(native_numbers(np.asanyarray(block), name=name))
     block = block if block.format == "csr" else block.tocsr()
+    check_pointers(block.indptr, len(block.data), len(block.indices), block.shape[0])
     # scipy remembers whether a matrix has this form, also after its arrays were exchanged: a new one knows nothing.
     rows = sp.csr_matrix(block.shape, dtype=np.int8)
     rows.data = native_numbers(block.data, name=name)

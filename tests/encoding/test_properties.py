@@ -1,5 +1,7 @@
 """Properties that hold for any counts, and both backends alike."""
 
+import dataclasses
+
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
@@ -8,8 +10,10 @@ import scipy.sparse as sp
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from scfm.data import CountSource
 from scfm.data.batch import CellBatch
 from scfm.encoding import EncodingConfig, GeneMap, RankEncoding, Vocabulary, make_encoding
+from scfm.errors import CountsError, VocabularyMismatchError
 
 N_GENES = 40
 NAMES = [f"G{place}" for place in range(N_GENES)]
@@ -227,23 +231,51 @@ def test_training_draws_differ_and_repeat_by_seed(backend):
 
 def test_wrapped_row_pointers_are_refused():
     """What int32 pointers look like past 2^31 non-zero entries."""
-    from scfm.data import CountSource
-    from scfm.errors import CountsError
-
     block = sp.csr_matrix(np.eye(3, dtype=np.float32))
     block.indptr = np.array([0, 2**31 - 1, -(2**31), 3], dtype=np.int32)
     with pytest.raises(CountsError, match=r"2\^31"):
         CountSource(block)
 
 
-def test_compiled_code_never_reads_outside_the_matrix(backend):
-    if backend == "numpy":
-        pytest.skip("NumPy checks its indices itself")
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("indices", [0, 1, 10**6], "column index 1000000, and 40 columns"),
+        ("indices", [0, 1, -5], "column index -5"),
+        ("indptr", [0, 9, 2, 3], "row pointers"),
+        ("indptr", [0, 1, 2, 9], "row pointers"),
+        ("indptr", [0, 1, 3], "4 rows|3 row pointers"),
+    ],
+)
+def test_nothing_is_read_outside_the_matrix(backend, name, values, message):
     block = sp.csr_matrix(np.eye(3, N_GENES, dtype=np.float32))
-    block.indices = np.array([0, 1, 10**6], dtype=np.int32)
-    with pytest.raises(IndexError, match="outside a matrix"):
+    setattr(block, name, np.array(values, dtype=np.int32))
+    with pytest.raises(CountsError, match=message):
         encode(EncodingConfig(kind="rank"), block, backend)
-    block.indices = np.array([0, 1, 2], dtype=np.int32)
-    block.indptr = np.array([0, 1, 2, 99], dtype=np.int32)
-    with pytest.raises(ValueError, match="row pointers"):
-        encode(EncodingConfig(kind="rank"), block, backend, depth_B=np.ones(3))
+
+
+def test_a_map_of_another_vocabulary_is_refused(backend):
+    """Its tokens would be other genes, or lie outside the tables of compiled code."""
+    encoding = make_encoding("bin", vocabulary=VOCABULARY)
+    for other in (VOCABULARY.genes[::-1], VOCABULARY.genes[:5], [*VOCABULARY.genes, *(f"X{i}" for i in range(99))]):
+        genes = GeneMap.from_names(NAMES, Vocabulary.from_genes(other), min_coverage=0)
+        with pytest.raises(VocabularyMismatchError, match="another vocabulary"):
+            encoding.encode(np.ones((1, N_GENES)), genes, backend=backend)
+    equal = Vocabulary.from_dict(VOCABULARY.to_dict())
+    encoding.encode(np.ones((1, N_GENES)), GeneMap.from_names(NAMES, equal), backend=backend)
+
+
+@pytest.mark.parametrize("token", [-2, len(VOCABULARY)])
+def test_a_map_never_points_outside_its_vocabulary(token):
+    genes = GeneMap.from_names(NAMES, VOCABULARY)
+    with pytest.raises(ValueError, match="must be -1 or a token"):
+        dataclasses.replace(genes, token_ids=np.full(N_GENES, token, dtype=np.int32))
+
+
+@pytest.mark.parametrize("depth", [np.ones(2), 3.0, np.ones((3, 1))])
+def test_depths_of_other_cells_are_refused(backend, depth):
+    genes = GeneMap.from_names(NAMES, VOCABULARY)
+    with pytest.raises(ValueError, match="`depth_B` has shape"):
+        make_encoding("bucket", vocabulary=VOCABULARY).encode(
+            np.ones((3, N_GENES)), genes, depth_B=depth, backend=backend
+        )
