@@ -163,9 +163,16 @@ def test_every_option_is_described(name):
 
 
 def test_parameters_described_together_are_told_once():
-    words = parameter_help(scfm.tl.perturb)
-    assert len(words["groupby"]) > 20
-    assert (words["start"], words["goal"]) == ("See --groupby.", "See --groupby.")
+    def documented(start, goal):
+        """Do.
+
+        Parameters
+        ----------
+        start, goal
+            States of cells.
+        """
+
+    assert parameter_help(documented) == {"start": "States of cells.", "goal": "See --start."}
 
 
 def test_the_documentation_has_every_command_and_option(monkeypatch):
@@ -301,3 +308,21 @@ def test_a_label_that_stdout_cannot_show_does_not_fail_a_finished_command(encodi
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u03b3\\u03b4 T\n", b"")
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"convert", "doctor"}))
+def test_every_command_that_reads_counts_takes_layer_gene_names_and_depth(name):
+    assert {"layer", "gene_key", "depth_key"} <= set(inspect.signature(COMMANDS[name].build()).parameters)
+
+
+def test_the_depth_of_cells_changes_their_labels_as_in_python(result, folder, cells, tmp_path):
+    deep = cells.copy()
+    deep.uns["scfm"] = {"depth_key": "deep"}
+    deep.obs["deep"] = np.asarray(deep.X.sum(1)).ravel() * np.linspace(2, 9, deep.n_obs)
+    expected = scfm.tl.annotate(deep, scfm.load(folder / "model"), copy=True)
+    del deep.uns["scfm"]
+    deep.write_h5ad(tmp_path / "deep.h5ad")
+    arguments = ["annotate", tmp_path / "deep.h5ad", tmp_path / "out.h5ad", "--model", folder / "model"]
+    result(*arguments, "--depth-key", "deep")
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(written.obsm["scfm_proba"], expected.obsm["scfm_proba"])
