@@ -71,7 +71,7 @@ def distances(model: Model, features_BX: NDArray[np.float32]) -> NDArray[np.floa
     """Return the distance of each cell from the training cells, shape (B,).
 
     It is the root mean square of the class features in standard deviations of the training cells, so it needs a class
-    head of kind "normalized", which stores them.
+    head of kind "batch_norm", which stores them.
     """
     norm = model.network.class_head.norm
     mean_X, variance_X = norm.running_mean.cpu().numpy(), norm.running_var.cpu().numpy()

@@ -175,7 +175,7 @@ def score_from_scratch(model: Model, cells: Cells, config: FitConfig, *, progres
     config = config.replace(**STAGE_DEFAULTS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        shape = model.network.config.replace(train_gene_embedding=True)
+        shape = model.network.config.replace(embedding={"train_genes": True})
         network = CellTransformer.for_vocabulary(shape, model.encoding.vocabulary).to(model.device)
     scratch = Model(network, model.encoding, labels=model.labels)
     train_classifier(scratch, cells.training_tokens(), config, progress=progress)

@@ -42,7 +42,7 @@ def start_from_probe(network: CellTransformer, features_BX: NDArray[np.float32],
     Parameters
     ----------
     network
-        With a class head of kind "normalized"; changed in place.
+        With a class head of kind "batch_norm"; changed in place.
     features_BX
         What the head reads of the training cells, shape (B, X), float32.
     labels_B

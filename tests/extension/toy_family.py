@@ -16,11 +16,9 @@ NAME = "toy"
 ENCODING = {"kind": "toy_bits"}
 OBJECTIVES = {"masked": "toy_half_hidden"}
 ARCHITECTURE = {
-    "positions": "none",
-    "values": "continuous",
-    "gene_head": False,
-    "value_head": "mlp",
-    "pooling": "cls",
+    "embedding": {"positions": "none", "values": "continuous"},
+    "heads": {"genes": False, "values": "mlp"},
+    "pooling": {"how": "cls"},
 }
 PRESET = Preset(
     name="toy-tiny",
