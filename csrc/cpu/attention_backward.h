@@ -14,7 +14,7 @@ constexpr int64_t kQueryBlock = kPanel;
 template <class Engine>
 struct BackwardBuffers {
   uint32_t *query_columns, *query_rows, *grad_columns, *grad_rows;          // all queries, block after block
-  float *delta, *lse, *grad_query;                                          // the same; grad_query transposed
+  float *delta, *lse, *correction, *grad_query;                             // the same; grad_query transposed
   uint32_t *rows, *key_rows, *value_rows, *key_columns, *probs, *grad_scores, *grad_scores_panel;
   float *scores, *grad_probs, *bias, *grad_key, *grad_value, *grad_bias;  // one block of keys
   int64_t bytes;
@@ -30,6 +30,7 @@ struct BackwardBuffers {
     grad_rows = arena.take<uint32_t>(n * row_words);
     delta = arena.take<float>(n);
     lse = arena.take<float>(n);
+    correction = arena.take<float>(n);
     grad_query = arena.take<float>(n * width);
     rows = arena.take<uint32_t>((kKeys > kQueryBlock ? kKeys : kQueryBlock) * row_words);
     key_rows = arena.take<uint32_t>(kKeys * words);
@@ -49,20 +50,56 @@ struct BackwardBuffers {
   }
 };
 
-// Pack one block of queries and of their output gradients; delta = dO . O, minus the gradient of the log-sum-exp.
-template <class Engine, class Source>
+// The log-sum-exp of one block of queries as an exponent of 2. Rounded to float it would give every probability of a query
+// the same error, often larger than all others. So products in float take its whole part, which is exact, and the rest
+// becomes a factor near 1, `correction`, of whatever is summed over the queries or written for them.
+template <class Engine>
+void split_lse(const AttentionProblem& problem, int64_t head, int64_t token, int64_t n, float* lse, float* correction) {
+  for (int64_t i = 0; i < kQueryBlock; i++) {
+    const float value = i < n ? scalar_at(problem.lse, token + i, head) : -kInfinity;
+    // A query without keys: a reference of +inf makes each of its probabilities exp2(-inf) = 0.
+    const double exact = value == -kInfinity ? kInfinity : value * kLog2EDouble;
+    lse[i] = static_cast<float>(exact);
+    correction[i] = 0.f;
+    if (Engine::kGroup > 1 || !(exact < 1e6 && exact > -1e6)) continue;
+    lse[i] = static_cast<float>(static_cast<int>(exact));
+    correction[i] = static_cast<float>(lse[i] - exact);
+  }
+  for (int64_t i = 0; i < kQueryBlock; i += Vec::kWidth)
+    Vec::store(correction + i, FloatEngine::exp2(Vec::load(correction + i)));
+}
+
+// Each row times its factor.
+inline void scale_rows(float* rows, int64_t width, const float* factors) {
+  for (int64_t i = 0; i < kQueryBlock; i++)
+    for (int64_t d = 0; d < width; d++) rows[i * width + d] *= factors[i];
+}
+inline void scale_rows(BFloat16*, int64_t, const float*) {}  // each factor is 1
+
+// Pack one block of queries and of their output gradients; delta = dO . O, minus the gradient of the log-sum-exp. `kRows`
+// packs what sums over queries need as well.
+template <class Engine, class Source, bool kRows>
 void pack_queries(const AttentionProblem& problem, const AttentionTask& task, int64_t begin, int64_t width,
                   const BackwardBuffers<Engine>& buffers) {
   using Element = typename Engine::Element;
   const int64_t n = smaller(kQueryBlock, task.query_end - task.query_begin - begin), token = task.query_begin + begin;
-  const int64_t words = width / Engine::kGroup, row_words = round_up(width, kPanel) / Engine::kGroup;
-  const Element* rows = reinterpret_cast<const Element*>(buffers.rows);
+  const int64_t words = width / Engine::kGroup;
+  [[maybe_unused]] const int64_t row_words = round_up(width, kPanel) / Engine::kGroup;
+  [[maybe_unused]] Element* rows = reinterpret_cast<Element*>(buffers.rows);
+  float* correction = buffers.correction + begin;
+  split_lse<Engine>(problem, task.head, token, n, buffers.lse + begin, correction);
   copy_rows<Element, Source>(problem.q, token, task.head, n, kQueryBlock, problem.head_dim, width, buffers.rows);
   panels_of_columns(buffers.rows, kQueryBlock, words, buffers.query_columns + begin * words);
-  panels_of_rows(rows, kQueryBlock, width, buffers.query_rows + begin * row_words);
+  if constexpr (kRows) {
+    scale_rows(rows, width, correction);
+    panels_of_rows(rows, kQueryBlock, width, buffers.query_rows + begin * row_words);
+  }
   copy_rows<Element, Source>(problem.grad_out, token, task.head, n, kQueryBlock, problem.head_dim, width, buffers.rows);
   panels_of_columns(buffers.rows, kQueryBlock, words, buffers.grad_columns + begin * words);
-  panels_of_rows(rows, kQueryBlock, width, buffers.grad_rows + begin * row_words);
+  if constexpr (kRows) {
+    scale_rows(rows, width, correction);
+    panels_of_rows(rows, kQueryBlock, width, buffers.grad_rows + begin * row_words);
+  }
 
   float grad[kMaxWidth], out[kMaxWidth];
   const ConstTokens outputs{problem.out.data, problem.out.token_stride, problem.out.head_stride};
@@ -70,15 +107,9 @@ void pack_queries(const AttentionProblem& problem, const AttentionTask& task, in
     read_padded<Source>(problem.grad_out, token + i, task.head, problem.head_dim, width, grad);
     read_padded<Source>(outputs, token + i, task.head, problem.head_dim, width, out);
     const float grad_lse = problem.grad_lse.data == nullptr ? 0.f : scalar_at(problem.grad_lse, token + i, task.head);
-    const float lse = scalar_at(problem.lse, token + i, task.head);
     buffers.delta[begin + i] = dot(grad, out, width) - grad_lse;
-    // A query without keys: a reference of +inf makes each of its probabilities exp2(-inf) = 0.
-    buffers.lse[begin + i] = lse == -kInfinity ? kInfinity : lse * kLog2E;
   }
-  for (int64_t i = n; i < kQueryBlock; i++) {
-    buffers.delta[begin + i] = 0.f;
-    buffers.lse[begin + i] = kInfinity;
-  }
+  for (int64_t i = n; i < kQueryBlock; i++) buffers.delta[begin + i] = 0.f;
 }
 
 template <class Engine, class Source>
@@ -96,7 +127,7 @@ void pack_keys(const AttentionProblem& problem, const AttentionTask& task, int64
 
 // P^T = exp2(S^T), dS^T = P^T (dP^T - delta), two keys at a time.
 template <class Engine, bool kGradBias>
-void score_gradients(int64_t n_keys, float scale, const float* lse, const float* delta,
+void score_gradients(int64_t n_keys, float scale, const float* lse, const float* delta, const float* correction,
                      const BackwardBuffers<Engine>& buffers) {
   constexpr int64_t kRowWords = kQueryBlock / Engine::kGroup, kStep = 2 * Vec::kWidth;
   const Vec::Reg factor = Vec::set1(scale);
@@ -112,7 +143,7 @@ void score_gradients(int64_t n_keys, float scale, const float* lse, const float*
           const Vec::Reg offset = Vec::sub(Vec::set1(buffers.bias[key + i]), Vec::load(lse + column));
           p[i][j] = Engine::exp2(Vec::fma(Vec::load(buffers.scores + place), factor, offset));
           ds[i][j] = Vec::mul(p[i][j], Vec::sub(Vec::load(buffers.grad_probs + place), Vec::load(delta + column)));
-          if constexpr (kGradBias) total[i] = Vec::add(total[i], ds[i][j]);
+          if constexpr (kGradBias) total[i] = Vec::fma(ds[i][j], Vec::load(correction + column), total[i]);
         }
 #pragma GCC unroll 2
       for (int64_t i = 0; i < 2; i++) {
@@ -135,20 +166,21 @@ void score_gradients(int64_t n_keys, float scale, const float* lse, const float*
 // An unknown token's own key: nobody else sees it, so its key and value gradients are this one term.
 template <class Source>
 void own_key_gradients(const AttentionProblem& problem, int64_t token, int64_t head, int64_t width, float lse,
-                       float delta, float* grad_query) {
+                       float delta, float correction, float* grad_query) {
   float query[kMaxWidth], key[kMaxWidth], grad[kMaxWidth], value[kMaxWidth];
   read_padded<Source>(problem.q, token, head, problem.head_dim, width, query);
   read_padded<Source>(problem.k, token, head, problem.head_dim, width, key);
   read_padded<Source>(problem.v, token, head, problem.head_dim, width, value);
   read_padded<Source>(problem.grad_out, token, head, problem.head_dim, width, grad);
-  float score = dot(query, key, width) * (problem.scale * kLog2E);
+  float score = dot(query, key, width) * exponent_scale(problem.scale);
   if (problem.key_bias.data != nullptr) score += scalar_at(problem.key_bias, token, head) * kLog2E;
   const float prob = Vec::reduce_max(FloatEngine::exp2(Vec::set1(score - lse)));
   const float grad_score = prob * (dot(grad, value, width) - delta);
   for (int64_t d = 0; d < width; d++) grad_query[d] += grad_score * key[d];
-  write_row(query, grad_score * problem.scale, problem.head_dim, token_row<Source>(problem.grad_k, token, head));
-  write_row(grad, prob, problem.head_dim, token_row<Source>(problem.grad_v, token, head));
-  if (problem.grad_bias.data != nullptr) scalar_at(problem.grad_bias, token, head) = grad_score;
+  write_row(query, correction * grad_score * problem.scale, problem.head_dim,
+            token_row<Source>(problem.grad_k, token, head));
+  write_row(grad, correction * prob, problem.head_dim, token_row<Source>(problem.grad_v, token, head));
+  if (problem.grad_bias.data != nullptr) scalar_at(problem.grad_bias, token, head) = correction * grad_score;
 }
 
 template <class Engine, class Source>
@@ -177,8 +209,9 @@ void write_query_gradients(const AttentionProblem& problem, const AttentionTask&
     const int64_t token = task.query_begin + begin + i;
     if (token >= task.own_begin)
       own_key_gradients<Source>(problem, token, task.head, width, buffers.lse[begin + i], buffers.delta[begin + i],
-                                block + i * width);
-    write_row(block + i * width, problem.scale, problem.head_dim, token_row<Source>(problem.grad_q, token, task.head));
+                                buffers.correction[begin + i], block + i * width);
+    write_row(block + i * width, buffers.correction[begin + i] * problem.scale, problem.head_dim,
+              token_row<Source>(problem.grad_q, token, task.head));
   }
 }
 
@@ -190,11 +223,11 @@ void attention_backward(const AttentionProblem& problem, const AttentionTask& ta
   const int64_t n_queries = task.query_end - task.query_begin;
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
   const int64_t row_words = round_up(width, kPanel) / Engine::kGroup;
-  const float scale = problem.scale * kLog2E;
+  const float scale = exponent_scale(problem.scale);
   BackwardBuffers<Engine> buffers(scratch, n_queries, width);
 
   for (int64_t query = 0; query < n_queries; query += kQueryBlock)
-    pack_queries<Engine, Source>(problem, task, query, width, buffers);
+    pack_queries<Engine, Source, true>(problem, task, query, width, buffers);
   for (int64_t i = 0; i < round_up(n_queries, kQueryBlock) * width; i++) buffers.grad_query[i] = 0.f;
 
   for (int64_t begin = 0; begin < task.n_keys; begin += kKeys) {
@@ -208,7 +241,7 @@ void attention_backward(const AttentionProblem& problem, const AttentionTask& ta
                                    buffers.grad_columns + query * words, buffers.grad_probs, kQueryBlock);
       const auto gradients =
           problem.grad_bias.data == nullptr ? score_gradients<Engine, false> : score_gradients<Engine, true>;
-      gradients(n_keys, scale, buffers.lse + query, buffers.delta + query, buffers);
+      gradients(n_keys, scale, buffers.lse + query, buffers.delta + query, buffers.correction + query, buffers);
       Engine::template gemm<true>(n_keys, width, kRowWords, buffers.probs, kRowWords,
                                   buffers.grad_rows + query * row_words, buffers.grad_value, width);
       Engine::template gemm<true>(n_keys, width, kRowWords, buffers.grad_scores, kRowWords,

@@ -116,7 +116,7 @@ void add_own_key(const AttentionProblem& problem, int64_t token, int64_t head, i
   float query[kMaxWidth], key[kMaxWidth];
   read_padded<Source>(problem.q, token, head, problem.head_dim, width, query);
   read_padded<Source>(problem.k, token, head, problem.head_dim, width, key);
-  float score = dot(query, key, width) * (problem.scale * kLog2E);
+  float score = dot(query, key, width) * exponent_scale(problem.scale);
   if (problem.key_bias.data != nullptr) score += scalar_at(problem.key_bias, token, head) * kLog2E;
   const float top = score > row_max ? score : row_max, reference = top == -kInfinity ? 0.f : top;
   const Vec::Reg shrink = Engine::exp2(Vec::set1(row_max - reference));
@@ -127,6 +127,17 @@ void add_own_key(const AttentionProblem& problem, int64_t token, int64_t head, i
   read_padded<Source>(problem.v, token, head, problem.head_dim, width, value);
   for (int64_t d = 0; d < width; d += Vec::kWidth)
     Vec::store(out + d, Vec::fma(Vec::load(out + d), shrink, Vec::mul(prob, Vec::load(value + d))));
+}
+
+// ln(2^top sum), rounded once: the backward takes its probabilities from it, and in float `top` plus the logarithm
+// would have an error as large again.
+inline float log_sum_exp(float top, float sum) {
+  if (sum == 0.f) return -kInfinity;
+  if (!(sum < kInfinity)) return sum;  // infinite, or not a number
+  const uint32_t bits = bits_of_float(sum);
+  const double exponent = static_cast<int>(bits >> 23) - 127;
+  const float mantissa = float_of_bits((bits & 0x7fffffu) | 0x3f800000u);
+  return static_cast<float>((top + exponent + __builtin_log2f(mantissa)) * kLn2Double);
 }
 
 // All rows of the task over one packed block of keys.
@@ -147,7 +158,7 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
   [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t n_rows = task.query_end - task.query_begin, n_padded = round_up(n_rows, Engine::kRowStep);
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
-  const float scale = problem.scale * kLog2E;
+  const float scale = exponent_scale(problem.scale);
   ForwardBuffers<Engine> buffers(scratch, n_rows, width);
 
   copy_rows<Element, Source>(problem.q, task.query_begin, task.head, n_rows, n_padded, problem.head_dim, width,
@@ -178,7 +189,7 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
     if (token >= task.own_begin) add_own_key<FloatEngine, Source>(problem, token, task.head, width, top, sum, out);
     // A query that saw no key: output 0, log-sum-exp -inf.
     write_row(out, sum == 0.f ? 0.f : 1.f / sum, problem.head_dim, token_row<Source>(problem.out, token, task.head));
-    scalar_at(problem.lse, token, task.head) = sum == 0.f ? -kInfinity : (top + __builtin_log2f(sum)) * kLn2;
+    scalar_at(problem.lse, token, task.head) = log_sum_exp(top, sum);
   }
 }
 

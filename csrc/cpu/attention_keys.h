@@ -12,12 +12,17 @@ namespace {
 // sees a / (1 - a) (G_i . o_i - G_i . v_g). Where a rounds to 1 no other key is left: the output, and G_i . o_i with it,
 // falls to 0. The key's own query goes with it and does not count.
 template <bool kDeletion>
-Vec::Reg key_sum(float* scores, const float* grad_probs, float scale, float bias, const float* lse, const float* delta,
-                 int64_t own) {
+Vec::Reg key_sum(float* scores, const float* grad_probs, float scale, float bias, const float* lse, const float* correction,
+                 const float* delta, int64_t own) {
+  Vec::Reg sum = Vec::zero();
   for (int64_t column = 0; column < kQueryBlock; column += Vec::kWidth) {
     const Vec::Reg offset = Vec::sub(Vec::set1(bias), Vec::load(lse + column));
-    Vec::store(scores + column,
-               FloatEngine::exp2(Vec::fma(Vec::load(scores + column), Vec::set1(scale), offset)));
+    const Vec::Reg prob = FloatEngine::exp2(Vec::fma(Vec::load(scores + column), Vec::set1(scale), offset));
+    const Vec::Reg factor = Vec::load(correction + column);
+    if constexpr (kDeletion)
+      Vec::store(scores + column, Vec::mul(prob, factor));
+    else
+      sum = Vec::fma(prob, factor, sum);
   }
   if constexpr (kDeletion) {
     for (int64_t i = 0; i < kQueryBlock; i++) {
@@ -25,9 +30,9 @@ Vec::Reg key_sum(float* scores, const float* grad_probs, float scale, float bias
       scores[i] = prob < 1.f - 1e-6f ? effect : -delta[i];
     }
     if (own >= 0 && own < kQueryBlock) scores[own] = 0.f;
+    for (int64_t column = 0; column < kQueryBlock; column += Vec::kWidth)
+      sum = Vec::add(sum, Vec::load(scores + column));
   }
-  Vec::Reg sum = Vec::zero();
-  for (int64_t column = 0; column < kQueryBlock; column += Vec::kWidth) sum = Vec::add(sum, Vec::load(scores + column));
   return sum;
 }
 
@@ -43,8 +48,9 @@ void write_own_keys(const AttentionProblem& problem, const AttentionTask& task, 
       read_padded<Source>(problem.k, token, task.head, problem.head_dim, width, key);
       const float bias =
           problem.key_bias.data == nullptr ? 0.f : scalar_at(problem.key_bias, token, task.head) * kLog2E;
-      const float score = dot(query, key, width) * (problem.scale * kLog2E) + bias;
-      prob = Vec::reduce_max(FloatEngine::exp2(Vec::set1(score - buffers.lse[token - task.query_begin])));
+      const int64_t row = token - task.query_begin;
+      const float score = dot(query, key, width) * exponent_scale(problem.scale) + bias;
+      prob = buffers.correction[row] * Vec::reduce_max(FloatEngine::exp2(Vec::set1(score - buffers.lse[row])));
     }
     scalar_at(problem.grad_bias, token, task.head) = prob;
   }
@@ -59,10 +65,10 @@ void attention_keys(const AttentionProblem& problem, const AttentionTask& task, 
   [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t n_queries = task.query_end - task.query_begin;
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
-  const float scale = problem.scale * kLog2E;
+  const float scale = exponent_scale(problem.scale);
   BackwardBuffers<Engine> buffers(scratch, n_queries, width);
   for (int64_t query = 0; query < n_queries; query += kQueryBlock)
-    pack_queries<Engine, Source>(problem, task, query, width, buffers);
+    pack_queries<Engine, Source, false>(problem, task, query, width, buffers);
 
   for (int64_t begin = 0; begin < task.n_keys; begin += kKeys) {
     const int64_t n = smaller(kKeys, task.n_keys - begin), n_keys = round_up(n, kKeyStep);
@@ -83,6 +89,7 @@ void attention_keys(const AttentionProblem& problem, const AttentionTask& task, 
         Vec::store(sum, Vec::add(Vec::load(sum), key_sum<kDeletion>(buffers.scores + key * kQueryBlock,
                                                                    buffers.grad_probs + key * kQueryBlock, scale,
                                                                    buffers.bias[key], buffers.lse + query,
+                                                                   buffers.correction + query,
                                                                    buffers.delta + query, own)));
       }
     }

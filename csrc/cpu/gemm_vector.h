@@ -5,8 +5,10 @@
 //   B  panels of 64 columns: [column / 64][word of the summed axis][column % 64]
 //   C  float, row-major
 //
-// Each element of C is one chain of multiply-adds over the summed axis, whatever the tile it falls into. So the result of
-// a row does not depend on its neighbours, nor that of a column.
+// Each element of C is a sum of chains of multiply-adds over at most kChain words of the summed axis, in one order whatever
+// the tile it falls into. So the result of a row does not depend on its neighbours, nor that of a column. One chain of n
+// terms has a rounding error that grows like n / sqrt(2); chains of 128 and a sum of n / 128 of them like 8 sqrt(n), which
+// is what libraries reach. `C += A B` adds to C what A B alone would be.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +16,7 @@
 namespace {
 
 constexpr int64_t kPanel = 64;
+constexpr int64_t kChain = 128;
 
 // `Dot` multiplies a broadcast word of A with a vector of words of B and adds.
 template <class Dot, bool kAccumulate, int kRows, int kColumns>
@@ -24,7 +27,7 @@ inline __attribute__((always_inline)) void gemm_tile(int64_t words, const uint32
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < kColumns; j++)
-      sum[i][j] = kAccumulate ? Vec::load(c + i * c_stride + j * Vec::kWidth) : Vec::zero();
+      sum[i][j] = Vec::zero();
   for (int64_t word = 0; word < words; word++) {
     typename Vec::Reg right[kColumns];
 #pragma GCC unroll 4
@@ -40,7 +43,10 @@ inline __attribute__((always_inline)) void gemm_tile(int64_t words, const uint32
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < kColumns; j++) Vec::store(c + i * c_stride + j * Vec::kWidth, sum[i][j]);
+    for (int j = 0; j < kColumns; j++) {
+      float* to = c + i * c_stride + j * Vec::kWidth;
+      Vec::store(to, kAccumulate ? Vec::add(Vec::load(to), sum[i][j]) : sum[i][j]);
+    }
 }
 
 template <class Dot, bool kAccumulate, int kColumns>
@@ -56,13 +62,13 @@ void gemm_columns(int64_t rows, int64_t words, const uint32_t* a, int64_t a_stri
     gemm_tile<Dot, kAccumulate, 1, kColumns>(words, a + row * a_stride, a_stride, b, c + row * c_stride, c_stride);
 }
 
-// `columns` is a multiple of Vec::kWidth.
+// One chain of the sum: at most kChain words. `columns` is a multiple of Vec::kWidth, `b_words` the length of a panel.
 template <class Dot, bool kAccumulate>
-void gemm_vector(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                 float* c, int64_t c_stride) {
+void gemm_chain(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride, const uint32_t* b,
+                int64_t b_words, float* c, int64_t c_stride) {
   constexpr int64_t kStep = Vec::kTileColumns * Vec::kWidth;
   for (int64_t column = 0; column < columns; column += kStep) {
-    const uint32_t* panel = b + column / kPanel * words * kPanel + column % kPanel;
+    const uint32_t* panel = b + column / kPanel * b_words * kPanel + column % kPanel;
     int64_t vectors = (columns - column) / Vec::kWidth;
     if (vectors >= Vec::kTileColumns) {
       gemm_columns<Dot, kAccumulate, Vec::kTileColumns>(rows, words, a, a_stride, panel, c + column, c_stride);
@@ -74,6 +80,16 @@ void gemm_vector(int64_t rows, int64_t columns, int64_t words, const uint32_t* a
     if (vectors == 1)
       gemm_columns<Dot, kAccumulate, 1>(rows, words, a, a_stride, panel + done, c + column + done, c_stride);
   }
+}
+
+template <class Dot, bool kAccumulate>
+void gemm_vector(int64_t rows, int64_t columns, int64_t words, const uint32_t* a, int64_t a_stride, const uint32_t* b,
+                 float* c, int64_t c_stride) {
+  const int64_t first = words < kChain ? words : kChain;
+  gemm_chain<Dot, kAccumulate>(rows, columns, first, a, a_stride, b, words, c, c_stride);
+  for (int64_t word = first; word < words; word += kChain)
+    gemm_chain<Dot, true>(rows, columns, words - word < kChain ? words - word : kChain, a + word, a_stride,
+                          b + word * kPanel, words, c, c_stride);
 }
 
 // Independent multiply-adds in registers, for the roofline of the benchmarks: returns how many operations were done.

@@ -1,14 +1,14 @@
 // Rows times a packed weight matrix, with bias, ReLU and residual on the way out.
 //
-// Every result is one chain of multiply-adds over the inputs (see gemm_vector.h), so a row comes out the same to the bit
-// whatever the rows beside it are, which a library product does not promise.
+// Every result is summed over the inputs in one order (see gemm_vector.h), so a row is bitwise the same whatever the other
+// rows are, which a library product does not promise.
 #pragma once
 
 #include "pack.h"
 
 namespace {
 
-constexpr int64_t kLinearWords = 128;  // of the summed axis at a time: 64 columns of them stay in the first-level cache
+constexpr int64_t kLinearWords = kChain;  // of the summed axis at a time: 64 columns of them stay in the first-level cache
 
 constexpr int64_t kColumnStep = 32;  // columns of a last panel are padded to a multiple: two vectors, two AMX tiles
 

@@ -19,7 +19,11 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kKeyStep = 32;  // keys of a block are padded to a multiple: two vectors, and the depth of an AMX tile
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+constexpr float kLog2E = 1.44269504f;
+constexpr double kLog2EDouble = 1.4426950408889634, kLn2Double = 0.6931471805599453;
+
+// Scores times this are exponents of 2, rounded once.
+inline float exponent_scale(float scale) { return static_cast<float>(scale * kLog2EDouble); }
 
 // Hands out aligned pieces of one block of memory; without a block it only counts.
 struct Arena {
