@@ -1,6 +1,5 @@
 """What can be said of the CUDA library on a machine without a GPU: that it compiles, what it takes, and that it loads."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,20 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_budget as budget
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-budget = load("cuda_budget")
 NEEDS_SOURCES = pytest.mark.skipif(not budget.CUDA.is_dir(), reason="needs the sources of the CUDA kernels")
 NEEDS_NVCC = pytest.mark.skipif(budget.find_nvcc() is None, reason="needs nvcc")
 

@@ -6,10 +6,9 @@ and log-sum-exp as they are, and nonsense for queries without keys.
 
 # Axes: T packed tokens (Tq queries, Tk keys), H heads, K head width.
 
-import importlib.util
 from itertools import pairwise
-from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,10 +18,6 @@ from scfm.ops import flash
 from scfm.ops.attention import check_key_bias
 from scfm.ops.reference import attention as reference
 from scfm.ops.reference import keys as reference_keys
-
-_SPEC = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
-oracle = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(oracle)
 
 
 def cells(q, k, layout):

@@ -1,26 +1,16 @@
 """The emulated machine itself: that it computes what a GPU computes, and that no fault of a kernel goes unnoticed."""
 
 import ctypes
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import cuda_machine as machine
 import pytest
 import torch
 
-
-def load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-machine = load("cuda_machine")
 pytestmark = pytest.mark.skipif(not machine.AVAILABLE, reason=machine.NEEDS)
 
 FAULTS = {

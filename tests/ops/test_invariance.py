@@ -3,20 +3,20 @@
 # Axes: T packed tokens, H heads, K head width.
 
 import json
-import os
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import accuracy
 import pytest
 import torch
+from problems import Problem
 
 from scfm import ops
 
 pytestmark = pytest.mark.skipif(not ops.extension_info()["available"], reason="needs the compiled extension")
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 LENGTHS = [5, 700, 0, 1, 64, 1100]
 KNOWN = [2, 300, 0, 0, 64, 1099]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,17 +62,16 @@ def test_one_thread_or_two(make_problem, dtype, two_threads):
 def run_forced(isa, tmp_path):
     """Run this file's `main` in a process of its own: the instruction set is chosen once a process."""
     target = tmp_path / f"{isa}.pt"
-    environment = {**os.environ, "SCFM_FORCE_ISA": isa}
+    environment = {**accuracy.environment("portable"), "SCFM_FORCE_ISA": isa}
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), str(target)], env=environment, capture_output=True, text=True, check=False
     )
     return done, target
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", accuracy.ISAS)
 def test_every_instruction_set_agrees_with_plain_torch(isa, tmp_path, make_problem):
-    if ISAS.index(isa) > ISAS.index(ops.extension_info()["isa"]):
-        pytest.skip(f"this machine has no {isa}")
+    accuracy.skip_where_missing(isa)
     done, target = run_forced(isa, tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["isa"] == isa
@@ -105,8 +104,6 @@ def effects(problem, backend):
 
 
 def main(target):
-    from conftest import Problem
-
     results = []
     for dtype in DTYPES:
         problem = forced_problem(Problem, dtype)

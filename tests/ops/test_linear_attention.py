@@ -2,14 +2,11 @@
 
 # Axes: T packed tokens, H heads, K head width, M random features, N tokens of a cell.
 
-import json
 import math
-import os
-import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
+import accuracy
 import pytest
 import torch
 
@@ -18,7 +15,6 @@ from scfm import ops
 HAS_KERNELS = ops.extension_info()["available"]
 NEEDS_KERNELS = pytest.mark.skipif(not HAS_KERNELS, reason="needs the compiled extension")
 BACKENDS = ["torch", pytest.param("fused", marks=NEEDS_KERNELS)]
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around every block size of the kernels: 32 features, 64 or 128 tokens, 192 queries.
 CASES = [
@@ -31,8 +27,8 @@ CASES = [
 ]
 
 
-def draw(lengths, n_features, head_dim, dtype=torch.float32, *, n_heads=2):
-    generator = torch.Generator().manual_seed(sum(lengths) + n_features)
+def draw(lengths, n_features, head_dim, dtype=torch.float32, *, n_heads=2, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(lengths) + n_features)
     n_tokens = sum(lengths)
     tensors = [torch.randn(n_tokens, n_heads, head_dim, generator=generator).to(dtype) for _ in range(4)]
     projection_MK = ops.random_projection(n_features, head_dim, generator=generator)
@@ -77,18 +73,23 @@ def fused(*arguments, **options):
 
 
 def check_accuracy(lengths, n_features, head_dim, dtype):
-    """The error against float64 is at most twice that of the formula in plain torch in the same dtype, gradients thrice."""
-    *tensors, bounds, projection_MK = draw(lengths, n_features, head_dim, dtype)
-    found = results(fused, tensors, bounds, projection_MK)
-    in_range = torch.float32 if dtype == torch.float16 else dtype  # where plain float16 overflows
-    plain = results(formula_on_packed, tensors, bounds, projection_MK, in_range)
-    exact = results(formula_on_packed, tensors, bounds, projection_MK, torch.float64)
-    for name, allowed, one, other, truth in zip(("out", "q", "k", "v"), (2, 3, 3, 3), found, plain, exact):
-        assert one.dtype == dtype
-        error, torch_error = ((result.double() - truth).abs().max().item() for result in (one, other))
-        one_rounding = torch.finfo(dtype).eps * truth.abs().max().item()
-        case = (lengths, n_features, head_dim, dtype, name, error, torch_error)
-        assert error <= allowed * torch_error + one_rounding, case
+    """The rule of `accuracy`. Where plain torch overflows, in float16, it is bfloat16's error in units of its own rounding."""
+    in_range = torch.bfloat16 if dtype == torch.float16 else dtype
+    kernel, plain = [], []
+    for seed in range(4):
+        *tensors, bounds, projection_MK = draw(lengths, n_features, head_dim, dtype, seed=seed)
+        exact = results(formula_on_packed, tensors, bounds, projection_MK, torch.float64)
+        kernel.append((results(fused, tensors, bounds, projection_MK), exact))
+        *tensors, bounds, projection_MK = draw(lengths, n_features, head_dim, in_range, seed=seed)
+        exact = results(formula_on_packed, tensors, bounds, projection_MK, torch.float64)
+        plain.append((results(formula_on_packed, tensors, bounds, projection_MK, in_range), exact))
+    units = torch.finfo(dtype).eps / torch.finfo(in_range).eps
+    for number, name in enumerate(("out", "q", "k", "v")):
+        (found, exact), (of_torch, its_exact) = (
+            [[of_draw[part][number] for of_draw in draws] for part in range(2)] for draws in (kernel, plain)
+        )
+        assert found[0].dtype == dtype
+        accuracy.check(found, exact, units * accuracy.root_mean_square_error(of_torch, its_exact), name)
 
 
 @NEEDS_KERNELS
@@ -99,15 +100,10 @@ def test_errors_of_fused_are_within_twice_those_of_torch(case, dtype):
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", accuracy.ISAS)
 def test_every_instruction_set(isa):
-    if ISAS.index(isa) > ISAS.index(ops.extension_info()["isa"]):
-        pytest.skip(f"this machine has no {isa}")
-    environment = {**os.environ, "SCFM_FORCE_ISA": isa}
-    command = [sys.executable, str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == isa
+    """In a process of its own, where torch is held to the same instruction set."""
+    accuracy.run_with(isa, __file__)
 
 
 def test_torch_follows_the_formula_in_float64():
@@ -323,4 +319,4 @@ if __name__ == "__main__":
     for dtype in DTYPES:
         for case in CASES:
             check_accuracy(*case, dtype)
-    sys.stdout.write(json.dumps(ops.extension_info()["isa"]))
+    sys.stdout.write(ops.extension_info()["isa"])
