@@ -75,7 +75,7 @@ class Model(ModelState):
     def save(self, path: str | Path) -> None:
         """Write a directory: `config.json`, `vocabulary.json`, `weights.safetensors`; never a pickle.
 
-        It is written beside `path` and renamed, so a stopped call leaves what was there before.
+        It is written under a temporary name and renamed, so an interrupted call leaves what was there before.
 
         Parameters
         ----------
@@ -185,7 +185,7 @@ class Model(ModelState):
         return push(self, repository, data=data, licence=licence, private=private, revision=revision, token=token)
 
     def report(self) -> pd.DataFrame:
-        """Scores of the model beside its baselines on the same held-out cells, a row a method.
+        """Scores of the model and of the baselines on the same held-out cells, one row per method.
 
         `above_scfm` says plainly which methods have a higher macro-F1 than the model.
 
@@ -225,7 +225,7 @@ class Model(ModelState):
         normalize: bool | None = None,
         precision: Precision = "fp32",
     ) -> NDArray[np.float32]:
-        """Embedding of each encoded cell, shape (B, D), float32. The same cell gets the same numbers in any company.
+        """Embedding of each encoded cell, shape (B, D), float32. The result for a cell does not depend on the other cells.
 
         Arguments as in `scfm.tl.embed`; None for the model's own choice.
         """

@@ -225,7 +225,7 @@ class CellTransformer(nn.Module):
         return self.decoder(hidden_TD + self.embedding.genes(cells.gene_ids_T), self.plan(cells))
 
     def embed_cells(self, cells: CellBatch, *, hidden_layer: int | None = None, pooling: str | None = None) -> Tensor:
-        """One vector a cell, shape (B, D), as the configuration says unless told otherwise."""
+        """One vector per cell, shape (B, D), pooled as the configuration says by default."""
         layer = self.config.pooling.hidden_layer if hidden_layer is None else hidden_layer
         return self.pool(self(cells, hidden_layer=layer), cells, pooling)
 

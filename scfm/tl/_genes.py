@@ -147,7 +147,7 @@ def classify_genes(
 
     Examples
     --------
-    Ribosomal proteins beside all other genes:
+    Ribosomal proteins against all other genes:
 
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()
