@@ -79,17 +79,17 @@ def build_transformers(encoding: scfm.encoding.Encoding, n_classes: int) -> Call
     import peft
     import transformers
 
-    network = scfm.families.preset(PRESET).network
+    shape = scfm.families.preset(PRESET).model_config()
     config = transformers.BertConfig(
         vocab_size=len(encoding.vocabulary),
-        hidden_size=network["d_model"],
-        num_hidden_layers=network["n_layers"],
-        num_attention_heads=network["n_heads"],
-        intermediate_size=network["d_ff"],
-        max_position_embeddings=network["context_length"],
+        hidden_size=shape.d_model,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        intermediate_size=shape.d_ff,
+        max_position_embeddings=shape.context_length,
         hidden_act="relu",
-        hidden_dropout_prob=network["dropout"],
-        attention_probs_dropout_prob=network["dropout"],
+        hidden_dropout_prob=shape.dropout,
+        attention_probs_dropout_prob=shape.dropout,
         pad_token_id=encoding.vocabulary.pad_id,
         num_labels=n_classes,
     )

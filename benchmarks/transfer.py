@@ -152,7 +152,7 @@ def pretrain(files: list[str], out: Path, budget: Budget, *, train: bool) -> Non
         out,
         init="svd",
         encoding=scfm.EncodingConfig(kind=budget.encoding, context_length=budget.context_length),
-        config=scfm.train.PretrainConfig(encoding=budget.encoding, fit=fit),
+        config=fit,
         progress=False,
     )
 

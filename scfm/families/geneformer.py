@@ -74,7 +74,9 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
         network, state, published_names(config), source=str(path), unused=_copies(state, config, path), strict=strict
     )
     labels = _labels(bert) if config.classes.n_classes else ()
-    return Model(network, encoding, labels=labels, checkpoint=Checkpoint(family=NAME, unused=unused))
+    objective = "masked_genes" if config.heads.genes else None
+    checkpoint = Checkpoint(family=NAME, unused=unused)
+    return Model(network, encoding, labels=labels, objective=objective, checkpoint=checkpoint)
 
 
 def write(model: Model, path: Path) -> None:

@@ -61,7 +61,9 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     )
     encoding = make_encoding(EncodingConfig(kind="bucket", n_bins=config.embedding.n_value_bins - 1), vocabulary=tokens)
     checkpoint = Checkpoint(family=NAME, unused=unused, settings={"counter": counter})
-    return Model(network, encoding, labels=tuple(map(str, range(config.classes.n_classes))), checkpoint=checkpoint)
+    labels = tuple(map(str, range(config.classes.n_classes)))
+    objective = None if config.heads.values == "none" else "masked_buckets"
+    return Model(network, encoding, labels=labels, objective=objective, checkpoint=checkpoint)
 
 
 def write(model: Model, path: Path) -> None:

@@ -64,7 +64,8 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     encoding = make_encoding(EncodingConfig(kind="continuous"), vocabulary=tokens)
     stored = f"{PREFIX}{counter}" in content[part]["state_dict"]
     published = {"part": part, "config": settings, "counter": counter if stored else None}
-    return Model(network, encoding, checkpoint=Checkpoint(family=NAME, unused=unused, settings=published))
+    checkpoint = Checkpoint(family=NAME, unused=unused, settings=published)
+    return Model(network, encoding, objective="read_depth", checkpoint=checkpoint)
 
 
 def write(model: Model, path: Path) -> None:

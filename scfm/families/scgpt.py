@@ -63,7 +63,8 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     unused = fill_network(network, state, published_names(config, *layout), source=str(path / weights), strict=strict)
     encoding = make_encoding(_encoding_config(arguments, config), vocabulary=tokens)
     checkpoint = Checkpoint(family=NAME, unused=unused, settings={"layout": list(layout), "arguments": arguments})
-    return Model(network, encoding, labels=_labels(arguments, config), checkpoint=checkpoint)
+    objective = "generative" if config.heads.values_from_cells else "masked_values"
+    return Model(network, encoding, labels=_labels(arguments, config), objective=objective, checkpoint=checkpoint)
 
 
 def write(model: Model, path: Path) -> None:

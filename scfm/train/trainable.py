@@ -64,20 +64,29 @@ def set_trainable(network: CellTransformer, how: str) -> int:
     kind, _, number = how.partition(":")
     if kind not in ("all", "head", "last", "lora") or (kind in ("last", "lora")) != number.isdigit():
         raise ValueError(f"`trainable` is {how!r}; choose 'all', 'head', 'last:N' (blocks) or 'lora:R' (rank).")
-    if kind == "last" and not 1 <= int(number) <= len(network.blocks):
-        raise ValueError(f"`trainable` is {how!r}; the network has {len(network.blocks)} blocks.")
+    read = _blocks_read(network)
+    if kind == "last" and not 1 <= int(number) <= len(read):
+        raise ValueError(f"`trainable` is {how!r}; {len(read)} blocks of the network are used.")
     for parameter in network.parameters():
         parameter.requires_grad_(kind == "all")
     heads = [head for name in HEADS if (head := getattr(network, name, None)) is not None]
     free: list[nn.Module] = list(heads) if kind != "all" else []
     if kind == "last":
-        free += list(network.blocks)[-int(number) :]
+        free += read[-int(number) :]
     for module in free:
         module.requires_grad_(True)
     _freeze_as_configured(network)
     if kind == "lora":
         _add_low_rank(network, int(number))
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def _blocks_read(network: CellTransformer) -> list[nn.Module]:
+    """Blocks that the loss depends on; Geneformer's cell embedding, and a class head on it, leave the last one out."""
+    config, blocks = network.config, list(network.blocks)
+    if network.class_head is None or config.classes.kind != "batch_norm":
+        return blocks
+    return blocks[: config.pooling.hidden_layer % (config.n_layers + 1)]
 
 
 def merge(network: CellTransformer) -> None:

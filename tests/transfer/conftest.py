@@ -41,6 +41,11 @@ def kind(request):
     return request.param
 
 
+@pytest.fixture
+def every_kind():
+    return list(KINDS)
+
+
 @pytest.fixture(scope="session")
 def cells_and_genes():
     """Forty cells of the three largest types by sixty genes, in which every cell has some."""
@@ -73,6 +78,6 @@ def small_model(cells_and_genes):
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.02)
-        return scfm.Model(network, encoding)
+        return scfm.Model(network, encoding, objective=preset.objective)
 
     return build
