@@ -100,3 +100,10 @@ def test_what_does_not_exist_is_found():
     assert problem_of("scfm.tl.embed", ["hidden_layer"]) is None
     assert problem_of("scfm.tl.embed", ["hidden_layers"]) == "scfm.tl.embed does not take hidden_layers"
     assert problem_of("scfm.tl.embedd", []) == "scfm.tl.embedd does not exist"
+
+
+def test_names_of_the_api_page_exist():
+    names = re.findall(r"^   (scfm\.[\w.]+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert len(names) > 60
+    assert [name for name in names if problem_of(name, [])] == []
+    assert len(names) == len(set(names))
