@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scfm.families import load
     from scfm.models import Model, ModelConfig
     from scfm.tl import fit
-    from scfm.train import FitConfig
+    from scfm.train import FitConfig, pretrain
     from scfm.vocab import Vocabulary
 
 # Loaded at first use: importing scfm costs nothing, and scfm.ops, scfm.nn and scfm.models need torch alone.
@@ -43,11 +43,12 @@ _NAMES = {
     "Vocabulary": "scfm.vocab",
     "fit": "scfm.tl",
     "load": "scfm.families",
+    "pretrain": "scfm.train",
 }
 
 __all__ = [
     "CellBatch", "EncodingConfig", "FitConfig", "Model", "ModelConfig", "Vocabulary", "baselines", "data", "datasets",
-    "encoding", "errors", "families", "fit", "load", "models", "nn", "objectives", "ops", "pl", "pp", "tl", "train",
+    "encoding", "errors", "families", "fit", "load", "models", "nn", "objectives", "ops", "pl", "pp", "pretrain", "tl", "train",
 ]  # fmt: skip
 
 

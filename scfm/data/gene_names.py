@@ -7,7 +7,7 @@ import logging
 import pandas as pd
 
 from scfm.data import columns
-from scfm.vocab import Vocabulary, guess_id_type
+from scfm.vocab import IdType, Vocabulary, guess_id_type
 
 logger = logging.getLogger(__name__)
 
@@ -50,3 +50,10 @@ def choose_names(
     if source != "var_names":
         logger.info("genes are named by %s (var_names are not %s ids)", source, vocabulary.id_type)
     return best, source
+
+
+def names_of_kind(var: pd.DataFrame, kind: IdType) -> list[str | None] | None:
+    """Names of the genes of `var` that are of a kind: `var_names`, or the first known column that holds them; None without."""
+    candidates = [columns.as_names(var.index)]
+    candidates += [columns.gene_names(var, column) for column in _COLUMNS.get(kind, ()) if column in var]
+    return next((names for names in candidates if guess_id_type(names) == kind), None)

@@ -107,15 +107,21 @@ class TokenBudgetSampler:
         return [batches[place] for place in rng.permutation(len(batches))]
 
     def _pack(self, order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Cut an order of cells wherever the next cell would break a limit."""
-        ends = np.cumsum(self.lengths_B[order])
-        batches, start = [], 0
-        while start < len(order):
-            used = int(ends[start - 1]) if start else 0
-            stop = int(np.searchsorted(ends, used + self.max_tokens, side="right"))
-            stop = max(stop, start + 1)
-            if self.max_cells is not None:
-                stop = min(stop, start + self.max_cells)
-            batches.append(order[start:stop])
-            start = stop
-        return batches
+        return pack(order, self.lengths_B, self.max_tokens, self.max_cells)
+
+
+def pack(
+    order: NDArray[np.int64], lengths_B: NDArray[np.int64], max_tokens: int, max_cells: int | None = None
+) -> list[NDArray[np.int64]]:
+    """Cut an order of cells before each cell that would exceed a limit; a cell longer than the limit stands alone."""
+    ends = np.cumsum(lengths_B[order])
+    batches, start = [], 0
+    while start < len(order):
+        used = int(ends[start - 1]) if start else 0
+        stop = int(np.searchsorted(ends, used + max_tokens, side="right"))
+        stop = max(stop, start + 1)
+        if max_cells is not None:
+            stop = min(stop, start + max_cells)
+        batches.append(order[start:stop])
+        start = stop
+    return batches

@@ -23,13 +23,16 @@ def start_from_loadings(network: CellTransformer, expression_BV: sparse.csr_matr
 
 
 def gene_loadings(expression_BV: sparse.csr_matrix, n_components: int, seed: int = 0) -> torch.Tensor:
-    """Return right singular vectors of the cells-by-genes matrix, shape (V, R), float32, with root mean square 1.
-
-    The signed square root of each loading is taken, so that a few marker genes do not use up the scale.
-    """
+    """Right singular vectors of the cells-by-genes matrix, scaled by `compressed_loadings`, shape (V, R), float32."""
     n_components = min(n_components, *(size - 1 for size in expression_BV.shape))
-    svd = TruncatedSVD(n_components, random_state=seed).fit(expression_BV)
-    loadings_VR = svd.components_.T
+    return compressed_loadings(TruncatedSVD(n_components, random_state=seed).fit(expression_BV).components_.T)
+
+
+def compressed_loadings(loadings_VR: NDArray[np.floating]) -> torch.Tensor:
+    """Signed square root of loadings whose columns are scaled to a root mean square of 1, shape (V, R), float32.
+
+    The square root keeps a few marker genes with large loadings from dominating the scale.
+    """
     scaled_VR = loadings_VR / np.sqrt((loadings_VR**2).mean(0, keepdims=True) + 1e-12)
     return torch.from_numpy(np.sign(scaled_VR) * np.sqrt(np.abs(scaled_VR))).float()
 

@@ -294,6 +294,11 @@ class CellTransformer(nn.Module):
         classifier = GeneClassifier(self.config.n_tokens, self.config.classes.n_classes)
         self.gene_classifier = classifier.to(self.embedding.gene.weight.device)
 
+    def remove_class_head(self) -> None:
+        """Take the classification head and the gene classifier off the network, if it has them."""
+        self.config = self.config.replace(classes={"n_classes": 0, "gene_classifier": False})
+        self.class_head = self.gene_classifier = None
+
     def in_bfloat16(self) -> CellTransformer:
         """Copy for inference with the blocks in bfloat16. Embedding and heads keep their digits: values would lose theirs."""
         copied = copy.deepcopy(self).eval()

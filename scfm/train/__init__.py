@@ -3,7 +3,7 @@
 from scfm.train.config import FitConfig
 from scfm.train.loop import train
 from scfm.train.module import NonFiniteLossError, TrainingModule
-from scfm.train.pretrain import PretrainConfig, pretrain
+from scfm.train.pretraining import pretrain
 from scfm.train.stage import run_stage
 from scfm.train.stream import CellStream
 from scfm.train.trainable import merge, set_trainable
@@ -12,7 +12,6 @@ __all__ = [
     "CellStream",
     "FitConfig",
     "NonFiniteLossError",
-    "PretrainConfig",
     "TrainingModule",
     "merge",
     "pretrain",

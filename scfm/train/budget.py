@@ -4,93 +4,122 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from scfm import objectives
-from scfm.data import CellBatch, TokenBudgetSampler
+from scfm.data import CellBatch
 from scfm.models.network import CellTransformer
-from scfm.train.config import FitConfig
+from scfm.train.config import CPU_TOKENS_PER_STEP, FitConfig
+from scfm.train.precision import resolved_precision
+from scfm.train.trainable import recompute_blocks
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 2048
-SHARE_OF_MEMORY = 0.5  # the rest is for weights, the optimiser, temporaries of kernels, and other programs
-MOST_TOKENS = {"cpu": 16_384, "cuda": 262_144}  # above these a step only gets rarer, not faster
+MEMORY_FRACTION = 0.5  # the rest is for weights, the optimizer, temporaries of kernels, and other programs
+MAX_TOKENS = 262_144  # above this a step only gets rarer, not faster
 
 
 def choose_tokens_per_step(
     network: CellTransformer,
     objective: objectives.Objective,
     cells: CellBatch,
+    config: FitConfig,
     *,
     device: torch.device,
-    memory: int | None = None,
 ) -> int:
-    """Largest power-of-two token budget whose activations fit into half of the free memory of a device.
+    """Token budget of a batch: 8,192 on a CPU; on a GPU the largest power of two whose step fits.
 
-    The bytes that a step keeps for its backward pass are counted on a small batch. With the packed, fused attention
-    they grow in proportion to the tokens, so one measurement serves, and no search has to run into the end of memory.
+    On the GPU, the memory of a step is measured at two sizes, in the precision of the run and with its activation
+    checkpointing. It grows in proportion to the tokens, since attention is packed and fused. A step of the budget that follows is
+    tried, and the budget halved while it does not fit.
 
     Parameters
     ----------
     network, objective
-        What will be trained.
+        What will be trained; the network is on the host.
     cells
         Some encoded cells, on the host.
+    config
+        Settings of the run.
     device
-        Where training will run; the measurement runs where the network is now.
-    memory
-        Bytes free on the device; None to ask it.
+        Where training will run.
     """
-    memory = free_memory(device) if memory is None else memory
-    rows = next(iter(TokenBudgetSampler(cells.lengths_B.numpy(), max_tokens=PROBE_TOKENS)))
-    batch = cells.select(rows)
-    per_token = saved_bytes(network, objective, batch) / max(1, batch.n_tokens)
-    affordable = SHARE_OF_MEMORY * memory / per_token
+    if device.type != "cuda":
+        return CPU_TOKENS_PER_STEP
     longest = int(cells.lengths_B.max())
-    budget = 2 ** max(0, int(affordable).bit_length() - 1)
-    budget = max(min(budget, MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])), longest)
-    logger.info("%s tokens a step: %.0f bytes a token, %.1f GB free", f"{budget:,}", per_token, memory / 1e9)
+    trial = _Trial(network, objective, cells, config, device)
+    per_token = trial.bytes_per_token()
+    budget = affordable_tokens(free_memory(device), per_token, longest)
+    while budget > longest and not trial.fits(budget):
+        budget = max(longest, budget // 2)
+    logger.info("%s tokens per step: %.0f bytes per token", f"{budget:,}", per_token)
     return budget
 
 
-def saved_bytes(network: CellTransformer, objective: objectives.Objective, cells: CellBatch) -> int:
-    """Bytes that one forward pass keeps for its backward pass, weights not counted; every storage once."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    device = network.embedding.gene.weight.device
-    inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
-    targets = {name: tensor.to(device) for name, tensor in targets.items()}
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.random.fork_rng():
-        loss = objectives.total(objective.loss(network, inputs.to(device), targets))
-    del loss
-    return sum(kept.values())
+def affordable_tokens(memory: int, per_token: float, longest: int) -> int:
+    """Largest power of two of tokens that fits into half of the free memory; at least the longest cell."""
+    affordable = MEMORY_FRACTION * memory / per_token
+    return max(min(2 ** max(0, int(affordable).bit_length() - 1), MAX_TOKENS), longest)
 
 
-def training_device(config: FitConfig) -> torch.device:
-    """Kind of device that Lightning will choose for these settings."""
-    if config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda")
-    return torch.device("cpu")
+class _Trial:
+    """Steps that are taken on the GPU to measure them, with a copy of the network."""
+
+    def __init__(
+        self,
+        network: CellTransformer,
+        objective: objectives.Objective,
+        cells: CellBatch,
+        config: FitConfig,
+        device: torch.device,
+    ) -> None:
+        self.network = copy.deepcopy(network).to(device).train()
+        if config.activation_checkpointing:
+            recompute_blocks(self.network)
+        self.objective, self.cells, self.device = objective, cells, device
+        precision = resolved_precision(config)
+        self.dtype = {"32-true": None, "16-mixed": torch.float16}.get(precision, torch.bfloat16)
+        if precision == "bf16-true":
+            self.network.bfloat16()
+
+    def bytes_per_token(self) -> float:
+        (few, few_bytes), (many, many_bytes) = self._step(PROBE_TOKENS), self._step(4 * PROBE_TOKENS)
+        return max(1.0, (many_bytes - few_bytes) / max(1, many - few))
+
+    def fits(self, n_tokens: int) -> bool:
+        try:
+            self._step(n_tokens)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.network.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        return True
+
+    def _step(self, n_tokens: int) -> tuple[int, int]:
+        """Tokens of one step, and its peak memory."""
+        rows = np.resize(np.arange(self.cells.n_cells), 1 + n_tokens // max(1, int(self.cells.lengths_B.min())))
+        within = np.cumsum(self.cells.lengths_B.numpy()[rows]) <= n_tokens
+        inputs, targets = self.objective.corrupt(
+            self.cells.select(rows[within] if within.any() else rows[:1]), torch.Generator().manual_seed(0)
+        )
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        targets = {name: tensor.to(self.device) for name, tensor in targets.items()}
+        with (
+            torch.autocast("cuda", self.dtype or torch.bfloat16, enabled=self.dtype is not None),
+            torch.random.fork_rng(),
+        ):
+            loss = objectives.total(self.objective.loss(self.network, inputs.to(self.device), targets))
+        loss.backward()
+        return inputs.n_tokens, torch.cuda.max_memory_allocated(self.device) - before
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on a device; for the CPU, what the system says is available."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:  # noqa: PTH123 - a kernel interface, not a file of the user
-            available = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 8 * 10**9  # not Linux: a modest laptop
+    """Free bytes of a CUDA device."""
+    return torch.cuda.mem_get_info(device)[0]

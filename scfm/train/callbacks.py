@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from tqdm.auto import tqdm
 
+from scfm.train.checkpoints import SUFFIX, checkpoints_of
+from scfm.train.config import FitConfig
 from scfm.train.module import NonFiniteLossError
 
 REFRESH_STEPS = 5  # reading the loss waits for the device, so not at every step
@@ -76,16 +83,92 @@ class StopOnNonFiniteLoss(lightning.Callback):
         named = "unknown" if cells is None else ", ".join(map(str, cells.tolist()[:10])) + ", ..."
         raise NonFiniteLossError(
             f"The loss became {float(losses[place])} at step {step}, in the batch of cells {named} (rows of the data). "
-            "Lower `learning_rate`, raise `warmup_fraction`, use precision='32-true', or look at these cells."
+            "Lower `learning_rate`, raise `warmup_fraction`, use precision='32-true', or inspect these cells."
         )
 
 
-class CleanStop(lightning.Callback):
-    """Remember that the user interrupted, so that what was learned is kept and the call returns."""
+class KeepCheckpoints(lightning.Callback):
+    """Write a checkpoint every some steps or minutes, and keep the last two: if the newest is damaged, the other serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: str | Path, config: FitConfig) -> None:
+        self.folder, self.config = Path(run_dir) / "checkpoints", config
+        self.saved_step, self.saved_at = 0, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        step = trainer.global_step
+        if step != self.saved_step and (step % self.config.checkpoint_every == 0 or self._is_overdue(trainer)):
+            self.save(trainer)
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        if trainer.global_step == self.saved_step:
+            return
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step}{SUFFIX}")
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero:
+            for old in checkpoints_of(self.folder)[2:]:
+                old.unlink(missing_ok=True)
+
+    def _is_overdue(self, trainer: lightning.Trainer) -> bool:
+        minutes = self.config.checkpoint_minutes
+        if minutes is None or trainer.global_step % REFRESH_STEPS:
+            return False
+        return _on_any_rank(trainer, time.monotonic() - self.saved_at > 60 * minutes)
+
+
+class CleanStop(lightning.Callback):
+    """Stop after the step during which Ctrl-C was pressed or SIGTERM came, so that what was learned is kept.
+
+    Ctrl-C a second time stops at once. Several processes agree on the step to stop after.
+    """
+
+    def __init__(self, keeper: KeepCheckpoints | None) -> None:
+        self.keeper = keeper
+        self.signal: int | None = None
         self.stopped_at: int | None = None
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        if (batch_index + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.world_size > 1 and trainer.global_step % REFRESH_STEPS:
+            return
+        if _on_any_rank(trainer, self.signal is not None):
+            self.signal = self.signal or signal.SIGTERM  # the signal came to another process
+            self.stopped_at = trainer.global_step
+            if self.keeper is not None:
+                self.keeper.save(trainer)
+            trainer.should_stop = True
 
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
-            self.stopped_at = trainer.global_step
+            self.signal, self.stopped_at = signal.SIGINT, trainer.global_step
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals; give them back at the end. In other threads than the main one, nothing is changed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if callable(before[signal.SIGINT]):  # a shell lets processes in the background ignore it
+            signal.signal(signal.SIGINT, self._remember)
+        if self.keeper is not None:
+            signal.signal(signal.SIGTERM, self._remember)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                if handler is not None:  # one that was not set by Python cannot be restored
+                    signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def _on_any_rank(trainer: lightning.Trainer, decision: bool) -> bool:
+    return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision

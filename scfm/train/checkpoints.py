@@ -1,17 +1,20 @@
-"""Checkpoints that survive: written beside and renamed, and refused when cut short."""
+"""Checkpoints: written atomically, refused when cut short, and resumed by any number of processes."""
 
 from __future__ import annotations
 
 import logging
 import os
-import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from scfm._files import atomic_write
 from scfm.errors import ModelFileError
+from scfm.train.config import FitConfig
+from scfm.train.ranks import rank_and_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -22,22 +25,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, never half-written: what is there under a name is complete."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with beside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        except OSError as error:
-            raise ModelFileError(
-                f"The checkpoint {target} could not be written ({error.strerror or error}). Earlier checkpoints are "
-                "untouched: free some space, and run the same command again to go on from the last one."
-            ) from error
-        finally:
-            beside.unlink(missing_ok=True)
+        with atomic_write(Path(path)) as temporary_path, temporary_path.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
@@ -62,14 +53,59 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest readable checkpoint of a run and its step; a damaged one is passed over with a warning."""
-    for path in sorted(folder.glob(f"step=*{SUFFIX}"), key=_step_of, reverse=True):
-        try:
-            return path, int(read_checkpoint(path)["global_step"])
-        except ModelFileError as error:
-            logger.warning("%s Going back to the checkpoint before it.", error)
-    return None
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run is resumed.
+
+    Attributes
+    ----------
+    path
+        The checkpoint.
+    step
+        Optimizer steps that were done.
+    n_lanes
+        Batches of a step, over all processes.
+    """
+
+    path: Path
+    step: int
+    n_lanes: int
+
+    @classmethod
+    def newest(cls, run_dir: str | Path | None) -> Resumption | None:
+        """The newest readable checkpoint of a run; a damaged one is passed over with a warning."""
+        if run_dir is None:
+            return None
+        for path in checkpoints_of(Path(run_dir) / "checkpoints"):
+            try:
+                content = read_checkpoint(path)
+            except ModelFileError as error:
+                logger.warning("%s Going back to the checkpoint before it.", error)
+                continue
+            return cls(path, int(content["global_step"]), int(content.get("n_lanes", 1)))
+        return None
+
+    def divided(self, config: FitConfig) -> FitConfig:
+        """`config` with the batches of a step divided among the processes of today.
+
+        Raises
+        ------
+        ValueError
+            If they cannot be divided.
+        """
+        _, world_size = rank_and_world_size(config)
+        if self.n_lanes % world_size:
+            allowed = [str(n) for n in range(1, self.n_lanes + 1) if self.n_lanes % n == 0]
+            raise ValueError(
+                f"The run has {self.n_lanes} batches in each step, which cannot be divided among {world_size} processes. "
+                f"Resume it with {' or '.join(allowed)}."
+            )
+        return config.replace(accumulate=self.n_lanes // world_size)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """All checkpoints in a folder by step, newest first."""
+    return sorted(folder.glob(f"step=*{SUFFIX}"), key=_step_of, reverse=True)
 
 
 def _step_of(path: Path) -> int:

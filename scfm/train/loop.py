@@ -7,7 +7,7 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,23 @@ from torch.utils.data import DataLoader
 from scfm import objectives
 from scfm.data import CellBatch, TokenBudgetSampler
 from scfm.models.network import CellTransformer
-from scfm.train.budget import choose_tokens_per_step, training_device
-from scfm.train.callbacks import CleanStop, ProgressBar, StopOnNonFiniteLoss
-from scfm.train.checkpoints import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
-from scfm.train.config import STAGE_DEFAULTS, FitConfig
+from scfm.train.budget import choose_tokens_per_step
+from scfm.train.callbacks import CleanStop, KeepCheckpoints, ProgressBar, StopOnNonFiniteLoss
+from scfm.train.checkpoints import AtomicCheckpointIO, Resumption, read_checkpoint
+from scfm.train.config import CPU_TOKENS_PER_STEP, STAGE_DEFAULTS, FitConfig
 from scfm.train.module import TrainingModule
-from scfm.train.ranks import rank_and_world_size
-from scfm.train.sharding import GatherShards, ShardedPrecision, is_sharded, make_strategy
-from scfm.train.steps import MemorySource, Steps
-from scfm.train.stream import CellStream
-from scfm.train.trainable import keep_activations, merge, recompute_blocks, set_trainable
+from scfm.train.precision import precision_plugins, resolved_precision, training_device
+from scfm.train.ranks import devices_and_nodes, lanes_of
+from scfm.train.sharding import GatherShards, is_sharded, make_strategy
+from scfm.train.steps import MemorySource, Source, Steps
+from scfm.train.trainable import (
+    compile_blocks,
+    keep_activations,
+    merge,
+    recompute_blocks,
+    run_eagerly,
+    set_trainable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,7 @@ LOG_STEPS = 10  # between two lines of a log; reading a loss waits for the devic
 def train(
     network: CellTransformer,
     objective: objectives.Objective,
-    cells: CellBatch | CellStream,
+    cells: CellBatch | Sequence[Source],
     config: FitConfig,
     *,
     title: str,
@@ -52,21 +59,22 @@ def train(
 ) -> TrainingModule:
     """Train `network` in place.
 
-    With the same seed, machine and thread count the result is the same to the bit, also of a run that was killed and
-    started again with the same `run_dir`.
+    With the same seed, machine and thread count the result is bitwise identical, also that of a run that was killed and
+    started again with the same `run_dir`. It can be resumed by another number of processes, which share the batches of a step.
 
     Parameters
     ----------
     network, objective
         What is trained, and on what.
     cells
-        Encoded cells in memory, or a stream from files (of this rank).
+        Encoded cells in memory; or the sources of this process, such as streams from files, one for each of its batches in
+        a step.
     config
         All settings.
     title
-        What the progress bar says.
+        Text of the progress bar.
     validation
-        Cells to validate on every `config.validate_every` steps; the weights with the lowest loss are kept.
+        Cells to validate on in the course of training; the weights with the lowest loss are kept.
     run_dir
         Folder of checkpoints (`checkpoints/`) and logs (`logs/metrics.csv`, after a resumption `logs_from_STEP/`, and
         `tensorboard/` where tensorboard is installed). A run that finds checkpoints there goes on from the newest
@@ -102,40 +110,39 @@ def train(
     >>> len(run.losses)
     3
     """
-    config = config.with_defaults(**STAGE_DEFAULTS)
-    if config.tokens_per_step is None and isinstance(cells, CellBatch):
-        config = config.replace(
-            tokens_per_step=choose_tokens_per_step(network, objective, cells, device=training_device(config))
-        )
+    config, resumed = _complete(config, network, objective, cells), Resumption.newest(run_dir)
+    config = config if resumed is None else resumed.divided(config)
     assert config.trainable is not None
     n_trainable = set_trainable(network, config.trainable)
     logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
     strategy = make_strategy(config)
     shards = GatherShards(network) if is_sharded(strategy) else None
     trained = network if shards is None else shards.copy
-    if config.activation_checkpointing:
-        recompute_blocks(trained)
-    module = TrainingModule(trained, objective, config)
-    stop, scratch = CleanStop(), tempfile.TemporaryDirectory()
-    resumed = None if run_dir is None else newest_checkpoint(Path(run_dir) / "checkpoints")
-    best = _keep_best(Path(scratch.name)) if validation is not None else None
-    own = [StopOnNonFiniteLoss(), stop, *([ProgressBar(title)] if progress else []), *_keepers(config, run_dir, best)]
-    own += [shards] if shards is not None else []
-    loggers = [] if run_dir is None else _loggers(Path(run_dir), resumed[1] if resumed else 0)
-    with scratch, quiet_lightning(), _restored_interrupts(), torch.random.fork_rng():
-        trainer = _trainer(config, strategy, [*own, *callbacks], loggers, validates=validation is not None)
-        loader = _loader(cells, objective, config, start=resumed[1] * config.accumulate if resumed else 0)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _prepared(trained, config),
+        quiet_lightning(),
+        torch.random.fork_rng(),
+    ):
+        module = TrainingModule(trained, objective, config)
+        best = _keep_best(Path(run_dir or scratch) / "checkpoints") if validation is not None else None
+        keeper = None if run_dir is None else KeepCheckpoints(run_dir, config)
+        stop = CleanStop(keeper)
+        watching = [StopOnNonFiniteLoss(), *([ProgressBar(title)] if progress else []), *([shards] if shards else [])]
+        ending = [*_early_stopping(config, best), *([keeper] if keeper else []), stop]
+        loggers = [] if run_dir is None else _loggers(Path(run_dir), resumed.step if resumed else 0)
+        trainer = _trainer(config, strategy, [*watching, *callbacks, *ending], loggers, validates=best is not None)
         trained.train()
-        try:
+        with stop.listening(), _normal_end_after(stop):
             trainer.fit(
                 module,
-                loader,
+                _loader(cells, objective, config, start=resumed.step if resumed else 0),
                 None if validation is None else _validation_loader(validation, objective, config),
-                ckpt_path=resumed[0] if resumed else None,
+                ckpt_path=resumed.path if resumed else None,
             )
-        except SystemExit:
-            if stop.stopped_at is None:
-                raise
+        if stop.signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        if stop.stopped_at is not None:
             warnings.warn(
                 f"Interrupted after {stop.stopped_at} of {config.n_steps} steps; the weights reached by then are kept.",
                 stacklevel=2,
@@ -143,35 +150,78 @@ def train(
         if best is not None and best.best_model_path:
             state = read_checkpoint(Path(best.best_model_path))["state_dict"]
             network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})
+    if config.precision == "bf16-true":
+        network.float()
     merge(network)
-    keep_activations(network)
     network.eval()
     return module
 
 
+def _complete(
+    config: FitConfig, network: CellTransformer, objective: objectives.Objective, cells: CellBatch | Sequence[Source]
+) -> FitConfig:
+    """Fill in what the settings leave to the device and to the stage."""
+    config = config.with_defaults(**STAGE_DEFAULTS)
+    if config.tokens_per_step is not None or not isinstance(cells, CellBatch):
+        return config
+    tokens = choose_tokens_per_step(network, objective, cells, config, device=training_device(config))
+    return config.replace(tokens_per_step=tokens)
+
+
+@contextmanager
+def _prepared(network: CellTransformer, config: FitConfig) -> Iterator[None]:
+    """Let the blocks compute as the settings say, for the time of the training."""
+    if config.activation_checkpointing:
+        recompute_blocks(network)
+    if config.compile:
+        compile_blocks(network)
+    precision = torch.get_float32_matmul_precision()
+    if config.precision == "auto" and training_device(config).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        keep_activations(network)
+        run_eagerly(network)
+
+
+@contextmanager
+def _normal_end_after(stop: CleanStop) -> Iterator[None]:
+    """Lightning leaves by SystemExit after a signal; once the weights are kept, that is a normal end."""
+    try:
+        yield
+    except SystemExit:
+        if stop.stopped_at is None:
+            raise
+
+
 def _loader(
-    cells: CellBatch | CellStream, objective: objectives.Objective, config: FitConfig, start: int
+    cells: CellBatch | Sequence[Source], objective: objectives.Objective, config: FitConfig, start: int
 ) -> DataLoader:
-    rank, world_size = rank_and_world_size(config)
-    if isinstance(cells, CellStream):  # which cuts its own batches
-        source: MemorySource | CellStream = cells
-    else:
+    lanes, n_lanes = lanes_of(config)
+    if isinstance(cells, CellBatch):
         assert config.tokens_per_step is not None
-        sampler = TokenBudgetSampler(
-            cells.lengths_B.numpy(),
-            max_tokens=config.tokens_per_step,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-        )
-        source = MemorySource(cells, sampler)
-    steps = Steps(source, objective, config.seed, stop=config.n_steps * config.accumulate, start=start, rank=rank)
+        lengths_B = cells.lengths_B.numpy()
+        sources: Sequence[Source] = [
+            MemorySource(
+                cells,
+                TokenBudgetSampler(
+                    lengths_B, max_tokens=config.tokens_per_step, seed=config.seed, rank=lane, world_size=n_lanes
+                ),
+            )
+            for lane in lanes
+        ]
+    else:
+        sources = cells
+    steps = Steps(sources, lanes, objective, config.seed, stop=config.n_steps, n_lanes=n_lanes, start=start)
     return DataLoader(steps, batch_size=None)
 
 
 def _validation_loader(cells: CellBatch, objective: objectives.Objective, config: FitConfig) -> DataLoader:
     """The same masks at every validation, so that losses compare."""
-    sampler = TokenBudgetSampler(cells.lengths_B.numpy(), max_tokens=config.tokens_per_step or 8192, shuffle=False)
+    tokens = config.tokens_per_step or CPU_TOKENS_PER_STEP
+    sampler = TokenBudgetSampler(cells.lengths_B.numpy(), max_tokens=tokens, shuffle=False)
     batches = [
         objective.corrupt(cells.select(rows), torch.Generator().manual_seed(number))
         for number, rows in enumerate(sampler)
@@ -185,23 +235,16 @@ def _keep_best(folder: Path) -> ModelCheckpoint:
     )
 
 
-def _keepers(config: FitConfig, run_dir: str | Path | None, best: ModelCheckpoint | None) -> list[lightning.Callback]:
-    keepers: list[lightning.Callback] = [best] if best is not None else []
-    if best is not None and config.patience is not None:
-        keepers.append(EarlyStopping("validation_loss", patience=config.patience, check_finite=False))
-    if run_dir is not None:
-        folder = Path(run_dir) / "checkpoints"
-        # The last two: where the newest turns out damaged, the one before it serves.
-        keepers.append(
-            ModelCheckpoint(
-                folder, "{step}", monitor="step", mode="max", save_top_k=2, every_n_train_steps=config.checkpoint_every
-            )
-        )
-    return keepers
+def _early_stopping(config: FitConfig, best: ModelCheckpoint | None) -> list[lightning.Callback]:
+    if best is None:
+        return []
+    if config.patience is None:
+        return [best]
+    return [best, EarlyStopping("validation_loss", patience=config.patience, check_finite=False)]
 
 
 def _loggers(run_dir: Path, step: int) -> list[Logger]:
-    """CSV always, in a folder of its own for each start, since Lightning empties it; TensorBoard where it is installed."""
+    """CSV always, in a folder of its own for each start, since Lightning empties it; TensorBoard if it is installed."""
     version = "logs" if step == 0 else f"logs_from_{step}"
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version=version, flush_logs_every_n_steps=LOG_STEPS)]
     if find_spec("tensorboard") is not None:
@@ -212,25 +255,23 @@ def _loggers(run_dir: Path, step: int) -> list[Logger]:
 def _trainer(
     config: FitConfig, strategy: Strategy | str, callbacks: list[Any], loggers: list[Logger], *, validates: bool
 ) -> lightning.Trainer:
-    keeps = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    plugins += [ShardedPrecision(config.precision)] if is_sharded(strategy) else []
+    devices, n_nodes = devices_and_nodes(config)
     return lightning.Trainer(
         max_steps=config.n_steps,
         max_epochs=-1,
         accelerator="cuda" if config.strategy == "fsdp" else config.accelerator,
-        devices=config.devices,
-        num_nodes=config.n_nodes,
+        devices=devices,
+        num_nodes=n_nodes,
         strategy=strategy,
-        precision=None if is_sharded(strategy) else config.precision,
         gradient_clip_val=config.clip_norm,
         accumulate_grad_batches=config.accumulate,
-        val_check_interval=config.validate_every * config.accumulate if validates else None,
+        val_check_interval=config.steps_between_validations * config.accumulate if validates else None,
         num_sanity_val_steps=0,
         logger=loggers or False,
         log_every_n_steps=LOG_STEPS,
-        plugins=plugins,
-        enable_checkpointing=keeps,
+        plugins=[AtomicCheckpointIO(), *precision_plugins(config, sharded=is_sharded(strategy))],
+        precision=None if is_sharded(strategy) or config.precision == "bf16-true" else resolved_precision(config),
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_model_summary=False,
         enable_progress_bar=False,
         use_distributed_sampler=False,
@@ -253,18 +294,3 @@ def quiet_lightning() -> Iterator[None]:
         finally:
             for each, level in zip(loggers, levels):
                 each.setLevel(level)
-
-
-@contextmanager
-def _restored_interrupts() -> Iterator[None]:
-    """Give Ctrl-C its meaning back: Lightning ignores it for good after the first one."""
-    try:
-        handler = signal.getsignal(signal.SIGINT)
-    except ValueError:
-        handler = None
-    try:
-        yield
-    finally:
-        if handler is not None:
-            with suppress(ValueError):  # not the main thread: then Lightning could not change it either
-                signal.signal(signal.SIGINT, handler)

@@ -13,6 +13,7 @@ from scfm import objectives
 from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.train.config import STAGE_DEFAULTS, FitConfig
+from scfm.train.ranks import lanes_of
 from scfm.train.sharding import is_sharded, matrices, plain_name
 from scfm.train.steps import step_seed
 
@@ -39,13 +40,15 @@ class TrainingModule(lightning.LightningModule):
         super().__init__()
         self.network, self.objective, self.config = network, objective, config.with_defaults(**STAGE_DEFAULTS)
         self.matrices = matrices(network)
+        self.lanes, self.n_lanes = lanes_of(self.config)
         self.losses: list[Tensor] = []
         self.validation_losses: list[tuple[int, float]] = []
         self.cells_seen = 0
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # Dropout of a batch depends on its number, not on what was drawn before: a resumed run draws the same.
-        torch.manual_seed(step_seed(self.config.seed, self.trainer.global_step, self.global_rank))
+        lane = self.lanes[batch_index % len(self.lanes)]
+        torch.manual_seed(step_seed(self.config.seed, self.trainer.global_step * self.n_lanes + lane))
 
     def training_step(self, batch: tuple[CellBatch, objectives.Targets], batch_index: int) -> Tensor:
         inputs, targets = batch
@@ -60,7 +63,10 @@ class TrainingModule(lightning.LightningModule):
     def _log(self, loss: Tensor, terms: objectives.Loss) -> None:
         """Hand the loss, its terms and the rate to the loggers, which read them every some steps."""
         if self.trainer.loggers:
-            values = {"loss": loss, "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"]}
+            values = {
+                "loss": loss,
+                "learning_rate": (self.config.learning_rate or 0) * self.rate_at(self.trainer.global_step),
+            }
             values |= {f"loss_{name}": term.mean for name, term in terms.items()} if len(terms) > 1 else {}
             self.log_dict({name: torch.as_tensor(value).detach() for name, value in values.items()}, batch_size=1)
 
@@ -74,17 +80,24 @@ class TrainingModule(lightning.LightningModule):
             self.validation_losses.append((self.trainer.global_step, value))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["n_lanes"] = self.n_lanes
         checkpoint["losses"] = torch.stack(self.losses).float().cpu() if self.losses else torch.zeros(0)
         checkpoint["validation_losses"] = list(self.validation_losses)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.losses = list(checkpoint["losses"])
         self.validation_losses = [tuple(pair) for pair in checkpoint["validation_losses"]]
+        # Lightning counts batches of this process, of which a step may now have another number.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        n_batches = checkpoint["global_step"] * len(self.lanes)
+        for counts in (progress["total"], progress["current"]):
+            counts.update(ready=n_batches, started=n_batches, processed=n_batches, completed=n_batches - 1)
+        progress["is_last_batch"] = False
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.network, self.config.weight_decay, self.matrices)
+        groups = parameter_groups(self.network, self.config, self.matrices)
         fused = self.config.precision != "16-mixed"  # Lightning cannot clip scaled gradients inside a fused step
-        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate or 0.0, fused=fused)
+        optimizer = torch.optim.AdamW(groups, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -102,7 +115,7 @@ class TrainingModule(lightning.LightningModule):
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def rate_at(self, step: int) -> float:
-        """Share of the peak learning rate at a step."""
+        """Fraction of the peak learning rate at a step."""
         n_warmup = round(self.config.warmup_fraction * self.config.n_steps)
         if step < n_warmup:
             return (step + 1) / n_warmup
@@ -128,15 +141,18 @@ class TrainingModule(lightning.LightningModule):
         }
 
 
-def parameter_groups(network: nn.Module, weight_decay: float, decayed: set[str] | None = None) -> list[dict[str, Any]]:
-    """Decay matrices (or the parameters named); leave biases and norms alone."""
+def parameter_groups(network: nn.Module, config: FitConfig, decayed: set[str] | None = None) -> list[dict[str, Any]]:
+    """Parameters by weight decay (that of matrices, or of those named) and learning rate (that of the gene embedding)."""
     decayed = matrices(network) if decayed is None else decayed
-
-    def trainable(is_decayed: bool) -> list[nn.Parameter]:
-        named = ((plain_name(name), parameter) for name, parameter in network.named_parameters())
-        return [parameter for name, parameter in named if parameter.requires_grad and (name in decayed) == is_decayed]
-
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            weight_decay = config.weight_decay if plain_name(name) in decayed else 0.0
+            is_embedding = plain_name(name) == "embedding.gene.weight"
+            scale = config.embedding_learning_rate_scale if is_embedding else 1.0
+            groups.setdefault((weight_decay, scale), []).append(parameter)
+    assert config.learning_rate is not None
     return [
-        {"params": trainable(True), "weight_decay": weight_decay},
-        {"params": trainable(False), "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": weight_decay, "lr": scale * config.learning_rate}
+        for (weight_decay, scale), parameters in sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
     ]

@@ -1,25 +1,53 @@
-"""Which process of a run this is."""
+"""Which process of a run this is, and which batches of a step are its own."""
 
 from __future__ import annotations
+
+import os
+
+import torch
+from torch import distributed
 
 from scfm.data.ranks import torchrun_rank
 from scfm.train.config import FitConfig
 
 
 def rank_and_world_size(config: FitConfig) -> tuple[int, int]:
-    """Rank and number of processes, from torchrun's environment; without torchrun, one process.
+    """Rank and number of processes, from the environment of torchrun; without torchrun, one process.
 
     Raises
     ------
     ValueError
-        If several devices are asked for outside torchrun, which could not be told their parts of the data.
+        If `devices` and `n_nodes` ask for another number of processes than there are.
     """
     rank, world_size = torchrun_rank()
-    if world_size > 1:
-        return rank, world_size
-    if config.devices not in (1, "1") or config.n_nodes > 1:
+    asked = None if config.devices == "auto" else int(config.devices) * config.n_nodes
+    if world_size == 1 and asked not in (None, 1):
         raise ValueError(
             f"`devices` is {config.devices!r} and `n_nodes` {config.n_nodes}; start several processes with torchrun: "
-            "`torchrun --nproc-per-node N $(which scfm) pretrain ... --devices N`."
+            "`torchrun --nproc-per-node N $(which scfm) pretrain ...`."
         )
-    return 0, 1
+    if world_size > 1 and asked not in (None, world_size):
+        raise ValueError(
+            f"`devices` is {config.devices!r} and `n_nodes` {config.n_nodes}, but torchrun started {world_size} processes. "
+            "Leave both out to use all of them."
+        )
+    return rank, world_size
+
+
+def devices_and_nodes(config: FitConfig) -> tuple[int, int]:
+    """Processes on each node, and nodes, for Lightning."""
+    world_size = rank_and_world_size(config)[1]
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
+    return on_node, world_size // on_node
+
+
+def lanes_of(config: FitConfig) -> tuple[list[int], int]:
+    """Numbers of the batches of a step that are those of this process, and the number of all."""
+    rank, world_size = rank_and_world_size(config)
+    return [rank + world_size * turn for turn in range(config.accumulate)], world_size * config.accumulate
+
+
+def start_process_group(config: FitConfig, device: torch.device) -> None:
+    """Let the processes of a run talk to each other: through gloo between hosts, and NCCL between CUDA devices."""
+    if rank_and_world_size(config)[1] > 1 and not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

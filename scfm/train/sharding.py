@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 
 from scfm.models.network import CellTransformer
 from scfm.nn import Block
 from scfm.train.config import FitConfig
+from scfm.train.ranks import rank_and_world_size
 
 WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of parameters
 
@@ -27,7 +27,7 @@ def make_strategy(config: FitConfig) -> Strategy | str:
         If "fsdp" is asked for on a machine without CUDA.
     """
     if config.strategy != "fsdp":
-        return config.strategy
+        return "ddp" if rank_and_world_size(config)[1] > 1 else "auto"
     if not torch.cuda.is_available():
         raise ValueError(
             "`strategy` is 'fsdp', which needs CUDA devices, and this machine has none. Use 'ddp' for several processes on "
@@ -37,13 +37,6 @@ def make_strategy(config: FitConfig) -> Strategy | str:
 
 
 FSDP_SETTINGS: dict[str, Any] = {"auto_wrap_policy": {Block}, "state_dict_type": "full"}
-
-
-class ShardedPrecision(FSDPPrecision):
-    """Lightning's, which cannot take frozen dataclasses apart; batches need no conversion, the network casts as it goes."""
-
-    def convert_input(self, data: Any) -> Any:
-        return data
 
 
 def is_sharded(strategy: Strategy | str) -> bool:

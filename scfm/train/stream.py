@@ -1,6 +1,6 @@
 """`CellStream`: encoded batches from files that are larger than memory, in shuffled order.
 
-Own code, because no loader at hand fits: annbatch needs Python 3.12; scDataset 0.3 fetches lists of rows, knows no
+Own code, because no existing loader fits: annbatch needs Python 3.12; scDataset 0.3 fetches lists of rows, has no
 saved position, and cannot give every rank the same number of batches.
 """
 
@@ -8,6 +8,7 @@ saved position, and cannot give every rank the same number of batches.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,34 +18,39 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from scfm._docs import document
 from scfm.data.batch import CellBatch
 from scfm.data.files import count_rows
 from scfm.data.host import host_threads, keep_to_one_thread
+from scfm.data.sampler import pack
 from scfm.data.source import CountSource
 from scfm.encoding import Encoding, GeneMap
+
+MAX_OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Neighbouring rows of one file."""
+    """Neighboring rows of one file; `first` is the first of them, counted through all files."""
 
     source: int
     start: int
     stop: int
+    first: int
 
 
 @document
 class CellStream(IterableDataset[CellBatch]):
     """Batches of encoded cells from one or many files, shuffled in each epoch.
 
-    Files are cut into blocks of neighbouring rows. Each epoch shuffles the blocks of all files, deals them to the
-    ranks, and reads a buffer's worth of them at a time, each block encoded as soon as it is read, as many at once as torch has
-    threads; the buffer's cells are shuffled and cut into batches while the next one is read. At most two buffers of
-    tokens, and a block of counts a thread, are in memory. Every rank gets the same number of batches.
+    Files are cut into blocks of neighboring rows. Each epoch shuffles the blocks of all files, deals them to the
+    ranks, and reads a buffer of them at a time, each block encoded as soon as it is read, as many at once as torch has
+    threads. The cells of a buffer are shuffled and packed into batches while the next buffer is read. At most two buffers of
+    tokens, and one block of counts per thread, are in memory. All ranks get the same number of batches: a rank that could
+    do with fewer cuts some in two, or repeats some if it has fewer cells than that.
 
     The order is a function of the seed and the number of the epoch, and `seek` resumes at any batch. Workers of a
     `torch.utils.data.DataLoader` (with ``batch_size=None``) share the buffers of a rank; each has a copy of the stream, so
@@ -57,7 +63,11 @@ class CellStream(IterableDataset[CellBatch]):
     encoding
         Encoding of the cells.
     batch_cells
-        Number of cells in a batch; some batches are smaller or larger, depending on the sizes of the files.
+        Maximum number of cells in a batch.
+    max_tokens
+        Maximum number of tokens in a batch, instead of `batch_cells`; a longer cell gets its own batch. Needs `lengths_B`.
+    lengths_B
+        Tokens of each cell of all files, or upper bounds, shape (cells,); cells of length 0 are left out.
     buffer_cells
         Number of cells in the buffer that is shuffled. A larger buffer shuffles better and needs more memory.
     block_cells
@@ -92,7 +102,9 @@ class CellStream(IterableDataset[CellBatch]):
         paths: Sequence[str | Path],
         encoding: Encoding,
         *,
-        batch_cells: int,
+        batch_cells: int | None = None,
+        max_tokens: int | None = None,
+        lengths_B: ArrayLike | None = None,
         buffer_cells: int = 16_384,
         block_cells: int = 256,
         shuffle: bool = True,
@@ -104,50 +116,76 @@ class CellStream(IterableDataset[CellBatch]):
         depth_key: str | None = None,
     ) -> None:
         super().__init__()
-        if min(batch_cells, buffer_cells, block_cells) < 1:
-            raise ValueError(f"`batch_cells`, `buffer_cells`, `block_cells` are {batch_cells}, {buffer_cells}, "
-                             f"{block_cells}; all must be positive.")  # fmt: skip
+        if (batch_cells is None) == (max_tokens is None):
+            raise ValueError(f"`batch_cells` is {batch_cells} and `max_tokens` {max_tokens}; give one of them.")
+        if max_tokens is not None and lengths_B is None:
+            raise ValueError("`max_tokens` needs `lengths_B`, the tokens of each cell.")
+        if min(batch_cells or 1, max_tokens or 1, buffer_cells, block_cells) < 1:
+            raise ValueError("`batch_cells`, `max_tokens`, `buffer_cells` and `block_cells` must be positive.")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` is {rank}; with `world_size` {world_size} it must be in 0..{world_size - 1}.")
         self.paths = [Path(path) for path in paths]
         self.encoding = encoding
-        self.batch_cells, self.shuffle, self.seed = batch_cells, shuffle, seed
+        self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
         self._where = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
         rows = [count_rows(path) for path in self.paths]
         self.n_obs = sum(rows)
-        self._first_row = np.concatenate([[0], np.cumsum(rows)])
-        self._blocks = [block for source, n in enumerate(rows) for block in _cut(source, n, block_cells)]
+        self._kept_B, self._cost_B, self._budget = self._costs(batch_cells, max_tokens, lengths_B)
+        first_rows = np.concatenate([[0], np.cumsum(rows)])
+        every = [
+            block
+            for source, n_rows in enumerate(rows)
+            for block in _cut(source, n_rows, int(first_rows[source]), block_cells)
+        ]
+        self._blocks = [block for block in every if self._kept_B is None or len(self._rows_of(block))]
         self._blocks_per_buffer = max(1, buffer_cells // block_cells)
         self.epoch, self._next_buffer, self._next_batch = 0, 0, 0
-        self._opened: dict[int, tuple[CountSource, GeneMap]] = {}
+        self._sizes: tuple[int, list[int]] | None = None
+        self._opened: OrderedDict[int, tuple[CountSource, GeneMap]] = OrderedDict()
+
+    def _costs(
+        self, batch_cells: int | None, max_tokens: int | None, lengths_B: ArrayLike | None
+    ) -> tuple[NDArray[np.bool_] | None, NDArray[np.int64] | None, int]:
+        """Which cells take part, what each of them costs, and the budget of a batch; None means all, and 1."""
+        if lengths_B is None:
+            assert batch_cells is not None
+            return None, None, batch_cells
+        length_B = np.asarray(lengths_B, dtype=np.int64)
+        if length_B.shape != (self.n_obs,):
+            raise ValueError(f"`lengths_B` has shape {length_B.shape}; the files hold {self.n_obs} cells.")
+        cost_B = length_B if max_tokens is not None else None
+        return length_B > 0, cost_B, max_tokens or batch_cells or 1
 
     def __len__(self) -> int:
-        """Batches of this rank in an epoch, over all workers."""
-        return sum(self._batches_of(buffer) for buffer in self._buffers())
+        """Batches of this rank in the current epoch, over all workers."""
+        return sum(self._buffer_sizes())
 
     def seek(self, step: int) -> None:
         """Go to the batch of this rank that comes `step` batches after its first one, over all epochs; nothing is read."""
-        self.epoch, left = divmod(step, len(self))
-        ends = np.cumsum([self._batches_of(buffer) for buffer in self._buffers()])
-        self._next_buffer = int(np.searchsorted(ends, left, side="right"))
-        self._next_batch = left - (int(ends[self._next_buffer - 1]) if self._next_buffer else 0)
+        self.epoch, self._next_buffer, self._next_batch = 0, 0, 0
+        while self._blocks and step >= len(self):
+            step -= len(self)
+            self.epoch += 1
+        ends = np.cumsum(self._buffer_sizes())
+        self._next_buffer = int(np.searchsorted(ends, step, side="right"))
+        self._next_batch = step - (int(ends[self._next_buffer - 1]) if self._next_buffer else 0)
 
     def __iter__(self) -> Iterator[CellBatch]:
         """Yield the remaining batches of the epoch, then move on to the next epoch."""
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        buffers = self._buffers()
-        mine = [place for place in range(first, len(buffers), step) if place >= self._next_buffer]
+        ranks = self._buffers()
+        mine = [place for place in range(first, len(ranks[self.rank]), step) if place >= self._next_buffer]
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._read, buffers[mine[0]], mine[0]) if mine else None
+            coming = reader.submit(self._read, ranks[self.rank][mine[0]], mine[0]) if mine else None
             for turn, place in enumerate(mine):
                 assert coming is not None
                 cells = coming.result()
                 if turn + 1 < len(mine):
-                    coming = reader.submit(self._read, buffers[mine[turn + 1]], mine[turn + 1])
+                    coming = reader.submit(self._read, ranks[self.rank][mine[turn + 1]], mine[turn + 1])
                 skipped = self._next_batch if place == self._next_buffer else 0
-                batches = self._cut_batches(cells, buffers[place], place)
+                batches = self._batches([buffers[place] for buffers in ranks], place)
                 self._next_buffer = place
                 for number in range(skipped, len(batches)):
                     self._next_batch = number + 1
@@ -155,33 +193,58 @@ class CellStream(IterableDataset[CellBatch]):
                 self._next_buffer, self._next_batch = place + step, 0
         self.epoch, self._next_buffer, self._next_batch = self.epoch + 1, 0, 0
 
+    def close(self) -> None:
+        """Close the files; they are opened again when they are needed."""
+        self._opened.clear()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}  # open files do not travel to worker processes
+        return {**self.__dict__, "_opened": OrderedDict()}  # open files are not sent to worker processes
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, *purpose))
 
-    def _buffers(self) -> list[list[_Block]]:
-        """The blocks of this rank in this epoch, buffer by buffer; every rank has as many in each."""
+    def _buffers(self) -> list[list[list[_Block]]]:
+        """The blocks of each rank in this epoch, buffer by buffer; every rank has as many blocks in each."""
         order = self._rng(0).permutation(len(self._blocks)) if self.shuffle else np.arange(len(self._blocks))
         missing = -len(order) % self.world_size
         order = np.concatenate([order, np.resize(order, missing)]) if len(order) else order
-        mine = [self._blocks[place] for place in order[self.rank :: self.world_size]]
         size = self._blocks_per_buffer
-        return [mine[start : start + size] for start in range(0, len(mine), size)]
+        dealt = [[self._blocks[place] for place in order[rank :: self.world_size]] for rank in range(self.world_size)]
+        return [[mine[start : start + size] for start in range(0, len(mine), size)] for mine in dealt]
 
-    def _batches_of(self, buffer: list[_Block]) -> int:
-        """Batches made of a buffer: by the mean size of blocks, so that it is the same on every rank."""
-        return max(1, round(len(buffer) * self.n_obs / len(self._blocks) / self.batch_cells))
+    def _buffer_sizes(self) -> list[int]:
+        """Batches of each buffer in this epoch, the same on every rank."""
+        if self._sizes is None or self._sizes[0] != self.epoch:
+            buffers = list(zip(*self._buffers()))
+            self._sizes = self.epoch, [self._n_batches(buffer, place) for place, buffer in enumerate(buffers)]
+        return self._sizes[1]
 
-    def _cut_batches(self, cells: CellBatch, buffer: list[_Block], place: int) -> list[NDArray[np.int64]]:
-        n_cells = cells.n_cells
-        order = self._rng(1, self.rank, place).permutation(n_cells) if self.shuffle else np.arange(n_cells)
-        return np.array_split(order, self._batches_of(buffer))
+    def _n_batches(self, of_ranks: Sequence[list[_Block]], place: int) -> int:
+        return max(len(self._packed(buffer, place, rank)) for rank, buffer in enumerate(of_ranks))
+
+    def _batches(self, of_ranks: Sequence[list[_Block]], place: int) -> list[NDArray[np.int64]]:
+        """Cells of each batch that this rank makes of a buffer, by their position in it."""
+        batches = self._packed(of_ranks[self.rank], place, self.rank)
+        return _extended(batches, self._n_batches(of_ranks, place))
+
+    def _packed(self, buffer: list[_Block], place: int, rank: int) -> list[NDArray[np.int64]]:
+        cost_B = np.concatenate([self._costs_of(block) for block in _in_file_order(buffer)])
+        order = self._rng(1, rank, place).permutation(len(cost_B)) if self.shuffle else np.arange(len(cost_B))
+        return pack(order, cost_B, self._budget)
+
+    def _rows_of(self, block: _Block) -> NDArray[np.int64]:
+        """Rows of a block that take part, counted from its start."""
+        if self._kept_B is None:
+            return np.arange(block.stop - block.start)
+        return np.flatnonzero(self._kept_B[block.first : block.first + block.stop - block.start])
+
+    def _costs_of(self, block: _Block) -> NDArray[np.int64]:
+        rows = self._rows_of(block)
+        return np.ones(len(rows), dtype=np.int64) if self._cost_B is None else self._cost_B[block.first + rows]
 
     def _read(self, buffer: list[_Block], place: int) -> CellBatch:
         """Read and encode a buffer, in the order of the files."""
-        blocks = sorted(buffer, key=lambda block: (block.source, block.start))
+        blocks = _in_file_order(buffer)
         opened = [self._open(block.source) for block in blocks]
         rngs = [self._rng(2, self.rank, place, number) if self.shuffle else None for number in range(len(blocks))]
         with ThreadPoolExecutor(host_threads(), initializer=keep_to_one_thread) as pool:
@@ -190,11 +253,15 @@ class CellStream(IterableDataset[CellBatch]):
     def _encode(self, block: _Block, opened: tuple[CountSource, GeneMap], rng: np.random.Generator | None) -> CellBatch:
         """Read and encode a block; several at a time, each in one thread."""
         counts, genes = opened
+        kept = self._rows_of(block)
         parts = []
         for first, rows, depth_B in counts.blocks(start=block.start, stop=block.stop):
+            offset = first - block.start
+            own = kept[(kept >= offset) & (kept < offset + rows.shape[0])] - offset
+            if len(own) < rows.shape[0]:
+                rows, depth_B = rows[own], depth_B[own]
             cells = self.encoding.encode(rows, genes, depth_B=depth_B, rng=rng)
-            index_B = torch.arange(cells.n_cells) + int(self._first_row[block.source]) + first
-            parts.append(cells.replace(cell_index_B=index_B))
+            parts.append(cells.replace(cell_index_B=torch.from_numpy(block.first + offset + own)))
         return parts[0] if len(parts) == 1 else CellBatch.concat(parts)
 
     def _open(self, source: int) -> tuple[CountSource, GeneMap]:
@@ -202,10 +269,27 @@ class CellStream(IterableDataset[CellBatch]):
             counts = CountSource.of(self.paths[source], **self._where)
             genes = GeneMap.of(counts, self.encoding.vocabulary, duplicates=self.encoding.config.duplicates)
             self._opened[source] = counts, genes
+            if len(self._opened) > MAX_OPEN_FILES:
+                self._opened.popitem(last=False)
         return self._opened[source]
 
 
-def _cut(source: int, n_rows: int, block_cells: int) -> list[_Block]:
+def _in_file_order(buffer: list[_Block]) -> list[_Block]:
+    return sorted(buffer, key=lambda block: block.first)
+
+
+def _extended(batches: list[NDArray[np.int64]], n_batches: int) -> list[NDArray[np.int64]]:
+    """As many batches as asked for: the largest are cut in two; if every batch is one cell, some come again."""
+    batches = list(batches)
+    while len(batches) < n_batches:
+        largest = max(range(len(batches)), key=lambda number: len(batches[number]))
+        if len(batches[largest]) == 1:
+            return [batches[number % len(batches)] for number in range(n_batches)]
+        batches[largest : largest + 1] = np.array_split(batches[largest], 2)
+    return batches
+
+
+def _cut(source: int, n_rows: int, first_row: int, block_cells: int) -> list[_Block]:
     """Cut a file into blocks of nearly equal size, none above `block_cells`."""
     edges = np.linspace(0, n_rows, -(-n_rows // block_cells) + 1).astype(int)
-    return [_Block(source, int(start), int(stop)) for start, stop in pairwise(edges)]
+    return [_Block(source, int(start), int(stop), first_row + int(start)) for start, stop in pairwise(edges)]

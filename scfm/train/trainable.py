@@ -146,3 +146,15 @@ def keep_activations(network: CellTransformer) -> None:
     """Undo `recompute_blocks`."""
     for block in network.blocks:
         block.__dict__.pop("forward", None)
+
+
+def compile_blocks(network: CellTransformer) -> None:
+    """Let torch compile each block at its first use, for batches of any shape."""
+    for block in network.blocks:
+        block.compile(dynamic=True)
+
+
+def run_eagerly(network: CellTransformer) -> None:
+    """Undo `compile_blocks`."""
+    for block in network.blocks:
+        block._compiled_call_impl = None

@@ -7,7 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from scfm._files import atomic_write
 from scfm.models import Model
+from scfm.train.module import TrainingModule
 
 CARD = """---
 library_name: scfm
@@ -19,10 +21,12 @@ tags: [single-cell, transformer, {encoding}]
 | --- | --- |
 | model | {model} |
 | id | {model_id} |
-| preset, encoding, objective | {preset}, {encoding}, {objective} |
+| preset, encoding, objective | {start}, {encoding}, {objective} |
+| started from | {init} |
 | vocabulary | {n_genes:,} genes ({id_type}) |
 | steps, tokens a step, seed | {n_steps:,}, {tokens_per_step:,}, {seed} |
 | loss, first and last ten steps | {first:.3f} to {last:.3f} |
+| validation loss | {validation} |
 | data fingerprint | {sha256} |
 
 Trained on: {files}.
@@ -33,22 +37,37 @@ compare with simple baselines before relying on it (`scfm.fit(adata, labels_key=
 
 
 def write_run(
-    out: Path, model: Model, config: dict[str, Any], fingerprint: dict[str, Any], losses: list[float]
+    out: Path, model: Model, module: TrainingModule, settings: dict[str, Any], fingerprint: dict[str, Any]
 ) -> None:
     """Write `model/`, `losses.csv`, `losses.png` and the model card `README.md` into `out`."""
     model.save(out / "model")
-    table = pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses})
-    table.to_csv(out / "losses.csv", index=False)
-    _draw(table, out / "losses.png")
-    vocabulary = model.encoding.vocabulary
+    losses = [float(loss) for loss in module.losses]
+    table = pd.DataFrame({"loss": losses}, index=pd.RangeIndex(1, len(losses) + 1, name="step"))
+    if module.validation_losses:
+        table["validation_loss"] = pd.Series(dict(module.validation_losses))
+    with atomic_write(out / "losses.csv") as temporary_path:
+        table.to_csv(temporary_path)
+    with atomic_write(out / "losses.png") as temporary_path:
+        _draw(table, temporary_path)
+    vocabulary, config = model.encoding.vocabulary, settings["config"]
     card = CARD.format(
-        encoding=config["encoding"], preset=config["preset"], objective=config["objective"],
+        encoding=settings["encoding"]["kind"], start=settings["preset"] or settings["init"], objective=settings["objective"],
+        init=settings["init"] or "random numbers",
         n_obs=fingerprint["n_obs"], sha256=fingerprint["sha256"][:16], files=", ".join(f["file"] for f in fingerprint["files"]),
         model=repr(model), model_id=model.id, n_genes=vocabulary.n_genes, id_type=vocabulary.id_type,
-        n_steps=config["fit"]["n_steps"], tokens_per_step=config["fit"]["tokens_per_step"], seed=config["fit"]["seed"],
-        first=table["loss"].head(10).mean(), last=table["loss"].tail(10).mean(),
+        n_steps=len(losses), tokens_per_step=config["tokens_per_step"], seed=config["seed"],
+        first=table["loss"].head(10).mean(), last=table["loss"].tail(10).mean(), validation=_best(table),
     )  # fmt: skip
-    (out / "README.md").write_text(card)
+    with atomic_write(out / "README.md") as temporary_path:
+        temporary_path.write_text(card)
+
+
+def _best(table: pd.DataFrame) -> str:
+    if "validation_loss" not in table:
+        return "not measured"
+    return (
+        f"{table['validation_loss'].min():.3f} at step {table['validation_loss'].idxmin():,}, whose weights these are"
+    )
 
 
 def _draw(table: pd.DataFrame, path: Path) -> None:
@@ -58,9 +77,12 @@ def _draw(table: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(5, 3), layout="tight")
     FigureCanvasAgg(figure)
     ax = figure.add_subplot()
-    ax.plot(table["step"], table["loss"], color="#BBBBBB", lw=0.8, label="each step")
+    ax.plot(table.index, table["loss"], color="#BBBBBB", lw=0.8, label="each step")
     smooth = table["loss"].rolling(max(1, len(table) // 20), min_periods=1).mean()
-    ax.plot(table["step"], smooth, color="#0072B2", label="running mean")
+    ax.plot(table.index, smooth, color="#0072B2", label="running mean")
+    if "validation_loss" in table:
+        validation = table["validation_loss"].dropna()
+        ax.plot(validation.index, validation, "o-", color="#D55E00", ms=3, label="validation")
     ax.set(xlabel="step", ylabel="loss")
     ax.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")

@@ -114,15 +114,21 @@ def test_tokenize_writes_the_tokens_of_the_models_encoding(result, folder, cells
     assert torch.equal(store[range(len(store))].gene_ids_T, expected.gene_ids_T)
 
 
-def test_pretrain_takes_options_or_a_config_file_not_both(command, folder, tmp_path):
-    arguments = ["pretrain", folder / "cells.h5ad", tmp_path / "run", "--no-progress"]
-    code, _, err = command(*arguments, "--n-steps", 2, "--tokens-per-step", 2000, "--encoding", "bin")
+def test_pretrain_takes_options_vocabulary_and_validation_cells(command, folder, tmp_path):
+    arguments = ["pretrain", folder / "cells.h5ad", tmp_path / "run", "--no-progress", "--tokens-per-step", 2000]
+    code, _, err = command(*arguments, "--n-steps", 2, "--encoding", "bin", "--validation", 0.1, "--init", "none")
     assert code == 0, err
     model = scfm.load(tmp_path / "run" / "model")
     assert len(model.history["stages"][0]["losses"]) == 2
+    assert len(model.history["stages"][0]["validation_losses"]) == 2
     assert model.encoding.config.kind == "bin"
-    config = tmp_path / "run" / "config.json"
-    assert command(*arguments, "--config-file", config, "--n-steps", 3)[0] == 1
+    model.encoding.vocabulary.to_json(tmp_path / "vocabulary.json")
+    more = ["pretrain", folder / "cells.h5ad", tmp_path / "more", "--no-progress", "--n-steps", 1]
+    code, _, err = command(*more, "--vocabulary", tmp_path / "vocabulary.json", "--validation", folder / "cells.h5ad")
+    assert code == 1
+    assert "leave it out of one of them" in err
+    assert command(*more, "--init", tmp_path / "run" / "model")[0] == 0
+    assert scfm.load(tmp_path / "more" / "model").encoding.vocabulary == model.encoding.vocabulary
 
 
 def test_convert_writes_what_transformers_opens(result, cells, tmp_path):

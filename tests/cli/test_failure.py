@@ -258,16 +258,6 @@ def test_a_confidence_is_a_probability(command, folder, tmp_path):
     assert "from 0 to 1" in err
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "cannot be read"), ("{", "is not valid JSON")])
-def test_a_config_file_that_cannot_be_read_is_named(command, folder, tmp_path, content, words):
-    if content is not None:
-        (tmp_path / "run.json").write_text(content)
-    code, _, err = command("pretrain", folder / "cells.h5ad", tmp_path / "run", "--config-file", tmp_path / "run.json")
-    assert code == 1
-    assert "run.json" in err
-    assert words in err
-
-
 def test_a_run_is_no_file(command, folder, bad):
     code, _, err = command("pretrain", folder / "cells.h5ad", bad / "file", "--n-steps", "1", "--no-progress")
     assert code == 1

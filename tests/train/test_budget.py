@@ -1,4 +1,4 @@
-"""The token budget: what a token costs is counted, and the budget keeps within memory."""
+"""The token budget: fixed on a CPU, measured on a GPU, and kept in every batch."""
 
 import os
 import subprocess
@@ -8,51 +8,66 @@ from pathlib import Path
 import pytest
 import torch
 
-from scfm.train import FitConfig, train
-from scfm.train.budget import choose_tokens_per_step, saved_bytes
+from scfm.train import FitConfig, budget, train
+from scfm.train.budget import choose_tokens_per_step
 
-CPU = torch.device("cpu")
-
-
-def test_the_cost_grows_with_the_tokens(tiny):
-    few, many = tiny.cells.select(range(20)), tiny.cells.select(range(120))
-    ratio = saved_bytes(tiny.network, tiny.classify, many) / saved_bytes(tiny.network, tiny.classify, few)
-    assert ratio == pytest.approx(many.n_tokens / few.n_tokens, rel=0.2)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+MEASURED = FitConfig(tokens_per_step=None)
 
 
-def test_what_is_kept_is_counted_once(tiny):
-    """Oracle: the square of a matrix keeps that matrix, and nothing else."""
+class PretendedSteps:
+    """A device on which a token takes so many bytes, and steps above a size fail."""
 
-    class Square:
-        def corrupt(self, cells, generator):
-            return cells, {}
+    def __init__(self, per_token, largest):
+        self.per_token, self.largest, self.tried = per_token, largest, []
 
-        def loss(self, network, inputs, targets):
-            from scfm.objectives import Term
+    def __call__(self, *_):
+        return self
 
-            kept = torch.ones(100, 50, requires_grad=True) * 1.0
-            return {"square": Term((kept * kept).sum(), torch.tensor(1.0))}
+    def bytes_per_token(self):
+        return self.per_token
 
-    cost = saved_bytes(tiny.network, Square(), tiny.make_cells(4))
-    assert 100 * 50 * 4 <= cost < 100 * 50 * 4 + 500  # the loss's own scalars are a few bytes
-
-
-@pytest.mark.parametrize("memory", [2_000_000, 20_000_000])
-def test_the_budget_keeps_within_half_of_the_memory(tiny, memory):
-    budget = choose_tokens_per_step(tiny.network, tiny.classify, tiny.cells, device=CPU, memory=memory)
-    per_token = saved_bytes(tiny.network, tiny.classify, tiny.cells) / tiny.cells.n_tokens
-    assert budget * per_token < 0.5 * memory * 1.2
-    assert 2 * budget * per_token > 0.5 * memory * 0.8
+    def fits(self, n_tokens):
+        self.tried.append(n_tokens)
+        return n_tokens <= self.largest
 
 
-def test_the_longest_cell_always_fits_and_training_takes_the_budget(tiny):
-    assert choose_tokens_per_step(tiny.network, tiny.classify, tiny.cells, device=CPU, memory=1) == int(
-        tiny.cells.lengths_B.max()
-    )
-    module = train(
-        tiny.network, tiny.classify, tiny.cells, FitConfig(n_steps=2, tokens_per_step=None), title="t", progress=False
-    )
-    assert module.config.tokens_per_step == 16_384
+def chosen(tiny, monkeypatch, *, memory, per_token=1000, largest=10**9):
+    steps = PretendedSteps(per_token, largest)
+    monkeypatch.setattr(budget, "_Trial", steps)
+    monkeypatch.setattr(budget, "free_memory", lambda device: memory)
+    return choose_tokens_per_step(tiny.network, tiny.masked, tiny.cells, MEASURED, device=GPU), steps.tried
+
+
+def test_a_cpu_has_a_fixed_budget(tiny):
+    assert choose_tokens_per_step(tiny.network, tiny.masked, tiny.cells, MEASURED, device=CPU) == 8192
+    config = MEASURED.replace(n_steps=2, accelerator="cpu")
+    module = train(tiny.network, tiny.classify, tiny.cells, config, title="t", progress=False)
+    assert module.config.tokens_per_step == 8192
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(2**20 * 1000, 2**19), (2**10 * 1000, 2**9), (10**15, 262_144)])
+def test_a_gpu_has_the_largest_power_of_two_that_half_of_its_memory_holds(tiny, monkeypatch, memory, expected):
+    assert chosen(tiny, monkeypatch, memory=memory)[0] == min(expected, 262_144)
+
+
+def test_a_budget_that_does_not_fit_after_all_is_halved(tiny, monkeypatch):
+    found, tried = chosen(tiny, monkeypatch, memory=2**15 * 1000, largest=5000)
+    assert (found, tried) == (4096, [16_384, 8192, 4096])
+
+
+def test_the_longest_cell_always_fits(tiny, monkeypatch):
+    longest = int(tiny.cells.lengths_B.max())
+    assert chosen(tiny, monkeypatch, memory=1)[0] == longest
+    assert chosen(tiny, monkeypatch, memory=2**15 * 1000, largest=0)[0] == longest
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"precision": "32-true"}, {"activation_checkpointing": True}])
+def test_a_measured_budget_trains_within_the_memory_of_a_gpu(tiny, changes):
+    config = FitConfig(n_steps=2, tokens_per_step=None, **changes)
+    module = train(tiny.network, tiny.masked, tiny.cells, config, title="t", progress=False)
+    assert module.config.tokens_per_step > 8192
 
 
 RAGGED = """

@@ -1,8 +1,10 @@
-"""Pretraining from files: streams, resumes, refuses to mix runs, and is the same from two processes as from one."""
+"""Pretraining from files: streams, starts from a decomposition or a model, resumes, refuses to mix runs, and is the same from two processes as from one."""
 
+import copy
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,24 +16,29 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import sparse
+from scipy import linalg, sparse
 
 import scfm
 from scfm import families
+from scfm._files import output_lock
 from scfm.data import TokenBudgetSampler
+from scfm.encoding import EncodingConfig
+from scfm.errors import CountsError, ModelFileError, OutputError, VocabularyMismatchError
 from scfm.objectives import total
-from scfm.train import FitConfig, PretrainConfig, pretrain, train
+from scfm.train import FitConfig, pretraining, train
+from scfm.train import statistics as statistics_of_files
 from scfm.train.module import TrainingModule, parameter_groups
-from scfm.train.pretrain import learn_encoding
+from scfm.train.pretraining import pretrain
+from scfm.train.statistics import Data, Statistics, learn
 
-CONFIG = PretrainConfig(fit=FitConfig(n_steps=6, tokens_per_step=600, checkpoint_every=2, accelerator="cpu"))
+CONFIG = FitConfig(n_steps=6, tokens_per_step=600, checkpoint_every=2, accelerator="cpu")
 
 
-def write_file(path, genes, seed):
+def write_file(path, genes, seed, **var):
     rng = np.random.default_rng(seed)
     counts = rng.poisson(rng.gamma(0.3, 3.0, len(genes)), (60, len(genes))).astype(np.float32)
     counts[:, 0] = 1  # no empty cell
-    adata = anndata.AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(index=genes))
+    adata = anndata.AnnData(sparse.csr_matrix(counts), var=pd.DataFrame(var, index=genes))
     adata.write_h5ad(path)
     return adata
 
@@ -44,62 +51,282 @@ def files(tmp_path):
     return [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
 
 
+def run(files, out, config=CONFIG, **settings):
+    return pretrain(files, out, config=config, progress=False, **settings)
+
+
+def statistics_for(files, config=None, *, held_out_B=None, **settings):
+    held_out_B = np.zeros(60 * len(files), dtype=bool) if held_out_B is None else held_out_B
+    return learn(Data(paths=tuple(files)), config or EncodingConfig(kind="rank"), held_out_B=held_out_B, **settings)
+
+
+def joined(files):
+    adatas = [anndata.read_h5ad(path) for path in files]
+    return anndata.concat(adatas, join="outer", fill_value=0, keys=["a", "b"], index_unique="-")
+
+
 def test_it_leaves_a_model_and_a_record(files, tmp_path):
-    model = pretrain(files, tmp_path / "run", CONFIG, progress=False)
+    model = scfm.pretrain(files, tmp_path / "run", config=CONFIG, progress=False)
     out = tmp_path / "run"
     assert {"model", "config.json", "losses.csv", "losses.png", "README.md", "checkpoints"} <= {
         path.name for path in out.iterdir()
     }
     assert len(pd.read_csv(out / "losses.csv")) == 6
-    assert json.loads((out / "config.json").read_text())["pretrain"] == CONFIG.to_dict()
+    assert json.loads((out / "config.json").read_text())["pretrain"]["config"] == CONFIG.to_dict() | {
+        "learning_rate": 1e-3,
+        "trainable": "all",
+    }
     assert model.id in (out / "README.md").read_text()
     assert scfm.load(out / "model").id == model.id
 
 
-def test_the_vocabulary_and_the_medians_span_all_files(files):
-    encoding = learn_encoding(files, CONFIG)
-    adatas = [anndata.read_h5ad(path) for path in files]
-    joined = anndata.concat(adatas, join="outer", fill_value=0, keys=["a", "b"], index_unique="-")
-    expected = scfm.encoding.make_encoding("rank", adata=joined)
-    assert set(encoding.vocabulary.genes) == set(expected.vocabulary.genes)
-    for gene in encoding.vocabulary.genes:
-        got, wanted = (each.medians[each.vocabulary.token_ids([gene])[0]] for each in (encoding, expected))
+def test_statistics_are_those_of_all_cells_of_all_files(files):
+    """Oracles: the encoding of the joined data, its tokens, and scikit-learn's exact decomposition."""
+    found = statistics_for(files, n_components=5)
+    adata = joined(files)
+    expected = scfm.encoding.make_encoding("rank", adata=adata)
+    assert set(found.vocabulary.genes) == set(expected.vocabulary.genes)
+    for gene in found.vocabulary.genes:
+        got, wanted = (each.medians[each.vocabulary.token_ids([gene])[0]] for each in (found, expected))
         assert got == pytest.approx(wanted, rel=1e-6), gene
+    cells = scfm.pp.encode(adata, found.encoding(EncodingConfig(kind="rank")))
+    assert found.lengths_B.tolist() == cells.lengths_B.tolist()
+    assert found.totals_V.sum() == adata.X.sum()
+    assert found.fraction_known == 1
+    expression_BV = scfm.pp.log_expression(adata, found.encoding(EncodingConfig(kind="rank"))).toarray()
+    right = linalg.svd(expression_BV, full_matrices=False)[2][:5]
+    assert linalg.svdvals(found.loadings_VR.T @ right.T)[:3].min() > 0.99
 
 
-@pytest.mark.parametrize("changes", [{}, {"encoding": "bin", "objective": "generative"}])
-def test_a_stopped_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch, changes):
-    config = replace(CONFIG, **changes)
+@pytest.mark.parametrize(
+    "config",
+    [
+        EncodingConfig(kind="rank", context_length=10, add_cls=True, add_eos=True),
+        EncodingConfig(kind="bin"),
+        EncodingConfig(kind="bin", include_zeros=True),
+        EncodingConfig(kind="bucket"),
+        EncodingConfig(kind="continuous", include_zeros=True),
+    ],
+    ids=lambda config: f"{config.kind}-{config.context_length}-{config.include_zeros}",
+)
+def test_lengths_are_bounds_for_every_encoding(files, config):
+    """The bounds are exact, except that a file need not have all genes that the vocabulary has."""
+    found = statistics_for(files, config)
+    cells = scfm.pp.encode(joined(files), found.encoding(config))
+    assert found.lengths_B.tolist() == cells.lengths_B.tolist()
 
-    class Stop(lightning.Callback):
-        def on_train_batch_end(self, trainer, *_):
+
+def test_cells_that_are_held_out_teach_nothing(files):
+    held_out_B = np.zeros(120, dtype=bool)
+    held_out_B[60:] = True  # all of the second file, whose last ten genes the first one lacks
+    found = statistics_for(files, held_out_B=held_out_B, n_components=3)
+    first = statistics_for(files[:1], n_components=3)
+    assert found.vocabulary.genes == first.vocabulary.genes
+    np.testing.assert_array_equal(found.medians, first.medians)
+    np.testing.assert_allclose(found.loadings_VR, first.loadings_VR, atol=1e-6)
+    assert found.lengths_B.tolist() == [*first.lengths_B.tolist(), *[0] * 60]
+
+
+def test_few_cells_are_sampled_evenly_over_the_files(files, monkeypatch):
+    monkeypatch.setattr(statistics_of_files, "MAX_SAMPLED_CELLS", 30)
+    monkeypatch.setattr(statistics_of_files, "MAX_CELLS_OF_LOADINGS", 10)
+    found, every = statistics_for(files, n_components=2), joined(files)
+    sample = every[np.arange(3, 120, 4)]
+    expected = scfm.encoding.make_encoding("rank", adata=sample, vocabulary=found.vocabulary)
+    np.testing.assert_allclose(found.medians, expected.medians, rtol=1e-6)
+    assert found.lengths_B.all()
+
+
+def test_statistics_are_made_once_and_read_again(files, tmp_path, monkeypatch):
+    model = run(files, tmp_path / "run")
+    stored = Statistics.load(tmp_path / "run" / "statistics", "another key")
+    assert stored is None
+    monkeypatch.setattr(pretraining, "learn", None)  # to learn again would fail
+    assert run(files, tmp_path / "run").id == model.id
+
+
+def test_files_with_symbols_and_files_with_ensembl_ids_train_one_vocabulary(tmp_path):
+    symbols, ensembl = [f"GENE{n}" for n in range(40)], [f"ENSG{n:011d}" for n in range(40)]
+    write_file(tmp_path / "a.h5ad", symbols, seed=0, gene_ids=ensembl)
+    write_file(tmp_path / "b.h5ad", symbols[::-1], seed=1)
+    other = write_file(tmp_path / "c.h5ad", [f"{name}.3" for name in ensembl], seed=2)
+    paths = [tmp_path / name for name in ("a.h5ad", "b.h5ad", "c.h5ad")]
+    model = run(paths, tmp_path / "run", CONFIG.replace(n_steps=1))
+    assert set(model.encoding.vocabulary.genes) <= set(symbols)
+    renamed = other.copy()
+    renamed.var_names = symbols
+    assert torch.equal(scfm.pp.encode(other, model).gene_ids_T, scfm.pp.encode(renamed, model).gene_ids_T)
+    with pytest.raises(VocabularyMismatchError, match="0 of its 40 names can be translated"):
+        run(paths[1:], tmp_path / "other")
+
+
+def test_gene_embeddings_start_from_loadings(files, tmp_path, monkeypatch):
+    """With a learning rate of almost 0, the embedding is the start: scaled loadings, or random numbers."""
+    config = CONFIG.replace(n_steps=1, learning_rate=1e-12)
+    svd, random = (run(files, tmp_path / str(init), config, init=init) for init in ("svd", None))
+    found = statistics_for(files, n_components=50)
+    genes = svd.encoding.vocabulary.gene_ids
+    weight, other = (model.network.embedding.gene.weight.detach().numpy() for model in (svd, random))
+    n_components = found.loadings_VR.shape[1]
+    scaled = found.loadings_VR / np.sqrt((found.loadings_VR**2).mean(0))
+    expected = 0.3 * np.sign(scaled) * np.sqrt(np.abs(scaled))
+    np.testing.assert_allclose(weight[genes, :n_components], expected[genes], atol=1e-4)
+    np.testing.assert_allclose(weight[:, n_components:], other[:, n_components:], atol=1e-6)
+    assert np.abs(weight[genes, :n_components] - other[genes, :n_components]).mean() > 0.1
+
+
+def test_a_model_is_trained_further_and_stays_as_it_was(files, tmp_path):
+    base = run(files, tmp_path / "base")
+    before = base.id
+    again = run(files[1:], tmp_path / "more", init=base)
+    assert base.id == before != again.id
+    assert again.encoding.vocabulary == base.encoding.vocabulary
+    np.testing.assert_array_equal(again.encoding.medians, base.encoding.medians)
+    assert [stage["config"]["init"] for stage in again.history["stages"]] == ["svd", f"model {before}"]
+    slow = run(files, tmp_path / "slow", CONFIG.replace(n_steps=1, learning_rate=1e-12), init=tmp_path / "base/model")
+    torch.testing.assert_close(slow.network.state_dict(), base.network.state_dict(), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="has its own encoding; leave `encoding` out"):
+        run(files, tmp_path / "other", init=base, encoding="rank")
+
+
+def test_a_model_with_labels_loses_them_when_its_pretraining_continues(tmp_path):
+    adata = scfm.datasets.pbmc()[:100].copy()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    labeled = scfm.fit(
+        adata, labels_key="bulk_labels", config=CONFIG.replace(n_steps=2), baselines=False, progress=False
+    )
+    model = run([tmp_path / "cells.h5ad"], tmp_path / "run", CONFIG.replace(n_steps=1), init=labeled)
+    assert labeled.labels
+    assert not model.labels
+    assert not any("class" in name for name in model.network.state_dict())
+
+
+@pytest.mark.parametrize("how", ["fraction", "files"])
+def test_validation_cells_are_held_out_and_the_best_weights_kept(files, tmp_path, how):
+    class Spoil(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 4:
+                self.at_four = copy.deepcopy(module.network.state_dict())
             if trainer.global_step == 5:
-                raise SystemExit(143)  # as the command line does on SIGTERM
+                with torch.no_grad():
+                    module.network.embedding.gene.weight.mul_(50.0)
 
-    whole = pretrain(files, tmp_path / "whole", config, progress=False)
+    spoil, config = Spoil(), CONFIG.replace(validate_every=2)
+    paths, validation = (files, 0.2) if how == "fraction" else (files[:1], files[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "train", functools.partial(train, callbacks=[spoil]))
+        model = run(paths, tmp_path / "run", config, validation=validation)
+    stage = model.history["stages"][0]
+    steps, losses = zip(*stage["validation_losses"])
+    assert steps == (2, 4, 6)
+    assert min(losses) == losses[1]
+    assert all(torch.equal(tensor, spoil.at_four[name]) for name, tensor in model.network.state_dict().items())
+    table = pd.read_csv(tmp_path / "run" / "losses.csv", index_col="step")
+    assert table["validation_loss"].dropna().index.tolist() == [2, 4, 6]
+    assert table["validation_loss"].dropna().tolist() == pytest.approx(losses)
+
+
+@pytest.mark.parametrize(
+    ("validation", "match"), [(1.5, "between 0 and 1"), (0, "between 0 and 1"), (["a.h5ad"], "leave it out of one")]
+)
+def test_validation_that_cannot_be_is_refused(files, tmp_path, validation, match):
+    named = [tmp_path / name for name in validation] if isinstance(validation, list) else validation
+    with pytest.raises(ValueError, match=match):
+        run(files, tmp_path / "run", validation=named)
+
+
+class StopAt(lightning.Callback):
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("changes", [{}, {"encoding": "bin", "objective": "generative"}, {"validation": 0.2}])
+def test_a_run_stopped_by_sigterm_loses_no_step_and_resumes_to_the_same_weights(files, tmp_path, monkeypatch, changes):
+    complete = run(files, tmp_path / "complete", **changes)
     with monkeypatch.context() as patch:
-        patch.setitem(pretrain.__globals__, "train", functools.partial(train, callbacks=[Stop()]))
+        patch.setattr(pretraining, "train", functools.partial(train, callbacks=[StopAt(5, signal.SIGTERM)]))
         with pytest.raises(SystemExit) as stopped:
-            pretrain(files, tmp_path / "broken", config, progress=False)
-    where = tmp_path / "broken" / "checkpoints"
-    assert stopped.value.__notes__ == [f"Checkpoints are in {where}; the same call goes on from the newest."]
-    resumed = pretrain(files, tmp_path / "broken", config, progress=False)
-    assert whole.id == resumed.id
+            run(files, tmp_path / "broken", **changes)
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    assert stopped.value.code == 143
+    assert stopped.value.__notes__ == [f"Checkpoints are in {checkpoints}; the same call resumes from the newest."]
+    assert {path.name for path in checkpoints.iterdir()} >= {"step=4.ckpt", "step=5.ckpt"}
+    resumed = run(files, tmp_path / "broken", CONFIG.replace(checkpoint_every=3), **changes)
+    assert complete.id == resumed.id
 
 
-def test_a_folder_with_another_run_is_refused(files, tmp_path):
-    pretrain(files, tmp_path / "run", CONFIG, progress=False)
-    with pytest.raises(ValueError, match="other settings"):
-        pretrain(files, tmp_path / "run", PretrainConfig(fit=CONFIG.fit.replace(seed=1)), progress=False)
-    with pytest.raises(ValueError, match="other data"):
-        pretrain(files[:1], tmp_path / "run", CONFIG, progress=False)
+def test_ctrl_c_keeps_a_model_and_the_same_call_resumes(files, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "train", functools.partial(train, callbacks=[StopAt(3, signal.SIGINT)]))
+        with pytest.warns(UserWarning, match="Interrupted after 3 of 6 steps"):
+            model = run(files, tmp_path / "run")
+    signal.signal(signal.SIGINT, before)
+    assert len(model.history["stages"][0]["losses"]) == 3
+    assert scfm.load(tmp_path / "run" / "model").id == model.id
+    assert run(files, tmp_path / "run").id == run(files, tmp_path / "complete").id
 
 
-def test_the_config_that_a_run_writes_runs_it_again(files, tmp_path):
-    model = pretrain(files, tmp_path / "run", CONFIG, progress=False)
-    again = PretrainConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
-    assert again == CONFIG
-    assert pretrain(files, tmp_path / "again", again, progress=False).id == model.id
+def test_a_finished_run_is_trained_further_with_more_steps(files, tmp_path):
+    first = run(files, tmp_path / "run", CONFIG.replace(schedule="constant"))
+    more = run(files, tmp_path / "run", CONFIG.replace(schedule="constant", n_steps=9))
+    losses = [model.history["stages"][0]["losses"] for model in (first, more)]
+    assert losses[1][:6] == losses[0]
+    assert len(losses[1]) == 9
+
+
+def test_a_folder_with_another_run_is_refused_and_the_difference_named(files, tmp_path):
+    run(files, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"config\.learning_rate: 0\.001, now 0\.1"):
+        run(files, tmp_path / "run", CONFIG.replace(learning_rate=0.1))
+    with pytest.raises(ValueError, match=r"init: 'svd', now None"):
+        run(files, tmp_path / "run", init=None)
+    with pytest.raises(ValueError, match=r"data: b\.h5ad"):
+        run(files[:1], tmp_path / "run")
+
+
+def test_changed_counts_under_the_same_name_and_size_are_noticed(files, tmp_path):
+    run(files, tmp_path / "run")
+    size = files[0].stat().st_size
+    adata = anndata.read_h5ad(files[0])
+    adata.X.data = np.roll(adata.X.data, 1)
+    adata.write_h5ad(files[0])
+    assert files[0].stat().st_size == size
+    with pytest.raises(ValueError, match=r"data: a\.h5ad"):
+        run(files, tmp_path / "run")
+
+
+def test_a_damaged_record_is_refused_with_the_way_out(files, tmp_path):
+    run(files, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"pretrain": {"pre')
+    with pytest.raises(ModelFileError, match=r"is not the record of a run.*choose another output folder"):
+        run(files, tmp_path / "run")
+
+
+def test_two_runs_in_one_folder_are_refused(files, tmp_path):
+    with output_lock(tmp_path / "run"), pytest.raises(OutputError, match="is being written by"):
+        run(files, tmp_path / "run")
+
+
+def test_a_published_vocabulary_and_medians_are_used(files, tmp_path):
+    vocabulary = scfm.Vocabulary.from_genes([f"GENE{number}" for number in range(55)], special=["pad", "mask"])
+    medians = np.where(np.arange(57) < 2, np.nan, 2.0)
+    model = run(files, tmp_path / "run", vocabulary=vocabulary, medians=medians)
+    assert model.encoding.vocabulary == vocabulary
+    np.testing.assert_array_equal(model.encoding.medians, medians)
+    with pytest.raises(ValueError, match="pass their `vocabulary` too"):
+        run(files, tmp_path / "other", medians=medians)
+
+
+def test_files_without_counts_are_refused(tmp_path):
+    path = tmp_path / "empty.h5ad"
+    anndata.AnnData(sparse.csr_matrix((5, 9), dtype=np.float32)).write_h5ad(path)
+    with pytest.raises(CountsError, match="hold no counts at all"):
+        run([path], tmp_path / "run")
 
 
 # Each family's shape with one thin layer, so that a step takes a moment.
@@ -125,9 +352,8 @@ def test_a_published_shape_is_pretrained_in_its_own_way(files, tmp_path, monkeyp
         found = families.choose_preset(name, **wanted)
         return replace(found, network=families.merged(found.network, THIN, parts.get(preset, {})))
 
-    monkeypatch.setattr(sys.modules["scfm.train.pretrain"], "choose_preset", thin)
-    config = PretrainConfig(preset=preset, objective=objective, fit=CONFIG.fit.replace(n_steps=2))
-    model = pretrain(files, tmp_path / "run", config, progress=False)
+    monkeypatch.setattr(pretraining, "choose_preset", thin)
+    model = run(files, tmp_path / "run", CONFIG.replace(n_steps=2), preset=preset, objective=objective)
     assert model.history["stages"][0]["objective"] == expected
     loaded = scfm.load(tmp_path / "run" / "model")
     embedding = scfm.tl.embed(anndata.read_h5ad(files[0]), loaded, copy=True).obsm["X_scfm"]
@@ -138,22 +364,16 @@ def test_a_published_shape_is_pretrained_in_its_own_way(files, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"objective": "generative"}, "encoding='bin'"),
-        ({"objective": "generative", "preset": "geneformer-v1-10m"}, "encoding='bin'"),
+        ({"objective": "generative"}, "encoding=.bin."),
+        ({"objective": "generative", "preset": "geneformer-v1-10m"}, "encoding=.bin."),
         ({"preset": "tiny"}, "choose one of small"),
         ({"preset": "scbert", "encoding": "rank"}, "has 'bucket'"),
         ({"objective": "causal"}, "choose one of masked, generative"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(wrong, match):
+def test_settings_that_do_not_go_together_are_refused(files, tmp_path, wrong, match):
     with pytest.raises(ValueError, match=match):
-        PretrainConfig(**wrong)
-
-
-def test_config_files_are_checked():
-    assert PretrainConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
-    with pytest.raises(ValueError, match="no field wings"):
-        PretrainConfig.from_dict({"wings": 2})
+        run(files, tmp_path / "run", **wrong)
 
 
 WORKER = """
@@ -161,7 +381,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from conftest import EveryThirdGene, make_cells, make_network
 import torch
-from scfm.train import FitConfig, train
+from scfm.train import FitConfig, pretraining, train
 
 network = make_network(dropout=0.0)
 config = FitConfig(**{config!r})
@@ -218,7 +438,7 @@ def test_shards_do_what_one_device_does_with_the_same_global_batch(tiny, tmp_pat
 def _train_on_joined_batches(network, objective, cells, config, n_ranks):
     """A plain loop in one process over the union of what the ranks see."""
     recipe = TrainingModule(network, objective, config)
-    optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=recipe.config.learning_rate)
+    optimizer = torch.optim.AdamW(parameter_groups(network, recipe.config))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate_at)
     lengths = cells.lengths_B.numpy()
     samplers = [

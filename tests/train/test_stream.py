@@ -63,13 +63,14 @@ def test_in_order_it_is_the_encoding_of_all_files(files, encoding):
 
 def test_each_epoch_has_every_cell_once_in_another_order(files, encoding):
     source = stream(files, encoding)
+    n_batches = len(source)
     first, second = list(source), list(source)
-    assert len(first) == len(source)
+    assert len(first) == n_batches
     assert sorted(cells_of(first)) == sorted(cells_of(second)) == list(range(sum(ROWS)))
     assert cells_of(first) != cells_of(second)
     assert cells_of(first) != sorted(cells_of(first))
     assert cells_of(stream(files, encoding)) == cells_of(first)
-    assert {len(batch) for batch in first} <= set(range(6, 15))
+    assert max(len(batch) for batch in first) == 10
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -115,3 +116,48 @@ def test_bad_counts_in_a_file_are_an_error_that_names_it(encoding, tmp_path):
     adata.write_h5ad(tmp_path / "logged.h5ad")
     with pytest.raises(CountsError, match=r"logged\.h5ad:X holds fractions"):
         list(CellStream([tmp_path / "logged.h5ad"], encoding, batch_cells=2))
+
+
+def test_batches_keep_to_a_token_budget_and_to_the_cells_asked_for_on_every_rank(files, encoding):
+    """Cells sorted by length, as cells of one sample often are; a tenth of them is left out."""
+    everything = CellBatch.concat(list(stream(files, encoding, shuffle=False)))
+    lengths_B = everything.lengths_B.numpy().copy()
+    left_out = np.arange(0, sum(ROWS), 10)
+    lengths_B[left_out] = 0
+    budget = 60
+    ranks = [
+        list(stream(files, encoding, batch_cells=None, max_tokens=budget, lengths_B=lengths_B, rank=rank, world_size=3))
+        for rank in range(3)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert max(batch.n_tokens for batches in ranks for batch in batches) <= budget
+    assert min(len(batch) for batches in ranks for batch in batches) > 0
+    seen = [cell for batches in ranks for cell in cells_of(batches)]
+    assert set(seen) == set(range(sum(ROWS))) - set(left_out.tolist())
+    for batches in ranks:
+        for batch in batches:
+            assert batch.lengths_B.tolist() == lengths_B[batch.cell_index_B.numpy()].tolist()
+
+
+def test_a_rank_of_few_cells_repeats_them(files, encoding):
+    """One block of 230 cells and one of a single cell: two ranks, as many batches."""
+    paths = [files[0][0], files[0][2]]
+    settings = {"batch_cells": 10, "block_cells": 256, "world_size": 2, "shuffle": False}
+    large, small = (list(CellStream(paths, encoding, rank=rank, **settings)) for rank in range(2))
+    assert len(large) == len(small) == 23
+    assert set(cells_of(small)) == {230}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"batch_cells": None}, "give one of them"),
+        ({"max_tokens": 5}, "give one of them"),
+        ({"batch_cells": None, "max_tokens": 5}, "needs `lengths_B`"),
+        ({"lengths_B": [1, 2]}, "the files hold 288 cells"),
+        ({"block_cells": 0}, "must be positive"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(files, encoding, wrong, match):
+    with pytest.raises(ValueError, match=match):
+        stream(files, encoding, **wrong)

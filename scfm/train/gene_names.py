@@ -1,0 +1,154 @@
+"""One kind of gene name for all files of a run, where some use symbols and others Ensembl ids."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import starmap
+
+import pandas as pd
+
+from scfm.data.gene_names import choose_names, names_of_kind
+from scfm.encoding.genes import guess_species
+from scfm.errors import VocabularyMismatchError
+from scfm.vocab import IdType, guess_id_type, strip_version
+
+logger = logging.getLogger(__name__)
+
+MIN_TRANSLATED = 0.5  # fraction of the names of a file
+KINDS: tuple[IdType, ...] = ("symbol", "ensembl")
+DESCRIPTIONS = {"symbol": "gene symbols", "ensembl": "Ensembl ids", "other": "names that are neither"}
+
+
+@dataclass(frozen=True)
+class CommonNames:
+    """How the genes of several files are named in one vocabulary.
+
+    Attributes
+    ----------
+    id_type
+        Kind of name.
+    aliases
+        Other name to the name of that kind; from files whose `var` holds both.
+    gene_key
+        Column of `var` to read names from.
+    """
+
+    id_type: IdType
+    aliases: dict[str, str] = field(default_factory=dict)
+    gene_key: str | None = None
+
+    @classmethod
+    def of_files(
+        cls, files: Iterable[tuple[str, pd.DataFrame]], *, gene_key: str | None = None, id_type: IdType | None = None
+    ) -> CommonNames:
+        """Choose the kind of name that most files have, and collect translations from the files that have both.
+
+        Parameters
+        ----------
+        files
+            Name and `var` of each file.
+        gene_key
+            Column of `var` with the gene names; None for `var_names`, or a column of the other kind where that helps.
+        id_type
+            The kind, if it is given by a vocabulary.
+
+        Raises
+        ------
+        VocabularyMismatchError
+            If files are of different species, or fewer than half of the names of a file can be translated.
+        """
+        found = [_names_of(name, var, gene_key) for name, var in files]
+        _refuse_species(found)
+        kind = id_type or _most_common(found)
+        aliases = _translations(found, kind)
+        for each in found:
+            each.require(kind, aliases, found)
+        return cls(kind, aliases, gene_key)
+
+    def of(self, var: pd.DataFrame) -> list[str | None]:
+        """Name of each gene of a file; None where it has no translation."""
+        each = _names_of("", var, self.gene_key)
+        if self.id_type in each.by_kind:
+            return list(each.by_kind[self.id_type])
+        return [None if name is None else self.aliases.get(name) for name in each.primary]
+
+
+@dataclass(frozen=True)
+class _FileNames:
+    """The names that one file has for its genes, by kind."""
+
+    file: str
+    primary: list[str | None]
+    by_kind: dict[IdType, list[str | None]]
+
+    @property
+    def kind(self) -> IdType:
+        return guess_id_type(self.primary)
+
+    def require(self, kind: IdType, aliases: dict[str, str], others: Sequence[_FileNames]) -> None:
+        """Refuse a file of which too few names can be translated; warn of those that cannot."""
+        if kind in self.by_kind:
+            return
+        n_known, n_names = sum(name in aliases for name in self.primary), len(self.primary)
+        said = (
+            f"{self.file} names genes by {DESCRIPTIONS[self.kind]}, and "
+            f"{sum(kind in other.by_kind for other in others)} of {len(others)} files by {DESCRIPTIONS[kind]}; "
+            f"{n_known:,} of its {n_names:,} names can be translated by the `var` columns of the other files"
+        )
+        if n_known < MIN_TRANSLATED * n_names:
+            raise VocabularyMismatchError(
+                f"{said}. Add a `var` column with {DESCRIPTIONS[kind]} to it, such as "
+                f"{'feature_name' if kind == 'symbol' else 'feature_id'!r}, or leave it out."
+            )
+        if n_known < n_names:
+            warnings.warn(f"{said}; the other genes of this file are left out.", stacklevel=4)
+        else:
+            logger.info("%s.", said)
+
+
+def _names_of(file: str, var: pd.DataFrame, gene_key: str | None) -> _FileNames:
+    primary = _without_versions(choose_names(var, gene_key=gene_key)[0])
+    by_kind: dict[IdType, list[str | None]] = {guess_id_type(primary): primary}
+    for kind in KINDS:
+        if kind not in by_kind and (names := names_of_kind(var, kind)) is not None:
+            by_kind[kind] = _without_versions(names)
+    return _FileNames(file, primary, by_kind)
+
+
+def _without_versions(names: Sequence[str | None]) -> list[str | None]:
+    return [None if name is None else strip_version(name) for name in names]
+
+
+def _most_common(found: Sequence[_FileNames]) -> IdType:
+    """The kind that most files have; among equals the one that most use themselves, then that of the first file."""
+    have = Counter(kind for each in found for kind in each.by_kind)
+    use = Counter(each.kind for each in found)
+    return max(have, key=lambda kind: (have[kind], use[kind], kind == found[0].kind))
+
+
+def _translations(found: Sequence[_FileNames], kind: IdType) -> dict[str, str]:
+    """Names of the other kind to those of `kind`, one to one; the first file that has a pair decides."""
+    aliases: dict[str, str] = {}
+    taken: set[str] = set()
+    for each in found:
+        for other, names in each.by_kind.items():
+            if other == kind or kind not in each.by_kind:
+                continue
+            for alias, name in zip(names, each.by_kind[kind]):
+                if alias is not None and name is not None and alias not in aliases and name not in taken:
+                    aliases[alias] = name
+                    taken.add(name)
+    return aliases
+
+
+def _refuse_species(found: Sequence[_FileNames]) -> None:
+    species = {each.file: guess_species(each.primary) for each in found}
+    if len(known := set(species.values()) - {"unknown"}) > 1:
+        raise VocabularyMismatchError(
+            f"The files are of {len(known)} species, judged by their gene names: "
+            f"{', '.join(starmap('{} ({})'.format, species.items()))}. Map the genes to those of one species first."
+        )

@@ -1,0 +1,78 @@
+"""Singular vectors of a matrix that is read in blocks of rows, such as the cells of many files."""
+
+# Axes: B rows (cells), V columns (tokens), R components, L sketched directions.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg, sparse
+
+OVERSAMPLING = 10  # directions more than components
+N_PASSES = 4
+
+
+def streamed_loadings(
+    blocks: Callable[[], Iterable[sparse.csr_matrix]],
+    n_columns: int,
+    n_components: int,
+    *,
+    n_passes: int = N_PASSES,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Leading right singular vectors of a matrix that is never in memory, shape (V, R), strongest first.
+
+    Parameters
+    ----------
+    blocks
+        Called once per pass; gives the rows of the matrix in blocks, each of shape (B, V), CSR.
+    n_columns
+        V.
+    n_components
+        R; at most as many as the matrix has rows or columns are returned.
+    n_passes
+        Passes over the rows. Each multiplies the accuracy of a component by the ratio of its squared singular value to that of
+        the first component left out.
+    seed
+        Of the random directions.
+
+    Notes
+    -----
+    The randomized range finder with subspace iteration of Halko, Martinsson and Tropp (2011), algorithms 4.4 and 5.5
+    (Nystrom), applied to X^T X: each pass accumulates Y = X^T (X Q) over blocks, so that memory holds a few matrices of V by
+    R + 10 numbers and one block. Between passes Y is orthonormalized by a QR decomposition. scikit-learn's IncrementalPCA makes blocks
+    dense and centers them, and its TruncatedSVD needs the whole matrix at once.
+    """
+    rng = np.random.default_rng(seed)
+    width = min(n_components + OVERSAMPLING, n_columns)
+    basis_VL, _ = linalg.qr(rng.standard_normal((n_columns, width)), mode="economic")
+    for _ in range(n_passes - 1):
+        basis_VL, _ = linalg.qr(_gram_product(blocks(), basis_VL)[0], mode="economic")
+    product_VL, n_rows = _gram_product(blocks(), basis_VL)
+    # Nystrom: X^T X is close to Y (Q^T Y)^-1 Y^T, whose eigenvectors are the left singular vectors of Y (Q^T Y)^-1/2.
+    core_LL = basis_VL.T @ product_VL
+    values_L, vectors_LL = linalg.eigh((core_LL + core_LL.T) / 2)
+    kept = values_L > values_L.max(initial=0) * np.finfo(np.float32).eps
+    factor_VL = product_VL @ (vectors_LL[:, kept] / np.sqrt(values_L[kept]))
+    left_VL, strength_L, _ = linalg.svd(factor_VL, full_matrices=False)
+    n_components = min(n_components, n_rows, int((strength_L > 0).sum()))
+    return _with_fixed_signs(left_VL[:, :n_components])
+
+
+def _gram_product(
+    blocks: Iterable[sparse.csr_matrix], basis_VL: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], int]:
+    """X^T (X Q) over all blocks of X, and the number of rows."""
+    product_VL, n_rows = np.zeros_like(basis_VL), 0
+    for block in blocks:
+        product_VL += block.T @ (block @ basis_VL)
+        n_rows += block.shape[0]
+    return product_VL, n_rows
+
+
+def _with_fixed_signs(vectors_VR: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give each column the sign that makes its largest element positive."""
+    largest_R = np.abs(vectors_VR).argmax(0)
+    return vectors_VR * np.sign(vectors_VR[largest_R, np.arange(vectors_VR.shape[1])])

@@ -1,0 +1,139 @@
+"""The folder of a pretraining run: one writer, settings that must stay the same, and statistics made once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scfm._files import atomic_write, output_lock, require_folder
+from scfm.data.ranks import gather
+from scfm.errors import ModelFileError, ScfmError
+from scfm.train.config import FitConfig
+from scfm.train.ranks import rank_and_world_size
+from scfm.train.statistics import Statistics
+
+# How a run is computed, not what it computes: these may change when it is resumed.
+RESUMABLE = frozenset(
+    {
+        "n_steps", "accumulate", "precision", "accelerator", "devices", "n_nodes", "strategy", "compile",
+        "activation_checkpointing", "validate_every", "patience", "checkpoint_every", "checkpoint_minutes",
+    }
+)  # fmt: skip
+
+
+class Run:
+    """The folder of a run, on any of its processes.
+
+    Attributes
+    ----------
+    folder
+        Where the run is written.
+    is_first
+        Whether this is the process that writes.
+    """
+
+    def __init__(self, folder: Path, *, is_first: bool) -> None:
+        self.folder, self.is_first = folder, is_first
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, config: FitConfig) -> Iterator[Run]:
+        """Take the folder; no other run can be started in it meanwhile."""
+        require_folder(folder)
+        is_first = rank_and_world_size(config)[0] == 0
+        with output_lock(folder) if is_first else nullcontext():
+            yield cls(folder, is_first=is_first)
+
+    def stored(self) -> dict[str, Any] | None:
+        """What `config.json` holds; None for a new run."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text())
+            if not isinstance(content, dict) or "pretrain" not in content:
+                raise ValueError("no key 'pretrain'")
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ModelFileError(
+                f"{path} is not the record of a run ({error}). Restore it, or choose another output folder."
+            ) from error
+        return content
+
+    def resume_or_start(self, settings: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+        """Refuse a folder that holds another run, and record the settings of this one."""
+        stored = self.stored()
+        wanted = {
+            "pretrain": settings,
+            "data": fingerprint,
+            "scfm_version": version("single-cell-fm"),
+        }
+        if stored is not None:
+            changes = _differences(stored["pretrain"], settings)
+            if stored["data"]["sha256"] != fingerprint["sha256"]:
+                changes.append("data: " + _changed_files(stored["data"], fingerprint))
+            if changes:
+                raise ValueError(
+                    f"{self.folder} holds a run with other settings or data ({'; '.join(changes)}). Choose another output "
+                    "folder, or give the same settings and data to resume that run."
+                )
+        if self.is_first:
+            with atomic_write(self.folder / "config.json") as temporary_path:
+                temporary_path.write_text(json.dumps(wanted, indent=1))
+
+    def statistics(self, key_of: Mapping[str, Any], learn: Callable[[], Statistics]) -> Statistics:
+        """Statistics of the data: as an earlier start left them, or made by the first process and read by the others."""
+        key = hashlib.sha256(json.dumps(key_of, sort_keys=True).encode()).hexdigest()
+        folder = self.folder / "statistics"
+
+        def make() -> None:
+            if Statistics.load(folder, key) is None:
+                learn().save(folder, key)
+
+        self.by_first_process(make)
+        found = Statistics.load(folder, key)
+        if found is None:
+            raise ModelFileError(
+                f"{folder} cannot be read by this process. All processes of a run need the same view of the output folder."
+            )
+        return found
+
+    def by_first_process(self, make: Callable[[], None]) -> None:
+        """Let the first process do something while the others wait; its error is an error of all."""
+        if self.is_first:
+            try:
+                make()
+            except BaseException as error:
+                gather(f"{type(error).__name__}: {error}")
+                raise
+        failure = gather(None)[0]
+        if failure is not None:
+            raise ScfmError(f"The first process of the run failed: {failure}")
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Settings that differ and may not, with both values."""
+    wanted = json.loads(json.dumps(wanted))
+    old, new = _flat(stored), _flat(wanted)
+    names = [name for name in {**old, **new} if name.removeprefix("config.") not in RESUMABLE]
+    return [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _changed_files(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    old, new = ({entry["file"]: entry for entry in each["files"]} for each in (stored, wanted))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(changed) or "the order of the files"
