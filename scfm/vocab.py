@@ -127,6 +127,9 @@ class Vocabulary:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Vocabulary.from_dict, (self.to_dict(),)
+
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scfm._untrusted import check_pickle, require_downloaded
 from scfm.errors import ModelFileError
 from scfm.vocab import Vocabulary
 
@@ -96,7 +98,7 @@ def read_medians(path: str | Path | Mapping[str, float], vocabulary: Vocabulary)
     ids = vocabulary.token_ids(table)
     try:
         values = np.array([float(value) for value in table.values()])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ModelFileError(f"{source} holds medians that are no numbers ({error}).") from error
     medians[ids[ids >= 0]] = values[ids >= 0]
     if np.isnan(medians[vocabulary.gene_ids]).all():
@@ -194,8 +196,10 @@ def _is_pickle(path: Path) -> bool:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            content = _PlainUnpickler(file).load()
+        require_downloaded(path)
+        data = path.read_bytes()
+        check_pickle(data, "it")
+        content = _PlainUnpickler(io.BytesIO(data)).load()
     except ModelFileError as error:
         raise ModelFileError(f"{str(path)!r}: {error}") from None
     except FileNotFoundError:
@@ -208,9 +212,10 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    require_downloaded(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelFileError(f"{str(path)!r} is not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ModelFileError(f"{str(path)!r} holds a {type(content).__name__}, not a dictionary.")
@@ -224,6 +229,7 @@ def _header(path: Path) -> list[str]:
 def _read_rows(path: Path, *, header: bool = True) -> list[list[str]]:
     if path.suffix not in (".tsv", ".csv", ".txt"):
         raise ModelFileError(f"{str(path)!r} is of no known form; .json, .tsv, .csv and .pkl are read.")
+    require_downloaded(path)
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="," if path.suffix == ".csv" else "\t"))
     if rows and min(map(len, rows)) < 2:
@@ -235,7 +241,7 @@ def _in_order(ids: Mapping[str, Any], source: str) -> list[str]:
     """Tokens by their ids, which must be 0..n - 1."""
     try:
         by_id = {int(place): token for token, place in ids.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ModelFileError(f"{source} does not map tokens to whole numbers ({error}).") from error
     if not by_id or len(by_id) < len(ids) or min(by_id) != 0 or max(by_id) != len(by_id) - 1:
         raise ModelFileError(

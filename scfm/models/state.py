@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scfm._config import Config
 from scfm.encoding import Encoding
 from scfm.models.network import CellTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(Config):
     """What was learned from cells that took no part in training.
 
     Attributes
@@ -35,9 +38,16 @@ class Calibration:
     ensemble_temperature: float = 1.0
     typical_distance: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("transformer_temperature", "ensemble_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be positive and finite.")
+        if self.typical_distance is not None and not math.isfinite(self.typical_distance):
+            raise ValueError(f"Calibration.typical_distance is {self.typical_distance}; it must be finite.")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(Config):
     """The published checkpoint that a model was read from.
 
     Attributes
@@ -106,12 +116,23 @@ class ModelState:
 
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits that change with any weight, token or setting."""
-        digest = hashlib.sha256(repr((self.network.config, self.encoding.config, self.labels)).encode())
-        digest.update(self.encoding.vocabulary.fingerprint.encode())
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        """Twelve hexadecimal digits that change with everything that changes an output.
+
+        These are the weights, the settings of network and encoding, the vocabulary with its aliases, medians, labels and
+        calibration. Scores, history and the directions of the screen are not part of it.
+        """
+        settings = {
+            "network": self.network.config.to_dict(),
+            "encoding": self.encoding.to_dict(),
+            "vocabulary": self.encoding.vocabulary.to_dict(),
+            "labels": self.labels,
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        arrays = {name: torch.from_numpy(array.copy()) for name, array in self.encoding.arrays().items()}
+        for name, tensor in [*sorted(arrays.items()), *sorted(self.network.state_dict().items())]:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:12]
 
     def __repr__(self) -> str:

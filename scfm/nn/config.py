@@ -9,6 +9,14 @@ from typing import Literal
 from scfm._config import Config
 
 
+def require_between(config: Config, name: str, smallest: int, largest: int) -> None:
+    """Raise `ValueError` unless a field lies in a range, so that absurd sizes are refused before anything is built."""
+    value = getattr(config, name)
+    if not smallest <= value <= largest:
+        limit = f"at least {smallest}" if value < smallest else f"at most {largest:,}"
+        raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be {limit}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(Config):
     """Settings of self-attention.
@@ -35,6 +43,12 @@ class AttentionConfig(Config):
     n_random_features: int = 0
     redraw_interval: int = 1000
     skip_target_projection: bool = False
+
+    def __post_init__(self) -> None:
+        require_between(self, "n_random_features", 0, 100_000)
+        require_between(self, "redraw_interval", 1, 10**12)
+        if self.head_width is not None:
+            require_between(self, "head_width", 1, 1_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,11 +237,3 @@ class PoolingConfig(Config):
     how: Literal["mean", "max", "cls", "concat"] = "mean"
     hidden_layer: int = -1
     normalize: bool = False
-
-
-def require_between(config: Config, name: str, smallest: int, largest: int) -> None:
-    """Raise `ValueError` unless a field lies in a range, so that absurd sizes are refused before anything is built."""
-    value = getattr(config, name)
-    if not smallest <= value <= largest:
-        limit = f"at least {smallest}" if value < smallest else f"at most {largest:,}"
-        raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be {limit}.")

@@ -6,9 +6,11 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 import scfm
+from scfm.models.state import Calibration
 
 GOLDEN = Path(__file__).with_name("golden")
 # First three columns of the embeddings, and probabilities of the first class, as the version that wrote the file gave them.
@@ -19,6 +21,8 @@ EMBEDDING = [
     [0.13126, -0.32998, 0.03379],
 ]
 PROBABILITY = [0.50299, 0.49955, 0.50021, 0.50293]
+CALIBRATED = [0.50598, 0.49911, 0.50041, 0.50585]
+OF_ENSEMBLE = [0.27073, 0.26879, 0.26292, 0.2772]
 
 
 @pytest.fixture
@@ -31,11 +35,27 @@ def adata():
 def test_format_1_is_read_and_gives_the_same_numbers(adata):
     model = scfm.load(GOLDEN / "format_1")
     assert model.labels == ("A", "B")
-    assert model.history["preset"] == "golden"
+    assert model.history == {"preset": "golden"}
     cells = scfm.pp.encode(adata, model)
     assert cells.gene_ids_T[:8].tolist() == [5, 6, 13, 17, 9, 12, 2, 14]
     np.testing.assert_allclose(model.embed(cells)[:, :3], EMBEDDING, atol=2e-5)
     np.testing.assert_allclose(model.predict_proba(cells)[:, 0], PROBABILITY, atol=2e-5)
+
+
+def test_format_2_is_read_and_gives_the_same_numbers(adata):
+    model = scfm.load(GOLDEN / "format_2")
+    assert (model.labels, model.objective, model.history) == (("A", "B"), "masked_genes", {"preset": "golden"})
+    assert model.calibration == Calibration(
+        n_cells=20, transformer_temperature=0.5, ensemble_temperature=2.0, typical_distance=1.5
+    )
+    assert model.scores == [{"method": "scfm", "accuracy": 0.75, "macro_f1": 0.5}]
+    assert model.encoding.vocabulary.aliases == {"OLD0": "GENE0"}
+    torch.testing.assert_close(model.screen, {"shift": torch.linspace(0, 1, 32).view(16, 2)})
+    cells = scfm.pp.encode(adata, model)
+    np.testing.assert_allclose(model.embed(cells)[:, :3], EMBEDDING, atol=2e-5)
+    np.testing.assert_allclose(model.predict_proba(cells)[:, 0], CALIBRATED, atol=2e-5)
+    expression = scfm.pp.log_expression(adata, model)
+    np.testing.assert_allclose(model.predict_proba(cells, expression)[:, 0], OF_ENSEMBLE, atol=2e-5)
 
 
 def test_what_was_read_can_be_written_again(adata, tmp_path):

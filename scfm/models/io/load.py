@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
+from scfm._untrusted import require_downloaded
 from scfm.encoding import encoding_from_dict
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
@@ -19,6 +22,8 @@ from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, SCREEN
 from scfm.models.network import CellTransformer
 from scfm.models.state import Calibration, Checkpoint, ModelState
 from scfm.vocab import Vocabulary
+
+MAX_FAULTS = 40  # that an error lists
 
 
 def is_saved(path: Path) -> bool:
@@ -33,56 +38,148 @@ def load_saved(path: Path) -> ModelState:
     Raises
     ------
     ModelFileError
-        If a file is missing, cut short, of a later format, or does not fit the others.
+        If a file is missing, cut short, of a later format, or does not belong to the others, or if weights are not finite.
     """
     config = read_json(path / CONFIG)
-    if config.get("format_version", 0) > FORMAT_VERSION:
-        raise ModelFileError(
-            f"{path} has format version {config['format_version']}; this scfm reads up to {FORMAT_VERSION}. "
-            "Upgrade: pip install -U single-cell-fm"
-        )
-    screen = read_weights(path / SCREEN) if (path / SCREEN).is_file() else {}
+    _require_known_version(config, path)
+    _require_files(config, path)
     try:
-        if config.get("format_version") == 1:
-            screen = format_1.screen_directions(config["history"])
-            config = format_1.content(config)
-        network_config = ModelConfig.from_dict(config["network"])
-        vocabulary = Vocabulary.from_json(path / VOCABULARY)
-        arrays = load_arrays(path / ARRAYS) if (path / ARRAYS).is_file() else {}
-        encoding = encoding_from_dict(config["encoding"], vocabulary, arrays)
-        calibration = None if config["calibration"] is None else Calibration(**config["calibration"])
-        checkpoint = None if config["checkpoint"] is None else Checkpoint(**config["checkpoint"])
-        labels, scores, history = tuple(config["labels"]), config["scores"], dict(config["history"])
+        model = _state_of(config, path)
+    except ModelFileError:
+        raise
     except KeyError as error:
         raise ModelFileError(f"{path / CONFIG} has no entry {error}. It is damaged; save the model again.") from error
-    except (TypeError, ValueError, SafetensorError, OSError) as error:
+    except (TypeError, ValueError, AttributeError, SafetensorError, OSError) as error:
         what = str(error).rstrip(".")
         raise ModelFileError(f"{path} is damaged or incomplete: {what}. Save the model again.") from error
-    if config.get("vocabulary", vocabulary.fingerprint) != vocabulary.fingerprint:
+    if "files" in config and config.get("model_id") != model.id:
+        changed = digest(path / WEIGHTS) != config["files"].get(WEIGHTS)
+        raise ModelFileError(
+            f"{path / (WEIGHTS if changed else CONFIG)} is not the file that this model was saved with: the id of the model is "
+            f"{model.id}, not {config.get('model_id')!r}. Put back the files of one model, or save the model again."
+        )
+    return model
+
+
+def _require_known_version(config: Mapping[str, Any], path: Path) -> None:
+    version = config.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ModelFileError(f"{path / CONFIG} has format version {version!r}. It is damaged; save the model again.")
+    if version > FORMAT_VERSION:
+        raise ModelFileError(
+            f"{path} has format version {version}; this scfm reads up to {FORMAT_VERSION}. "
+            "Upgrade: pip install -U single-cell-fm"
+        )
+
+
+def _require_files(config: Mapping[str, Any], path: Path) -> None:
+    """Compare all files but the weights, which the id of the model covers, with the digests of format 2."""
+    digests = config.get("files", {} if config["format_version"] == 1 else None)
+    if not isinstance(digests, dict) or (config["format_version"] > 1 and not {WEIGHTS, VOCABULARY} <= set(digests)):
+        raise ModelFileError(
+            f"{path / CONFIG} does not list the files of the model. It is damaged; save the model again."
+        )
+    for name in (VOCABULARY, ARRAYS, SCREEN):
+        file, expected = path / name, digests.get(name)
+        if expected is not None and not file.is_file():
+            raise ModelFileError(f"{file} is missing. Put back the file of this model, or save the model again.")
+        if file.is_file() and config["format_version"] > 1 and digest(file) != expected:
+            raise ModelFileError(
+                f"{file} is not the file that this model was saved with. Put back the file of this model, or save the "
+                "model again."
+            )
+
+
+def _state_of(config: Mapping[str, Any], path: Path) -> ModelState:
+    screen = read_weights(path / SCREEN) if (path / SCREEN).is_file() else {}
+    if config["format_version"] == 1:
+        screen, config = format_1.screen_directions(config["history"]), format_1.content(config)
+    network_config = ModelConfig.from_dict(config["network"])
+    vocabulary = Vocabulary.from_json(path / VOCABULARY)
+    if config.get("vocabulary", vocabulary.fingerprint) != vocabulary.fingerprint:  # format 1
         raise ModelFileError(
             f"{path / VOCABULARY} is not the vocabulary that this model was saved with, so its genes would be mistaken for "
             "others. Put back the file of this model, or save the model again."
         )
-    network = CellTransformer.for_vocabulary(network_config, vocabulary)
-    weights = {
-        format_1.RENAMED_TENSORS.get(name, name): tensor for name, tensor in read_weights(path / WEIGHTS).items()
-    }
-    load_weights(network, weights, str(path))
+    arrays = load_arrays(path / ARRAYS) if (path / ARRAYS).is_file() else {}
+    labels, n_classes = tuple(config["labels"]), network_config.classes.n_classes
+    if labels and len(labels) != n_classes:
+        raise ModelFileError(f"{path / CONFIG} names {len(labels)} labels for {n_classes} classes. It is damaged.")
     return ModelState(
-        network,
-        encoding,
+        read_network(network_config, vocabulary, path / WEIGHTS),
+        encoding_from_dict(config["encoding"], vocabulary, arrays),
         labels=labels,
-        calibration=calibration,
-        scores=scores,
+        calibration=None if config["calibration"] is None else Calibration.from_dict(config["calibration"]),
+        checkpoint=None if config["checkpoint"] is None else Checkpoint.from_dict(config["checkpoint"]),
+        scores=config["scores"],
         screen=screen,
         objective=config.get("objective"),
-        checkpoint=checkpoint,
-        history=history,
+        history=dict(config["history"]),
     )
+
+
+def read_network(config: ModelConfig, vocabulary: Vocabulary, path: Path) -> CellTransformer:
+    """Build a network from a file of its weights; shapes are compared before memory is allocated for them."""
+    shapes = shapes_in(path)
+    n_blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    if n_blocks != config.n_layers:
+        raise ModelFileError(f"{path} has {n_blocks} blocks, but the settings of the network name {config.n_layers}.")
+    with torch.device("meta"):
+        expected = CellTransformer.for_vocabulary(config, vocabulary).state_dict()
+    require_fitting(expected, shapes, str(path.parent))
+    weights = {format_1.RENAMED_TENSORS.get(name, name): tensor for name, tensor in read_weights(path).items()}
+    require_finite(weights, str(path))
+    network = CellTransformer.for_vocabulary(config, vocabulary)
+    network.load_state_dict(weights)
+    return network
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header."""
+    require_downloaded(path)
+    with safe_open(path, "pt") as file:
+        names = file.keys()  # the file itself is not iterable
+        return {format_1.RENAMED_TENSORS.get(name, name): tuple(file.get_slice(name).get_shape()) for name in names}
+
+
+def require_fitting(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raise `ModelFileError` with every tensor that is missing, unknown or of another shape than a network needs."""
+    faults = [f"missing: {name}" for name in expected if name not in found]
+    faults += [f"unknown: {name}" for name in found if name not in expected]
+    faults += [
+        f"shape: {name} is {found[name]}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name] != tuple(tensor.shape)
+    ]
+    if faults:
+        listing = "\n  ".join(
+            [*faults[:MAX_FAULTS], *([f"and {len(faults) - MAX_FAULTS} more"] * (len(faults) > MAX_FAULTS))]
+        )
+        raise ModelFileError(f"The weights of {source} do not fit the network that its settings describe:\n  {listing}")
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise `ModelFileError` if a tensor holds NaN or infinite values."""
+    broken = [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if broken:
+        raise ModelFileError(
+            f"{source} holds values that are not finite, in {len(broken)} of {len(tensors)} tensors (first: {broken[0]}). "
+            "The file is damaged, or its training diverged."
+        )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file; a truncated one is an error that says so."""
+    if path.is_file():
+        require_downloaded(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -91,33 +188,15 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def load_weights(network: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load every tensor into its place; one that is missing, unknown or of another shape is an error.
-
-    Raises
-    ------
-    ModelFileError
-        With the full list; the network is then untouched.
-    """
-    wanted = network.state_dict()
-    faults = [f"missing: {name}" for name in wanted if name not in state]
-    faults += [f"unknown: {name}" for name in state if name not in wanted]
-    faults += [
-        f"shape: {name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if faults:
-        raise ModelFileError(f"The weights of {source} do not fit the network they name:\n  " + "\n  ".join(faults))
-    network.load_state_dict(state)
-
-
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    if path.is_file():
+        require_downloaded(path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelFileError(f"{path} is missing. Give the directory that `model.save` wrote.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelFileError(f"{path} is not valid JSON ({error}). It is damaged; save the model again.") from error
     if not isinstance(content, dict):
         raise ModelFileError(f"{path} holds a {type(content).__name__}, not an object; it is no model configuration.")

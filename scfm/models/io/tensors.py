@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scfm._untrusted import check_torch_file, require_downloaded
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
 from scfm.models.network import CellTransformer
@@ -158,6 +159,8 @@ def read_torch(path: Path) -> Any:
     ModelFileError
         If the file asks for anything else, or is damaged.
     """
+    require_downloaded(path)
+    check_torch_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the pickle's protocol: the file is opened, or it is not

@@ -1,0 +1,152 @@
+"""Checks of files from elsewhere before they are parsed: incomplete downloads, and pickles that would exhaust a process.
+
+A pickle can ask for any function, which the readers refuse by name. Besides, a few bytes can make Python's parser allocate
+gigabytes (an index of its memo, a length) or overflow the C stack (a deep tuple as a key). So the opcodes of a pickle are
+walked here first; the walk builds nothing and takes memory in proportion to the file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO, Any
+
+from scfm.errors import ModelFileError
+
+MAX_OPCODES = 2_000_000
+MAX_DEPTH = 100
+MAX_PICKLE_BYTES = 256 * 1024**2
+_LFS_START = b"version https://git-lfs.github.com/spec/"
+_LEGACY_PICKLES = 5  # of a file that torch wrote before version 1.6: magic number, protocol, system, content, storages
+
+# Opcodes after which a container holds more than before, but is the same object.
+_GROWING = {"SETITEM", "SETITEMS", "APPEND", "APPENDS", "ADDITEMS", "BUILD"}
+_PLAIN = {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP",
+    "EMPTY_DICT", "DICT", "EMPTY_LIST", "LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "SETITEM", "SETITEMS", "APPEND", "APPENDS",
+    "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+    "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+}  # fmt: skip
+_OF_TORCH = _PLAIN | {"BINPERSID", "NEWOBJ", "EMPTY_SET", "ADDITEMS"}
+
+
+def require_downloaded(path: Path) -> None:
+    """Raise `ModelFileError` if a file is empty, or only stands for one that git-lfs has not downloaded."""
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_START))
+    if not start:
+        raise ModelFileError(f"{path} is empty: its download was not completed. Download it again.")
+    if start == _LFS_START:
+        raise ModelFileError(
+            f"{path} is a pointer of git-lfs, not the file itself. Fetch the content with `git lfs pull` in its folder, or "
+            "download the file again."
+        )
+
+
+def check_pickle(content: bytes, source: str) -> None:
+    """Walk a pickle of plain containers, strings and numbers.
+
+    Raises
+    ------
+    ModelFileError
+        If it is damaged, holds other opcodes, nests deeper than `MAX_DEPTH`, or would allocate out of proportion.
+    """
+    if len(content) > MAX_PICKLE_BYTES:
+        raise ModelFileError(
+            f"{source} has {len(content):,} bytes; dictionaries of genes have at most {MAX_PICKLE_BYTES:,}."
+        )
+    _walk(io.BytesIO(content), _PLAIN, source)
+
+
+def check_torch_file(path: Path) -> None:
+    """Check a `torch.save` file before torch reads it: sizes of its members, then the pickle that describes its content.
+
+    Raises
+    ------
+    ModelFileError
+        If members are larger than the file, or the pickle is damaged or would exhaust the process.
+    """
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            for _ in range(_LEGACY_PICKLES):
+                _walk(file, _OF_TORCH, str(path))
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise ModelFileError(
+                f"{path} has members that are larger than the file. It is damaged, or meant to fill memory."
+            )
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                if member.file_size > MAX_PICKLE_BYTES:
+                    raise ModelFileError(
+                        f"{path} describes its content in {member.file_size:,} bytes, which is not read."
+                    )
+                _walk(io.BytesIO(archive.read(member)), _OF_TORCH, str(path))
+
+
+def _walk(file: IO[bytes], allowed: Collection[str], source: str) -> None:
+    """Follow the stack of one pickle, keeping the depth of each object in its place."""
+    stack: list[int] = []  # -1 is a mark
+    memo: dict[Any, int] = {}
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            name = opcode.name
+            if name not in allowed:
+                raise ModelFileError(f"it uses {name}, which plain data does not need")
+            if number >= MAX_OPCODES:
+                raise ModelFileError(f"it has more than {MAX_OPCODES:,} steps")
+            if name in _PUTS:
+                index = len(memo) if argument is None else argument
+                if index > number + 16:
+                    raise ModelFileError(f"it would fill memory (index {index:,} of its memo)")
+                memo[index] = stack[-1]
+            elif name in _GETS:
+                stack.append(memo[argument])
+            else:
+                _apply(name, stack)
+                if stack and stack[-1] > MAX_DEPTH:
+                    raise ModelFileError(f"it is nested deeper than {MAX_DEPTH} levels")
+    except ModelFileError as error:
+        raise ModelFileError(f"The pickle in {source} is not read: {error}.") from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise ModelFileError(
+            f"{source} is not a readable pickle ({type(error).__name__}: {error}). It is damaged or incomplete; copy it again."
+        ) from error
+
+
+def _apply(name: str, stack: list[int]) -> None:
+    """Take from the stack what an opcode takes, and put what it puts: one more level than the deepest that it took."""
+    takes_to_mark, n_fixed, n_after = _EFFECT[name]
+    taken: list[int] = []
+    if takes_to_mark:
+        while (depth := stack.pop()) >= 0:
+            taken.append(depth)
+    taken += [stack.pop() for _ in range(n_fixed)]
+    if name in _GROWING:
+        stack.append(max([taken[-1], *(1 + depth for depth in taken[:-1])]))
+    elif name == "MARK":
+        stack.append(-1)
+    elif name == "DUP":
+        stack += taken * 2
+    elif n_after:
+        stack += [1 + max(taken, default=0)] * n_after
+
+
+def _effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
+    """Whether an opcode takes everything down to the last mark, how many objects besides, and how many it puts."""
+    marked = pickletools.stackslice in opcode.stack_before
+    return marked, len(opcode.stack_before) - 2 * marked, len(opcode.stack_after)
+
+
+_EFFECT = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_GETS = {"GET", "BINGET", "LONG_BINGET"}
