@@ -69,6 +69,12 @@ def test_a_toy_checkpoint_is_recognised_loaded_and_fine_tuned(cells, fitted, tmp
     assert [stage["objective"] for stage in tuned.history["stages"]] == ["toy_half_hidden", "classification"]
 
 
+def test_pretraining_over_files_knows_the_toy_preset(cells, tmp_path):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    model = scfm.pretrain([tmp_path / "cells.h5ad"], tmp_path / "run", preset="toy-tiny", config=SHORT, progress=False)
+    assert scfm.load(tmp_path / "run" / "model").id == model.id
+
+
 def test_the_command_line_has_the_toy_command_and_the_toy_preset(cells, tmp_path, capsys):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     assert run(["toy-count", str(tmp_path / "cells.h5ad")]) == 0
