@@ -65,8 +65,8 @@ def test_a_model_is_taken_by_its_encoding(pbmc, encoding):
     model = Model()
     model.encoding = encoding
     assert torch.equal(scfm.pp.encode(pbmc, model).gene_ids_T, scfm.pp.encode(pbmc, encoding).gene_ids_T)
-    with pytest.raises(TypeError, match=r"is a str; pass a model, which .*`scfm.load` opens"):
-        scfm.pp.encode(pbmc, "rank")
+    with pytest.raises(TypeError, match=r"is a int; pass a model, which .*`scfm.load` return"):
+        scfm.pp.encode(pbmc, 3)
 
 
 def test_what_is_no_adata_is_told_what_to_do(pbmc, encoding):
