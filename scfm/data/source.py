@@ -154,6 +154,7 @@ class CountSource:
         else:
             data = _with_matrix(data)
         matrix, var, name = _find_matrix(data, layer)
+        var = var if isinstance(var, pd.DataFrame) else var.to_memory()
         if tuple(matrix.shape) != (data.n_obs, len(var)):
             raise CountsError(
                 f"{name} has {matrix.shape[0]} rows and {matrix.shape[1]} columns, but there are {data.n_obs} cells and "
@@ -162,7 +163,7 @@ class CountSource:
         depth_key = depth_key or _named_depth_key(data.uns)
         return cls(
             matrix,
-            var=var if isinstance(var, pd.DataFrame) else var.to_memory(),
+            var=var,
             gene_key=gene_key,
             depth=None if depth_key is None else columns.totals(data.obs, depth_key),
             obs_names=lambda: data.obs_names,
