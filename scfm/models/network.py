@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -34,6 +35,22 @@ from scfm.nn.heads import BucketHead, LinearValueHead, ValueHead
 from scfm.nn.recording import Recording, record
 from scfm.ops.attention import Backend
 from scfm.vocab import Vocabulary
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How the states of tokens become one vector per cell.
+
+    Attributes
+    ----------
+    n_blocks
+        Number of blocks that the states pass through first; 0 for the input of the first block.
+    pooling
+        As in `scfm.nn.pool_cells`.
+    """
+
+    n_blocks: int
+    pooling: str
 
 
 class CellTransformer(nn.Module):
@@ -171,29 +188,42 @@ class CellTransformer(nn.Module):
         return self.embed_tokens(cells, self.plan(cells)).to(self.blocks[0].dtype)  # type: ignore[arg-type]
 
     @property
-    def n_embedding_blocks(self) -> int:
-        """Number of blocks that the embedding of a cell needs; 0 if it is made of the input of the first."""
-        return self.config.pooling.hidden_layer % (self.config.n_layers + 1)
+    def embedding_readout(self) -> Readout:
+        """What the embedding of a cell is made of."""
+        return Readout(self.config.pooling.hidden_layer % (self.config.n_layers + 1), self.config.pooling.how)
 
-    def embed_from(self, hidden_TD: Tensor, cells: CellBatch, *, n_done: int) -> Tensor:
-        """Embeddings of cells, shape (B, D), from the states of their tokens after the first `n_done` blocks."""
+    @property
+    def class_readout(self) -> Readout:
+        """What the class head reads of a cell."""
+        return self.embedding_readout if self.class_head_reads_embedding else Readout(self.config.n_layers, "cls")
+
+    def states_for(self, readout: Readout, cells: CellBatch) -> Tensor:
+        """States of the tokens that a readout pools, shape (T, D)."""
+        return self(cells, hidden_layer=readout.n_blocks)
+
+    def read_out(self, readout: Readout, cells: CellBatch) -> Tensor:
+        """One vector per cell, shape (B, D)."""
+        return self.pool(self.states_for(readout, cells), cells, readout.pooling)
+
+    def read_out_from(self, readout: Readout, hidden_TD: Tensor, cells: CellBatch, *, n_done: int) -> Tensor:
+        """The same from the states of the tokens after the first `n_done` blocks."""
         plan = self.plan(cells)
-        for block in self.blocks[n_done : self.n_embedding_blocks]:
+        for block in self.blocks[n_done : readout.n_blocks]:
             hidden_TD = block(hidden_TD, plan)
-        return self.pool(self._normed(hidden_TD), cells)
+        return self.pool(self._normed(hidden_TD, readout), cells, readout.pooling)
 
-    def states_with_keys(self, cells: CellBatch, keys: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """States that embeddings are made of, shape (T, D), if tokens attend to the given keys and values.
+    def states_with_keys(self, readout: Readout, cells: CellBatch, keys: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """States that a readout pools, shape (T, D), if the tokens attend to the given keys and values.
 
-        `keys` has those of each block that the embedding needs, (T, H, K) each; none depends on the tokens of `cells`.
+        `keys` has those of each block that the readout needs, (T, H, K) each; none depends on the tokens of `cells`.
         """
         hidden_TD, plan = self.input_states(cells), self.plan(cells)
-        for block, (key_THK, value_THK) in zip(self.blocks[: self.n_embedding_blocks], keys):
+        for block, (key_THK, value_THK) in zip(self.blocks[: readout.n_blocks], keys):
             hidden_TD = block.with_keys(hidden_TD, key_THK, value_THK, plan)  # type: ignore[operator]
-        return self._normed(hidden_TD)
+        return self._normed(hidden_TD, readout)
 
-    def _normed(self, hidden_TD: Tensor) -> Tensor:
-        return self.norm(hidden_TD) if self.n_embedding_blocks == self.config.n_layers else hidden_TD
+    def _normed(self, hidden_TD: Tensor, readout: Readout) -> Tensor:
+        return self.norm(hidden_TD) if readout.n_blocks == self.config.n_layers else hidden_TD
 
     def record(self) -> AbstractContextManager[Recording]:
         """Keep queries, keys, values and rank embeddings of the forward passes inside a `with` statement."""
@@ -269,9 +299,7 @@ class CellTransformer(nn.Module):
 
     def class_features(self, cells: CellBatch) -> Tensor:
         """Return what the class head reads of each cell: its embedding, or the state of its first token."""
-        if self.class_head_reads_embedding:
-            return self.embed_cells(cells)
-        return self.embed_cells(cells, hidden_layer=-1, pooling="cls")
+        return self.read_out(self.class_readout, cells)
 
     @property
     def class_head_reads_embedding(self) -> bool:

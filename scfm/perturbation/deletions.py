@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scfm.data import CellBatch
 from scfm.models.model import TOKENS_PER_BATCH
-from scfm.models.network import CellTransformer
+from scfm.models.network import CellTransformer, Readout
 from scfm.nn.deletions import DeletionBlock
 from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.variants import pack
@@ -21,15 +21,19 @@ MAX_RUN = 16  # deletions that share their first block: more cost more in it tha
 MIN_CELL = 128  # tokens; shorter cells are packed with others instead, which fills the cores better
 
 
-def shares_first_block(network: CellTransformer, editor: Editor) -> bool:
+def shares_first_block(network: CellTransformer, editor: Editor, readout: Readout | None = None) -> bool:
     """Whether deletions take tokens away from a network whose first block is a softmax over them."""
     removes = editor.kind == "delete" and not editor.keeps_zeros
-    return removes and network.config.attention.kind == "softmax" and network.n_embedding_blocks > 0
+    return (
+        removes and network.config.attention.kind == "softmax" and (readout or network.embedding_readout).n_blocks > 0
+    )
 
 
 @torch.inference_mode()
-def embed_deletions(network: CellTransformer, cell: TokenCell, editor: Editor) -> Tensor:
-    """Embedding of the cell without each of its genes, in the order of the tokens, shape (genes, D), float32.
+def embed_deletions(
+    network: CellTransformer, cell: TokenCell, editor: Editor, readout: Readout | None = None
+) -> Tensor:
+    """Vector of the cell without each of its genes, in the order of the tokens, shape (genes, D), float32.
 
     Parameters
     ----------
@@ -39,13 +43,15 @@ def embed_deletions(network: CellTransformer, cell: TokenCell, editor: Editor) -
         Its tokens, at least two genes.
     editor
         Of kind "delete".
+    readout
+        Which vector; None for the embedding.
     """
     block = prepare(network, cell, editor)
     n_tokens = len(cell)
     first, stop = editor.n_front, n_tokens - editor.n_back
     length = max(1, min(MAX_RUN, TOKENS_PER_BATCH // n_tokens, n_tokens // 2))
     runs = [range(start, min(start + length, stop)) for start in range(first, stop, length)]
-    return torch.cat([embed_run(network, cell, block, run) for run in runs])
+    return torch.cat([embed_run(network, cell, block, run, readout) for run in runs])
 
 
 @torch.inference_mode()
@@ -59,12 +65,15 @@ def prepare(network: CellTransformer, cell: TokenCell, editor: Editor) -> Deleti
 
 
 @torch.inference_mode()
-def embed_run(network: CellTransformer, cell: TokenCell, block: DeletionBlock, run: range) -> Tensor:
-    """Embeddings of the deletions of neighboring tokens, shape (C, D)."""
+def embed_run(
+    network: CellTransformer, cell: TokenCell, block: DeletionBlock, run: range, readout: Readout | None = None
+) -> Tensor:
+    """Vectors of the deletions of neighboring tokens, shape (C, D)."""
     n_left, ids_N = len(cell) - 1, torch.from_numpy(cell.gene_ids_N)
     hidden_TD = block.run(run)
     cells = CellBatch(
         gene_ids_T=torch.cat([part for index in run for part in (ids_N[:index], ids_N[index + 1 :])]),
         cu_seqlens=torch.arange(0, n_left * len(run) + 1, n_left, dtype=torch.int32),
     )
-    return network.embed_from(hidden_TD, cells.to(hidden_TD.device), n_done=1).float()
+    readout = readout or network.embedding_readout
+    return network.read_out_from(readout, hidden_TD, cells.to(hidden_TD.device), n_done=1).float()

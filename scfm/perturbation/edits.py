@@ -44,21 +44,21 @@ class Editor:
     Attributes
     ----------
     kind
-        "delete": the gene's token goes; where zeros have tokens too, its value becomes 0. "overexpress": the gene comes
-        to the front of the ranks, or takes the cell's largest value; it is put in where it was not expressed. "inhibit",
-        "activate": its rank, or its value's place among the cell's values, goes down or up by `quantile`.
+        "delete": the gene's token is removed; if zeros have tokens too, its value becomes 0. "overexpress": the gene
+        becomes the first in rank, or gets the cell's largest value; it is inserted if it was not expressed. "inhibit",
+        "activate": its rank, or the quantile of its value in the cell, goes down or up by `quantile`.
     positions
-        After a deletion under a rank encoding, later genes move up ("shift") or keep their places ("held").
+        After a deletion under a rank encoding, later genes move up ("shift") or keep their positions ("held").
     quantile
-        Share of the cell's genes by which "inhibit" and "activate" move a gene.
+        Fraction of the cell's genes by which "inhibit" and "activate" move a gene.
     ordered, keeps_zeros, n_front, n_back, context_length
-        What the encoding does: order means rank; unexpressed genes have tokens; special tokens before and after the genes;
-        most tokens.
+        Properties of the encoding: the order of tokens is their rank; unexpressed genes have tokens; numbers of special
+        tokens before and after the genes; maximum number of tokens.
 
     Notes
     -----
-    Geneformer (Theodoris et al. 2023) moves genes to the middle of another quartile; here by a share of the cell's
-    genes, so that a stronger gene stays the stronger one.
+    Geneformer (Theodoris et al. 2023) moves genes to the middle of another quartile; here they move by a fraction of the
+    cell's genes, so that a stronger gene remains the stronger one.
     """
 
     kind: Kind
@@ -82,7 +82,7 @@ class Editor:
 
     @classmethod
     def of(cls, encoding: Encoding, kind: str, *, positions: str = "shift", quantile: float = 0.25) -> Editor:
-        """Read off an encoding what its cells look like."""
+        """Make the editor for cells of an encoding."""
         config = encoding.config
         n_front = int(bool(config.add_cls))
         return cls(
@@ -110,7 +110,7 @@ class Editor:
         return ids_G
 
     def edit(self, cell: TokenCell, tokens: Sequence[int]) -> TokenCell:
-        """Perturb the given genes together; they must be expressed where `needs_expression`."""
+        """Perturb the given genes together; they must be expressed if `needs_expression`."""
         tokens_P = np.asarray(tokens, dtype=np.int32)
         if self.kind == "delete":
             return self._zero(cell, tokens_P) if self.keeps_zeros else self._delete(cell, tokens_P)
@@ -137,12 +137,12 @@ class Editor:
         ids_N, genes = cell.gene_ids_N, self._genes(cell)
         others_G = ids_N[genes][~np.isin(ids_N[genes], tokens_P)]
         genes_G = np.concatenate([tokens_P, others_G])
-        if self.context_length is not None:  # a full cell loses its last gene
+        if self.context_length is not None:  # in a full cell the last gene is dropped
             genes_G = genes_G[: self.context_length - self.n_front - self.n_back]
         return TokenCell(np.concatenate([ids_N[: self.n_front], genes_G, ids_N[genes.stop :]]))
 
     def _to_largest(self, cell: TokenCell, tokens_P: NDArray[np.int32]) -> TokenCell:
-        """Give the genes the largest value; ones that are not there come in by their ids, for the cell's weakest gene."""
+        """Give the genes the largest value; genes without a token are inserted in the order of ids; in a full cell the weakest gene is dropped."""
         genes = self._genes(cell)
         ids_G, values_G = cell.gene_ids_N[genes], _values(cell)[genes].copy()
         largest = values_G.max()
@@ -150,9 +150,9 @@ class Editor:
         new_P = np.setdiff1d(tokens_P, ids_G)
         ids_G = np.concatenate([ids_G, new_P])
         values_G = np.concatenate([values_G, np.full(len(new_P), largest, dtype=np.float32)])
-        if self.context_length is not None and len(ids_G) > (most := self.context_length - self.n_front - self.n_back):
+        if self.context_length is not None and len(ids_G) > (limit := self.context_length - self.n_front - self.n_back):
             strength_G = np.where(np.isin(ids_G, tokens_P), np.inf, values_G)
-            kept = np.sort(np.argsort(-strength_G, kind="stable")[:most])
+            kept = np.sort(np.argsort(-strength_G, kind="stable")[:limit])
             ids_G, values_G = ids_G[kept], values_G[kept]
         order = np.argsort(ids_G, kind="stable")
         return self._framed(cell, ids_G[order], values_G[order])
@@ -161,23 +161,23 @@ class Editor:
         ids_G = cell.gene_ids_N[self._genes(cell)]
         step = max(1, round(self.quantile * len(ids_G)))
         down = 1 if self.kind == "inhibit" else -1
-        place_G = np.arange(len(ids_G), dtype=np.float64)
-        # Half a place further than the gene that stands at the new place: it is passed.
-        place_G[np.isin(ids_G, tokens_P)] += down * (step + 0.5)
-        return self._framed(cell, ids_G[np.argsort(place_G, kind="stable")], None)
+        position_G = np.arange(len(ids_G), dtype=np.float64)
+        # Half a position beyond the gene at the new position, so that it is passed.
+        position_G[np.isin(ids_G, tokens_P)] += down * (step + 0.5)
+        return self._framed(cell, ids_G[np.argsort(position_G, kind="stable")], None)
 
     def _move_value(self, cell: TokenCell, tokens_P: NDArray[np.int32]) -> TokenCell:
         genes = self._genes(cell)
         ids_G, values_G = cell.gene_ids_N[genes], _values(cell)[genes].copy()
         sorted_values = np.sort(values_G[values_G > 0])
-        for place in np.flatnonzero(np.isin(ids_G, tokens_P)):
-            below = np.searchsorted(sorted_values, values_G[place], side="left")
-            upto = np.searchsorted(sorted_values, values_G[place], side="right")
+        for index in np.flatnonzero(np.isin(ids_G, tokens_P)):
+            below = np.searchsorted(sorted_values, values_G[index], side="left")
+            upto = np.searchsorted(sorted_values, values_G[index], side="right")
             quantile = (below + upto) / (2 * len(sorted_values))
             step = -self.quantile if self.kind == "inhibit" else self.quantile
             # An observed value, so that bins and buckets stay whole numbers.
             moved = np.quantile(sorted_values, np.clip(quantile + step, 0, 1), method="nearest")
-            values_G[place] = min(moved, values_G[place]) if step < 0 else max(moved, values_G[place])
+            values_G[index] = min(moved, values_G[index]) if step < 0 else max(moved, values_G[index])
         return self._framed(cell, ids_G, values_G)
 
     def _framed(self, cell: TokenCell, ids_G: NDArray, values_G: NDArray | None) -> TokenCell:

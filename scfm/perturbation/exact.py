@@ -10,6 +10,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -22,7 +23,7 @@ from scfm.perturbation.gene_shifts import GeneShiftRunner, tabulate_genes
 from scfm.perturbation.null import N_NULL, with_matched_null
 from scfm.perturbation.runner import Checkpoint, Requests, VariantRunner
 from scfm.perturbation.shifts import ShiftRecord, cosine_distance, goal_shift
-from scfm.perturbation.states import States, read_states
+from scfm.perturbation.states import Measure, States, checked_measure, read_states
 from scfm.perturbation.statistics import Null, describe, rank_sum
 from scfm.perturbation.variants import Genes, Perturbations
 from scfm.vocab import Vocabulary
@@ -38,6 +39,8 @@ def perturb(
     combine: int = 1,
     quantile: float = 0.25,
     positions: str = "shift",
+    measure: str | None = None,
+    center: bool = False,
     groupby: str | None = None,
     start: str | None = None,
     goal: str | None = None,
@@ -54,13 +57,23 @@ def perturb(
     """Table of what perturbing genes does to cells; `scfm.tl.perturb` explains every argument and column."""
     vocabulary = model.encoding.vocabulary
     editor = Editor.of(model.encoding, kind, positions=positions, quantile=quantile)
-    on_genes = _on_genes(effect_on, genes, goal)
+    by = checked_measure(measure, goal, center=center)
+    on_genes = _on_genes(effect_on, genes, by)
     if missing not in ("report", "error"):
         raise ValueError(f"`missing` is {missing!r}; choose 'report' or 'error'.")
     asked = Perturbations.of(genes, vocabulary, combine=combine)
     null = None if null_genes is None else _given_null(asked, null_genes, vocabulary)
     states = read_states(
-        adata, model, groupby=groupby, start=start, goal=goal, layer=layer, gene_key=gene_key, precision=precision
+        adata,
+        model,
+        groupby=groupby,
+        start=start,
+        goal=goal,
+        layer=layer,
+        gene_key=gene_key,
+        precision=precision,
+        measure=by,
+        center=center,
     )
     absent = explain_absent(asked, states, editor, model.encoding)
     if absent and (missing == "error" or len(absent) == len(asked.names) + len(asked.absent)):
@@ -70,7 +83,9 @@ def perturb(
         perturbations = asked.with_null(null, f"{len(null.names)} given null genes")
     elif asked.tokens is not None and len(asked.tokens) < N_NULL and not on_genes:
         perturbations = with_matched_null(asked, states.cells, vocabulary, editor, seed=seed)
-    runner = (GeneShiftRunner if on_genes else VariantRunner)(model, states.cells, perturbations, editor, precision)
+    readout = model.network.class_readout if by == "label" else None
+    runner_class = GeneShiftRunner if on_genes else VariantRunner
+    runner = runner_class(model, states.cells, perturbations, editor, precision, readout)
     measures = ["shift"] if on_genes else _measures(states, perturbations)
     n_rows = len(perturbations.names) * (len(vocabulary) if on_genes else 1)
     shifts = ShiftRecord(measures, n_rows=n_rows, seed=seed)
@@ -82,6 +97,9 @@ def perturb(
             "goal": states.goal_D,
             "seed": seed,
             "effect_on": effect_on,
+            "measure": by,
+            "center": states.center_D,
+            "labels": None if states.label_B is None else states.label_B.tolist(),
         }
         saved = Checkpoint.of(checkpoint, model, states.cells, precision=precision, **settings)
     run(runner, states, shifts, checkpoint=saved, progress=progress)
@@ -90,22 +108,22 @@ def perturb(
     if on_genes:
         table = tabulate_genes(shifts, perturbations.names, vocabulary.tokens, **options)
         return table[table["gene"].isin(asked.names)].reset_index(drop=True)
-    table = tabulate(shifts, perturbations.names, **options)
+    table = tabulate(shifts, perturbations.names, **options, tested=f"{by}_shift" if by != "shift" else by)
     if genes is not None:
         table = with_absent(table[table.index.isin(asked.names)], absent)
         table.attrs["null_genes"] = list(perturbations.names[len(asked.names) :]) if null is None else list(null.names)
     return table
 
 
-def _on_genes(effect_on: str, genes: Genes | None, goal: str | None) -> bool:
+def _on_genes(effect_on: str, genes: Genes | None, by: Measure) -> bool:
     if effect_on not in ("cell", "genes"):
         raise ValueError(f"`effect_on` is {effect_on!r}; choose 'cell' or 'genes'.")
     if effect_on == "genes" and genes is None:
         raise ValueError(
             "`effect_on` is 'genes', which makes a row for each pair of genes; name the `genes` to perturb."
         )
-    if effect_on == "genes" and goal is not None:
-        raise ValueError(f"`effect_on` is 'genes', but `goal` is {goal!r}, which is a state of cells; leave it out.")
+    if effect_on == "genes" and by != "shift":
+        raise ValueError(f"`effect_on` is 'genes', but a {by} is one of cells; leave it out.")
     return effect_on == "genes"
 
 
@@ -126,10 +144,16 @@ def null_of(perturbations: Perturbations) -> Null | None:
     return Null(np.array(perturbations.null_rows, dtype=np.int64), perturbations.null_name, only)
 
 
+EXCESS = {"shift": "excess", "goal_shift": "goal_excess", "label_shift": "label_excess"}
+
+
 def _measures(states: States, perturbations: Perturbations) -> list[str]:
-    has_goal, combined = states.goal_D is not None, perturbations.has_combinations()
-    measures = ["shift"] + ["goal_shift"] * has_goal + ["excess"] * combined
-    return measures + ["goal_excess"] * (has_goal and combined)
+    """Names of all measures; with combinations also what each exceeds the sum of its genes by."""
+    if states.head is not None:
+        measures = ["label_shift"]
+    else:
+        measures = ["shift"] + ["goal_shift"] * (states.goal_D is not None)
+    return measures + [EXCESS[name] for name in measures] * perturbations.has_combinations()
 
 
 def run(
@@ -140,21 +164,21 @@ def run(
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> None:
-    """Put the shifts of all variants into `shifts`; under torchrun each process runs those of its share of the cells."""
+    """Put the shifts of all variants into `shifts`; under torchrun each process runs those of its part of the cells."""
     n_of_cell_B = np.array([runner.n_of_cell(cell) for cell in range(len(states.cells))], dtype=np.int64)
     if not n_of_cell_B.any():
         raise EmptyCellError(
             f"No perturbation can be done in these {len(states.cells)} cells: each expresses one gene only."
         )
     rank, world_size = torchrun_rank()
-    share = share_of(len(n_of_cell_B), rank, world_size)
-    n_of_cell_B = n_of_cell_B[: share.stop]
+    part = share_of(len(n_of_cell_B), rank, world_size)
+    n_of_cell_B = n_of_cell_B[: part.stop]
     checkpoint = None if checkpoint is None else checkpoint.of_rank(rank, world_size)
-    first = max(share.start, 0 if checkpoint is None else checkpoint.load_into(shifts))
+    first = max(part.start, 0 if checkpoint is None else checkpoint.load_into(shifts))
     title = {"delete": "deleting", "overexpress": "overexpressing", "inhibit": "inhibiting", "activate": "activating"}
     with tqdm(
-        total=int(n_of_cell_B[share.start :].sum()),
-        initial=int(n_of_cell_B[share.start : first].sum()),
+        total=int(n_of_cell_B[part.start :].sum()),
+        initial=int(n_of_cell_B[part.start : first].sum()),
         desc=title[runner.editor.kind],
         unit="variant",
         disable=not progress or rank > 0,
@@ -179,13 +203,28 @@ def measure(
     """Every measure of every variant, shape (V, M)."""
     before_VD = states.original_BD[requests.cell_V]
     after_VD = requests.embedding_SD[requests.slot_V]
-    found = {"shift": cosine_distance(before_VD, after_VD)}
-    if states.goal_D is not None:
-        found["goal_shift"] = goal_shift(before_VD, after_VD, states.goal_D)
-    for excess, base in (("excess", "shift"), ("goal_excess", "goal_shift")):
-        if excess in measures:
-            found[excess] = found[base] - _sum_of_singles(requests, found[base], perturbations)
+    if states.head is not None:
+        found = {"label_shift": _label_shift(states, requests.cell_V, before_VD, after_VD)}
+    else:
+        center_D = 0 if states.center_D is None else states.center_D
+        found = {"shift": cosine_distance(before_VD - center_D, after_VD - center_D)}
+        if states.goal_D is not None:
+            found["goal_shift"] = goal_shift(before_VD - center_D, after_VD - center_D, states.goal_D - center_D)
+    for base in list(found):
+        if EXCESS[base] in measures:
+            found[EXCESS[base]] = found[base] - _sum_of_singles(requests, found[base], perturbations)
     return np.stack([found[name] for name in measures], 1).reshape(-1, len(measures))
+
+
+@torch.no_grad()
+def _label_shift(
+    states: States, cell_V: NDArray[np.int64], before_VD: NDArray[np.float32], after_VD: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    assert states.head is not None
+    assert states.label_B is not None
+    label_V = states.label_B[torch.from_numpy(cell_V)]
+    before_V, after_V = (states.head.log_odds(torch.from_numpy(x), label_V) for x in (before_VD, after_VD))
+    return (after_V - before_V).cpu().numpy()
 
 
 def _sum_of_singles(
@@ -199,9 +238,9 @@ def _sum_of_singles(
         for cell, number, shift in zip(requests.cell_V.tolist(), requests.number_V.tolist(), shift_V)
         if number < 0
     }
-    for place, (cell, number) in enumerate(zip(requests.cell_V.tolist(), requests.number_V.tolist())):
+    for variant, (cell, number) in enumerate(zip(requests.cell_V.tolist(), requests.number_V.tolist())):
         if number >= 0 and len(tokens := perturbations.tokens[number]) > 1:
-            sums_V[place] = sum(singles[cell, token] for token in tokens)
+            sums_V[variant] = sum(singles[cell, token] for token in tokens)
     return sums_V
 
 
@@ -212,12 +251,13 @@ def tabulate(
     null: Null | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
+    tested: str | None = None,
 ) -> pd.DataFrame:
-    """Turn a record into the table that `perturb` returns."""
-    tested = "goal_shift" if "goal_shift" in shifts.measures else "shift"
+    """Turn a record into the table that `perturb` returns; `tested` is the measure of tests and order."""
+    tested = tested or next(name for name in ("label_shift", "goal_shift", "shift") if name in shifts.measures)
     parts = [pd.DataFrame({"n_cells": shifts.n_R[shifts.rows]})]
     parts += [describe(shifts, name, n_bootstrap=n_bootstrap, seed=seed) for name in shifts.measures]
     parts += [rank_sum(shifts, tested, null=null)]
     table = pd.concat(parts, axis=1)
     table.index = pd.Index([names[row] for row in shifts.rows], name="gene")
-    return table.sort_values(f"{tested}_mean", ascending=False, kind="stable")
+    return table.sort_values(f"{tested}_mean", ascending=tested == "label_shift", kind="stable")

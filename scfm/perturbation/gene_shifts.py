@@ -31,11 +31,11 @@ class GeneShifts(NamedTuple):
 
 
 class GeneShiftRunner(VariantRunner):
-    """Compares the states of genes before and after; every cell is run anew beside its variants."""
+    """Compares the states of genes before and after; every cell is run again in the batch of its variants."""
 
     variants_per_block = 256  # each gives as many values as its cell has genes
 
-    def _run_block(self, start: int, stop: int) -> GeneShifts:  # type: ignore[override]
+    def run_block(self, start: int, stop: int) -> GeneShifts:  # type: ignore[override]
         n_tokens = len(self.model.encoding.vocabulary)
         nothing = GeneShifts(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 1)))
         found = [nothing]
@@ -47,9 +47,9 @@ class GeneShiftRunner(VariantRunner):
             states = self._states(variants)
             for (number, genes), variant, after_ND in zip(asked, variants[1:], states[1:]):
                 others = expressed[~np.isin(expressed, genes)]
-                # Overexpression may push a gene out of a full cell.
+                # Overexpression may drop a gene from a full cell.
                 gene_V, _, after_V = np.intersect1d(others, variant.gene_ids_N, return_indices=True)
-                before_V = _places(tokens, gene_V)
+                before_V = _indices(tokens, gene_V)
                 shift_V = cosine_distance(states[0][before_V], after_ND[after_V])
                 row_V = number * n_tokens + gene_V.astype(np.int64)
                 found.append(GeneShifts(row_V, np.full(len(gene_V), cell), shift_V[:, None]))
@@ -63,12 +63,12 @@ class GeneShiftRunner(VariantRunner):
         with torch.inference_mode():
             for rows in runs_of_tokens(bounds, TOKENS_PER_BATCH) if variants else ():
                 batch = pack(variants[rows]).to(network.is_gene_V.device)
-                states_TD = network(batch, hidden_layer=network.config.pooling.hidden_layer).float().cpu()
+                states_TD = network.states_for(self._readout, batch).float().cpu()
                 parts += [part.numpy() for part in states_TD.split([len(variant) for variant in variants[rows]])]
         return parts
 
 
-def _places(cell: TokenCell, gene_V: NDArray[np.int32]) -> NDArray[np.int64]:
+def _indices(cell: TokenCell, gene_V: NDArray[np.int32]) -> NDArray[np.int64]:
     order = np.argsort(cell.gene_ids_N, kind="stable")
     return order[np.searchsorted(cell.gene_ids_N[order], gene_V)]
 

@@ -23,7 +23,7 @@ from scfm.perturbation.edits import Editor
 from scfm.perturbation.shifts import cosine_distance
 from scfm.perturbation.variants import cell_of, pack
 
-N_GENES = 50  # of the network, where none are named
+N_GENES = 50  # of the network, if none are named
 
 
 def gene_network(
@@ -72,14 +72,18 @@ def _tokens(genes: list[str] | None, cells: CellBatch, model: Model) -> NDArray[
 
 
 def shuffle_counts(adata: anndata.AnnData, rng: np.random.Generator, layer: str | None) -> anndata.AnnData:
-    """Deal each gene's counts anew among the cells: genes keep their distributions and lose what ties them together."""
-    matrix = CountSource.of(adata, layer=layer)
-    counts = sparse.vstack([block for _, block, _ in matrix.blocks()]).tocsc().copy()
+    """Shuffle each gene's counts among the cells: genes keep their distributions and lose their dependence."""
+    source = CountSource.of(adata, layer=layer)
+    counts = sparse.vstack([block for _, block, _ in source.blocks()]).tocsc().copy()
     for column in range(counts.shape[1]):
         span = slice(counts.indptr[column], counts.indptr[column + 1])
         counts.indices[span] = rng.choice(counts.shape[0], span.stop - span.start, replace=False)
     counts.has_sorted_indices = False
-    return anndata.AnnData(counts.tocsr(), var=matrix.var.copy())
+    shuffled = anndata.AnnData(counts.tocsr(), var=source.var.copy())
+    if source.named_depth is not None:
+        shuffled.obs["depth"] = source.named_depth
+        shuffled.uns["scfm"] = {"depth_key": "depth"}
+    return shuffled
 
 
 @dataclass
@@ -104,12 +108,12 @@ class Edges:
 
     @property
     def mean_GG(self) -> NDArray[np.float64]:
-        """Mean over cells; 0 where there are none."""
+        """Mean over cells; 0 if there are none."""
         return self.sum_GG / np.maximum(self.n_GG, 1)
 
     @property
     def std_GG(self) -> NDArray[np.float64]:
-        """Standard deviation between cells; 0 where there are fewer than two."""
+        """Standard deviation between cells; 0 if there are fewer than two."""
         squares_GG = self.square_GG - self.n_GG * self.mean_GG**2
         return np.sqrt(np.maximum(squares_GG, 0) / np.maximum(self.n_GG - 1, 1))
 
@@ -139,21 +143,21 @@ def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], h
 def _pairs(
     batch: CellBatch, tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Source and target gene numbers, and (target, source) token places, of all pairs in the same cell."""
+    """Source and target gene numbers, and (target, source) token indices, of all pairs in the same cell."""
     ids_T = batch.gene_ids_T.numpy()
-    place_T = np.searchsorted(tokens, ids_T).clip(max=len(tokens) - 1)
-    chosen_T = np.flatnonzero(tokens[place_T] == ids_T)
+    gene_T = np.searchsorted(tokens, ids_T).clip(max=len(tokens) - 1)
+    chosen_T = np.flatnonzero(tokens[gene_T] == ids_T)
     values_T = batch.values_T
     if values_T is not None:
         chosen_T = chosen_T[values_T.numpy()[chosen_T] > 0]
     cell_T = batch.cell_of_token_T().numpy()[chosen_T]
     found: list[NDArray[np.int64]] = []
-    for places in np.split(chosen_T, np.flatnonzero(np.diff(cell_T)) + 1):
-        target, source = np.meshgrid(places, places, indexing="ij")
+    for tokens_of_cell in np.split(chosen_T, np.flatnonzero(np.diff(cell_T)) + 1):
+        target, source = np.meshgrid(tokens_of_cell, tokens_of_cell, indexing="ij")
         other = target != source
         found.append(np.stack([target[other], source[other]], 1))
     pairs_P2 = np.concatenate(found) if found else np.zeros((0, 2), dtype=np.int64)
-    return place_T[pairs_P2[:, 1]], place_T[pairs_P2[:, 0]], pairs_P2
+    return gene_T[pairs_P2[:, 1]], gene_T[pairs_P2[:, 0]], pairs_P2
 
 
 def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
@@ -170,13 +174,13 @@ def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hi
         rows = np.searchsorted(tokens, present)
         for source, after in enumerate(states[1:]):
             # The deleted gene has no state afterwards.
-            targets = [place for place in range(len(present)) if place != source]
+            targets = [row for row in range(len(present)) if row != source]
             edges.add(rows[source], rows[targets], cosine_distance(states[0][targets], after[targets]))
     return edges
 
 
 def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer: int) -> list[NDArray[np.float32]]:
-    """States of the given genes in each variant of a cell, (genes, D); zeros where a gene is not there."""
+    """States of the given genes in each variant of a cell, (genes, D); zeros if the gene is missing."""
     found = []
     per_batch = max(1, TOKENS_PER_BATCH // len(variants[0]))
     for start in range(0, len(variants), per_batch):
@@ -185,18 +189,18 @@ def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer
             states_TD = model.network(pack(part).to(model.device), hidden_layer=hidden_layer).float().cpu().numpy()
         first = 0
         for variant in part:
-            place_of = {int(gene): place for place, gene in enumerate(variant.gene_ids_N)}
+            index_of = {int(gene): index for index, gene in enumerate(variant.gene_ids_N)}
             states = np.zeros((len(genes), states_TD.shape[1]), np.float32)
             for row, gene in enumerate(genes):
-                if gene in place_of:
-                    states[row] = states_TD[first + place_of[gene]]
+                if gene in index_of:
+                    states[row] = states_TD[first + index_of[gene]]
             found.append(states)
             first += len(variant)
     return found
 
 
 def edge_table(found: Edges, null: Edges, names: list[str], min_cells: int) -> pd.DataFrame:
-    """Each edge's mean beside its mean in shuffled cells, by Student's test: under the null their deviations are equal."""
+    """Compare each edge with its mean in shuffled cells by Student's test: under the null the variances are equal."""
     kept = (found.n_GG >= min_cells) & (null.n_GG >= min_cells) & ~np.eye(len(names), dtype=bool)
     source, target = np.nonzero(kept)
     result = stats.ttest_ind_from_stats(
@@ -238,6 +242,6 @@ def attention(
     order_G = np.argsort(token_G)
     cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, empty="keep")
     edges = attention_edges(model, cells, token_G[order_G], hidden_layer)
-    place_G = np.argsort(order_G)
-    looked_at_GG = np.where(edges.n_GG > 0, edges.mean_GG, np.nan)[np.ix_(place_G, place_G)]
-    return pd.DataFrame(looked_at_GG.T, index=pd.Index(genes, name="looks"), columns=pd.Index(genes, name="looked at"))
+    back_G = np.argsort(order_G)
+    attention_GG = np.where(edges.n_GG > 0, edges.mean_GG, np.nan)[np.ix_(back_G, back_G)]
+    return pd.DataFrame(attention_GG.T, index=pd.Index(genes, name="query"), columns=pd.Index(genes, name="key"))

@@ -1,4 +1,4 @@
-"""Runs variants through the model, a bounded number at a time, each distinct one once."""
+"""Runs variants through the model: a bounded number at a time, and each distinct one once."""
 
 # Axes: B cells, V variants, D model width.
 
@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scfm._files import atomic_write
 from scfm.data import CellBatch
 from scfm.models.model import TOKENS_PER_BATCH, Model, Precision, runs_of_tokens
-from scfm.models.network import CellTransformer
+from scfm.models.network import CellTransformer, Readout
 from scfm.perturbation.deletions import MIN_CELL, embed_deletions, shares_first_block
 from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.shifts import ShiftRecord
@@ -31,7 +31,7 @@ VARIANTS_PER_BLOCK = 4096  # of whole cells; what is in memory at once, and the 
 class Requests:
     """Variants of a block of cells: variant `slot_V` of cell `cell_V` is perturbation `number_V`; each (V,), int64.
 
-    A number of -1 - g stands for the single deletion (or other kind) of token g, needed beside a combination.
+    A number of -1 - g stands for the perturbation of token g alone, which a combination is compared with.
     """
 
     cell_V: NDArray[np.int64]
@@ -48,6 +48,8 @@ class VariantRunner:
     ----------
     precision
         "fp32", or "bf16" for blocks in bfloat16.
+    readout
+        Which vector of each variant; None for its embedding.
     n_embedded
         Variants that went through the network so far.
     """
@@ -57,6 +59,7 @@ class VariantRunner:
     perturbations: Perturbations
     editor: Editor
     precision: Precision = "fp32"
+    readout: Readout | None = None
     n_embedded: int = 0
     variants_per_block: ClassVar[int] = VARIANTS_PER_BLOCK
     _slots: dict[bytes, int] = field(default_factory=dict)
@@ -66,7 +69,10 @@ class VariantRunner:
 
     def __post_init__(self) -> None:
         self._network = self.model.network_in(self.precision).eval()
-        self._of_all_genes = self.perturbations.tokens is None and shares_first_block(self._network, self.editor)
+        self._readout = self.readout or self._network.embedding_readout
+        self._of_all_genes = self.perturbations.tokens is None and shares_first_block(
+            self._network, self.editor, self._readout
+        )
 
     def n_of_cell(self, cell: int) -> int:
         """How many perturbations can be done to a cell."""
@@ -79,10 +85,10 @@ class VariantRunner:
         while start < len(n_of_cell_B):
             upto = np.cumsum(n_of_cell_B[start:])
             stop = start + max(1, int(np.searchsorted(upto, self.variants_per_block, side="right")))
-            yield start, stop, self._run_block(start, stop)
+            yield start, stop, self.run_block(start, stop)
             start = stop
 
-    def _run_block(self, start: int, stop: int) -> Requests:
+    def run_block(self, start: int, stop: int) -> Requests:
         self._slots, self._pending, self._n_pending_tokens, self._parts = {}, [], 0, []
         asked: list[tuple[int, int, int]] = []
         singles_too = self.perturbations.has_combinations()
@@ -91,7 +97,7 @@ class VariantRunner:
             expressed = self.editor.expressed(tokens)
             if self._of_all_genes and len(expressed) >= MIN_CELL:
                 first = self._slots_of_all_genes(tokens, len(expressed))
-                asked += [(cell, gene, first + place) for place, gene in enumerate(expressed.tolist())]
+                asked += [(cell, gene, first + index) for index, gene in enumerate(expressed.tolist())]
                 continue
             for number, genes in self.perturbations.of_cell(cell, expressed, self.editor):
                 asked.append((cell, number, self._slot(self.editor.edit(tokens, genes))))
@@ -119,7 +125,7 @@ class VariantRunner:
         if digest not in self._slots:
             self._flush()  # slots are counted in the order of the parts
             self._slots[digest] = self._n_slots
-            self._parts.append(embed_deletions(self._network, cell, self.editor).cpu().numpy())
+            self._parts.append(embed_deletions(self._network, cell, self.editor, self._readout).cpu().numpy())
             self.n_embedded += n_genes
         return self._slots[digest]
 
@@ -129,26 +135,29 @@ class VariantRunner:
 
     def _flush(self) -> None:
         if self._pending:
-            self._parts.append(embed_variants(self._network, self._pending))
+            self._parts.append(embed_variants(self._network, self._pending, self._readout))
             self.n_embedded += len(self._pending)
             self._pending, self._n_pending_tokens = [], 0
 
 
-def embed_variants(network: CellTransformer, variants: Sequence[TokenCell]) -> NDArray[np.float32]:
-    """Embedding of each variant, (V, D), float32; as many at a time as `TOKENS_PER_BATCH` allows."""
+def embed_variants(
+    network: CellTransformer, variants: Sequence[TokenCell], readout: Readout | None = None
+) -> NDArray[np.float32]:
+    """Vector of each variant, (V, D), float32, by default its embedding; as many at a time as `TOKENS_PER_BATCH` allows."""
     network.eval()
+    readout = readout or network.embedding_readout
     device = network.is_gene_V.device
     lengths = np.cumsum([0, *map(len, variants)])
     parts = [np.zeros((0, network.config.d_embedding), np.float32)]
     with torch.inference_mode():
         for rows in runs_of_tokens(lengths, TOKENS_PER_BATCH):
-            parts.append(network.embed_cells(pack(variants[rows]).to(device)).float().cpu().numpy())
+            parts.append(network.read_out(readout, pack(variants[rows]).to(device)).float().cpu().numpy())
     return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that a run is continued from: arrays, and a fingerprint of everything that decides them."""
+    """A file that a run resumes from: arrays, and a fingerprint of everything that they depend on."""
 
     path: Path
     fingerprint: str
@@ -169,13 +178,10 @@ class Checkpoint:
         return replace(self, path=self.path.with_name(f"{self.path.name}.{rank}-of-{world_size}"))
 
     def save(self, record: ShiftRecord, next_cell: int) -> None:
-        """Write beside and rename, so that a stopped write leaves the last state."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        with beside.open("wb") as file:
+        """Replace the file; a stopped write leaves the last state."""
+        with atomic_write(self.path) as temporary_path, temporary_path.open("wb") as file:
             state = {"fingerprint": np.array(self.fingerprint), "next_cell": np.array(next_cell)}
             np.savez(file, allow_pickle=False, **state, **record.to_arrays())
-        beside.replace(self.path)
 
     def load_into(self, record: ShiftRecord) -> int:
         """Fill `record` with what was done, if anything was; return the next cell.

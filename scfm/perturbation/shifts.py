@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scfm.encoding.hashing import hash_pairs
 
-KEPT = 512  # values of a row that rank-sum tests and bootstraps see; a random sample where a row has more
+KEPT = 512  # values of a row that rank-sum tests and bootstraps see; a random sample if a row has more
 
 
 def unit(vectors_VD: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -33,7 +33,7 @@ def goal_shift(
 
 
 class ShiftRecord:
-    """Counts, means, deviations and a bounded random sample of several measures a row.
+    """Counts, means, standard deviations and a bounded random sample of several measures per row.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class ShiftRecord:
         self.n_R[row] = total
 
     def _keep(self, row: int, keys: NDArray[np.uint64], values: NDArray[np.float64]) -> None:
-        """Add values to the sample of a row, which those with the lowest keys stay in."""
+        """Add values to the sample of a row, which keeps those with the lowest keys."""
         if row in self._kept:
             keys = np.concatenate([self._kept[row][0], keys])
             values = np.concatenate([self._kept[row][1], values])
@@ -104,18 +104,18 @@ class ShiftRecord:
 
     def only(self, measure: str) -> ShiftRecord:
         """The same record with one measure."""
-        place = self.measures.index(measure)
+        column = self.measures.index(measure)
         part = ShiftRecord([measure], n_rows=len(self.n_R), seed=self.seed)
         part.n_R = self.n_R
-        part.mean_RM, part.squares_RM = self.mean_RM[:, [place]], self.squares_RM[:, [place]]
-        part._kept = {row: (keys, values[:, [place]]) for row, (keys, values) in self._kept.items()}
+        part.mean_RM, part.squares_RM = self.mean_RM[:, [column]], self.squares_RM[:, [column]]
+        part._kept = {row: (keys, values[:, [column]]) for row, (keys, values) in self._kept.items()}
         return part
 
     def of_rows(self, rows: NDArray[np.int64]) -> ShiftRecord:
         """The same record of some rows only, which are called 0, 1, ... in it."""
         part = ShiftRecord(self.measures, n_rows=len(rows), seed=self.seed)
         part.n_R, part.mean_RM, part.squares_RM = self.n_R[rows], self.mean_RM[rows], self.squares_RM[rows]
-        part._kept = {place: self._kept[row] for place, row in enumerate(rows.tolist()) if row in self._kept}
+        part._kept = {index: self._kept[row] for index, row in enumerate(rows.tolist()) if row in self._kept}
         return part
 
     def renumbered(self, row_R: NDArray[np.int64], *, n_rows: int) -> ShiftRecord:
@@ -142,7 +142,7 @@ class ShiftRecord:
     def set_merged(self, parts: Sequence[Mapping[str, NDArray]]) -> None:
         """Become the record of all cells, from what `to_arrays` gave of records of some of them each.
 
-        The samples are those of one record of all cells; means and deviations are its own to rounding.
+        The samples are those of one record of all cells; means and standard deviations are equal up to rounding.
         """
         first, *others = parts
         self.set_arrays(first)
@@ -154,7 +154,7 @@ class ShiftRecord:
                 self._keep(row, *other._kept[row])
 
     def set_arrays(self, arrays: Mapping[str, NDArray]) -> None:
-        """Continue from what `to_arrays` gave."""
+        """Take the state that `to_arrays` returned."""
         self.n_R, self.mean_RM, self.squares_RM = (arrays[name].copy() for name in ("n", "mean", "squares"))
         rows, starts = np.unique(arrays["kept_rows"], return_index=True)
         self._kept = {

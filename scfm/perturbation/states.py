@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import anndata
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scfm import pp
 from scfm._config import did_you_mean
@@ -17,29 +20,58 @@ from scfm.data import CellBatch
 from scfm.data.columns import groups
 from scfm.errors import LabelsError
 from scfm.models.model import Model, Precision
+from scfm.perturbation.labels import LabelHead
 from scfm.pp._encode import require_cells
+
+Measure = Literal["shift", "goal", "label"]
 
 
 @dataclass(frozen=True)
 class States:
-    """Cells to perturb, and the state that they should approach.
+    """Cells to perturb, and what they are compared with.
 
     Attributes
     ----------
     cells
         The cells of the start state, encoded.
     original_BD
-        Their embeddings.
+        Their vectors: embeddings, or what the class head reads if labels are measured.
     goal_D
         Mean embedding of the goal state's cells; None without a goal.
     n_expressing
         Counts the cells that express each gene, by token id; genes beyond the context too.
+    center_D
+        Subtracted from all embeddings before cosines; None for nothing.
+    label_B, head
+        Label of each cell, shape (B,), int64, and the class head; None if labels are not measured.
     """
 
     cells: CellBatch
     original_BD: NDArray[np.float32]
     goal_D: NDArray[np.float64] | None
     n_expressing: Callable[[], NDArray[np.int64]]
+    center_D: NDArray[np.float64] | None = None
+    label_B: Tensor | None = None
+    head: LabelHead | None = None
+
+    @property
+    def measured(self) -> str:
+        """Name of the measure that tests and order go by, if nothing else is asked for."""
+        return "label_shift" if self.head is not None else "shift" if self.goal_D is None else "goal_shift"
+
+
+def checked_measure(measure: str | None, goal: str | None, *, center: bool) -> Measure:
+    """The measure that arguments ask for: by default the goal if there is one, else the shift."""
+    if measure is None:
+        return "shift" if goal is None else "goal"
+    if measure not in get_args(Measure):
+        raise ValueError(f"`measure` is {measure!r}; choose one of {', '.join(get_args(Measure))}.")
+    if measure == "goal" and goal is None:
+        raise ValueError("`measure` is 'goal'; name the `goal`, and its column as `groupby`.")
+    if measure == "label" and (goal is not None or center):
+        given = "`goal`" if goal is not None else "`center`"
+        raise ValueError(f"`measure` is 'label', which compares no embeddings; leave {given} out.")
+    return measure  # type: ignore[return-value]
 
 
 def read_states(
@@ -52,13 +84,15 @@ def read_states(
     layer: str | None,
     gene_key: str | None,
     precision: Precision = "fp32",
+    measure: Measure = "shift",
+    center: bool = False,
 ) -> States:
     """Encode and embed the start cells, and the mean of the goal cells.
 
     Without `start`, all cells but those of the goal are perturbed; without `groupby`, all cells.
     """
     require_cells(adata)
-    group_B = _groups(adata, groupby, {"start": start, "goal": goal})
+    group_B = _groups(adata, groupby, {"start": start, "goal": goal}, state_needed=measure != "label")
     chosen = np.ones(adata.n_obs, dtype=bool)
     if group_B is not None and start is not None:
         chosen = group_B == start
@@ -67,19 +101,47 @@ def read_states(
     if not chosen.any():
         raise LabelsError(f"All cells are of the goal state {goal!r}; there are none to start from.")
     cells = pp.encode(adata[chosen], model.encoding, layer=layer, gene_key=gene_key)
-    goal_D = None
-    if group_B is not None and goal is not None:
-        goal_cells = pp.encode(adata[group_B == goal], model.encoding, layer=layer, gene_key=gene_key)
-        goal_D = model.embed(goal_cells, precision=precision).mean(0, dtype=np.float64)
 
     def n_expressing() -> NDArray[np.int64]:
         expression_BV = pp.log_expression(adata[chosen], model.encoding, layer=layer, gene_key=gene_key)
         return np.bincount(expression_BV.indices, minlength=expression_BV.shape[1])
 
-    return States(cells, model.embed(cells, precision=precision), goal_D, n_expressing)
+    if measure == "label":
+        head = LabelHead(model)
+        features_BD = _class_features(model, cells, precision)
+        label_B = head.predict(torch.from_numpy(features_BD)) if group_B is None else _labels(group_B[chosen], model)
+        return States(cells, features_BD, None, n_expressing, label_B=label_B, head=head)
+    goal_D, original_BD = None, model.embed(cells, precision=precision)
+    embedded = [original_BD]
+    if group_B is not None and goal is not None:
+        goal_cells = pp.encode(adata[group_B == goal], model.encoding, layer=layer, gene_key=gene_key)
+        embedded.append(model.embed(goal_cells, precision=precision))
+        goal_D = embedded[1].mean(0, dtype=np.float64)
+    center_D = np.concatenate(embedded).mean(0, dtype=np.float64) if center else None
+    if center and len(original_BD) < 2 and goal_D is None:
+        raise LabelsError("`center` subtracts the mean embedding of the cells, and there is one cell only.")
+    return States(cells, original_BD, goal_D, n_expressing, center_D)
 
 
-def _groups(adata: anndata.AnnData, groupby: str | None, wanted: dict[str, str | None]) -> NDArray[np.object_] | None:
+def _class_features(model: Model, cells: CellBatch, precision: Precision) -> NDArray[np.float32]:
+    network = model.network_in(precision)
+    return torch.cat([network.class_features(batch).float().cpu() for batch in model.batches(cells)]).numpy()
+
+
+def _labels(name_B: NDArray[np.object_], model: Model) -> Tensor:
+    """Class of each cell by its name in the data."""
+    code_of = {label: code for code, label in enumerate(model.labels)}
+    if strange := sorted({str(name) for name in name_B if name not in code_of}):
+        raise LabelsError(
+            f"{', '.join(map(repr, strange[:5]))} are no labels of the model ({', '.join(model.labels[:10])}). Leave these "
+            "cells out, or leave `groupby` out to measure the labels that the model predicts."
+        )
+    return torch.tensor([code_of[name] for name in name_B])
+
+
+def _groups(
+    adata: anndata.AnnData, groupby: str | None, wanted: dict[str, str | None], *, state_needed: bool
+) -> NDArray[np.object_] | None:
     named = {role: state for role, state in wanted.items() if state is not None}
     if groupby is None:
         if named:
@@ -87,7 +149,7 @@ def _groups(adata: anndata.AnnData, groupby: str | None, wanted: dict[str, str |
                 f"{' and '.join(f'`{role}`' for role in named)} given without `groupby`; name the column."
             )
         return None
-    if not named:
+    if not named and state_needed:
         raise LabelsError(
             f"`groupby` is {groupby!r}, but neither `start` nor `goal` is given; name at least one state."
         )

@@ -10,6 +10,7 @@ from scfm.tl._attention import attention
 from scfm.tl._denoise import denoise, evaluate_denoising
 from scfm.tl._embed import embed
 from scfm.tl._embed_files import embed_files
+from scfm.tl._evaluate_perturbation import evaluate_perturbation
 from scfm.tl._gene_embeddings import gene_embeddings
 from scfm.tl._gene_network import gene_network
 from scfm.tl._genes import classify_genes, similar_genes
@@ -33,6 +34,7 @@ __all__ = [
     "embed_files",
     "evaluate_annotation",
     "evaluate_denoising",
+    "evaluate_perturbation",
     "fit",
     "gene_embeddings",
     "gene_network",

@@ -29,20 +29,20 @@ def attention(
     Parameters
     ----------
     adata
-        Raw counts of one cell, or of the cells of one type, n_obs cells by n_vars genes.
+        Raw counts, n_obs cells by n_vars genes, of one cell or of the cells of one type.
     model
-        A model from `scfm.fit` or `scfm.load`, with softmax attention.
+        From `scfm.fit` or `scfm.load`, with softmax attention.
     genes
-        At least two genes, named as in the vocabulary.
+        At least two, by the names of the vocabulary.
     hidden_layer
-        Layer whose attention is used. -1 is the last.
+        Layer whose attention is used; -1 for the last.
     {layer}
     {gene_key}
 
     Returns
     -------
-    One row per gene that attends and one column per gene that is attended to, in the order of `genes`. Values are relative to
-    uniform attention: 1 is the attention to an average token. NaN on the diagonal, and for genes that no cell expresses
+    One row per query gene and one column per key gene, in the order of `genes`: attention of the query to the key, times
+    the number of tokens, so that 1 is attention at random. NaN on the diagonal, and for genes that no cell expresses
     together.
 
     Raises
@@ -54,8 +54,8 @@ def attention(
 
     Notes
     -----
-    Only the chosen pairs are computed, by `scfm.ops.attention_scores`, never a complete attention matrix. Attention is not the
-    same as influence: `scfm.tl.gene_network` tests edges against a null, and has `kind="deletion"`.
+    Only the chosen pairs are computed, by `scfm.ops.attention_scores`, never a whole attention matrix. Attention says what a
+    layer reads, not what its output depends on: `scfm.tl.gene_network` has a null, and ``kind="deletion"``.
 
     Examples
     --------

@@ -30,42 +30,41 @@ def gene_network(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Table of the edges between genes in a group of cells, tested against cells with shuffled counts.
+    """Measure the edges between genes in a group of cells, and test them against cells with shuffled counts.
 
     Parameters
     ----------
-    {adata}
+    adata
+        Raw counts of the group, n_obs cells by n_vars genes.
     {model}
     genes
-        Genes of the network. None for the 50 genes that are expressed in most cells.
+        Genes of the network. None for the 50 that most cells express.
     kind
-        "attention": attention of the target's token to the source's token, averaged over heads and multiplied by the number
-        of tokens (1 is uniform attention). "deletion": 1 - cosine of the target's state before and after the source is
-        deleted.
+        "attention": attention of the target's token to the source's, mean of the heads, times the number of tokens (1 is
+        attention at random). "deletion": 1 - cosine of the target's state before and after the source is deleted.
     hidden_layer
-        Layer whose attention or states are used. -1 is the last.
+        Layer whose attention, or whose states, are used; -1 for the last.
     n_shuffles
-        Number of shuffled copies of the cells for the null: the counts of each gene are permuted among the cells.
+        Number of shuffled copies of the cells for the null: each gene's counts are shuffled among the cells.
     min_cells
         Edges between genes that fewer cells express together are left out.
     {layer}
     {gene_key}
     {uns_key_added}
-    seed
-        Seed of the shuffles.
+    {seed}
     {progress}
 
     Returns
     -------
-    One row per edge, the most significant first: `source`, `target`, `n_cells`, `weight` (mean over cells), `null` (a
-    description), `null_mean`, `null_std` (between cells), `z` (the difference in standard errors), `p_value` (Student's test,
-    two-sided), `fdr` (Benjamini-Hochberg).
+    One row per edge, the largest `z` first: `source`, `target`, `n_cells`, `weight` (mean over cells), `null` in words,
+    `null_mean`, `null_std` (between cells), `z` (the difference in standard errors), `p_value` (Student's, two-sided), `fdr`
+    (Benjamini-Hochberg).
 
     Notes
     -----
-    Only pairs of the chosen genes are computed, so memory grows with the square of their number, not of the length of a
-    cell. An edge describes the model; it does not say that one gene regulates the other. The test treats cells as
-    independent; if they come from few donors, the p-values are too small.
+    Only pairs of the chosen genes are computed: memory grows with their number squared, not with a cell's length squared.
+    An edge says that two genes affect each other in the model, not that one regulates the other. Tests treat cells as
+    independent; if they come from few donors, p-values are too small.
 
     Examples
     --------

@@ -26,6 +26,8 @@ def perturb(
     combine: int = 1,
     quantile: float = 0.25,
     positions: str = "shift",
+    measure: str | None = None,
+    center: bool = False,
     groupby: str | None = None,
     start: str | None = None,
     goal: str | None = None,
@@ -40,29 +42,37 @@ def perturb(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Table of the effects of in-silico perturbations: how far the embeddings of cells move, and whether toward a goal.
+    """Perturb genes in silico and measure how far each cell moves: its embedding, toward a goal, or away from its label.
 
-    Perturbed cells are made and embedded in batches, so memory does not grow with the number of perturbations. Under
-    torchrun each process takes a part of the cells, and all of them return the same table.
+    Memory does not grow with the number of variants, and equal variants are computed once. Under torchrun each process
+    takes a part of the cells, and all processes return the same table.
 
     Parameters
     ----------
     {adata}
     {model}
     genes
-        Perturbations: each is a gene, or a list of genes to perturb together. None for every gene that a cell expresses.
+        Names, or lists of names to perturb together. None for every gene that a cell expresses, one at a time.
     kind
-        "delete" removes the token of the gene. "overexpress" moves the gene to the first rank, or gives it the largest
-        value of the cell, also if it was not expressed. "inhibit" and "activate" move its rank or value down or up by
-        `quantile`. All but "overexpress" apply only to cells that express all genes of the perturbation.
+        "delete": the gene's token is removed. "overexpress": the gene becomes the first in rank, or gets the cell's largest
+        value, also if it was not expressed. "inhibit" and "activate": its rank or value moves down or up by `quantile`. All
+        but "overexpress" act only in cells that express all the genes perturbed together.
     effect_on
-        "cell" measures the shift of the cell's embedding. "genes" measures the shift of the state of each other gene; it
-        needs `genes`, and takes no goal.
+        "cell": the cell moves. "genes": the states of all its other genes move, each on its own; this needs `genes`, and
+        measures shifts only.
     combine
         Perturb all combinations of this many of `genes`.
     quantile
-        Fraction of the ranks, or of the range of values, by which "inhibit" and "activate" move a gene.
+        Fraction of the cell's genes, or of its values, that "inhibit" and "activate" move a gene by.
     {positions}
+    measure
+        "shift": 1 - cosine similarity of the embeddings before and after. "goal": change of the cosine similarity to the
+        mean embedding of `goal`. "label": change of the log-odds that the model's classifier gives to the cell's own
+        label, which is that in `groupby`, or the predicted one without `groupby`. None for "goal" if there is a `goal`, else
+        "shift".
+    center
+        Subtract the mean embedding of all cells (perturbed and goal) before cosines are computed. Embeddings of all cells
+        have much in common, so that shifts are tiny and alike without it.
     {start_and_goal}
     null_genes
         Genes to perturb in the same way as the null of the tests. None: for fewer than 100 `genes`, about 100 others that
@@ -72,46 +82,51 @@ def perturb(
         "error". If none can be done, that is an error.
     {n_bootstrap}
     precision
-        "fp32", or "bf16", which is faster on machines that support it.
+        "fp32", or "bf16" for blocks in bfloat16, which is faster on processors that support it.
     checkpoint
-        File to save progress to, and to continue from if it exists.
+        File to save to after every few thousand variants, and to resume from if it exists.
     {layer}
     {gene_key}
     {uns_key_added}
-    seed
-        Seed of the bootstrap, and of the sample of 512 cells that tests and intervals use if there are more.
+    {seed}
     {progress}
 
     Returns
     -------
-    One row per perturbation, with genes perturbed together joined by "+", the largest mean shift first (toward the goal,
-    if there is one):
+    One row per perturbation (index `gene`; genes perturbed together are joined by "+"), the largest mean first; for labels
+    the lowest first, the genes that hold cells in their state. Columns:
 
-    - `n_cells`: number of perturbed cells
-    - `shift_mean`, `shift_std`, `shift_sem`, `shift_low`, `shift_high`: 1 - cosine similarity between a cell's embedding
-      before and after, from 0 (no change) to 2, with its 95 % bootstrap interval over cells
-    - `goal_shift_...`: with `goal`, cos(after, goal) - cos(before, goal)
-    - `excess_...`: with combinations, the shift minus the sum of the shifts of the single genes in the same cell
-    - `null`, `null_mean`, `effect_size` (rank-biserial), `p_value` (rank-sum), `fdr` (Benjamini-Hochberg): of the goal
-      shift if there is a goal, else of the shift, against the null that `null` names
+    - `n_cells`: number of cells in which it was done
+    - `shift_mean`, `shift_std`, `shift_sem`, `shift_low`, `shift_high`: mean over cells, standard deviation, standard error,
+      and 95 % bootstrap interval of the shift, from 0 (no effect) to 2
+    - `goal_shift_...`: the same for the change of the cosine similarity to the goal
+    - `label_shift_...`: the same for the change of the log-odds, in place of the others
+    - `excess_...`, `goal_excess_...`, `label_excess_...`: for combinations, the effect minus the sum of the effects of the
+      single genes in the same cell
+    - `null`, `null_mean`, `effect_size` (rank-biserial), `p_value` (rank-sum), `fdr` (Benjamini-Hochberg over the genes that
+      were asked for): of the chosen measure, against the null that `null` names; `attrs["null_genes"]` lists it
+    - `reason`, with `genes`: why a perturbation could not be done, empty for the others
 
-    With ``effect_on="genes"``, one row per perturbation and other gene: `gene`, `affected`, then the same columns for the
-    shift of the state of the affected gene. It is tested against all other genes under the same perturbation, or, with
-    `null_genes`, against the same gene under those perturbations.
+    With ``effect_on="genes"``, one row per perturbation and other gene: `gene`, `affected`, then the same columns of the
+    shift of the affected gene's state. It is tested against all other genes under the same perturbation, or, with
+    `null_genes`, against itself under those.
 
     Raises
     ------
     VocabularyMismatchError
-        If a gene is not in the vocabulary, or no cell can be perturbed.
+        If no perturbation can be done, or one cannot and `missing` is "error".
     LabelsError
-        If `groupby`, `start` or `goal` does not fit `adata.obs`.
+        If `groupby`, `start` or `goal` does not fit `adata.obs`, or a label is not one of the model's.
+    ModelTaskError
+        If `measure` is "label" and the model has no classifier of cells.
     ValueError
-        If arguments do not go together; the message says which.
+        If arguments contradict each other; the message says which.
 
     Notes
     -----
-    Deletion, overexpression, goal-state shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). The tests
-    treat cells as independent; if the cells come from few donors, the p-values are too small.
+    Deletion, overexpression, goal-state shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). The
+    classifier of "label" is the transformer's alone, without the linear classifier that `scfm.tl.annotate` combines it
+    with. Tests treat cells as independent; if they come from few donors, p-values are too small.
 
     Examples
     --------
@@ -131,6 +146,8 @@ def perturb(
         combine=combine,
         quantile=quantile,
         positions=positions,
+        measure=measure,
+        center=center,
         groupby=groupby,
         start=start,
         goal=goal,
@@ -155,5 +172,7 @@ def perturb(
         start=start,
         goal=goal,
         positions=positions,
+        measure=measure,
+        center=center,
     )
     return table

@@ -32,37 +32,54 @@ def predict_perturbation(
     Parameters
     ----------
     adata
-        Raw counts of control and perturbed cells, n_obs cells by n_vars genes, in `X` or in `layer`.
+        Raw counts of control and perturbed cells, n_obs cells by n_vars genes.
     model
-        A model from `scfm.fit` or `scfm.load`, fitted without the cells of the perturbations to be scored.
+        From `scfm.fit` or `scfm.load`. Fit it without the cells of perturbations that are to be scored.
     perturbation_key
-        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`; cells with NaN are left out.
+        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`; cells without a value are left out.
+        The order of genes does not matter, and the control's name among them is ignored ("A+ctrl" is "A").
     control
         Value of that column for unperturbed cells.
     predict
-        Perturbations to predict, with genes joined by `separator`. Measured ones are predicted from all data.
+        Perturbations to predict, written in the same way. For a measured one, the data of all cells are used too.
     separator
         Text between the genes of a combination.
     {layer}
-    {gene_key}
+    gene_key
+        Column of `adata.var` with the names that perturbations use. None for `var_names`.
     seed
         Seed of the choice of control cells.
 
     Returns
     -------
-    Change of mean log1p counts per 10,000, with one row per method and perturbation (index: `method`, `perturbation`) and one
-    column per gene. Methods: "scfm", and the baselines "no change", "train mean", "additive" and "bilinear ridge".
+    One row per method and perturbation (index: `method`, `perturbation`) and one column per gene of the data: change of mean
+    log1p counts per 10,000. Methods: "scfm", and for comparison "no change", "train mean", "additive" and "bilinear
+    ridge". `attrs["left_out"]` names measured perturbations that were not used, with the reason.
+
+    Raises
+    ------
+    LabelsError
+        If the column or the control is missing, or fewer than three perturbations have five cells or more.
+    VocabularyMismatchError
+        If a gene to predict is in neither the data nor the model.
+    ValueError
+        If `predict` is a text or empty.
+
+    Warns
+    -----
+    UserWarning
+        If perturbations are left out because they have fewer than five cells.
 
     Notes
     -----
-    The features of a gene are the shift of control cells after its deletion (cells that do not express it get it first).
-    Ridge regression predicts the measured changes from them. For combinations, a second ridge regression predicts, from
-    products of features, the difference from the sum of the single changes. The baselines are hard to beat: see
+    Each gene is described by the shift of control cells when it is deleted; it is inserted first if it is not expressed. A
+    ridge regression predicts the measured changes from these shifts, and, for combinations, a second one predicts the
+    difference from the sum of single changes, from products of features. The simple methods are hard to beat: see
     `scfm.tl.score_perturbation_prediction`.
 
     Examples
     --------
-    The labels of this example are made up; real ones come from a Perturb-seq experiment.
+    Cells that are called knock-outs, to show the form; real ones come from a Perturb-seq experiment.
 
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()[:200].copy()

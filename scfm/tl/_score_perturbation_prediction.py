@@ -26,35 +26,49 @@ def score_perturbation_prediction(
     gene_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Scores of predictions of each measured perturbation, left out in turn, and of the baselines.
+    """Leave each measured perturbation out in turn, predict it, and compare the prediction with those of the baselines.
 
     Parameters
     ----------
-    {adata}
-    {model}
+    adata
+        Raw counts of control and perturbed cells, n_obs cells by n_vars genes.
+    model
+        From `scfm.fit` or `scfm.load`, fitted without the perturbed cells.
     perturbation_key
-        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`; cells with NaN are left out.
+        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`; cells without a value are left out.
     control
         Value of that column for unperturbed cells.
     separator
         Text between the genes of a combination.
     n_top
-        Number of genes with the largest measured change for `pearson_top`.
+        Number of genes with the largest measured change that `pearson_top` is computed on.
     {layer}
-    {gene_key}
+    gene_key
+        Column of `adata.var` with the names that perturbations use. None for `var_names`.
     seed
         Seed of the choice of control cells.
 
     Returns
     -------
-    One row per perturbation and method:
+    One row per perturbation and method: `perturbation`, `n_genes`, `method`, and
 
     - `pearson_top`: correlation of predicted and measured change over the `n_top` genes; NaN if a prediction is constant
     - `rmse`: root mean squared error over all genes
-    - `rank`: fraction of the other measured perturbations whose change correlates better with the prediction than the true
-      one; 0 is best, 0.5 is chance
+    - `rank`: fraction of the other measured perturbations whose change correlates better with the prediction than the right
+      one does; 0 is best, 0.5 is chance
 
-    The perturbed genes are left out of all scores, because their change is known in advance.
+    The perturbed genes themselves are left out of all scores, because everybody knows that they change.
+    `attrs["left_out"]` names measured perturbations that were not used, with the reason.
+
+    Raises
+    ------
+    LabelsError
+        If the column or the control is missing, or fewer than three perturbations have five cells or more.
+
+    Warns
+    -----
+    UserWarning
+        If perturbations are left out because they have fewer than five cells.
 
     Examples
     --------

@@ -23,6 +23,8 @@ def screen(
     start: str | None = None,
     goal: str | None = None,
     positions: str = "shift",
+    measure: str | None = None,
+    center: bool = False,
     n_verify: int = 75,
     n_check: int = 20,
     n_projections: int = 8,
@@ -35,58 +37,65 @@ def screen(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Table of the effects of deleting each gene: estimated for all genes of a cell at once, and exact for the best ones.
+    """Estimate the effect of deleting each gene, for all genes of each cell at once, and verify the largest exactly.
 
     Exact deletion of the N genes of a cell takes N forward passes. The estimate takes `n_projections` backward passes, or
-    one toward a goal. A rank encoding with `positions="shift"` takes five more forward passes, or eight toward a goal.
+    one toward a goal or for a label. Under a rank encoding with ``positions="shift"`` it takes five forward passes more, or
+    eight with one direction.
 
     Parameters
     ----------
     {adata}
     model
-        A model from `scfm.fit` or `scfm.load`, with a mean or `cls` embedding and softmax attention.
+        From `scfm.fit` or `scfm.load`; mean or `cls` embedding, softmax attention.
     {start_and_goal}
     {positions}
+    measure
+        As in `scfm.tl.perturb`: "shift", "goal" or "label". None for "goal" if there is a `goal`, else "shift".
+    center
+        Subtract the mean embedding of all cells before cosines are computed.
     n_verify
-        Number of best genes to delete exactly, in every cell that expresses them.
+        Number of the best genes to delete exactly, in every cell that expresses them.
     n_check
-        Number of random other genes to delete exactly, to estimate the recall.
+        Number of random other genes to delete exactly, for the estimate of the recall.
     n_projections
-        Number of directions in the embedding along which effects are estimated, without a goal. They are found once for a
-        model, from 640 exact deletions in ten of these cells, and saved with it.
+        Number of directions in which the estimate resolves the effect on other genes, for "shift" only. They are computed
+        once per model, by 640 exact deletions in ten of these cells, and saved with it.
     min_cells
-        Genes that fewer cells express are not ranked among the best.
+        Genes that fewer cells express are not verified.
     {n_bootstrap}
     precision
-        Precision of the estimates: "fp32", or "bf16", which is two to three times faster on machines that support it. The
-        best genes are always verified in fp32.
+        Precision of the estimates: "fp32", or "bf16" for blocks in bfloat16, two to three times faster on processors that
+        support it. The best genes are always verified in fp32.
     {layer}
     {gene_key}
     {uns_key_added}
-    seed
-        Seed of the choice of directions, of the random genes and of the bootstrap.
+    {seed}
     {progress}
 
     Returns
     -------
-    One row per gene, the largest effect first (toward the goal, if there is one), with the columns of `scfm.tl.perturb` and
+    One row per gene, in the order and with the columns of `scfm.tl.perturb`, of the chosen measure only, and
 
-    - `exact`: whether mean, standard deviation and interval of the row are exact or estimated
-    - `estimate_mean`: the estimate, also if the row is exact; tests and effect sizes compare estimates with each other
-    - `rank_only`: the mean position of the gene in its cells, from 0 (highest rank or value) to 1, as a control
+    - `exact`: whether mean, standard deviation and interval of the row are exact; else they are those of the estimate
+    - `estimate_mean`: the estimate, also if the row is exact; tests and effect sizes compare estimates with estimates
+    - `rank_only`: the gene's mean rank in its cells, from 0 (first by position, or largest value) to 1, as a control
 
-    `attrs` holds `recall_estimate`, the expected fraction of the true best 50 genes that was verified; `rank_only_recall`,
-    the fraction that the same number of genes chosen by `rank_only` would contain; and `n_top`, 50 or the number of genes.
+    `attrs` has `recall_estimate`, the expected fraction of the exact best 50 that was verified; `rank_only_recall`, the
+    fraction of the best 50 that would have been among as many genes chosen by `rank_only`; and `n_top`, that 50 or fewer.
 
     Raises
     ------
     ValueError
-        If the model has another embedding or attention; use `scfm.tl.perturb`.
+        If the estimate does not apply to the model; use `scfm.tl.perturb`.
+    LabelsError
+        If `groupby`, `start` or `goal` does not fit `adata.obs`, or a label is not one of the model's.
 
     Notes
     -----
-    After a short training, moving up a rank changes the embedding more than the deletion itself, so the best genes are
-    those with the highest ranks. Check `rank_only_recall`, and use ``positions="held"``.
+    If rank embeddings are rough (short training), moving up by one rank dominates every shift, and the best genes are
+    those with the highest ranks. Compare with `rank_only_recall`, and use ``positions="held"``. The estimate follows such
+    ranks too, by the forward passes named above.
 
     Examples
     --------
@@ -105,6 +114,8 @@ def screen(
         start=start,
         goal=goal,
         positions=positions,
+        measure=measure,
+        center=center,
         n_verify=n_verify,
         n_check=n_check,
         n_projections=n_projections,
@@ -125,6 +136,8 @@ def screen(
         start=start,
         goal=goal,
         positions=positions,
+        measure=measure,
+        center=center,
         precision=precision,
         **table.attrs,
     )

@@ -258,15 +258,15 @@ def test_a_run_continues_from_its_checkpoint(cells, rank_model, tmp_path, monkey
     monkeypatch.setattr(VariantRunner, "variants_per_block", 20)
     path = tmp_path / "run.npz"
     seen = []
-    run_block = VariantRunner._run_block
+    original = VariantRunner.run_block
 
     def stops_at_the_third(self, start, stop):
         seen.append(start)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return run_block(self, start, stop)
+        return original(self, start, stop)
 
-    monkeypatch.setattr(VariantRunner, "_run_block", stops_at_the_third)
+    monkeypatch.setattr(VariantRunner, "run_block", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         scfm.tl.perturb(cells, rank_model, checkpoint=path, progress=False)
     continued = scfm.tl.perturb(cells, rank_model, checkpoint=path, progress=False)

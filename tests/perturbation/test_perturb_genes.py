@@ -116,15 +116,15 @@ def test_it_continues_from_its_checkpoint_and_shows_the_time_left(cells, model, 
     options = {"genes": commonest(cells, 3), "effect_on": "genes", "n_bootstrap": 0}
     whole = scfm.tl.perturb(cells, model, progress=False, **options)
     monkeypatch.setattr(GeneShiftRunner, "variants_per_block", 4)
-    started, run_block = [], GeneShiftRunner._run_block
+    started, original = [], GeneShiftRunner.run_block
 
     def stops_at_the_third(self, start, stop):
         started.append(start)
         if len(started) == 3:
             raise KeyboardInterrupt
-        return run_block(self, start, stop)
+        return original(self, start, stop)
 
-    monkeypatch.setattr(GeneShiftRunner, "_run_block", stops_at_the_third)
+    monkeypatch.setattr(GeneShiftRunner, "run_block", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         scfm.tl.perturb(cells, model, checkpoint=tmp_path / "run.npz", progress=False, **options)
     continued = scfm.tl.perturb(cells, model, checkpoint=tmp_path / "run.npz", **options)

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 import scfm
 from scfm.models import CellTransformer
-from scfm.perturbation.screening import directions as calibrate
+from scfm.perturbation.screening import directions
 from scfm.perturbation.screening.estimate import Estimator
 from scfm.perturbation.screening.ranks import RankMoves, own_paths
 from scfm.perturbation.screening.recall import recall_estimate
@@ -32,7 +32,7 @@ def model(request, adata):
 
 def test_held_estimates_rank_genes_as_exact_deletion_does(adata, model):
     exact = scfm.tl.perturb(adata[:N_CELLS], model, positions="held", n_bootstrap=0, progress=False)
-    # A `cls` embedding has no own share: all that is known of a deletion lies in the projections.
+    # A `cls` embedding has no own term: all that is known of a deletion lies in the projections.
     n_projections = 8 if model.network.config.pooling.how == "mean" else 64
     table = scfm.tl.screen(
         adata[:N_CELLS], model, positions="held", n_verify=0, n_bootstrap=0, n_projections=n_projections, progress=False
@@ -101,7 +101,7 @@ def test_bfloat16_estimates_rank_alike_and_verified_rows_stay_float32(adata, mod
 def test_directions_are_saved_with_the_model(adata, model, tmp_path, monkeypatch):
     before = scfm.tl.screen(adata[:N_CELLS], model, n_verify=0, n_bootstrap=0, progress=False)
     model.save(tmp_path / "model")
-    monkeypatch.setattr(calibrate, "principal_directions", lambda *_, **__: pytest.fail("calibrated again"))
+    monkeypatch.setattr(directions, "principal_directions", lambda *_, **__: pytest.fail("calibrated again"))
     after = scfm.tl.screen(adata[:N_CELLS], scfm.load(tmp_path / "model"), n_verify=0, n_bootstrap=0, progress=False)
     pd.testing.assert_frame_equal(before, after)
 
@@ -156,37 +156,36 @@ def test_the_effect_along_a_direction_is_the_closed_form(adata):
     torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-12)
 
 
-def test_ranks_that_move_up_are_exact_at_known_places_and_between_them_where_their_embeddings_are_even(adata):
-    """Oracle: the cell with every later gene's place lowered by hand; places along a line move it evenly."""
+def test_ranks_that_move_up_are_exact_at_some_positions_and_between_them_if_their_embeddings_are_even(adata):
+    """Oracle: the cell with the position of every later gene lowered by hand; positions along a line move it evenly."""
     model = scfm.fit(adata.copy(), config=scfm.FitConfig(n_steps=2, tokens_per_step=2048), progress=False)
-    cells = scfm.pp.encode(adata[:2], model)
-    before = torch.from_numpy(model.embed(cells))
-    weight = model.network.embedding.rank.weight
+    network, cells = model.network, scfm.pp.encode(adata[:2], model)
     with torch.no_grad():
+        weight = network.embedding.rank.weight
         step_D = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
         weight.copy_(torch.arange(len(weight))[:, None] * 1e-4 * step_D)
     before = torch.from_numpy(model.embed(cells))
-    moves = RankMoves.of(model.network, cells, before, 9)
-    bounds, known = cells.cu_seqlens.tolist(), 0
+    moves = RankMoves.of(network, network.embedding_readout, cells, before, 9)
+    bounds, n_exact = cells.cu_seqlens.tolist(), 0
     for cell in range(2):
-        for place in (*moves.places[cell][[0, 3, -1]].tolist(), 17, 100):
-            places = torch.arange(bounds[cell + 1] - bounds[cell])
-            places[place + 1 :] -= 1
+        for index in (*moves.exact_at[cell][[0, 3, -1]].tolist(), 17, 100):
+            positions = torch.arange(bounds[cell + 1] - bounds[cell])
+            positions[index + 1 :] -= 1
             one = cells.select([cell])
             with torch.inference_mode():
-                plan = model.network.plan(one)
-                hidden = model.network.embedding(one.gene_ids_T, None, places)
-                for block in model.network.blocks:
+                plan = network.plan(one)
+                hidden = network.embedding(one.gene_ids_T, None, positions)
+                for block in network.blocks:
                     hidden = block(hidden, plan)
-                moved = model.network.pool(hidden, one)
+                moved = network.pool(hidden, one)
             expected = moved[0].double() - before[cell].double()
-            found = moves.following(torch.zeros_like(moves.exact_TD), moves.exact_TD)[bounds[cell] + place]
-            if place in moves.places[cell]:  # the same sums in the same order, whatever the batch
-                known += 1
+            found = moves.following(torch.zeros_like(moves.exact_TD), moves.exact_TD)[bounds[cell] + index]
+            if index in moves.exact_at[cell]:  # the same sums in the same order, whatever the batch
+                n_exact += 1
                 assert torch.equal(found, expected)
             else:
                 assert (found - expected).norm() <= 0.05 * expected.norm()
-    assert known == 6
+    assert n_exact == 6
 
 
 def test_rough_ranks_do_not_mislead_the_goal_estimate(adata, monkeypatch):
@@ -199,12 +198,12 @@ def test_rough_ranks_do_not_mislead_the_goal_estimate(adata, monkeypatch):
                   *np.flatnonzero(adata.obs["bulk_labels"] == "CD19+ B")[:10]]]  # fmt: skip
     exact = scfm.tl.perturb(some, model, **state, n_bootstrap=0, progress=False)
     table = scfm.tl.screen(some, model, **state, n_verify=0, n_bootstrap=0, progress=False)
-    mended = spearmanr(table.loc[exact.index, "estimate_mean"], exact["goal_shift_mean"]).statistic
-    monkeypatch.setattr(Estimator, "_moves", lambda self, n_ranks: None)
+    with_moves = spearmanr(table.loc[exact.index, "estimate_mean"], exact["goal_shift_mean"]).statistic
+    monkeypatch.setattr(Estimator, "rank_moves", lambda self, n_ranks: None)
     linear = scfm.tl.screen(some, model, **state, n_verify=0, n_bootstrap=0, progress=False)
-    unmended = spearmanr(linear.loc[exact.index, "estimate_mean"], exact["goal_shift_mean"]).statistic
-    assert mended > 0.95
-    assert mended > unmended
+    without_moves = spearmanr(linear.loc[exact.index, "estimate_mean"], exact["goal_shift_mean"]).statistic
+    assert with_moves > 0.95
+    assert with_moves > without_moves
 
 
 def test_rough_ranks_do_not_mislead_the_undirected_estimate(adata, monkeypatch):
@@ -239,7 +238,7 @@ def test_own_paths_agree_with_one_token_moved_at_a_time(adata, norm):
     cells = scfm.pp.encode(adata[:2], encoding)
     estimator = Estimator(network, cells)
     keys = estimator.keys
-    found = own_paths(network, cells, keys, estimator.states_TD.detach())
+    found = own_paths(network, network.embedding_readout, cells, keys, estimator.states_TD.detach())
     start, stop = cells.cu_seqlens.tolist()[1:3]
     ids, step = cells.gene_ids_T[start:stop], torch.zeros(stop - start, 16, dtype=torch.float64)
     for place in range(1, stop - start):

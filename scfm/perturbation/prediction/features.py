@@ -1,4 +1,4 @@
-"""What a model knows of a gene as a target: where control cells move without it."""
+"""Features of a perturbed gene by the model: the shift of control cells when it is deleted."""
 
 # Axes: N tokens of one cell, F features.
 
@@ -17,20 +17,20 @@ from scfm.perturbation.variants import cell_of
 
 
 def target_features(model: Model, cells: CellBatch, genes: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Mean move of the cells' embeddings when each gene is deleted, (F,), standardised over genes, then of length 1.
+    """Mean shift of the cells' embeddings when each gene is deleted, (F,), standardised over genes, then of length 1.
 
-    A gene that a cell does not express is put into it first, as its weakest gene: the perturbed gene is always in the input.
-    Genes that the vocabulary does not know get zeros, the mean.
+    A gene that a cell does not express is inserted first, as its weakest gene, so that the perturbed gene is always in the
+    input. Genes that are not in the vocabulary get zeros, the mean.
     """
     tokens = model.encoding.vocabulary.token_ids(genes)
-    known = [gene for gene, token in zip(genes, tokens) if token >= 0]
+    in_vocabulary = [gene for gene, token in zip(genes, tokens) if token >= 0]
     raw = [_features(model, cells, int(token)) for token in tokens if token >= 0]
     if not raw:
         return {gene: np.zeros(1) for gene in genes}
     raw_PF = np.stack(raw)
     scaled_PF = (raw_PF - raw_PF.mean(0)) / np.maximum(raw_PF.std(0), 1e-12)
     scaled_PF /= np.maximum(np.linalg.norm(scaled_PF, axis=1, keepdims=True), 1e-12)
-    found = dict(zip(known, scaled_PF))
+    found = dict(zip(in_vocabulary, scaled_PF))
     return {gene: found.get(gene, np.zeros(raw_PF.shape[1])) for gene in genes}
 
 
@@ -57,10 +57,10 @@ def with_gene(cell: TokenCell, token: int, editor: Editor) -> TokenCell:
     weakest = genes[genes > 0].min() if (genes > 0).any() else np.float32(1)
     if editor.keeps_zeros:
         return TokenCell(cell.gene_ids_N, np.where(cell.gene_ids_N == token, weakest, values))
-    place = editor.n_front + int(np.searchsorted(cell.gene_ids_N[editor.n_front : stop], token))
-    return TokenCell(np.insert(cell.gene_ids_N, place, token), np.insert(values, place, weakest))
+    index = editor.n_front + int(np.searchsorted(cell.gene_ids_N[editor.n_front : stop], token))
+    return TokenCell(np.insert(cell.gene_ids_N, index, token), np.insert(values, index, weakest))
 
 
-def _drop(cell: TokenCell, place: int) -> TokenCell:
-    values = None if cell.values_N is None else np.delete(cell.values_N, place)
-    return TokenCell(np.delete(cell.gene_ids_N, place), values)
+def _drop(cell: TokenCell, index: int) -> TokenCell:
+    values = None if cell.values_N is None else np.delete(cell.values_N, index)
+    return TokenCell(np.delete(cell.gene_ids_N, index), values)

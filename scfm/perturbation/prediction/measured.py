@@ -107,7 +107,7 @@ def read_measured(
             f"{', '.join(list(left_out)[:5])}.",
             stacklevel=4,
         )
-    expression_BG, genes, columns = _expression(adata, layer=layer, gene_key=gene_key)
+    expression_BG, genes, columns = log_expression(adata, layer=layer, gene_key=gene_key)
     control_G = np.asarray(expression_BG[control_B].mean(0), dtype=np.float64).ravel()
     means = [np.asarray(expression_BG[rows[target]].mean(0), dtype=np.float64).ravel() for target in kept]
     return Measured(
@@ -127,7 +127,7 @@ def _shown(name: str, control: str, separator: str) -> str:
     return separator.join(dict.fromkeys(part for part in parts if part not in (control, "")))
 
 
-def _expression(
+def log_expression(
     adata: anndata.AnnData, *, layer: str | None, gene_key: str | None
 ) -> tuple[sparse.csr_matrix, tuple[str, ...], tuple[str, ...]]:
     """log1p counts per 10,000 by gene, the names of the genes, and their `var_names` (of the first column of each)."""

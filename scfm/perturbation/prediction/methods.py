@@ -30,11 +30,11 @@ def additive(measured: Measured, targets: Targets) -> NDArray[np.float64]:
     alone: dict[str, NDArray[np.float64]] = {
         target[0]: change for target, change in zip(measured.targets, measured.change_PG) if len(target) == 1
     }
-    unknown_G = np.mean(list(alone.values()), axis=0) if alone else measured.change_PG.mean(0)
+    other_G = np.mean(list(alone.values()), axis=0) if alone else measured.change_PG.mean(0)
     found = np.zeros((len(targets), len(measured.genes)))
     for row, target in enumerate(targets):
         for gene in target:
-            found[row] += alone.get(gene, unknown_G)
+            found[row] += alone.get(gene, other_G)
     return found
 
 
@@ -74,22 +74,24 @@ def ridge_on_features(features: Mapping[str, NDArray[np.float64]]) -> Predictor:
     """
 
     def predict(measured: Measured, targets: Targets) -> NDArray[np.float64]:
-        singles = [place for place, target in enumerate(measured.targets) if len(target) == 1]
-        pairs = [place for place, target in enumerate(measured.targets) if len(target) > 1]
-        known = {measured.targets[place][0]: measured.change_PG[place] for place in singles}
-        wanted = sorted({gene for target in (*targets, *measured.targets) for gene in target if gene not in known})
+        singles = [row for row, target in enumerate(measured.targets) if len(target) == 1]
+        pairs = [row for row, target in enumerate(measured.targets) if len(target) > 1]
+        measured_alone = {measured.targets[row][0]: measured.change_PG[row] for row in singles}
+        wanted = sorted(
+            {gene for target in (*targets, *measured.targets) for gene in target if gene not in measured_alone}
+        )
         if wanted and len(singles) > 2:
-            train = np.stack([features[measured.targets[place][0]] for place in singles])
+            train = np.stack([features[measured.targets[row][0]] for row in singles])
             guesses = ridge(train, measured.change_PG[singles], np.stack([features[gene] for gene in wanted]))
         else:
             guesses = np.tile(measured.change_PG.mean(0), (len(wanted), 1))
-        alone = known | dict(zip(wanted, guesses))
+        alone = measured_alone | dict(zip(wanted, guesses))
         found = np.stack([np.sum([alone[gene] for gene in target], axis=0) for target in targets])
         together = [row for row, target in enumerate(targets) if len(target) > 1]
         if together and len(pairs) > 2:
-            sums = np.stack([np.sum([alone[gene] for gene in measured.targets[place]], axis=0) for place in pairs])
+            sums = np.stack([np.sum([alone[gene] for gene in measured.targets[row]], axis=0) for row in pairs])
             excess = measured.change_PG[pairs] - sums
-            train = np.stack([_product(features, measured.targets[place]) for place in pairs])
+            train = np.stack([_product(features, measured.targets[row]) for row in pairs])
             test = np.stack([_product(features, targets[row]) for row in together])
             found[together] += ridge(train, excess, test)
         return found
@@ -102,7 +104,7 @@ def _product(features: Mapping[str, NDArray[np.float64]], target: tuple[str, ...
 
 
 def ridge(train_PF: NDArray, change_PG: NDArray, test_QF: NDArray) -> NDArray[np.float64]:
-    """Ridge with an intercept; the penalty with the least leave-one-out error, found in closed form.
+    """Ridge with an intercept; the penalty with the smallest leave-one-out error, in closed form.
 
     Penalties are relative to the mean diagonal of the kernel.
     """

@@ -36,18 +36,18 @@ def projections(model: Model, cells: CellBatch, *, positions: str, n_projections
 def principal_directions(
     model: Model, cells: CellBatch, *, positions: str, n_projections: int, seed: int
 ) -> NDArray[np.float64]:
-    """Main axes of what exact deletions do beyond what is known of them in all dimensions, in a few cells, shape (D, n_projections)."""
+    """Main axes of the part of exact deletions that needs directions, in a few cells, shape (D, n_projections)."""
     rng = np.random.default_rng(seed)
     long_enough = np.flatnonzero(np.diff(cells.cu_seqlens.numpy()) > model.encoding.config.n_special_tokens + 1)
     chosen = np.sort(rng.choice(long_enough, min(CALIBRATION_CELLS, len(long_enough)), replace=False))
-    parts = [_beyond_what_is_known(model, cells, int(cell), positions, rng) for cell in chosen]
+    parts = [_remainder(model, cells, int(cell), positions, rng) for cell in chosen]
     moved_VD = np.concatenate(parts)
     _log.info("calibrated screen directions on %d deletions in %d cells", len(moved_VD), len(chosen))
     values, vectors = np.linalg.eigh(moved_VD.T @ moved_VD)
     return vectors[:, np.argsort(-values)[:n_projections]]
 
 
-def _beyond_what_is_known(
+def _remainder(
     model: Model, cells: CellBatch, cell: int, positions: str, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     editor = Editor.of(model.encoding, "delete", positions=positions)
@@ -57,8 +57,8 @@ def _beyond_what_is_known(
     estimator = Estimator(model.network, cells.select([cell]), positions=positions)
     variants = [editor.edit(tokens, [gene]) for gene in genes]
     after_VD = embed_variants(model.network, variants)
-    place_of = {int(gene): place for place, gene in enumerate(tokens.gene_ids_N)}
-    known_VD = estimator.known_share()[[place_of[int(gene)] for gene in genes]].cpu().numpy()
-    left_VD = after_VD.astype(np.float64) - estimator.mean_BD.double().cpu().numpy() - known_VD
-    # Cells weigh alike: a short cell moves more on each deletion than a long one.
+    index_of = {int(gene): index for index, gene in enumerate(tokens.gene_ids_N)}
+    term_VD = estimator.exact_terms()[[index_of[int(gene)] for gene in genes]].cpu().numpy()
+    left_VD = after_VD.astype(np.float64) - estimator.mean_BD.double().cpu().numpy() - term_VD
+    # Every cell has the same weight: a short cell moves more on each deletion than a long one.
     return left_VD / np.sqrt((left_VD**2).sum() / len(left_VD) + 1e-300)

@@ -18,7 +18,7 @@ def recall_estimate(
     n_top: int,
     ratios: bool = True,
 ) -> float:
-    """Expected share of the exact `n_top` best that is among the verified.
+    """Expected fraction of the exact `n_top` best that is among the verified.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def recall_estimate(
     estimate_U
         Of all genes that were not verified as the best.
     n_top
-        How many best genes are looked for; at most the number verified.
+        Number of best genes that should be found; at most the number verified.
     ratios
         Whether errors are ratios (shifts, which are positive) or differences (shifts toward a goal).
 
@@ -40,8 +40,9 @@ def recall_estimate(
     Notes
     -----
     Counting hits among a few random genes has no power. Instead the errors of the random genes are pooled with those of the
-    lower half of the verified, and each unverified gene gets the probability that such an error lifts it above a verified one.
-    Going down the verified, the sum of these probabilities and the number passed reach `n_top` where the best end.
+    lower half of the verified ones, and each unverified gene gets the probability that such an error lifts it above a
+    verified one. The best end at the verified gene at which the number of verified genes so far, plus the sum of these
+    probabilities, reaches `n_top`.
     """
     n_top = min(n_top, len(exact_V))
     if n_top == 0 or not len(estimate_U):

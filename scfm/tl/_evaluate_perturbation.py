@@ -1,0 +1,88 @@
+"""`scfm.tl.evaluate_perturbation`: how well a ranking of genes agrees with markers or measured effects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import anndata
+import pandas as pd
+
+from scfm import perturbation
+from scfm._docs import document
+
+
+@document
+def evaluate_perturbation(
+    table: pd.DataFrame,
+    truth: Sequence[str] | Mapping[str, float] | pd.Series,
+    adata: anndata.AnnData | None = None,
+    *,
+    groupby: str | None = None,
+    group: str | None = None,
+    n_components: int = 50,
+    n_permutations: int = 1000,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score the ranking of a table of perturbations, and of simple methods, against what is known of the genes.
+
+    Parameters
+    ----------
+    table
+        Returned by `scfm.tl.perturb` or `scfm.tl.screen`. Its order is scored: by `label_shift_mean` (the lowest first),
+        `goal_shift_mean` or `shift_mean`, the first of these that it has.
+    truth
+        Marker genes, or the measured effect of each gene, large where a gene should come first.
+    adata
+        Cells for the simple methods, raw counts. To compare fairly, markers must come from other cells. None to score
+        the table alone.
+    groupby, group
+        Column of `adata.obs`, and its value for the cells that were perturbed. None for all cells; the methods that need
+        other cells are then left out.
+    n_components
+        Number of principal components of the linear map.
+    n_permutations
+        Number of random permutations of the truth among the genes.
+    {layer}
+    {gene_key}
+    {seed}
+
+    Returns
+    -------
+    One row per method (index `method`): "scfm", "expression rank" (mean expression in the group), "differential expression"
+    (Welch's t against the other cells) and "linear map on components" (what a gene adds to the log-odds of the group in a
+    logistic regression on principal components). Columns:
+
+    - `auc`, the probability that a marker is ranked above another gene; or `spearman`, the rank correlation with effects
+    - `null_low`, `null_high`: the central 95 % of the permutations
+    - `p_value`: the fraction of permutations that score at least as high, one-sided
+    - `n_genes`, `n_truth`: genes that were ranked, and markers or effects among them
+
+    All methods rank the same genes.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()
+    >>> model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=2), progress=False)
+    >>> b_cells = adata[adata.obs["bulk_labels"] == "CD19+ B"][:4]
+    >>> table = scfm.tl.screen(b_cells, model, measure="label", n_verify=5, progress=False)
+    >>> scores = scfm.tl.evaluate_perturbation(
+    ...     table, ["CD79A", "CD79B", "CD74"], adata, groupby="bulk_labels", group="CD19+ B", n_permutations=100
+    ... )
+    >>> list(scores.index)
+    ['scfm', 'expression rank', 'differential expression', 'linear map on components']
+    """
+    return perturbation.evaluate_perturbation(
+        table,
+        truth,
+        adata,
+        groupby=groupby,
+        group=group,
+        n_components=n_components,
+        n_permutations=n_permutations,
+        layer=layer,
+        gene_key=gene_key,
+        seed=seed,
+    )
