@@ -351,7 +351,7 @@ def _with_matrix(data: Any) -> Any:
 
 def _find_matrix(adata: Any, layer: str | None) -> tuple[Any, Any, str]:
     label = getattr(adata, "label", "adata")
-    has_raw = adata.raw is not None
+    has_raw = _has_raw(adata)
     if layer is None:
         if adata.X is None:
             raise CountsError(no_matrix(label, "X", list(adata.layers), has_raw=has_raw))
@@ -368,11 +368,16 @@ def _find_matrix(adata: Any, layer: str | None) -> tuple[Any, Any, str]:
     )
 
 
+def _has_raw(adata: Any) -> bool:
+    """Whether there is a `raw`: of a backed file without one, anndata gives a `raw` without genes."""
+    return adata.raw is not None and adata.raw.n_vars > 0
+
+
 def _other_matrices(adata: Any, layer: str | None) -> dict[str, Any]:
     """Every matrix but the one at `layer`, under the argument that names it."""
     label = getattr(adata, "label", "adata")
     others = {f'layer="{key}"': adata.layers[key] for key in adata.layers if key != layer}
-    if adata.raw is not None and (layer != "raw" or "raw" in adata.layers):
+    if _has_raw(adata) and (layer != "raw" or "raw" in adata.layers):
         others[f'layer="raw" ({label}.raw)'] = adata.raw.X
     if layer is not None and adata.X is not None:
         others[f"layer=None ({label}.X)"] = adata.X

@@ -59,7 +59,7 @@ def test_embed_writes_what_the_function_computes(result, folder, cells, tmp_path
 def test_fit_saves_a_model_and_tells_the_scores(result, folder, tmp_path):
     facts = result(
         "fit", folder / "cells.h5ad", tmp_path / "model",
-        "--labels-key", "bulk_labels", "--n-steps", 2, "--seed", 3, "--no-progress",
+        "--labels-key", "bulk_labels", "--no-pretrain", "--n-steps", 2, "--seed", 3, "--no-progress",
     )  # fmt: skip
     model = scfm.load(tmp_path / "model")
     assert model.id == facts["model_id"]
