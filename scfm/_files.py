@@ -56,7 +56,7 @@ def atomic_write(path: str | Path, *, n_bytes: int | None = None) -> Iterator[Pa
         _move(temporary_path, path)
     except Exception as error:
         if is_disk_full(error):
-            raise disk_full_error(path, _size(temporary_path) + _free(path), at_least=True) from error
+            raise _disk_full(path, _size(temporary_path) + _free(path), at_least=True) from error
         raise
     finally:
         _remove(temporary_path)
@@ -140,7 +140,18 @@ def require_folder(folder: Path) -> None:
 def require_space(path: Path, n_bytes: int) -> None:
     """Raise `OutputError` unless the disk of `path` has `n_bytes` free."""
     if _free(path) < n_bytes:
-        raise disk_full_error(path, n_bytes)
+        raise _disk_full(path, n_bytes)
+
+
+@contextmanager
+def disk_full_as(path: Path, n_bytes: int) -> Iterator[None]:
+    """Raise `OutputError` for `path`, which needs `n_bytes`, if the disk turns out to be full inside."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise _disk_full(path, n_bytes) from error
+        raise
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -154,15 +165,6 @@ def is_disk_full(error: BaseException) -> bool:
         r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+",
         str(error),
     ) is not None  # fmt: skip
-
-
-def disk_full_error(path: Path, n_bytes: int, *, at_least: bool = False) -> OutputError:
-    """The error for a `path` that needs `n_bytes`, which its disk does not have."""
-    return OutputError(
-        f"The disk is full: {path} needs {'more than ' if at_least else ''}{_readable(n_bytes)}, and {_readable(_free(path))} "
-        f"are free. Free some space, or name an output on another disk. "
-        f"{f'{path} is unchanged.' if path.exists() else 'Nothing was written.'}"
-    )
 
 
 def write_adata(adata: Any, path: Path) -> None:
@@ -182,6 +184,15 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
+
+
+def _disk_full(path: Path, n_bytes: int, *, at_least: bool = False) -> OutputError:
+    """The error for a `path` that needs `n_bytes`, which its disk does not have."""
+    return OutputError(
+        f"The disk is full: {path} needs {'more than ' if at_least else ''}{_readable(n_bytes)}, and {_readable(_free(path))} "
+        f"are free. Free some space, or name an output on another disk. "
+        f"{f'{path} is unchanged.' if path.exists() else 'Nothing was written.'}"
+    )
 
 
 def _readable(n_bytes: int) -> str:

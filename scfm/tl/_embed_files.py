@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,20 +17,24 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 from tqdm.auto import tqdm
 
 from scfm._docs import document
-from scfm._files import atomic_write, require_writable
-from scfm.data import CountSource
+from scfm._files import atomic_write, disk_full_as, output_lock, require_writable
+from scfm.data import CellBatch, CountSource
 from scfm.data.files import count_rows
 from scfm.data.ranks import gather, share_of, torchrun_rank
+from scfm.encoding import GeneMap
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.pp._encode import empty_cells, gene_map, refuse_empty
 from scfm.tl._record import record_of
 from scfm.tl._write_embedding import SUFFIXES, write_embedding
 
-BLOCK_CELLS = 1024  # cells between two notes of the progress; seconds of work on a CPU
+logger = logging.getLogger(__name__)
+
+BLOCK_CELLS = 1024  # cells between two records of the progress; seconds of work on a CPU
 
 
 @document
@@ -48,8 +55,8 @@ def embed_files(
 ) -> int:
     """Embed every cell of one or many files, with one block of cells in memory at a time.
 
-    Progress is kept in the folder `<out>.part`. After an interruption, the same call continues from there. The embeddings are
-    those of `scfm.tl.embed`. Under torchrun each process embeds a part of the cells, and the first one writes `out`; all
+    Progress is kept in the folder `<out>.part`. After an interruption, the same call continues from there, unless the counts
+    that were embedded have changed since. The embeddings are those of `scfm.tl.embed`. Under torchrun each process embeds a part of the cells, and the first one writes `out`; all
     processes must be able to read and write the same folder.
 
     Parameters
@@ -83,7 +90,8 @@ def embed_files(
     ValueError
         If `out` has another suffix, is one of the inputs, or is a folder that is not a .zarr.
     OSError
-        If an input is missing, cut short or of another kind, or `out` cannot be written.
+        If an input is missing, cut short or of another kind, or `out` cannot be written (`OutputError` if the disk is full or
+        another process is writing `out`).
 
     Examples
     --------
@@ -98,8 +106,6 @@ def embed_files(
     (700, 128)
     """
     model = opened(model)
-    if isinstance(paths, (str, Path)):
-        raise TypeError(f"`paths` is one path ({paths}); pass a list of paths: [{str(paths)!r}].")
     files, out = [Path(path) for path in paths], Path(out)
     require_writable(out, SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
@@ -110,42 +116,43 @@ def embed_files(
         "precision": precision,
     }
     rows = [count_rows(path) for path in files]
+    pooling = pooling or model.network.config.pooling
     job = _Job(
         folder=out.with_name(out.name + ".part"),
-        settings={"model_id": model.id, "files": [_identity(path) for path in files], **where, **how},
+        settings={"model_id": model.id, "files": [str(path.resolve()) for path in files], "rows": rows, **where, **how},
         n_cells=sum(rows),
-        width=model.network.config.width_of(pooling or model.network.config.pooling.how),
+        width=model.network.config.replace(pooling=pooling).d_embedding,
     )
     rank, world_size = torchrun_rank()
-    share, part = share_of(job.n_cells, rank, world_size), _Part(job, rank, world_size)
-    spans = list(_spans(files, rows, share[part.done :]))
-    try:
-        for path, _ in spans:  # that the last file does not fit is told now, not after hours
-            gene_map(CountSource.of(path, **where), model.encoding)
-        with tqdm(
-            total=len(share), initial=part.done, desc="embedding", unit="cell", disable=not progress or rank > 0
-        ) as bar:
-            for path, span in spans:
-                for embedding_BD in _blocks(path, model, span, where, how):
-                    part.append(embedding_BD)
-                    bar.update(len(embedding_BD))
-    except BaseException as error:
-        if part.done:
-            error.add_note(f"{part.done:,} of {len(share):,} cells are in {job.folder}; the same call goes on there.")
-        raise
-    finally:
-        part.remove_if_empty()
-    gather()  # every share is done
-    if rank == 0:
-        write_embedding(out, files, job.merge(part, world_size), key=key_added, record=record_of(model, **where, **how))
-        shutil.rmtree(job.folder, ignore_errors=True)
-    gather()  # the output is there
+    with output_lock(out if rank == 0 else job.part_folder(rank, world_size)):
+        share, part = share_of(job.n_cells, rank, world_size), _Part(job, rank, world_size)
+        try:
+            blocks = _Blocks(files, rows, share, model, where)
+            with tqdm(total=len(share), desc="embedding", unit="cell", disable=not progress or rank > 0) as bar:
+                blocks.skip(part, bar)
+                for cells in blocks:
+                    part.append(model.embed(cells, **how), blocks.digest)
+                    bar.update(cells.n_cells)
+        except BaseException as error:
+            if part.done:
+                error.add_note(
+                    f"{part.done:,} of {len(share):,} cells are in {job.folder}; the same call continues from there."
+                )
+            raise
+        finally:
+            part.close()
+        gather()  # the parts of all processes are complete
+        if rank == 0:
+            record = record_of(model, **where, **how)
+            write_embedding(out, files, job.merge(part, world_size), key=key_added, record=record)
+            shutil.rmtree(job.folder, ignore_errors=True)
+        gather()  # the output is complete
     return job.n_cells
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is embedded how, and the folder that keeps the progress of all ranks."""
+    """What is embedded and how, and the folder that keeps the progress of all processes."""
 
     folder: Path
     settings: dict[str, Any]
@@ -156,66 +163,126 @@ class _Job:
         return self.folder / f"{rank}-of-{world_size}"
 
     def merge(self, first: _Part, world_size: int) -> NDArray[np.float32]:
-        """The embedding of all cells, (N, D), from the shares of all ranks; a map of a file, so that memory stays small."""
+        """The embedding of all cells, (N, D), from the parts of all processes; read from disk as it is used."""
         if world_size == 1:
-            return first.embedding_ND
-        every_ND = _map(self.folder / "embedding.npy", "w+", (self.n_cells, self.width))
-        for rank in range(world_size):
-            share = share_of(self.n_cells, rank, world_size)
-            if len(share):
-                every_ND[share.start : share.stop] = np.load(
-                    self.part_folder(rank, world_size) / "embedding.npy", mmap_mode="r"
-                )
-        return every_ND
+            return first.rows()
+        path = self.folder / "embedding.npy"
+        with disk_full_as(path, self.n_cells * self.width * 4), path.open("wb") as file:
+            _write_header(file, (self.n_cells, self.width))
+            for rank in range(world_size):
+                part_path = self.part_folder(rank, world_size) / "embedding.npy"
+                if len(share_of(self.n_cells, rank, world_size)):
+                    np.load(part_path, mmap_mode="r").tofile(file)
+        return _read(path, (self.n_cells, self.width))
 
 
-def _map(path: Path, mode: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
-    """A float32 array in a file; one without rows cannot be mapped, and is plain."""
-    if not shape[0]:
-        return np.zeros(shape, np.float32)
-    return np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
+def _write_header(file: Any, shape: tuple[int, int]) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+
+
+def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """A float32 array of a file, read as it is used; one without rows cannot be mapped, and is plain."""
+    return np.load(path, mmap_mode="r") if shape[0] else np.zeros(shape, np.float32)
 
 
 class _Part:
-    """The folder of a rank's share under way: the embedding so far, and how far it goes."""
+    """The folder of one process: the embedding so far, how many cells it has, and the digest of their counts."""
 
     def __init__(self, job: _Job, rank: int, world_size: int) -> None:
         self.folder, self._job = job.part_folder(rank, world_size), job
-        self.done = self._read_done()
-        if self.done == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        shape = (len(share_of(job.n_cells, rank, world_size)), job.width)
-        self.embedding_ND = _map(self.folder / "embedding.npy", "r+" if self.done else "w+", shape)
+        self._path = self.folder / "embedding.npy"
+        self._shape = len(share_of(job.n_cells, rank, world_size)), job.width
+        self.done, self.digest = self._read_state()
+        if self.done:
+            self._file = self._path.open("r+b")
+        else:
+            self.restart()
 
-    def _read_done(self) -> int:
-        """Cells that an earlier run of the very same job embedded; 0 where there was none."""
+    def _read_state(self) -> tuple[int, str]:
+        """Cells that an earlier run of the very same job embedded, and the digest of their counts; 0 without one."""
         try:
             state = json.loads((self.folder / "state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            return 0
-        same = state.get("job") == self._job.settings and (self.folder / "embedding.npy").exists()
-        return int(state["done"]) if same else 0
+            same = state["job"] == self._job.settings and self._path.stat().st_size == self._offset(self._shape[0])
+            return (int(state["done"]), str(state["digest"])) if same else (0, "")
+        except (OSError, KeyError, TypeError, ValueError):
+            return 0, ""
 
-    def append(self, embedding_BD: NDArray[np.float32]) -> None:
-        self.embedding_ND[self.done : self.done + len(embedding_BD)] = embedding_BD
-        self.embedding_ND.flush()  # type: ignore[attr-defined]  # a memory map
-        self.done += len(embedding_BD)
-        with atomic_write(self.folder / "state.json") as temporary_path:
-            temporary_path.write_text(json.dumps({"job": self._job.settings, "done": self.done}))
+    def restart(self) -> None:
+        """Begin with an empty file that has its full size: a disk that is too small is noticed now, not after hours."""
+        self.done, self.digest = 0, ""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        n_bytes = self._offset(self._shape[0])
+        with disk_full_as(self._path, n_bytes):
+            self._file = self._path.open("w+b")
+            _write_header(self._file, self._shape)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, n_bytes)
 
-    def remove_if_empty(self) -> None:
-        """Leave nothing behind of a job that failed before its first block."""
-        if self.done == 0 and len(self.embedding_ND):
+    def _offset(self, row: int) -> int:
+        """Byte at which a row starts; NumPy pads headers to 128 bytes."""
+        return 128 + row * self._shape[1] * 4
+
+    def append(self, embedding_BD: NDArray[np.float32], digest: str) -> None:
+        with disk_full_as(self._path, self._offset(self._shape[0])):
+            self._file.seek(self._offset(self.done))
+            self._file.write(np.ascontiguousarray(embedding_BD, dtype=np.float32).data)
+            self._file.flush()
+            self.done, self.digest = self.done + len(embedding_BD), digest
+            with atomic_write(self.folder / "state.json") as temporary_path:
+                state = {"job": self._job.settings, "done": self.done, "digest": digest}
+                temporary_path.write_text(json.dumps(state))
+
+    def rows(self) -> NDArray[np.float32]:
+        return _read(self._path, self._shape)
+
+    def close(self) -> None:
+        """Close the file, and leave nothing of a job that failed before its first block."""
+        self._file.close()
+        if self.done == 0 and self._shape[0]:
             shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # other ranks may have theirs in it
+            with suppress(OSError):  # other processes may have theirs in it
                 self.folder.parent.rmdir()
 
 
-def _identity(path: Path) -> dict[str, Any]:
-    """What tells whether a file is still the one that was begun with."""
-    status = path.stat()
-    return {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+class _Blocks:
+    """The encoded cells of one process, block by block, and a digest of the counts read so far."""
+
+    def __init__(self, files: list[Path], rows: list[int], share: range, model: Model, where: dict[str, Any]) -> None:
+        self._encoding, self.digest = model.encoding, ""
+        sources = [(CountSource.of(path, **where), span) for path, span in _spans(files, rows, share)]
+        # That the genes of the last file do not match is said now, not after hours.
+        self._sources = [(source, gene_map(source, model.encoding), span) for source, span in sources]
+        self._blocks = self._read()
+
+    def __iter__(self) -> Iterator[CellBatch]:
+        for counts, genes, first, block, depth_B in self._blocks:
+            refuse_empty(empty_cells(block, genes, self._encoding), counts, first)
+            yield self._encoding.encode(block, genes, depth_B=depth_B)
+
+    def skip(self, part: _Part, bar: Any) -> None:
+        """Go past the cells that an earlier run embedded; if their counts are not the same, start from the first."""
+        n_skipped = 0
+        while n_skipped < part.done:
+            *_, depth_B = next(self._blocks)
+            n_skipped += len(depth_B)
+        if n_skipped == part.done and self.digest == part.digest:
+            bar.update(n_skipped)
+            return
+        logger.warning("The counts have changed since %d cells were embedded: all cells are embedded again.", part.done)
+        part.restart()
+        self.digest, self._blocks = "", self._read()
+
+    def _read(self) -> Iterator[tuple[CountSource, GeneMap, int, sparse.csr_matrix, NDArray[np.float64]]]:
+        for counts, genes, span in self._sources:
+            for first, block, depth_B in counts.blocks(BLOCK_CELLS, start=span.start, stop=span.stop):
+                digest = hashlib.blake2b(self.digest.encode(), digest_size=16)
+                for array in (genes.token_ids, block.indptr, block.indices, block.data, depth_B):
+                    digest.update(np.ascontiguousarray(array).data)
+                self.digest = digest.hexdigest()
+                yield counts, genes, first, block, depth_B
 
 
 def _spans(files: list[Path], rows: list[int], cells: range) -> Iterator[tuple[Path, range]]:
@@ -226,14 +293,3 @@ def _spans(files: list[Path], rows: list[int], cells: range) -> Iterator[tuple[P
         if start < stop:
             yield path, range(start - first, stop - first)
         first += n_rows
-
-
-def _blocks(
-    path: Path, model: Model, span: range, where: dict[str, Any], how: dict[str, Any]
-) -> Iterator[NDArray[np.float32]]:
-    """Embed some rows of a file, a block at a time."""
-    counts = CountSource.of(path, **where)
-    genes = gene_map(counts, model.encoding)
-    for first, block, depth_B in counts.blocks(BLOCK_CELLS, start=span.start, stop=span.stop):
-        refuse_empty(empty_cells(block, genes, model.encoding), counts, first)
-        yield model.embed(model.encoding.encode(block, genes, depth_B=depth_B), **how)
