@@ -149,13 +149,13 @@ def run_on_small_disk(folder, script, *arguments):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip("this user may not mount a small disk")
-    return done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a disk that can be filled")
 def test_a_full_disk_is_recognized_in_the_error_of_every_library(tmp_path):
     lines = run_on_small_disk(tmp_path, ON_A_FULL_DISK, *WRITERS.values()).splitlines()
-    assert len(lines) == len(WRITERS), lines
+    assert len(lines) == len(WRITERS)
     for line in lines:
         assert re.fullmatch(
             r"OutputError The disk is full: \S+/output.h5ad needs more than \d.\d MB, and 0.\d MB are free. Free some space, "
