@@ -75,6 +75,11 @@ def check_torch_file(path: Path) -> None:
     """
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
+            if file.read(2) == b"PK":
+                raise ModelFileError(
+                    f"{path} is cut short: the list of contents at its end is missing. Copy or download it again."
+                )
+            file.seek(0)
             for _ in range(_LEGACY_PICKLES):
                 _walk(file, _OF_TORCH, str(path))
         return

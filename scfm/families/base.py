@@ -129,6 +129,8 @@ class Family:
         Named sizes.
     objectives
         What "masked", and if it has that "generative", stand for: names in `scfm.objectives.OBJECTIVES`.
+    files, shared_files
+        Patterns of its files in a repository of the model hub: in the folder of the model, and elsewhere.
     recognise
         Whether files are a checkpoint of this family.
     read, write
@@ -147,9 +149,11 @@ class Family:
     architecture: Mapping[str, Any]
     presets: tuple[Preset, ...]
     objectives: Mapping[str, str]
+    files: tuple[str, ...]
     recognise: Callable[[CheckpointFiles], bool]
     read: Reader
     write: Callable[[Model, Path], None]
+    shared_files: tuple[str, ...] = ()
 
 
 FAMILIES: Registry[Family] = Registry(

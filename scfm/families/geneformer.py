@@ -15,20 +15,20 @@ from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
 from scfm.families.base import Family, Preset, add_family, merged
 from scfm.models.config import ModelConfig
-from scfm.models.io.dictionaries import Source, find_medians, find_vocabulary, write_dictionaries
+from scfm.models.io.dictionaries import SHARED_FOLDERS, Source, find_medians, find_vocabulary, write_dictionaries
 from scfm.models.io.load import read_weights
 from scfm.models.io.tensors import (
     State,
     WeightMapping,
-    fill_network,
+    build_network,
     read_network,
     require,
     tied,
     weight,
     weight_and_bias,
+    without_wrapper,
 )
 from scfm.models.model import Model
-from scfm.models.network import CellTransformer
 from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
@@ -58,20 +58,25 @@ def recognise(files: CheckpointFiles) -> bool:
 def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
     """Read a directory with `config.json` and `model.safetensors` or `pytorch_model.bin`; see `scfm.load`."""
     path, bert = files.path, files.json("config.json")
-    tokens = find_vocabulary(path, vocabulary)
-    if len(tokens) != bert.get("vocab_size"):
+    n_tokens = bert.get("vocab_size")
+    if not isinstance(n_tokens, int):
+        raise ModelFileError(f"{path}: config.json has vocab_size {n_tokens!r}; a BERT has a number of tokens.")
+    tokens = find_vocabulary(path, vocabulary, n_tokens=n_tokens)
+    if len(tokens) != n_tokens:
         raise ModelFileError(
-            f"{path} was trained with {bert.get('vocab_size')} tokens, but the vocabulary has {len(tokens)}. "
-            "V1 goes with the gc30M dictionaries (25,426 tokens), V2 with gc95M (20,275)."
+            f"{path} was trained with {n_tokens:,} tokens, but the vocabulary has {len(tokens):,}. "
+            "V1 goes with the gc30M dictionaries (25,426 tokens), V2 with gc104M (20,275)."
         )
     state = _read_state(files)
     config = _model_config(bert, tokens, state, path)
     encoding = make_encoding(
-        _encoding_config(config, tokens), vocabulary=tokens, medians=find_medians(path, medians, tokens)
+        _encoding_config(config, tokens),
+        vocabulary=tokens,
+        medians=find_medians(path, medians, tokens, vocabulary_source=vocabulary),
     )
-    network = CellTransformer.for_vocabulary(config, tokens)
-    unused = fill_network(
-        network, state, published_names(config), source=str(path), unused=_copies(state, config, path), strict=strict
+    copies = _copies(state, config, path)
+    network, unused = build_network(
+        config, tokens, state, published_names(config), source=str(path), unused=copies, strict=strict
     )
     labels = _labels(bert) if config.classes.n_classes else ()
     objective = "masked_genes" if config.heads.genes else None
@@ -144,9 +149,9 @@ def published_names(config: ModelConfig) -> list[WeightMapping]:
 
 def _read_state(files: CheckpointFiles) -> State:
     if files.has("model.safetensors"):
-        return read_weights(files / "model.safetensors")
+        return without_wrapper(read_weights(files / "model.safetensors"), str(files))
     if files.has("pytorch_model.bin"):
-        return files.torch("pytorch_model.bin")
+        return without_wrapper(files.torch("pytorch_model.bin"), str(files))
     raise ModelFileError(f"{files} has neither model.safetensors nor pytorch_model.bin beside its config.json.")
 
 
@@ -276,6 +281,15 @@ add_family(
             _preset("geneformer-v2-316m", 18, 1152, 18, 4608, v2=True),
         ),
         objectives=OBJECTIVES,
+        files=(
+            "config.json",
+            "model.safetensors",
+            "pytorch_model.bin",
+            "*dictionary*",
+            "*gene_name_id*",
+            "*ensembl_mapping*",
+        ),
+        shared_files=tuple(f"{folder}/*.pkl" for folder in SHARED_FOLDERS),
         recognise=recognise,
         read=read,
         write=write,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
 from scfm.families.base import FAMILIES, Family
 from scfm.models.io.dictionaries import Source
+from scfm.models.io.hub import fetched
+from scfm.models.io.load import is_saved
 from scfm.models.model import Model
 
 OWN = "scfm"  # the family that every model can be saved as
@@ -24,6 +27,9 @@ def load(
     medians: Source | None = None,
     strict: bool = True,
     device: str | torch.device = "auto",
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Model:
     """Open a model that `model.save` wrote, or a published checkpoint.
 
@@ -35,29 +41,32 @@ def load(
     Parameters
     ----------
     path
-        Directory or file.
+        Directory or file, or "owner/name" of a repository on the model hub, of which the files of the model are fetched.
     {checkpoint}
     device
         Device of the network: "cpu", "cuda", ... or "auto" for the GPU if there is one.
+    subfolder
+        Folder, or file, of the model inside `path`, such as "Geneformer-V2-104M". Dictionaries that the repository keeps
+        elsewhere are found.
+    revision, token
+        Branch, tag or commit of the repository, and the token that gives access to a private one.
 
     Raises
     ------
     ModelFileError
         If files are missing, damaged, unsafe, of a later format or of no known kind, or if a tensor is missing, unknown or
         misshapen; the message lists them.
+    ImportError
+        If a repository is named and huggingface_hub is not installed (extra `hub`).
 
     Examples
     --------
     >>> import scfm
     >>> model = scfm.load("demo_output/model")  # doctest: +SKIP
+    >>> model = scfm.load("ctheodoris/Geneformer", subfolder="Geneformer-V2-104M")  # doctest: +SKIP
     >>> model = scfm.load("Geneformer-V1-10M", vocabulary="tokens.pkl", medians="medians.pkl")  # doctest: +SKIP
     """
-    path = Path(path)
-    if not path.exists():
-        raise ModelFileError(
-            f"There is no {path}. Give a directory that `model.save` wrote, or a published checkpoint."
-        )
-    family, files = _opened(path)
+    family, files = _opened(_fetched(path, subfolder=subfolder, revision=revision, token=token))
     model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
     if model.checkpoint is not None and model.objective is None:
         model.objective = family.presets[0].objective
@@ -139,7 +148,7 @@ def convert(
     >>> scfm.load("theirs", vocabulary=model.encoding.vocabulary, medians=model.encoding.medians).network.config.n_layers
     3
     """
-    path, target = Path(source), Path(target)
+    path, target = fetched(source), Path(target)
     family, files = _opened(path)
     model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
     if model.checkpoint is not None and model.objective is None:
@@ -165,11 +174,35 @@ def _opened(path: Path) -> tuple[Family, CheckpointFiles]:
     if path.suffix in (".h5ad", ".zarr"):
         raise ModelFileError(f"{path} holds cells, not a model. Give a directory that `model.save` wrote.")
     files = CheckpointFiles(path)
-    for family in FAMILIES.values():
-        if family.recognise(files):
-            return family, files
+    if (family := _family_of(files)) is not None:
+        return family, files
+    if inside := [entry.name for entry in _entries(path) if _family_of(CheckpointFiles(entry)) is not None]:
+        raise ModelFileError(f"{path} holds several things. Name the model with `subfolder=`: {', '.join(inside)}.")
     layouts = ", ".join(family.layout for family in FAMILIES.values())
     raise ModelFileError(f"{path} is not a known kind of model. scfm reads: {layouts}.")
+
+
+def _family_of(files: CheckpointFiles) -> Family | None:
+    return next((family for family in FAMILIES.values() if family.recognise(files)), None)
+
+
+def _entries(path: Path) -> list[Path]:
+    """Folders of a folder, and its files that may hold weights in the format of torch."""
+    if not path.is_dir():
+        return []
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() or entry.suffix in (".pt", ".pth", ".ckpt"))
+
+
+def _fetched(path: str | Path, *, subfolder: str | None, revision: str | None, token: str | None) -> Path:
+    """Return the local path of a model; of a repository, first the files of scfm's own format, then those of the families."""
+    fetch = partial(fetched, path, subfolder=subfolder, revision=revision, token=token)
+    found = fetch()
+    if Path(path).exists() or is_saved(found):
+        return found
+    patterns = [pattern for family in FAMILIES.values() for pattern in family.files]
+    if (found / "model.safetensors").is_file():
+        patterns.remove("pytorch_model.bin")  # the same weights
+    return fetch(patterns=patterns, shared=[name for family in FAMILIES.values() for name in family.shared_files])
 
 
 def _device(device: str | torch.device) -> str | torch.device:

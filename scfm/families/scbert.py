@@ -13,10 +13,18 @@ from scfm.families._checkpoint import CheckpointFiles
 from scfm.families._performer import block_weights, counter_name, registered_twice
 from scfm.families.base import Family, Preset, add_family, merged, refuse_medians
 from scfm.models.config import ModelConfig
-from scfm.models.io.dictionaries import Source, find_vocabulary
-from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
+from scfm.models.io.dictionaries import VOCABULARY_FILES, Source, find_vocabulary
+from scfm.models.io.tensors import (
+    State,
+    WeightMapping,
+    build_network,
+    read_network,
+    require,
+    weight,
+    weight_and_bias,
+    without_wrapper,
+)
 from scfm.models.model import Model
-from scfm.models.network import CellTransformer
 from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
@@ -46,13 +54,13 @@ def recognise(files: CheckpointFiles) -> bool:
 def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
     """Read a `.pth` file, pretrained (`to_out` over buckets) or fine-tuned (convolution head); see `scfm.load`."""
     refuse_medians(files, medians)
-    path, state = files.path, files.content[STATE]
+    path, state = files.path, without_wrapper(files.content[STATE], str(files))
     tokens = panel_vocabulary(find_vocabulary(path, vocabulary))
     config = _model_config(state, tokens, path)
     counter = counter_name(state, "performer")
-    network = CellTransformer.for_vocabulary(config, tokens)
-    unused = fill_network(
-        network,
+    network, unused = build_network(
+        config,
+        tokens,
         state,
         published_names(config, counter),
         source=str(path),
@@ -186,6 +194,7 @@ add_family(
             ),
         ),
         objectives=OBJECTIVES,
+        files=("*.pth", "*.pt", "*.ckpt", *VOCABULARY_FILES),
         recognise=recognise,
         read=read,
         write=write,

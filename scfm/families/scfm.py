@@ -9,6 +9,7 @@ from scfm.families import geneformer, scgpt
 from scfm.families._checkpoint import CheckpointFiles
 from scfm.families.base import Family, Preset, add_family, merged
 from scfm.models.io.dictionaries import Source
+from scfm.models.io.hub import PATTERNS
 from scfm.models.io.layout import CONFIG, FORMAT
 from scfm.models.io.load import load_saved
 from scfm.models.model import Model
@@ -62,6 +63,7 @@ add_family(
         architecture={},
         presets=tuple(_preset(size, encoding) for encoding in ARCHITECTURES for size in SIZES),
         objectives={},
+        files=PATTERNS,
         recognise=recognise,
         read=read,
         write=Model.save,

@@ -14,10 +14,18 @@ from scfm.families._checkpoint import CheckpointFiles
 from scfm.families._performer import block_weights, counter_name, registered_twice
 from scfm.families.base import Family, Preset, add_family, merged, refuse_medians
 from scfm.models.config import ModelConfig
-from scfm.models.io.dictionaries import Source, find_vocabulary
-from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
+from scfm.models.io.dictionaries import VOCABULARY_FILES, Source, find_vocabulary
+from scfm.models.io.tensors import (
+    State,
+    WeightMapping,
+    build_network,
+    read_network,
+    require,
+    weight,
+    weight_and_bias,
+    without_wrapper,
+)
 from scfm.models.model import Model
-from scfm.models.network import CellTransformer
 from scfm.models.state import Checkpoint
 from scfm.nn.config import DecoderConfig
 from scfm.vocab import Vocabulary
@@ -52,17 +60,19 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     path, content = files.path, files.content
     part = next(part for part in PARTS if _is_part(content.get(part)))
     settings, source = content[part]["config"], f"{path} [{part!r}]"
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in content[part]["state_dict"].items()}
+    published_state = without_wrapper(content[part]["state_dict"], source)
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in published_state.items()}
     tokens = find_vocabulary(path, vocabulary, add_special=_missing_specials(vocabulary))
     config = _model_config(settings, state, tokens, source)
     counter = counter_name(state, PERFORMER)
-    network = CellTransformer.for_vocabulary(config, tokens)
     unused = registered_twice(state, PERFORMER, source)
     if counter not in state:  # versions that never redraw do not count
         state[counter] = torch.tensor(0)
-    unused = fill_network(network, state, published_names(config, counter), source=source, unused=unused, strict=strict)
+    network, unused = build_network(
+        config, tokens, state, published_names(config, counter), source=source, unused=unused, strict=strict
+    )
     encoding = make_encoding(EncodingConfig(kind="continuous"), vocabulary=tokens)
-    stored = f"{PREFIX}{counter}" in content[part]["state_dict"]
+    stored = f"{PREFIX}{counter}" in published_state
     published = {"part": part, "config": settings, "counter": counter if stored else None}
     checkpoint = Checkpoint(family=NAME, unused=unused, settings=published)
     return Model(network, encoding, objective="read_depth", checkpoint=checkpoint)
@@ -239,6 +249,7 @@ add_family(
             ),
         ),
         objectives=OBJECTIVES,
+        files=("*.ckpt", "*.pt", *VOCABULARY_FILES),
         recognise=recognise,
         read=read,
         write=write,

@@ -16,9 +16,17 @@ from scfm.families._checkpoint import CheckpointFiles
 from scfm.families.base import Family, Preset, add_family, merged, refuse_medians
 from scfm.models.config import ModelConfig
 from scfm.models.io.dictionaries import Source, find_vocabulary
-from scfm.models.io.tensors import State, WeightMapping, fill_network, read_network, require, weight, weight_and_bias
+from scfm.models.io.tensors import (
+    State,
+    WeightMapping,
+    build_network,
+    read_network,
+    require,
+    weight,
+    weight_and_bias,
+    without_wrapper,
+)
 from scfm.models.model import Model
-from scfm.models.network import CellTransformer
 from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
@@ -54,13 +62,12 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     weights = next((name for name in WEIGHTS if files.has(name)), None)
     if weights is None:
         raise ModelFileError(f"{path} has none of {', '.join(WEIGHTS)} beside its args.json.")
-    state = files.torch(weights)
-    if not isinstance(state, dict):
-        raise ModelFileError(f"{path / weights} holds a {type(state).__name__}, not a state dict.")
+    state = without_wrapper(files.torch(weights), str(path / weights))
     config = _model_config(arguments, tokens, state, path)
     layout = _layout(state)
-    network = CellTransformer.for_vocabulary(config, tokens)
-    unused = fill_network(network, state, published_names(config, *layout), source=str(path / weights), strict=strict)
+    network, unused = build_network(
+        config, tokens, state, published_names(config, *layout), source=str(path / weights), strict=strict
+    )
     encoding = make_encoding(_encoding_config(arguments, config), vocabulary=tokens)
     checkpoint = Checkpoint(family=NAME, unused=unused, settings={"layout": list(layout), "arguments": arguments})
     objective = "generative" if config.heads.values_from_cells else "masked_values"
@@ -291,6 +298,7 @@ add_family(
             ),
         ),
         objectives=OBJECTIVES,
+        files=("args.json", "vocab.json", *WEIGHTS),
         recognise=recognise,
         read=read,
         write=write,

@@ -98,7 +98,7 @@ class Model(ModelState):
         save(self, Path(path))
 
     def save_pretrained(
-        self, path: str | Path, *, name: str | None = None, data: str | None = None, licence: str | None = None
+        self, path: str | Path, *, name: str | None = None, data: str | None = None, license: str | None = None
     ) -> None:
         """Write the directory that `save` writes, with a model card (`README.md`): training, scores, intended use, limits.
 
@@ -108,22 +108,29 @@ class Model(ModelState):
             Directory; `scfm.load` and `Model.from_pretrained` open it.
         name
             Title of the card; None for the directory's name.
-        data, licence
-            For the card: the cells that the model was trained on, in words, and the licence of its weights
+        data, license
+            For the card: the cells that the model was trained on, in words, and the license of its weights
             ("bsd-3-clause"). The card says where they are not stated.
 
         Examples
         --------
         >>> import scfm
         >>> model = scfm.fit(scfm.datasets.pbmc(), config=scfm.FitConfig(n_steps=2), progress=False)
-        >>> model.save_pretrained("blood", data="700 PBMC of 10x Genomics", licence="bsd-3-clause")
+        >>> model.save_pretrained("blood", data="700 PBMC of 10x Genomics", license="bsd-3-clause")
         >>> scfm.Model.from_pretrained("blood").id == model.id
         True
         """
-        save_pretrained(self, Path(path), name=name or Path(path).name, data=data, licence=licence)
+        save_pretrained(self, Path(path), name=name or Path(path).name, data=data, license=license)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Model:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        subfolder: str | None = None,
+    ) -> Model:
         """Open a model in scfm's format: a directory, or a repository on the model hub. Nothing in either is executed.
 
         `scfm.load` also opens published checkpoints of other packages.
@@ -134,6 +141,8 @@ class Model(ModelState):
             Directory, or "owner/name" of a repository, whose JSON, safetensors and TSV files are fetched.
         revision, token
             Branch, tag or commit of the repository, and the token that gives access to a private one.
+        subfolder
+            Folder of the model inside `path`.
 
         Raises
         ------
@@ -147,14 +156,14 @@ class Model(ModelState):
         >>> import scfm
         >>> model = scfm.Model.from_pretrained("owner/name", revision="v1")  # doctest: +SKIP
         """
-        return cls(**vars(load_saved(fetched(path, revision=revision, token=token))))
+        return cls(**vars(load_saved(fetched(path, revision=revision, token=token, subfolder=subfolder))))
 
     def push_to_hub(
         self,
         repository: str,
         *,
         data: str | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         private: bool = False,
         revision: str | None = None,
         token: str | None = None,
@@ -165,7 +174,7 @@ class Model(ModelState):
         ----------
         repository
             "owner/name".
-        data, licence
+        data, license
             Training data in a sentence, and the license of the model, for the model card.
         private
             Whether a new repository is private.
@@ -180,9 +189,9 @@ class Model(ModelState):
 
         Examples
         --------
-        >>> model.push_to_hub("owner/name", licence="bsd-3-clause", private=True)  # doctest: +SKIP
+        >>> model.push_to_hub("owner/name", license="bsd-3-clause", private=True)  # doctest: +SKIP
         """
-        return push(self, repository, data=data, licence=licence, private=private, revision=revision, token=token)
+        return push(self, repository, data=data, license=license, private=private, revision=revision, token=token)
 
     def report(self) -> pd.DataFrame:
         """Scores of the model and of the baselines on the same held-out cells, one row per method.

@@ -9,31 +9,8 @@ import pandas as pd
 
 from scfm._files import atomic_write
 from scfm.models import Model
+from scfm.models.io.card import model_card
 from scfm.train.module import TrainingModule
-
-CARD = """---
-library_name: scfm
-tags: [single-cell, transformer, {encoding}]
----
-# Pretrained on {n_obs:,} cells
-
-| | |
-| --- | --- |
-| model | {model} |
-| id | {model_id} |
-| preset, encoding, objective | {start}, {encoding}, {objective} |
-| started from | {init} |
-| vocabulary | {n_genes:,} genes ({id_type}) |
-| steps, tokens a step, seed | {n_steps:,}, {tokens_per_step:,}, {seed} |
-| loss, first and last ten steps | {first:.3f} to {last:.3f} |
-| validation loss | {validation} |
-| data fingerprint | {sha256} |
-
-Trained on: {files}.
-
-Open it with `scfm.load("model")`. Embeddings are meant for cells of the same organism and gene naming. No labels were seen;
-compare with simple baselines before relying on it (`scfm.fit(adata, labels_key=...)` prints them).
-"""
 
 
 def write_run(
@@ -49,15 +26,10 @@ def write_run(
         table.to_csv(temporary_path)
     with atomic_write(out / "losses.png") as temporary_path:
         _draw(table, temporary_path)
-    vocabulary, config = model.encoding.vocabulary, settings["config"]
-    card = CARD.format(
-        encoding=settings["encoding"]["kind"], start=settings["preset"] or settings["init"], objective=settings["objective"],
-        init=settings["init"] or "random numbers",
-        n_obs=fingerprint["n_obs"], sha256=fingerprint["sha256"][:16], files=", ".join(f["file"] for f in fingerprint["files"]),
-        model=repr(model), model_id=model.id, n_genes=vocabulary.n_genes, id_type=vocabulary.id_type,
-        n_steps=len(losses), tokens_per_step=config["tokens_per_step"], seed=config["seed"],
-        first=table["loss"].head(10).mean(), last=table["loss"].tail(10).mean(), validation=_best(table),
-    )  # fmt: skip
+    files = ", ".join(file["file"] for file in fingerprint["files"])
+    start = settings["init"] or "random numbers"
+    data = f"{files}. Started from {start}. Validation loss: {_best(table)}."
+    card = model_card(model, name=str(out / "model"), data=data)
     with atomic_write(out / "README.md") as temporary_path:
         temporary_path.write_text(card)
 

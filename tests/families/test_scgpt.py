@@ -174,7 +174,7 @@ def test_a_truncated_file_is_an_error(transformer_model, tmp_path):
     save(tmp_path / "model", build(transformer_model).state_dict())
     weights = tmp_path / "model" / "best_model.pt"
     weights.write_bytes(weights.read_bytes()[:-500])
-    with pytest.raises(ModelFileError, match="cut short"):
+    with pytest.raises(ModelFileError, match="is cut short"):
         scfm.load(tmp_path / "model")
 
 

@@ -44,14 +44,20 @@ def remote(tmp_path, monkeypatch):
             shutil.copytree(folder_path, place / repo_id, dirs_exist_ok=True)
             return SimpleNamespace(commit_url=f"hub/{repo_id}/commit/1")
 
-    def snapshot_download(repository, *, revision, token, allow_patterns):
+    def snapshot_download(repository, *, revision, token, allow_patterns, ignore_patterns):
         if not (place / repository).is_dir():
             raise OSError(f"404: {repository}\nmore words")
         cache = tmp_path / "cache" / repository
         cache.mkdir(parents=True, exist_ok=True)
-        for file in (place / repository).iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
-                shutil.copy(file, cache)
+        for file in (place / repository).rglob("*"):
+            name = file.relative_to(place / repository).as_posix()
+            wanted, refused = (
+                any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+                for patterns in (allow_patterns, ignore_patterns)
+            )
+            if file.is_file() and wanted and not refused:
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, cache / name)
         return str(cache)
 
     monkeypatch.setattr(hub, "_client", lambda: SimpleNamespace(HfApi=HfApi, snapshot_download=snapshot_download))
@@ -95,7 +101,7 @@ def test_pickles_are_neither_fetched_nor_run(model, remote, tmp_path):
 
 
 def test_the_card_says_what_the_model_knows_and_what_nobody_said(model, tmp_path):
-    model.save_pretrained(tmp_path / "m", name="lab/blood", data="700 blood cells.", licence="cc-by-4.0")
+    model.save_pretrained(tmp_path / "m", name="lab/blood", data="700 blood cells.", license="cc-by-4.0")
     card = (tmp_path / "m" / "README.md").read_text()
     yaml = pytest.importorskip("yaml")
     head = yaml.safe_load(card.split("---")[1])
@@ -112,7 +118,7 @@ def test_the_card_says_what_the_model_knows_and_what_nobody_said(model, tmp_path
     model.save_pretrained(tmp_path / "m")
     silent = (tmp_path / "m" / "README.md").read_text()
     assert "license:" not in silent
-    assert silent.count("Not stated by who saved the model.") == 2  # data and licence
+    assert silent.count("Not stated by who saved the model.") == 2  # data and license
 
 
 def test_a_model_without_labels_has_a_card_without_scores(tmp_path):
@@ -144,7 +150,7 @@ def test_the_client_has_the_calls_that_are_made():
 
     huggingface_hub = pytest.importorskip("huggingface_hub")
     wanted = {
-        huggingface_hub.snapshot_download: {"revision", "token", "allow_patterns"},
+        huggingface_hub.snapshot_download: {"revision", "token", "allow_patterns", "ignore_patterns"},
         huggingface_hub.HfApi.create_repo: {"private", "exist_ok"},
         huggingface_hub.HfApi.upload_folder: {"repo_id", "folder_path", "revision", "commit_message"},
         huggingface_hub.HfApi: {"token"},

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from scfm.models.state import ModelState
 
+TAGS = ["scfm", "single-cell", "transcriptomics", "anndata"]
 UNSTATED = "Not stated by who saved the model."
 LIMITS = """\
 Research on single-cell expression: embedding, annotation, in-silico perturbation. Not for diagnosis or any clinical decision.
 
 - Input is raw counts of genes under the names of the vocabulary; `scfm.pp.check(adata, model)` says what is missing.
-- Where a simple baseline in the table above scores higher, prefer it.
+- If a simple baseline in the table above scores higher, prefer it.
 - Labels are those the model was trained on: a cell of another kind gets the nearest of them unless it is rejected.
 - In-silico perturbation ranks genes by how they move the model's embedding: a hypothesis, not a measurement."""
 
 
-def model_card(model: ModelState, *, name: str, data: str | None = None, licence: str | None = None) -> str:
+def model_card(model: ModelState, *, name: str, data: str | None = None, license: str | None = None) -> str:
     """Write the model card of `model`, in Markdown with the head that model hubs read.
 
     Parameters
@@ -25,23 +28,31 @@ def model_card(model: ModelState, *, name: str, data: str | None = None, licence
         Its history gives training and scores.
     name
         Title, and what `from_pretrained` opens in the card's example.
-    data, licence
-        Cells it was trained on, in words; licence of the weights, by its short name ("bsd-3-clause"). None writes that
+    data, license
+        Cells it was trained on, in words; license of the weights, by its short name ("bsd-3-clause"). None writes that
         they are not stated.
     """
-    # JSON strings are YAML strings, whatever the licence's name holds.
-    head = ["---", "library_name: scfm", "tags: [scfm, single-cell, transcriptomics, anndata]"]
-    head += [f"license: {json.dumps(licence)}"] if licence else []
     sections = {
         "Use": _use(name),
         "Data": f"{data or UNSTATED}\n\n{_genes(model)}",
         "Training": _training(model),
-        "Scores beside simple baselines": _scores(model),
+        "Scores and simple baselines": _scores(model),
         "Intended use and limits": LIMITS,
-        "Licence": licence or UNSTATED,
+        "License": license or UNSTATED,
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return "\n".join([*head, "---", "", f"# {name}", "", f"`{model!r}`, id `{model.id}`.", "", body, ""])
+    text = "\n".join(["", f"# {name}", "", f"`{model!r}`, id `{model.id}`.", "", body, ""])
+    return f"---\n{_head(license)}\n---\n{text}"
+
+
+def _head(license: str | None) -> str:
+    """YAML that model hubs read; by huggingface_hub, which knows its fields, if it is installed."""
+    facts = {"library_name": "scfm", "license": license, "tags": TAGS}
+    try:
+        from huggingface_hub import ModelCardData
+    except ImportError:  # JSON strings are YAML strings, whatever the name of the license holds
+        return "\n".join(f"{name}: {json.dumps(value)}" for name, value in facts.items() if value is not None)
+    return ModelCardData(**facts).to_yaml()
 
 
 def _use(name: str) -> str:
@@ -53,19 +64,30 @@ def _use(name: str) -> str:
 
 def _genes(model: ModelState) -> str:
     vocabulary = model.encoding.vocabulary
-    names = [vocabulary.tokens[place] for place in vocabulary.gene_ids[:3]]
+    names = [vocabulary.tokens[index] for index in vocabulary.gene_ids[:3]]
     text = f"{len(vocabulary.gene_ids):,} genes, such as {', '.join(names)}."
     return text + (f" Labels: {', '.join(model.labels)}." if model.labels else "")
 
 
 def _training(model: ModelState) -> str:
-    lines = [
-        f"- {stage['name']}: objective `{stage['objective']}`, {len(stage['losses']):,} steps, "
-        f"peak learning rate {stage['config']['learning_rate']:g}, seed {stage['config']['seed']}"
-        for stage in model.history.get("stages", [])
-    ]
+    lines = [_stage(stage) for stage in model.history.get("stages", [])]
+    if data := model.history.get("data"):
+        lines.append(f"- {data['n_obs']:,} cells of {len(data['files'])} files, fingerprint {data['sha256'][:16]}")
     lines += [f"- weights of a published checkpoint ({model.checkpoint.family})"] if model.checkpoint else []
     return "\n".join(lines) or UNSTATED
+
+
+def _stage(stage: Mapping[str, Any]) -> str:
+    losses, config = stage["losses"], stage["config"].get("config", stage["config"])  # nested by scfm.pretrain
+    return (
+        f"- {stage['name']}: objective `{stage['objective']}`, {len(losses):,} steps, "
+        f"peak learning rate {config['learning_rate']:g}, seed {config['seed']}, "
+        f"mean loss of the first and last ten steps {_mean(losses[:10]):.3f} and {_mean(losses[-10:]):.3f}"
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
 
 
 def _scores(model: ModelState) -> str:

@@ -1,44 +1,117 @@
-"""The dictionaries that a checkpoint needs: from an argument, or from beside the weights."""
+"""The dictionaries that a checkpoint needs, from an argument or from the folders in which its publishers keep them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.encoding import Encoding, read_medians, read_vocabulary
+from scfm.encoding import Encoding, read_aliases, read_medians, read_vocabulary
 from scfm.errors import ModelFileError, VocabularyMismatchError
 from scfm.vocab import Vocabulary
 
-# A path to a pickle, JSON or table, or the content itself.
+# A path to a pickle, JSON, table or folder, or the content itself.
 Source = str | Path | Mapping[str, Any] | Vocabulary | NDArray[np.float64]
 
 VOCABULARY_FILES = ("vocab.json", "vocabulary.json", "*token_dictionary*", "*tokens*.tsv")
 MEDIAN_FILES = ("*median_dictionary*", "*median*.json", "*medians*.tsv")
+ALIAS_FILES = ("*ensembl_mapping*", "*gene_name_id*")
+# Where the repository of Geneformer keeps them: beside the folder of each model.
+SHARED_FOLDERS = ("geneformer", "geneformer/gene_dictionaries_30m")
+MAX_GENES_WITHOUT_MEDIAN = 0.01  # fraction of the vocabulary, in dictionaries that belong together it is 0
 
 
-def find_vocabulary(path: Path, given: Source | None, *, add_special: Sequence[str] = ()) -> Vocabulary:
-    """Read the vocabulary that was given, or the one that lies in the directory `path`.
+def find_vocabulary(
+    path: Path, given: Source | None, *, n_tokens: int | None = None, add_special: Sequence[str] = ()
+) -> Vocabulary:
+    """Read the vocabulary that was given, or the one in the folders of the checkpoint `path`.
+
+    Names of genes are read too where a dictionary of them lies next to Ensembl ids, so that symbols are understood.
+
+    Parameters
+    ----------
+    path
+        File or folder of the checkpoint.
+    given
+        A vocabulary, a mapping of token to id, a file, or a folder to look in; None to look in the usual folders.
+    n_tokens
+        Number of tokens of the checkpoint, which decides between several dictionaries.
+    add_special
+        Roles of special tokens to add, as for `scfm.encoding.read_vocabulary`.
 
     Raises
     ------
     ModelFileError
-        If there is none, or it cannot be read.
+        If there is none of this size, or it cannot be read.
     """
     if isinstance(given, Vocabulary):
         return given
-    source = given if given is not None else _beside(path, VOCABULARY_FILES)
-    if source is None:
+    if isinstance(given, Mapping):
+        return _read(given, add_special)
+    found: dict[Path, int] = {}
+    for file in _files(path, given, VOCABULARY_FILES, "vocabulary"):
+        vocabulary = _read(file, add_special)
+        if n_tokens in (None, len(vocabulary)):
+            return _with_aliases(vocabulary, file.parent)
+        found[file] = len(vocabulary)
+    if found:
+        listing = ", ".join(f"{file} has {size:,}" for file, size in found.items())
         raise ModelFileError(
-            f"{path} holds no vocabulary. Pass `vocabulary=`: a path to the published token dictionary (pickle, JSON or "
-            "TSV), or a mapping of token to id."
+            f"{path} was trained with {n_tokens:,} tokens, but {listing}. Pass as `vocabulary=` the dictionary of this model; "
+            "of Geneformer, V1 goes with gc30M (25,426 tokens) and V2 with gc104M (20,275)."
         )
-    if not isinstance(source, (str, Path, Mapping)):
-        raise TypeError(f"`vocabulary` is a {type(source).__name__}; pass a path, a mapping or a Vocabulary.")
+    raise ModelFileError(
+        f"{path} holds no vocabulary. Pass `vocabulary=`: a path to the published token dictionary (pickle, JSON or "
+        "TSV) or to its folder, or a mapping of token to id."
+    )
+
+
+def find_medians(
+    path: Path, given: Source | None, vocabulary: Vocabulary, *, vocabulary_source: Source | None = None
+) -> NDArray[np.float64]:
+    """Read the medians that were given (by gene, or an array by token id), or those in the folders of the checkpoint.
+
+    Raises
+    ------
+    ModelFileError
+        If there are none, or if they lack many genes of the vocabulary: then they belong to another version of the model.
+    """
+    if isinstance(given, np.ndarray):
+        return given
+    if isinstance(given, Mapping):
+        return _covering(read_medians(given, vocabulary), vocabulary, "`medians`")
+    near = vocabulary_source if given is None and isinstance(vocabulary_source, (str, Path)) else None
+    files = [*_files(path, given, MEDIAN_FILES, "medians")]
+    files += [*_files(path, Path(near).parent, MEDIAN_FILES, "medians")] if near and Path(near).is_file() else []
+    files += [*_files(path, near, MEDIAN_FILES, "medians")] if near and Path(near).is_dir() else []
+    for number, file in enumerate(files, start=1):
+        try:
+            return _covering(read_medians(file, vocabulary), vocabulary, str(file))
+        except OSError as error:
+            raise ModelFileError(f"The medians {file} cannot be read: {error}") from error
+        except ModelFileError:
+            if number == len(files):
+                raise
+    raise ModelFileError(
+        f"{path} holds no medians, without which genes cannot be ranked. Pass `medians=`: a path to the published "
+        "median dictionary (pickle, JSON or TSV) or to its folder, or a mapping of gene to median."
+    )
+
+
+def write_dictionaries(encoding: Encoding, path: Path) -> None:
+    """Write token ids, and medians where there are any, as JSON next to the weights."""
+    tokens = encoding.vocabulary.tokens
+    (path / "token_dictionary.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    if encoding.medians is not None:
+        medians = {token: value for token, value in zip(tokens, encoding.medians.tolist()) if value == value}
+        (path / "median_dictionary.json").write_text(json.dumps(medians))
+
+
+def _read(source: Path | Mapping[str, Any], add_special: Sequence[str]) -> Vocabulary:
     try:
         return read_vocabulary(source, add_special=add_special)
     except (ValueError, OSError) as error:
@@ -47,34 +120,48 @@ def find_vocabulary(path: Path, given: Source | None, *, add_special: Sequence[s
         raise ModelFileError(f"The vocabulary {source} cannot be used: {error}") from error
 
 
-def find_medians(path: Path, given: Source | None, vocabulary: Vocabulary) -> NDArray[np.float64]:
-    """Read the medians that were given (by gene, or an array by token id), or those in the directory `path`."""
-    if isinstance(given, np.ndarray):
-        return given
-    source = given if given is not None else _beside(path, MEDIAN_FILES)
-    if source is None:
+def _covering(medians_V: NDArray[np.float64], vocabulary: Vocabulary, source: str) -> NDArray[np.float64]:
+    n_missing = int(np.isnan(medians_V[vocabulary.gene_ids]).sum())
+    if n_missing > max(10, MAX_GENES_WITHOUT_MEDIAN * vocabulary.n_genes):
         raise ModelFileError(
-            f"{path} holds no medians, without which genes cannot be ranked. Pass `medians=`: a path to the published "
-            "median dictionary (pickle, JSON or TSV), or a mapping of gene to median."
+            f"{source} has no median for {n_missing:,} of the {vocabulary.n_genes:,} genes of the vocabulary, so it belongs to "
+            "another version of the model. Use the medians and the token dictionary of one version (both gc30M, or both "
+            "gc104M)."
         )
-    if not isinstance(source, (str, Path, Mapping)):
-        raise TypeError(f"`medians` is a {type(source).__name__}; pass a path, a mapping or an array.")
-    try:
-        return read_medians(source, vocabulary)
-    except OSError as error:
-        raise ModelFileError(f"The medians {source} cannot be read: {error}") from error
+    return medians_V
 
 
-def write_dictionaries(encoding: Encoding, path: Path) -> None:
-    """Write token ids, and medians where there are any, as JSON beside the weights."""
-    tokens = encoding.vocabulary.tokens
-    (path / "token_dictionary.json").write_text(json.dumps({token: place for place, token in enumerate(tokens)}))
-    if encoding.medians is not None:
-        medians = {token: value for token, value in zip(tokens, encoding.medians.tolist()) if value == value}
-        (path / "median_dictionary.json").write_text(json.dumps(medians))
+def _with_aliases(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
+    """Add the names of genes that a dictionary in `folder` gives for the Ensembl ids of the vocabulary."""
+    files = list(_matching([folder], ALIAS_FILES))
+    if vocabulary.id_type != "ensembl" or not files:
+        return vocabulary
+    aliases = dict(vocabulary.aliases)
+    for file in files:
+        aliases |= read_aliases(file, vocabulary)
+    return Vocabulary(vocabulary.tokens, special=vocabulary.special, id_type=vocabulary.id_type, aliases=aliases)
 
 
-def _beside(path: Path, patterns: Sequence[str]) -> Path | None:
-    if not path.is_dir():
-        return None
-    return next((file for pattern in patterns for file in sorted(path.glob(pattern))), None)
+def _files(path: Path, given: Source | None, patterns: Sequence[str], argument: str) -> Iterator[Path]:
+    """Files to try: the one that was given, those in a folder that was given, or those in the usual folders."""
+    if given is not None and not isinstance(given, (str, Path)):
+        raise TypeError(f"`{argument}` is a {type(given).__name__}; pass a path, a mapping or the content itself.")
+    if given is None:
+        roots = [path, path.parent] if path.is_dir() else []
+        folders = [path, *(root / name for root in roots for name in SHARED_FOLDERS)] if roots else []
+    elif Path(given).is_dir():
+        folders = [Path(given), *(Path(given) / name for name in SHARED_FOLDERS), Path(given) / "gene_dictionaries_30m"]
+    else:
+        yield Path(given)
+        return
+    yield from _matching(folders, patterns)
+
+
+def _matching(folders: Sequence[Path], patterns: Sequence[str]) -> Iterator[Path]:
+    seen = set()
+    for folder in folders:
+        for pattern in patterns:
+            for file in sorted(folder.glob(pattern)) if folder.is_dir() else []:
+                if file.is_file() and file not in seen:
+                    seen.add(file)
+                    yield file

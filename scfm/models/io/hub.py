@@ -1,9 +1,10 @@
-"""Models on a model hub: our one format, a model card beside it, and nothing that could run."""
+"""Models on a model hub: fetching files by name, and uploading scfm's own format with a model card."""
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,83 @@ from scfm.models.io.save import save
 from scfm.models.state import ModelState
 
 CARD = "README.md"
-PATTERNS = ["*.json", "*.safetensors", "*.tsv", CARD]  # what is fetched; pickles are not
+PATTERNS = ("*.json", "*.safetensors", "*.tsv", CARD)  # files of scfm's own format; pickles are not fetched
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def save_pretrained(model: ModelState, folder: Path, *, name: str, data: str | None, licence: str | None) -> None:
+def save_pretrained(model: ModelState, folder: Path, *, name: str, data: str | None, license: str | None) -> None:
     """Write `folder` as `model.save` does, with a model card; see `Model.save_pretrained`."""
     save(model, folder)
-    (folder / CARD).write_text(model_card(model, name=name, data=data, licence=licence))
+    (folder / CARD).write_text(model_card(model, name=name, data=data, license=license))
 
 
-def fetched(path: str | Path, *, revision: str | None, token: str | None) -> Path:
-    """Return the directory `path`, or that of the repository of this name on the hub, once its files are here."""
-    return Path(path) if Path(path).exists() else fetch(str(path), revision=revision, token=token)
+def fetched(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    subfolder: str | None = None,
+    patterns: Sequence[str] = PATTERNS,
+    shared: Sequence[str] = (),
+) -> Path:
+    """Return a file or directory, or, for the name of a repository on the hub, its directory once the files are here.
+
+    Parameters
+    ----------
+    path
+        Local path, or "owner/name".
+    revision, token
+        Branch, tag or commit of the repository, and the token that gives access to a private one.
+    subfolder
+        Folder, or file, inside `path`.
+    patterns
+        Files to fetch from the repository, or from the subfolder; of others nothing is fetched.
+    shared
+        Files to fetch from elsewhere in the repository.
+
+    Raises
+    ------
+    ModelFileError
+        If there is no such path and no such repository.
+    ImportError
+        If a repository is named and huggingface_hub is not installed (extra `hub`).
+    """
+    local = Path(path) if subfolder is None else Path(path) / subfolder
+    if local.exists():
+        return local
+    name = str(path)
+    if Path(path).exists():
+        raise ModelFileError(f"{path} has no {subfolder}; it holds {_content_of(Path(path))}.")
+    if not REPOSITORY.fullmatch(name) or Path(path).parent.exists():
+        raise ModelFileError(
+            f"There is no {path}. Give a directory that `model.save` wrote, a published checkpoint, or a repository on the "
+            "hub as 'owner/name'."
+        )
+    folder = "" if subfolder is None else f"{subfolder.strip('/')}/"
+    wanted = [*(folder + pattern for pattern in patterns), *shared]
+    deeper = [f"{folder}*/{pattern}" for pattern in patterns]  # a star matches folders too
+    root = _snapshot(name, revision, token, allow_patterns=wanted, ignore_patterns=deeper)
+    found = root if subfolder is None else root / subfolder
+    if not found.exists():
+        raise ModelFileError(f"The repository {name} has no {subfolder}. Look up the folders on its page.")
+    return found
 
 
-def fetch(repository: str, *, revision: str | None, token: str | None) -> Path:
-    """Bring the files of a model from the hub; those that are here already are not fetched again."""
-    if not REPOSITORY.fullmatch(repository):
-        raise ModelFileError(f"There is no {repository}. Give a directory, or a repository on the hub as 'owner/name'.")
+def _snapshot(repository: str, revision: str | None, token: str | None, **patterns: Any) -> Path:
     hub = _client()
     try:
-        return Path(hub.snapshot_download(repository, revision=revision, token=token, allow_patterns=PATTERNS))
+        return Path(hub.snapshot_download(repository, revision=revision, token=token, **patterns))
     except (OSError, ValueError) as error:  # what every error of the client is
         reason = str(error).strip().partition("\n")[0]
         raise ModelFileError(
-            f"{repository} is no directory here, and could not be fetched from the hub: {reason} "
+            f"There is no {repository} here, and it could not be fetched from the hub: {reason} "
             "Check the name and the network, or give a directory that `model.save` wrote."
         ) from error
+
+
+def _content_of(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return ", ".join(names[:20]) or "nothing"
 
 
 def push(
@@ -48,7 +98,7 @@ def push(
     repository: str,
     *,
     data: str | None,
-    licence: str | None,
+    license: str | None,
     private: bool,
     revision: str | None,
     token: str | None,
@@ -59,7 +109,7 @@ def push(
     hub = _client().HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        save_pretrained(model, folder, name=repository, data=data, licence=licence)
+        save_pretrained(model, folder, name=repository, data=data, license=license)
         hub.create_repo(repository, private=private, exist_ok=True)
         done = hub.upload_folder(
             repo_id=repository, folder_path=folder, revision=revision, commit_message=f"scfm model {model.id}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -17,10 +17,15 @@ from torch import Tensor
 from scfm._untrusted import check_torch_file, require_downloaded
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
+from scfm.models.io.load import MAX_FAULTS, require_finite
 from scfm.models.network import CellTransformer
+from scfm.vocab import Vocabulary
 
 State = dict[str, Tensor]
 log = logging.getLogger(__name__)
+
+MIN_FITTING = 0.5  # fraction of the tensors without which a checkpoint is that of another model
+WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -40,66 +45,108 @@ def weight_and_bias(ours: str, theirs: str) -> list[WeightMapping]:
     return [weight(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
 
 
-def fill_network(
-    network: CellTransformer,
+def build_network(
+    config: ModelConfig,
+    vocabulary: Vocabulary,
     state: Mapping[str, Tensor],
     mappings: Iterable[WeightMapping],
     *,
     source: str,
     unused: Mapping[str, str] | None = None,
     strict: bool = True,
-) -> dict[str, str]:
-    """Load published tensors into a network, all or none.
+) -> tuple[CellTransformer, dict[str, str]]:
+    """Build a network from published tensors, all or none.
 
     Parameters
     ----------
-    network
-        Built from the checkpoint's configuration.
+    config
+        Settings that the checkpoint names.
+    vocabulary
+        Its tokens.
     state
         Published tensors by name.
     mappings
-        Where each belongs; together they must name every tensor of the network.
+        The published names of each tensor of the network; together they must cover all of them.
     source
-        What to call the checkpoint in errors.
+        Name of the checkpoint in errors.
     unused
         Published tensors that are rightly left out, and why.
     strict
-        False to warn with the list of faults where an error would be raised, and load the rest.
+        False to load the tensors that fit, and warn with the list of the others.
 
     Returns
     -------
-    Published names that were not loaded, with the reason.
+    The network, and the published names that were not loaded, with the reason.
 
     Raises
     ------
     ModelFileError
-        With every missing, unknown and misshapen tensor; the network is then untouched.
+        With every missing, unknown and misshapen tensor; also with `strict=False` if most tensors do not fit, or if values
+        are not finite. No memory is allocated for the network until everything was compared.
     """
-    unused, mappings, wanted = dict(unused or {}), list(mappings), network.state_dict()
-    assert {entry.ours for entry in mappings} == set(wanted), "a tensor of the network has no published name"
-    faults, loaded = [], {}
-    for entry in mappings:
-        found = _faults_of(entry, state, wanted[entry.ours])
-        if found:
-            faults += found
-        else:
-            parts = [state[name] for name in entry.theirs]
-            loaded[entry.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    unused, mappings = dict(unused or {}), list(mappings)
     named = {name for entry in mappings for name in entry.theirs}
+    if len(set(named) & set(state)) < MIN_FITTING * len(named):
+        raise _nothing_fits(source, state, named)
+    with torch.device("meta"):
+        wanted = CellTransformer.for_vocabulary(config, vocabulary).state_dict()
+    assert {entry.ours for entry in mappings} == set(wanted), "a tensor of the network has no published name"
+    faults = [fault for entry in mappings for fault in _faults_of(entry, state, wanted[entry.ours])]
+    fitting = [entry for entry in mappings if not _faults_of(entry, state, wanted[entry.ours])]
     unknown = [name for name in state if name not in named and name not in unused]
     faults += [f"unknown: {name}" for name in unknown]
+    if len(fitting) < MIN_FITTING * len(mappings):
+        raise _nothing_fits(source, state, named)
+    if faults and strict:
+        raise ModelFileError(
+            f"{source} does not fit the network that its configuration names, and nothing was loaded:\n  {_listed(faults)}\n"
+            f"Check that the files belong together, or load the {len(fitting)} of {len(mappings)} tensors that fit with "
+            "`strict=False`; the others get random values."
+        )
+    require_finite({name: state[name] for entry in fitting for name in entry.theirs}, source)
+    network = CellTransformer.for_vocabulary(config, vocabulary)
+    loaded = {entry.ours: _joined([state[name] for name in entry.theirs]) for entry in fitting}
+    network.load_state_dict(network.state_dict() | loaded)
     if faults:
-        listing = "\n  ".join(faults)
-        if strict:
-            raise ModelFileError(
-                f"{source} does not fit the network that its configuration names, and nothing was loaded:\n  {listing}\n"
-                "Check that the files belong together, or load what fits with `strict=False`."
-            )
-        warnings.warn(f"{source} was loaded without:\n  {listing}", stacklevel=4)
+        warnings.warn(f"{source} was loaded without:\n  {_listed(faults)}", stacklevel=4)
         unused |= dict.fromkeys(unknown, "unknown name")
-    network.load_state_dict(wanted | loaded)
-    log.info("%s: %d tensors loaded, unused: %s", source, len(named & set(state)), unused or "none")
-    return unused
+    log.info("%s: %d tensors loaded, unused: %s", source, len(set(named) & set(state)), unused or "none")
+    return network, unused
+
+
+def without_wrapper(state: Any, source: str) -> State:
+    """Remove the prefix that `DataParallel`, `DistributedDataParallel` or `torch.compile` put on every name, with a warning.
+
+    Raises
+    ------
+    ModelFileError
+        If this is not a dictionary of tensors.
+    """
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ModelFileError(f"{source} holds a {type(state).__name__}, not a dictionary of tensors by name.")
+    removed = ""
+    while prefix := next((each for each in WRAPPERS if state and all(name.startswith(each) for name in state)), None):
+        state, removed = {name.removeprefix(prefix): tensor for name, tensor in state.items()}, removed + prefix
+    if removed:
+        warnings.warn(f"{source}: the prefix {removed!r} was removed from the names of all tensors.", stacklevel=5)
+    return state
+
+
+def _nothing_fits(source: str, state: Mapping[str, Tensor], named: Collection[str]) -> ModelFileError:
+    return ModelFileError(
+        f"{source} holds other tensors than the network that its configuration names: {len(set(named) & set(state))} of "
+        f"{len(named)} names are there, and fewer than half fit (in the file: {', '.join(list(state)[:3])}, ...; expected: "
+        f"{', '.join(sorted(named)[:3])}, ...). It belongs to another model or another version of its package."
+    )
+
+
+def _listed(faults: Sequence[str]) -> str:
+    rest = len(faults) - MAX_FAULTS
+    return "\n  ".join([*faults[:MAX_FAULTS], *([f"and {rest} more"] if rest > 0 else [])])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _faults_of(entry: WeightMapping, state: Mapping[str, Tensor], wanted: Tensor) -> list[str]:
@@ -119,7 +166,7 @@ def _faults_of(entry: WeightMapping, state: Mapping[str, Tensor], wanted: Tensor
 
 
 def read_network(network: CellTransformer, mappings: Iterable[WeightMapping]) -> State:
-    """Give a network's tensors their published names: the inverse of `fill_network`, to the bit."""
+    """Give a network's tensors their published names: the inverse of `build_network`, bitwise."""
     state = network.state_dict()
     published: State = {}
     for entry in mappings:
@@ -140,7 +187,7 @@ def tied(state: Mapping[str, Tensor], copies: Mapping[str, str], source: str) ->
 
     Returns
     -------
-    Reasons for `fill_network`.
+    Reasons for `build_network`.
     """
     for copy, original in copies.items():
         if copy in state and (original not in state or not torch.equal(state[copy], state[original])):
