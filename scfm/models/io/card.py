@@ -47,7 +47,7 @@ def model_card(model: ModelState, *, name: str, data: str | None = None, license
 
 def _head(license: str | None) -> str:
     """YAML that model hubs read; by huggingface_hub, which knows its fields, if it is installed."""
-    facts = {"library_name": "scfm", "license": license, "tags": TAGS}
+    facts: dict[str, Any] = {"library_name": "scfm", "license": license, "tags": TAGS}
     try:
         from huggingface_hub import ModelCardData
     except ImportError:  # JSON strings are YAML strings, whatever the name of the license holds
