@@ -98,7 +98,7 @@ def finetune(model: Model, cells: Cells, config: FitConfig, *, seed: int, progre
     """Fit both ensemble members on the training cells and calibrate them; `model` is changed in place.
 
     The transformer starts from a linear probe on its frozen embedding, unless its class head already predicts the same
-    labels; then it goes on from that head.
+    labels; then it starts from that head.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 from cyclopts import Group, Parameter
 
-# What can be written on a command line; other members of a union, such as a Model beside a path, are left out.
+# What can be written on a command line; other members of a union, such as a Model next to a path, are left out.
 PLAIN_TYPES = (str, Path, int, float, bool, NoneType)
 
 

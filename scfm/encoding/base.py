@@ -168,11 +168,11 @@ class Encoding(ABC):
         return type(self)(self.config.replace(**changes), self.vocabulary, medians=self.medians)
 
     def to_dict(self) -> dict[str, Any]:
-        """Settings, JSON-able; the vocabulary and `arrays` are kept beside it."""
+        """Settings, JSON-able; the vocabulary and `arrays` are saved separately."""
         return {"format_version": 1, **self.config.to_dict()}
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
-        """What was learned from data, for saving beside `to_dict`."""
+        """What was learned from data, for saving next to `to_dict`."""
         return {} if self.medians is None else {"medians": self.medians}
 
     @abstractmethod

@@ -161,7 +161,7 @@ def bin_values(value_T: NDArray[np.float64], unit_T: NDArray[np.float64], *, n_b
 
 
 def quantile_edges(sorted_T: NDArray[np.float64], *, n_edges: int) -> NDArray[np.float64]:
-    """Quantiles at ``linspace(0, 1, n_edges)``: to the bit what `numpy.quantile` gives with its default method.
+    """Quantiles at ``linspace(0, 1, n_edges)``: bitwise what `numpy.quantile` gives with its default method.
 
     Written out because both backends, and every NumPy, must round alike.
     """

@@ -84,7 +84,7 @@ class EncodingConfig(Config):
     def _check(self) -> None:
         rules = [
             ("context_length", self.context_length is None or self.context_length > self.n_special_tokens,
-             f"must leave room for a gene beside {self.n_special_tokens} special tokens"),
+             f"must leave room for a gene next to {self.n_special_tokens} special tokens"),
             ("target_sum", self.target_sum is None or self.target_sum > 0, "must be positive"),
             ("n_bins", self.n_bins is None or self.n_bins >= 2, "must be at least 2"),
             ("target_depth", self.target_depth is None or self.target_depth > 0, "must be positive"),

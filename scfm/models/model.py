@@ -283,7 +283,7 @@ class Model(ModelState):
         cells
             Encoded by the model's encoding.
         expression_BV
-            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). With it, the votes of the
+            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). With it, the ensemble of the
             transformer and of the model's linear gene classifier together; without, the transformer's alone.
         calibrated
             Whether probabilities are sharpened or softened by the temperature that fits the calibration cells.
@@ -313,10 +313,10 @@ class Model(ModelState):
         return self.network if precision == "fp32" else self.network.in_bfloat16()
 
     def require_labels(self) -> None:
-        """Raise `ModelTaskError` unless the model tells classes of cells apart."""
+        """Raise `ModelTaskError` unless the model predicts classes of cells."""
         if self.labels and self.network.config.classes.kind == "token":
             raise ModelTaskError(
-                "This model tells classes of genes apart, not of cells. Its logits are `network.class_logits(cells)`, a row a token."
+                "This model predicts classes of genes, not of cells. Its logits are `network.class_logits(cells)`, one row per token."
             )
         if not self.labels:
             raise ModelTaskError(

@@ -283,7 +283,7 @@ class CellTransformer(nn.Module):
         return self._head("value_from_cell_head")(self.with_batch(cell_ND, batch_ids_N), genes_ND)
 
     def with_batch(self, hidden_ND: Tensor, batch_ids_N: Tensor | None) -> Tensor:
-        """Put the embedding of the experimental batch beside each row, where the value heads read it."""
+        """Append the embedding of the experimental batch to each row if the value heads read it."""
         if self.batch_labels is None:
             return hidden_ND
         if batch_ids_N is None:

@@ -19,13 +19,13 @@ from scfm.ops.linear import linear
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-LARGEST_SCALED = 10.0  # most deviations that a gene counts for in the gene classifier
+MAX_SCALED = 10.0  # standard deviations at which the gene classifier cuts off a gene
 
 
 class ClassHead(nn.Module):
     """Class of a cell from its embedding: batch norm without a gain, dropout, one linear layer.
 
-    The mean of many token states varies little from cell to cell beside what all cells share. Without the norm a
+    The mean of many token states varies little between cells compared with what all cells share. Without the norm a
     small step of the network moves that shared part, and with it every logit.
     """
 
@@ -62,9 +62,9 @@ class ClassHead(nn.Module):
 
 
 class GeneClassifier(nn.Module):
-    """A linear classifier of scaled log1p counts per 10,000, kept beside the network so that both can vote.
+    """A linear classifier of scaled log1p counts per 10,000, the second member of the ensemble.
 
-    Each gene is multiplied by its scale and cut off at `LARGEST_SCALED`, so that no gene decides alone. What is saved are
+    Each gene is multiplied by its scale and cut off at `MAX_SCALED`, so that no gene decides alone. What is saved are
     buffers: they are fitted once, by logistic regression, and no optimiser touches them.
     """
 
@@ -84,7 +84,7 @@ class GeneClassifier(nn.Module):
         """Scale and cut off log1p counts per 10,000 by token id, shape (B, V)."""
         scaled_BV = expression_BV.astype(np.float32, copy=True)
         scaled_BV.data *= self.scale_V.cpu().numpy()[scaled_BV.indices]
-        np.minimum(scaled_BV.data, LARGEST_SCALED, out=scaled_BV.data)
+        np.minimum(scaled_BV.data, MAX_SCALED, out=scaled_BV.data)
         return scaled_BV
 
     def logits(self, expression_BV: csr_matrix) -> NDArray[np.float32]:
@@ -92,10 +92,10 @@ class GeneClassifier(nn.Module):
         return self.scaled(expression_BV) @ self.weight_VC.cpu().numpy() + self.bias_C.cpu().numpy()
 
     def joined_with(self, network_logits_BC: Tensor, expression_BV: csr_matrix) -> Tensor:
-        """Logits of both votes together: the weighted sum of their log-probabilities, shape (B, C)."""
-        votes = (network_logits_BC, torch.from_numpy(self.logits(expression_BV)))
+        """Logits of the ensemble: the weighted sum of the members' log-probabilities, shape (B, C)."""
+        members = (network_logits_BC, torch.from_numpy(self.logits(expression_BV)))
         weights = self.ensemble_weights.tolist()
-        return sum(w * F.log_softmax(logits_BC, -1) for w, logits_BC in zip(weights, votes))
+        return sum(w * F.log_softmax(logits_BC, -1) for w, logits_BC in zip(weights, members))
 
 
 class PoolerClassHead(nn.Module):

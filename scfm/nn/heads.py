@@ -102,7 +102,7 @@ class ValueFromCellHead(nn.Module):
 
 
 class BatchLabels(nn.Module):
-    """scGPT's embedding of the experimental batch, which its decoders read beside the state."""
+    """scGPT's embedding of the experimental batch, which its decoders read together with the state."""
 
     def __init__(self, n_batches: int, d_model: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How the value beside a gene becomes a vector: one module a family."""
+"""Embeddings of the values of tokens: one module for each kind."""
 
 # Axes: T packed tokens, D model width, S soft bins.
 
@@ -12,7 +12,7 @@ from scfm.nn.config import EmbeddingConfig
 from scfm.nn.dropout import dropout
 from scfm.nn.linear import Linear
 
-LARGEST_VALUE = 512.0  # scGPT clamps values here before the first linear layer
+MAX_VALUE = 512.0  # scGPT clamps values here before the first linear layer
 MASK_VALUE = -1.0  # of a hidden value, in every encoding but buckets, where it is the last bucket
 
 
@@ -30,7 +30,7 @@ class ContinuousValueEmbedding(nn.Module):
         self.dropout = dropout
 
     def forward(self, values_T: Tensor) -> Tensor:
-        hidden_TD = F.relu(self.linear1(values_T.clamp(max=LARGEST_VALUE)[:, None]))
+        hidden_TD = F.relu(self.linear1(values_T.clamp(max=MAX_VALUE)[:, None]))
         return dropout(self.norm(self.linear2(hidden_TD)), self.dropout, self.training)
 
 

@@ -127,7 +127,7 @@ def attention(
 
     Notes
     -----
-    On the CPU the result of a cell does not depend, to the bit, on the other cells of the batch or on the number of
+    On the CPU the result of a cell does not depend, bitwise, on the other cells of the batch or on the number of
     threads. On a GPU gradients of `q` are summed in no fixed order, unless `torch.use_deterministic_algorithms` is on. Scores are never held for a whole cell at once (FlashAttention, Dao 2023); the generative mask is that
     of scGPT (Cui et al. 2024).
 

@@ -42,7 +42,7 @@ def load_cuda_extension() -> tuple[Path | None, str]:
         return None, reason
     spec = importlib.util.find_spec("scfm._cuda")
     if spec is None or spec.origin is None:
-        return None, "not built: install with nvcc, beside a CUDA build of torch (or with SCFM_BUILD_CUDA=1)"
+        return None, "not built: install with nvcc and a CUDA build of torch (or with SCFM_BUILD_CUDA=1)"
     try:
         torch.ops.load_library(spec.origin)
     except (OSError, RuntimeError) as error:

@@ -27,7 +27,7 @@ def linear(
     relu: bool = False,
     residual_NE: Tensor | None = None,
 ) -> Tensor:
-    """`residual + relu(input weight^T + bias)`; at inference on the CPU a row is bitwise the same in any company.
+    """`residual + relu(input weight^T + bias)`; at inference on the CPU a row does not depend, bitwise, on the other rows.
 
     Parameters
     ----------

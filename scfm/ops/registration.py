@@ -57,7 +57,7 @@ def register_fused(library: torch.library.Library, adds_in_any_order: Callable[[
     library
         The namespace they are in: `scfm`, or that of the emulated CUDA kernels in the tests.
     adds_in_any_order
-        Whether the backward of `q` has a faster form whose sums have no fixed order, beside a deterministic one.
+        Whether the backward of `q` has a faster form whose sums have no fixed order, in addition to a deterministic one.
     """
     _register_pair(library, "attention", adds_in_any_order)
 

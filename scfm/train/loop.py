@@ -77,7 +77,7 @@ def train(
         Cells to validate on in the course of training; the weights with the lowest loss are kept.
     run_dir
         Folder of checkpoints (`checkpoints/`) and logs (`logs/metrics.csv`, after a resumption `logs_from_STEP/`, and
-        `tensorboard/` where tensorboard is installed). A run that finds checkpoints there goes on from the newest
+        `tensorboard/` where tensorboard is installed). A run that finds checkpoints there resumes from the newest
         readable one.
     progress
         Whether to show a progress bar.
