@@ -191,14 +191,11 @@ def fit(
         frozen_BX = None if model is None else _frozen_features(fitted, cells, stage)
         outputs = finetune(fitted, cells, stage, seed=seed, progress=progress)
         fitted.scores = score_model(fitted, outputs.logits_BC, cells.expression_BV, split)
-        if frozen_BX is not None:
-            fitted.scores.append(score_probe(frozen_BX, split, seed=seed))
+        fitted.scores += [] if frozen_BX is None else [score_probe(frozen_BX, split, seed=seed)]
         if compare_from_scratch:
             fitted.scores.append(score_from_scratch(fitted, cells, stage, progress=progress))
         if baselines:
-            fitted.scores += score_baselines(
-                log_normalized_counts(adata, layer=layer, gene_key=gene_key), split, seed=seed
-            )
+            fitted.scores += score_baselines(log_normalized_counts(adata, **counts.source), split, seed=seed)
         adata.obs["scfm_split"] = split.names(adata.n_obs)
         adata.obsm[key_added] = fitted.embedding_of_features(outputs.features_BX, cells.tokens)
     record(adata, fitted, key_added, **counts.source, labels_key=labels_key, batch_key=batch_key)
