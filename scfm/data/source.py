@@ -370,7 +370,7 @@ def _find_matrix(adata: Any, layer: str | None) -> tuple[Any, Any, str]:
 
 def _has_raw(adata: Any) -> bool:
     """Whether there is a `raw`: of a backed file without one, anndata gives a `raw` without genes."""
-    return adata.raw is not None and adata.raw.n_vars > 0
+    return adata.raw is not None and len(adata.raw.var) > 0
 
 
 def _other_matrices(adata: Any, layer: str | None) -> dict[str, Any]:
