@@ -59,7 +59,7 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 def _refuse_unknown(cls: type, content: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(cls)]
     for name in content:
         if name not in known:
             raise ValueError(

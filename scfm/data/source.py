@@ -332,7 +332,8 @@ class _CollectionMatrix:
 class _Collection:
     """What is read of an AnnCollection, under the names that an AnnData has for it."""
 
-    raw, uns = None, {}
+    raw: Any = None
+    uns: Mapping[str, Any] = {}
 
     def __init__(self, collection: Any) -> None:
         self.n_obs, self.obs, self.obs_names = collection.n_obs, collection.obs, collection.obs_names

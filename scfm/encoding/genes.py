@@ -168,7 +168,7 @@ class GeneMap:
         report = dataclasses.replace(report, n_unversioned=n_unversioned)
         _refuse_misfit(report, names, vocabulary, min_coverage)
         if report.duplicated and duplicates == "error":
-            raise VocabularyMismatchError(several_columns(names, ids, source))
+            raise VocabularyMismatchError(several_columns(names, ids.tolist(), source))
         return cls(vocabulary, ids, report)
 
     @classmethod

@@ -6,9 +6,8 @@ import torch
 
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.families import Family, Preset, add_family
-from scfm.models.io.tensors import WeightMapping, fill_network, read_network
+from scfm.models.io.tensors import WeightMapping, build_network, read_network
 from scfm.models.model import Model
-from scfm.models.network import CellTransformer
 from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
@@ -30,9 +29,9 @@ PRESET = Preset(
 )
 
 
-def published_names(network):
+def published_names(names):
     """Every tensor of the checkpoint has scfm's name with "toy." before it."""
-    return [WeightMapping(name, (f"toy.{name}",)) for name in network.state_dict()]
+    return [WeightMapping(name, (f"toy.{name}",)) for name in names]
 
 
 def recognise(files):
@@ -41,9 +40,9 @@ def recognise(files):
 
 def read(files, *, vocabulary, medians, strict):
     tokens = Vocabulary.from_dict(files.json("toy.json"))
-    network = CellTransformer.for_vocabulary(PRESET.model_config(n_tokens=len(tokens), pad_id=tokens.pad_id), tokens)
-    state = files.torch("toy.pt")
-    unused = fill_network(network, state, published_names(network), source=str(files), strict=strict)
+    config, state = PRESET.model_config(n_tokens=len(tokens), pad_id=tokens.pad_id), files.torch("toy.pt")
+    names = [name.removeprefix("toy.") for name in state]
+    network, unused = build_network(config, tokens, state, published_names(names), source=str(files), strict=strict)
     encoding = make_encoding(EncodingConfig(**ENCODING), vocabulary=tokens)
     return Model(network, encoding, checkpoint=Checkpoint(family=NAME, unused=unused))
 
@@ -51,13 +50,14 @@ def read(files, *, vocabulary, medians, strict):
 def write(model, path):
     path.mkdir(parents=True)
     (path / "toy.json").write_text(json.dumps(model.encoding.vocabulary.to_dict()))
-    torch.save(read_network(model.network, published_names(model.network)), path / "toy.pt")
+    torch.save(read_network(model.network, published_names(model.network.state_dict())), path / "toy.pt")
 
 
 add_family(
     Family(
         name=NAME,
         layout="a toy directory (toy.json)",
+        files=("toy.json", "toy.pt"),
         encoding=ENCODING,
         architecture=ARCHITECTURE,
         presets=(PRESET,),

@@ -137,9 +137,14 @@ def read_network(config: ModelConfig, vocabulary: Vocabulary, path: Path) -> Cel
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file, from its header."""
     require_downloaded(path)
-    with safe_open(path, "pt") as file:
-        names = file.keys()  # the file itself is not iterable
-        return {format_1.RENAMED_TENSORS.get(name, name): tuple(file.get_slice(name).get_shape()) for name in names}
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()  # the file itself is not iterable
+            return {format_1.RENAMED_TENSORS.get(name, name): tuple(file.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise ModelFileError(
+            f"{path} is cut short or damaged ({error}). Copy it again, or save the model again."
+        ) from error
 
 
 def require_fitting(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: str) -> None:
