@@ -199,7 +199,7 @@ class Vocabulary:
         ids = self.token_ids("" if name is None else name for name in names)
         ids[np.array([name is None for name in names], dtype=bool)] = -1
         rest = np.flatnonzero(ids < 0)
-        bare = [strip_version(names[place] or "") for place in rest]
+        bare = [strip_version(names[place] or "") for place in rest.tolist()]
         found = self.token_ids(bare)
         found = np.where(found >= 0, found, [self._unversioned.get(name, -1) for name in bare]).astype(np.int32)
         found[[not name for name in bare]] = -1

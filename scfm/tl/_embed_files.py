@@ -116,12 +116,12 @@ def embed_files(
         "precision": precision,
     }
     rows = [count_rows(path) for path in files]
-    pooling = pooling or model.network.config.pooling
+    config = model.network.config
     job = _Job(
         folder=out.with_name(out.name + ".part"),
         settings={"model_id": model.id, "files": [str(path.resolve()) for path in files], "rows": rows, **where, **how},
         n_cells=sum(rows),
-        width=model.network.config.replace(pooling=pooling).d_embedding,
+        width=config.replace(pooling={"how": pooling or config.pooling.how}).d_embedding,
     )
     rank, world_size = torchrun_rank()
     with output_lock(out if rank == 0 else job.part_folder(rank, world_size)):
