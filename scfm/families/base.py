@@ -171,7 +171,7 @@ def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Parameters
     ----------
-    *settings
+    settings
         Mappings of fields, a group as a mapping of its fields.
 
     Examples

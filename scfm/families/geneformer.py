@@ -33,6 +33,8 @@ from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "geneformer"
+# Its repository keeps the dictionaries of all models next to the folders of the models.
+SHARED_FOLDERS.extend(["geneformer", "geneformer/gene_dictionaries_30m"])
 ENCODING = {"kind": "rank"}
 OBJECTIVES = {"masked": "masked_genes"}
 ARCHITECTURE: dict[str, Any] = {

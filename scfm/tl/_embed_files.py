@@ -106,6 +106,8 @@ def embed_files(
     (700, 128)
     """
     model = opened(model)
+    if isinstance(paths, str | Path):
+        raise TypeError(f"`paths` is one path; pass a list of paths: [{str(paths)!r}].")
     files, out = [Path(path) for path in paths], Path(out)
     require_writable(out, SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}

@@ -51,7 +51,8 @@ def screen(
     {start_and_goal}
     {positions}
     measure
-        As in `scfm.tl.perturb`: "shift", "goal" or "label". None for "goal" if there is a `goal`, else "shift".
+        What is measured: the "shift" of the embedding, the movement toward the "goal", or the log-odds of each cell's own
+        "label". None for "goal" if there is a `goal`, else "shift".
     center
         Subtract the mean embedding of all cells before cosines are computed.
     n_verify

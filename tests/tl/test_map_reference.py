@@ -89,7 +89,7 @@ def test_integration_needs_values_and_two_batches(blood, rank_model, bin_model):
     adata.obs["donor"] = "a"
     with pytest.raises(ModelTaskError, match='encoding="bin"'):
         scfm.tl.integrate(adata, rank_model, batch_key="donor")
-    with pytest.raises(LabelsError, match="one batch only"):
+    with pytest.raises(LabelsError, match="only one batch"):
         scfm.tl.integrate(adata, bin_model, batch_key="donor")
-    with pytest.raises(LabelsError, match=r"not in `adata\.obs`"):
+    with pytest.raises(LabelsError, match="doner.*donor"):
         scfm.tl.integrate(adata, bin_model, batch_key="doner")

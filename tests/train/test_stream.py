@@ -114,7 +114,7 @@ def test_a_position_is_a_number_of_batches_over_all_epochs(files, encoding, step
 def test_bad_counts_in_a_file_are_an_error_that_names_it(encoding, tmp_path):
     adata = anndata.AnnData(sp.csr_matrix(np.full((5, 50), 0.5, dtype=np.float32)), var=pd.DataFrame(index=NAMES))
     adata.write_h5ad(tmp_path / "logged.h5ad")
-    with pytest.raises(CountsError, match=r"logged\.h5ad:X holds fractions"):
+    with pytest.raises(CountsError, match=r"logged\.h5ad\.X holds fractions"):
         list(CellStream([tmp_path / "logged.h5ad"], encoding, batch_cells=2))
 
 

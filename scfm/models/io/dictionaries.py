@@ -20,8 +20,8 @@ Source = str | Path | Mapping[str, Any] | Vocabulary | NDArray[np.float64]
 VOCABULARY_FILES = ("vocab.json", "vocabulary.json", "*token_dictionary*", "*tokens*.tsv")
 MEDIAN_FILES = ("*median_dictionary*", "*median*.json", "*medians*.tsv")
 ALIAS_FILES = ("*ensembl_mapping*", "*gene_name_id*")
-# Where the repository of Geneformer keeps them: beside the folder of each model.
-SHARED_FOLDERS = ("geneformer", "geneformer/gene_dictionaries_30m")
+# Folders that repositories of several models share; each family adds those of its repository.
+SHARED_FOLDERS: list[str] = []
 MAX_GENES_WITHOUT_MEDIAN = 0.01  # fraction of the vocabulary, in dictionaries that belong together it is 0
 
 
@@ -150,7 +150,8 @@ def _files(path: Path, given: Source | None, patterns: Sequence[str], argument: 
         roots = [path, path.parent] if path.is_dir() else []
         folders = [path, *(root / name for root in roots for name in SHARED_FOLDERS)] if roots else []
     elif Path(given).is_dir():
-        folders = [Path(given), *(Path(given) / name for name in SHARED_FOLDERS), Path(given) / "gene_dictionaries_30m"]
+        names = dict.fromkeys([*SHARED_FOLDERS, *(Path(name).name for name in SHARED_FOLDERS)])
+        folders = [Path(given), *(Path(given) / name for name in names)]
     else:
         yield Path(given)
         return
