@@ -50,7 +50,14 @@ def preset(name: str) -> Preset:
 
 
 def sizes() -> list[str]:
-    """Return the names of sizes that exist with several encodings: "small", "medium", "large"."""
+    """Return the names of sizes that exist with several encodings: "small", "medium", "large".
+
+    Examples
+    --------
+    >>> import scfm
+    >>> scfm.families.sizes()
+    ['small', 'medium', 'large']
+    """
     return list(dict.fromkeys(entry.size for entry in presets() if entry.size is not None))
 
 

@@ -91,5 +91,5 @@ def test_integration_needs_values_and_two_batches(blood, rank_model, bin_model):
         scfm.tl.integrate(adata, rank_model, batch_key="donor")
     with pytest.raises(LabelsError, match="only one batch"):
         scfm.tl.integrate(adata, bin_model, batch_key="donor")
-    with pytest.raises(LabelsError, match="doner.*donor"):
+    with pytest.raises(LabelsError, match=r"doner.*donor"):
         scfm.tl.integrate(adata, bin_model, batch_key="doner")
