@@ -28,6 +28,18 @@ def run_stage(
         Settings of the stage.
     progress
         Whether to show a progress bar.
+
+    Examples
+    --------
+    >>> import scfm
+    >>> adata = scfm.datasets.pbmc()[:50].copy()
+    >>> short = scfm.FitConfig(n_steps=2, tokens_per_step=512)
+    >>> model = scfm.fit(adata, config=short, progress=False)
+    >>> objective = scfm.objectives.make_objective(model.objective, model.network, model.encoding)
+    >>> cells = scfm.pp.encode(adata, model)
+    >>> scfm.train.run_stage(model, "more pretraining", objective, cells, short, progress=False)
+    >>> [stage["name"] for stage in model.history["stages"]]
+    ['pretraining', 'more pretraining']
     """
     module = train(model.network, objective, cells, config, title=name, progress=progress)
     stage = {
