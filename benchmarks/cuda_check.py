@@ -89,19 +89,20 @@ def check_attention(batch: Batch, operators: Any, oracle: ModuleType) -> float:
 
 
 def check_key_sums(case: Case, batch: Batch, operators: Any, oracle: ModuleType) -> float:
+    from scfm.ops.options import OperatorOptions
     from scfm.ops.reference import keys as reference
 
     double = {name: getattr(batch, name).double() for name in ("q", "k", "v", "grad_out")}
     out, lse = oracle.attention(double["q"], double["k"], double["v"], batch.cu_seqlens, **batch.options)
     if case.operator == "column_sums":
         found = operators.attention_column_sums(batch.q, batch.k, lse.float(), *batch.bounds)
-        expected = reference.column_sums(double["q"], double["k"], *batch.bounds)
+        expected = reference.column_sums(double["q"], double["k"], OperatorOptions(*batch.bounds))
     else:
         rounded = out.to(batch.q.dtype)
         tensors = (batch.grad_out, batch.q, batch.k, batch.v, rounded)
         found = operators.attention_deletion_effects(*tensors, lse.float(), *batch.bounds)
         expected = reference.deletion_effects(
-            double["grad_out"], double["q"], double["k"], double["v"], rounded.double(), *batch.bounds
+            double["grad_out"], double["q"], double["k"], double["v"], rounded.double(), OperatorOptions(*batch.bounds)
         )
     return error_of(found, expected) / (1e-4 * max(1.0, expected.abs().max().item()))
 

@@ -119,6 +119,7 @@ def packed_call(batch: Batch, operators: Any, name: str, *, backward: bool) -> C
 
 def key_calls(case: Case, batch: Batch, operators: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Column sums or deletion effects by the kernels, and in plain torch. Column sums pay for their log-sum-exp."""
+    from scfm.ops.options import OperatorOptions
     from scfm.ops.reference import keys as reference
 
     q, k, v, grad, bounds = batch.q, batch.k, batch.v, batch.grad_out, batch.bounds
@@ -126,11 +127,11 @@ def key_calls(case: Case, batch: Batch, operators: Any) -> tuple[Callable[[], An
     if case.operator == "deletion_effects":
         return (
             lambda: operators.attention_deletion_effects(grad, q, k, v, out, lse, *bounds),
-            lambda: reference.deletion_effects(grad, q, k, v, out, *bounds),
+            lambda: reference.deletion_effects(grad, q, k, v, out, OperatorOptions(*bounds)),
         )
     return (
         lambda: operators.attention_column_sums(q, k, operators.attention_forward(q, k, k, *bounds)[1], *bounds),
-        lambda: reference.column_sums(q, k, *bounds),
+        lambda: reference.column_sums(q, k, OperatorOptions(*bounds)),
     )
 
 

@@ -79,7 +79,7 @@ inline void scale_rows(BFloat16*, int64_t, const float*) {}  // each factor is 1
 // Pack one block of queries and of their output gradients; delta = dO . O, minus the gradient of the log-sum-exp. `kRows`
 // packs what sums over queries need as well.
 template <class Engine, class Source, bool kRows>
-void pack_queries(const AttentionProblem& problem, const AttentionTask& task, int64_t begin, int64_t width,
+void pack_queries(const AttentionProblem& problem, const Task& task, int64_t begin, int64_t width,
                   const BackwardBuffers<Engine>& buffers) {
   using Element = typename Engine::Element;
   const int64_t n = smaller(kQueryBlock, task.query_end - task.query_begin - begin), token = task.query_begin + begin;
@@ -113,7 +113,7 @@ void pack_queries(const AttentionProblem& problem, const AttentionTask& task, in
 }
 
 template <class Engine, class Source>
-void pack_keys(const AttentionProblem& problem, const AttentionTask& task, int64_t begin, int64_t n, int64_t n_keys,
+void pack_keys(const AttentionProblem& problem, const Task& task, int64_t begin, int64_t n, int64_t n_keys,
                int64_t width, const BackwardBuffers<Engine>& buffers) {
   using Element = typename Engine::Element;
   const int64_t token = task.key_begin + begin;
@@ -184,7 +184,7 @@ void own_key_gradients(const AttentionProblem& problem, int64_t token, int64_t h
 }
 
 template <class Engine, class Source>
-void write_key_gradients(const AttentionProblem& problem, const AttentionTask& task, int64_t begin, int64_t n,
+void write_key_gradients(const AttentionProblem& problem, const Task& task, int64_t begin, int64_t n,
                          int64_t width, const BackwardBuffers<Engine>& buffers) {
   for (int64_t i = 0; i < n; i++) {
     const int64_t token = task.key_begin + begin + i;
@@ -198,7 +198,7 @@ void write_key_gradients(const AttentionProblem& problem, const AttentionTask& t
 }
 
 template <class Engine, class Source>
-void write_query_gradients(const AttentionProblem& problem, const AttentionTask& task, int64_t begin, int64_t width,
+void write_query_gradients(const AttentionProblem& problem, const Task& task, int64_t begin, int64_t width,
                            const BackwardBuffers<Engine>& buffers) {
   const int64_t n = smaller(kQueryBlock, task.query_end - task.query_begin - begin);
   float* rows = buffers.grad_query + begin * width;
@@ -216,7 +216,7 @@ void write_query_gradients(const AttentionProblem& problem, const AttentionTask&
 }
 
 template <class Engine, class Source>
-void attention_backward(const AttentionProblem& problem, const AttentionTask& task, void* scratch) {
+void attention_backward(const AttentionProblem& problem, const Task& task, void* scratch) {
   constexpr int64_t kKeys = Engine::kBackwardKeys, kRowWords = kQueryBlock / Engine::kGroup;
   [[maybe_unused]] const Engine engine;  // AMX sets up its tiles for the length of a task
   [[maybe_unused]] const Vec::FlushDenormals flush;
@@ -256,7 +256,7 @@ void attention_backward(const AttentionProblem& problem, const AttentionTask& ta
 }
 
 template <class Engine>
-int64_t backward_scratch(const AttentionProblem& problem, int64_t max_queries) {
+int64_t attention_backward_scratch(const AttentionProblem& problem, int64_t max_queries) {
   return BackwardBuffers<Engine>(nullptr, max_queries, round_up(problem.head_dim, Engine::kWidthStep)).bytes;
 }
 

@@ -151,7 +151,7 @@ void attend(const ForwardBuffers<Engine>& buffers, const RowWalk& walk, float sc
 }
 
 template <class Engine, class Source>
-void attention_forward(const AttentionProblem& problem, const AttentionTask& task, void* scratch) {
+void attention_forward(const AttentionProblem& problem, const Task& task, void* scratch) {
   using Element = typename Engine::Element;
   constexpr int64_t kKeys = Engine::kForwardKeys;
   [[maybe_unused]] const Engine engine;  // AMX sets up its tiles for the length of a task
@@ -194,7 +194,7 @@ void attention_forward(const AttentionProblem& problem, const AttentionTask& tas
 }
 
 template <class Engine>
-int64_t forward_scratch(const AttentionProblem& problem, int64_t max_queries) {
+int64_t attention_forward_scratch(const AttentionProblem& problem, int64_t max_queries) {
   return ForwardBuffers<Engine>(nullptr, max_queries, round_up(problem.head_dim, Engine::kWidthStep)).bytes;
 }
 

@@ -38,7 +38,7 @@ Vec::Reg key_sum(float* scores, const float* grad_probs, float scale, float bias
 
 // Unknown keys are seen by nobody but themselves.
 template <class Engine, class Source, bool kDeletion>
-void write_own_keys(const AttentionProblem& problem, const AttentionTask& task, int64_t width,
+void write_own_keys(const AttentionProblem& problem, const Task& task, int64_t width,
                     const BackwardBuffers<Engine>& buffers) {
   float query[kMaxWidth], key[kMaxWidth];
   for (int64_t token = task.own_begin; token < task.query_end; token++) {
@@ -58,7 +58,7 @@ void write_own_keys(const AttentionProblem& problem, const AttentionTask& task, 
 
 // Writes `problem.grad_bias`. Column sums read q, k and lse (`grad_out` and `out` may be any tokens, they do not count).
 template <class Engine, class Source, bool kDeletion>
-void attention_keys(const AttentionProblem& problem, const AttentionTask& task, void* scratch) {
+void attention_keys(const AttentionProblem& problem, const Task& task, void* scratch) {
   using Element = typename Engine::Element;
   constexpr int64_t kKeys = Engine::kBackwardKeys;
   [[maybe_unused]] const Engine engine;

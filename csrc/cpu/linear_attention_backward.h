@@ -8,7 +8,7 @@
 #pragma once
 
 #include "attention_backward.h"
-#include "linear_attention.h"
+#include "linear_attention_forward.h"
 
 namespace {
 
@@ -235,7 +235,7 @@ void key_gradients(const LinearAttentionProblem& problem, int64_t head, int64_t 
 }
 
 template <class Engine, class Source>
-void linear_attention_backward(const LinearAttentionProblem& problem, const AttentionTask& task, void* scratch) {
+void linear_attention_backward(const LinearAttentionProblem& problem, const Task& task, void* scratch) {
   [[maybe_unused]] const Engine engine;
   [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep);

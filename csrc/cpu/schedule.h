@@ -1,10 +1,10 @@
-// From a batch of cells to tasks, and tasks to threads.
+// What the operators call: each function splits a problem into tasks and runs them on torch's threads.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "attention.h"
+#include "kernels.h"
 
 namespace scfm {
 
@@ -14,9 +14,10 @@ struct Cells {  // boundaries, already checked
   bool keys_are_queries = true;
 };
 
-const AttentionKernels& attention_kernels(Dtype);
+// Those of the active instruction set.
+const Kernels& kernels(Dtype);
 
-// Best rate of arithmetic in registers of one core, in 10^9 operations a second.
+// Best rate of arithmetic in registers of one core, in 10^9 operations per second.
 double peak_gflops(Dtype);
 
 void run_attention_forward(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
@@ -25,6 +26,6 @@ void run_column_sums(const AttentionProblem&, const Cells&, int64_t n_heads, Dty
 void run_deletion_effects(const AttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_linear_attention_forward(const LinearAttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_linear_attention_backward(const LinearAttentionProblem&, const Cells&, int64_t n_heads, Dtype);
-void run_linear(const LinearProblem& problem, Dtype dtype);
+void run_linear(const LinearProblem&, Dtype);
 
 }  // namespace scfm

@@ -1,6 +1,6 @@
 """Attention on packed cells: compiled kernels where they are built, plain torch everywhere."""
 
-from scfm.ops.attention import attention, attention_reference
+from scfm.ops.attention import attention
 from scfm.ops.extension import extension_info
 from scfm.ops.keys import attention_scores, deletion_effects
 from scfm.ops.linear_attention import linear_attention, random_projection
@@ -9,7 +9,6 @@ from scfm.ops.plan import AttentionPlan, make_plan
 __all__ = [
     "AttentionPlan",
     "attention",
-    "attention_reference",
     "attention_scores",
     "deletion_effects",
     "extension_info",

@@ -1,20 +1,30 @@
-"""`attention`: softmax attention of packed cells, by the fused kernels where they are, by plain torch elsewhere."""
+"""`attention`: softmax attention of packed cells, in the fused kernels where they are built, in plain torch elsewhere."""
 
 # Axes: B cells, T packed tokens (Tq queries, Tk keys), H heads, K head width.
 
 from __future__ import annotations
 
-import math
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from scfm.ops import registration
-from scfm.ops.backend import choose_backend
-from scfm.ops.plan import AttentionPlan, make_plan
+from scfm.ops import flash
+from scfm.ops.backend import EXTENSION_PATH, choose_backend
+from scfm.ops.options import (
+    AttentionOptions,
+    Backend,
+    OperatorOptions,
+    autocast_qkv,
+    check_options,
+    check_qkv,
+    readable,
+    with_options,
+)
+from scfm.ops.reference import attention as reference
 
-Backend = Literal["auto", "fused", "torch"]
+__all__ = ["Backend", "attention", "no_second_derivative", "register_fused"]
 
 
 @overload
@@ -24,13 +34,8 @@ def attention(
     v: Tensor,
     cu_seqlens: Tensor,
     *,
-    cu_seqlens_k: Tensor | None = ...,
-    n_known: Tensor | None = ...,
-    key_bias: Tensor | None = ...,
-    scale: float | None = ...,
-    plan: AttentionPlan | None = ...,
     return_lse: Literal[False] = ...,
-    backend: Backend = ...,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
 
 
@@ -41,95 +46,61 @@ def attention(
     v: Tensor,
     cu_seqlens: Tensor,
     *,
-    cu_seqlens_k: Tensor | None = ...,
-    n_known: Tensor | None = ...,
-    key_bias: Tensor | None = ...,
-    scale: float | None = ...,
-    plan: AttentionPlan | None = ...,
     return_lse: Literal[True],
-    backend: Backend = ...,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    cu_seqlens_k: Tensor | None = ...,
-    n_known: Tensor | None = ...,
-    key_bias: Tensor | None = ...,
-    scale: float | None = ...,
-    plan: AttentionPlan | None = ...,
-    return_lse: bool,
-    backend: Backend = ...,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, return_lse: bool, **options: Unpack[AttentionOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@with_options
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
     *,
-    cu_seqlens_k: Tensor | None = None,
-    n_known: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    scale: float | None = None,
-    plan: AttentionPlan | None = None,
     return_lse: bool = False,
-    backend: Backend = "auto",
+    **options: Unpack[AttentionOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention within each cell of a packed batch, without padding and without a mask tensor.
 
     Parameters
     ----------
     q, k, v
-        Queries (Tq, H, K), keys and values (Tk, H, K), one real dtype. Views of a packed (T, 3, H, K) projection are
-        read in place: only the last axis must be contiguous.
+        Queries (Tq, H, K), keys and values (Tk, H, K), all of one real dtype. Views of a packed (T, 3, H, K) projection
+        are read without a copy: only the last axis must be contiguous.
     cu_seqlens
         Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, last Tq.
-    cu_seqlens_k
-        Cell boundaries of the keys, shape (B + 1,), last Tk, for cross-attention (a few latents over a cell's genes).
-        Without it keys and queries share `cu_seqlens`.
-    n_known
-        The generative mask, shape (B,), int32 or int64: the first `n_known` tokens of a cell are known, every query
-        sees those, and an unknown token sees itself as well. Self-attention only.
-    key_bias
-        Added to every score of a key after scaling, shape (Tk,) or (Tk, H), any real dtype; differentiable.
-        `-inf` hides a key.
-    scale
-        Factor on the scores; K ** -0.5 by default.
-    plan
-        :func:`scfm.ops.make_plan` of the same boundaries, built once a batch; without it the op builds one.
     return_lse
-        Return the natural log-sum-exp of each query's scores too; differentiable.
-    backend
-        `"fused"` (compiled kernels), `"torch"` (plain torch), or `"auto"`: the faster one for the case, as measured. On a
-        GPU `"auto"` takes a fused kernel only where the record of passed device tests has the case; `"fused"` forces it,
-        with a warning.
+        Whether to return the natural log-sum-exp of each query's scores too; it is differentiable.
+    {options}
 
     Returns
     -------
-    Output (Tq, H, K) in the dtype of `q`; with `return_lse` also the log-sum-exp (Tq, H), float32. A query that sees no
-    key has output 0, log-sum-exp -inf and gradients 0. Under autocast `q`, `k` and `v` are cast as for torch's own.
+    Output (Tq, H, K) in the dtype of `q`; with `return_lse` also the log-sum-exp (Tq, H), float32. A query that attends to
+    no key has output 0, log-sum-exp -inf and gradients 0. Under autocast `q`, `k` and `v` are cast as torch casts them.
+    Differentiable in `q`, `k`, `v` and `key_bias`.
 
     Raises
     ------
     TypeError
-        If dtypes differ or are not real floating point.
+        If dtypes differ or are not real floating point, or an option is not known.
     ValueError
         If shapes, devices, boundaries or `n_known` do not fit.
     RuntimeError
-        If `backend="fused"` is asked for where it cannot serve.
+        If `backend="fused"` is asked for and the kernels do not support the call.
 
     Notes
     -----
-    On the CPU the result of a cell does not depend, bitwise, on the other cells of the batch or on the number of
-    threads. On a GPU gradients of `q` are summed in no fixed order, unless `torch.use_deterministic_algorithms` is on. Scores are never held for a whole cell at once (FlashAttention, Dao 2023); the generative mask is that
-    of scGPT (Cui et al. 2024).
+    On the CPU the result of a cell is bitwise independent of the rest of the batch and of the number of threads. On a GPU
+    the gradients of `q` are summed in no fixed order, unless `torch.use_deterministic_algorithms` is on. The scores of a
+    whole cell are never in memory at once (FlashAttention, Dao 2023). The generative mask is that of scGPT (Cui et al.
+    2024).
 
     Examples
     --------
@@ -141,162 +112,171 @@ def attention(
     """
     q, k, v = autocast_qkv(q, k, v)
     check_qkv(q, k, v)
-    q, k, v = readable(q), readable(k), readable(v)
-    bias_TH = None if key_bias is None else check_key_bias(key_bias, k)
-    plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, n_known, q, k)
-    scale = check_scale(scale, q)
-    name = choose_backend(backend, q, options=options_of(plan, bias_TH))
-    bounds = (plan.cu_seqlens, plan.cu_seqlens_k, plan.n_known)
+    checked, backend = check_options(q, k, cu_seqlens, options)
+    call = (readable(q), readable(k), readable(v), *checked.arguments)
+    name = choose_backend(backend, q, options=checked.in_use)
     if name == "fused":
-        out, lse = torch.ops.scfm.attention_forward(q, k, v, *bounds, bias_TH, scale)
+        out, lse = torch.ops.scfm.attention_forward(*call)
     elif name == "flash":
-        out, lse = torch.ops.scfm.flash_attention_forward(q, k, v, *bounds, bias_TH, scale)
+        out, lse = torch.ops.scfm.flash_attention_forward(*call)
     else:
-        out, lse = torch.ops.scfm.torch_attention_forward(q, k, v, *bounds, bias_TH, scale, return_lse)
+        out, lse = torch.ops.scfm.torch_attention_forward(*call, return_lse)
     return (out, lse) if return_lse else out
 
 
-def checked_plan(
-    plan: AttentionPlan | None,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    n_known: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-) -> AttentionPlan:
-    """The given plan if it fits the arguments, or one made of them."""
-    if plan is None:
-        if torch.compiler.is_compiling():
-            # Values cannot be looked at while a graph is traced; the op itself checks them when the graph runs.
-            return AttentionPlan(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known)
-        return make_plan(
-            cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, n_tokens=q.shape[0], n_tokens_k=k.shape[0]
-        )
-    if plan.cu_seqlens.shape != cu_seqlens.shape:
-        raise ValueError(
-            f"`plan` was made for {plan.n_cells} cells and `cu_seqlens` holds {cu_seqlens.shape[0] - 1}; "
-            "make one plan a batch."
-        )
-    for name, planned, given in (("cu_seqlens_k", plan.cu_seqlens_k, cu_seqlens_k), ("n_known", plan.n_known, n_known)):
-        if (planned is None) != (given is None):
-            raise ValueError(
-                f"`plan` was made {'without' if planned is None else 'with'} `{name}`, the call is "
-                f"{'without' if given is None else 'with'} it; pass the same boundaries to both."
-            )
-    return plan
+# Registration. The operators in plain torch and those by torch's flash kernels are defined here, the compiled ones in
+# csrc/attention.cpp; all get their fake tensors and gradients here.
+
+_LIBRARY = torch.library.Library("scfm", "FRAGMENT")
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {OperatorOptions.SCHEMA}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {OperatorOptions.SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def options_of(plan: AttentionPlan, key_bias: Tensor | None) -> frozenset[str]:
-    """Names of the options in use, as the record of device tests lists them."""
-    used = {"cross": plan.cu_seqlens_k, "generative": plan.n_known, "key_bias": key_bias}
-    return frozenset(name for name, value in used.items() if value is not None)
-
-
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 3:
-            raise ValueError(
-                f"`{name}` has shape {tuple(tensor.shape)}; it must be (tokens, heads, head width). "
-                "Pack the cells end to end."
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"`{name}` holds {tensor.dtype}; pass real floating point.")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"`{name}` holds {tensor.dtype} and `q` {q.dtype}; bring them to one dtype.")
-        if tensor.device != q.device:
-            raise ValueError(f"`{name}` is on {tensor.device} and `q` on {q.device}; bring them to one device.")
-        if tensor.shape[1:] != q.shape[1:]:
-            raise ValueError(
-                f"`{name}` has (heads, head width) {tuple(tensor.shape[1:])} and `q` {tuple(q.shape[1:])}; "
-                "they must agree."
-            )
-    if k.shape[0] != v.shape[0]:
-        raise ValueError(f"`k` has {k.shape[0]} tokens and `v` {v.shape[0]}; they must agree.")
-    if q.shape[2] == 0:
-        raise ValueError("The head width is 0; it must be at least 1.")
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last axis is contiguous, a copy where it is not."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def check_key_bias(key_bias: Tensor, k: Tensor) -> Tensor:
-    """The bias as (Tk, H)."""
-    if not key_bias.is_floating_point():
-        raise TypeError(f"`key_bias` holds {key_bias.dtype}; pass real floating point.")
-    if key_bias.device != k.device:
-        raise ValueError(f"`key_bias` is on {key_bias.device} and `k` on {k.device}; bring them to one device.")
-    n_tokens, n_heads = k.shape[:2]
-    if key_bias.shape not in ((n_tokens,), (n_tokens, n_heads)):
-        raise ValueError(
-            f"`key_bias` has shape {tuple(key_bias.shape)}; it must be ({n_tokens},) or ({n_tokens}, {n_heads}): "
-            "one number a key, or one a key and head."
-        )
-    bias = key_bias if k.dtype == torch.float64 else key_bias.float()
-    return bias[:, None].expand(n_tokens, n_heads) if bias.dim() == 1 else bias
-
-
-def check_scale(scale: float | None, q: Tensor) -> float:
-    if scale is None:
-        return float(q.shape[2] ** -0.5)
-    if not math.isfinite(scale):
-        raise ValueError(f"`scale` is {scale}; it must be finite. Leave it out for head width ** -0.5.")
-    return float(scale)
-
-
-def autocast_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values in the dtype that autocast asks for."""
-    device = q.device.type
-    usable = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not usable or q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    cu_seqlens_k: Tensor | None = None,
-    n_known: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    scale: float | None = None,
-    plan: AttentionPlan | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`attention` in plain torch: the same arguments, every option, exact gradients.
+def register_fused(library: torch.library.Library, name: str, adds_in_any_order: Callable[[Tensor], bool]) -> None:
+    """Give a forward operator and its backward fake tensors and gradients.
 
     Parameters
     ----------
-    q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, plan, return_lse
-        As for :func:`scfm.ops.attention`.
-
-    Examples
-    --------
-    >>> import torch, scfm
-    >>> q, k, v = torch.randn(3, 5, 2, 8, generator=torch.Generator().manual_seed(0))
-    >>> cu_seqlens = torch.tensor([0, 3, 5])
-    >>> out = scfm.ops.attention(q, k, v, cu_seqlens)
-    >>> torch.allclose(out, scfm.ops.attention_reference(q, k, v, cu_seqlens), atol=1e-5)
-    True
+    library
+        The namespace they are in: `scfm`, or that of the emulated CUDA kernels in the tests.
+    name
+        Name without `_forward` and `_backward`.
+    adds_in_any_order
+        Whether the backward of `q` has a faster form whose sums have no fixed order, and a deterministic one.
     """
-    return attention(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens_k=cu_seqlens_k,
-        n_known=n_known,
-        key_bias=key_bias,
-        scale=scale,
-        plan=plan,
-        return_lse=return_lse,
-        backend="torch",
+    operators = getattr(torch.ops, library.ns)
+    forms = {form: getattr(operators, f"{name}_{form}", None) for form in ("backward", "backward_deterministic")}
+
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        (q, k, v, out, lse), options = _saved(ctx)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        ordered = adds_in_any_order(q) and torch.are_deterministic_algorithms_enabled()
+        operator = forms["backward_deterministic" if ordered else "backward"]
+        assert operator is not None
+        return _gradients(operator(grad_out, grad_lse, q, k, v, out, lse, *options), options)
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, (*inputs[:3], *output), inputs[3:])
+
+    forward = f"{library.ns}::{name}_forward"
+    torch.library.register_fake(forward, _fake_fused_forward, lib=library)
+    for form, operator in forms.items():
+        if operator is not None:
+            torch.library.register_fake(f"{library.ns}::{name}_{form}", _fake_fused_backward, lib=library)
+            torch.library.register_autograd(f"{library.ns}::{name}_{form}", no_second_derivative, lib=library)
+    torch.library.register_autograd(forward, backward, setup_context=set_up, lib=library)
+
+
+def no_second_derivative(*_: Any) -> None:
+    """Autograd of a backward operator: without it a second derivative would silently be zero."""
+    raise NotImplementedError(
+        "The gradients of scfm's attention cannot be differentiated again. For a second derivative write this attention "
+        'in plain torch (`torch.nn.functional.scaled_dot_product_attention`; linear attention has `backend="torch"`).'
     )
 
 
-registration.register()
+def _save(ctx: Any, tensors: tuple[Tensor, ...], options: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*tensors, *(value if isinstance(value, Tensor) else None for value in options))
+    ctx.n_tensors = len(tensors)
+    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in options)
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    tensors, options = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
+    return tensors, tuple(other if tensor is None else tensor for tensor, other in zip(options, ctx.others))
+
+
+def _gradients(grads: tuple[Tensor, ...], options: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """Those of queries, keys and values, then one per option: only the key bias has one."""
+    grad_bias = None if OperatorOptions(*options).key_bias is None else grads[3]
+    return *grads[:3], *(grad_bias if name == "key_bias" else None for name in OperatorOptions.NAMES)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _fake_fused_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _contiguous_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _fake_torch_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return_lse = rest[-1]
+    return _contiguous_like(q), q.new_empty((q.shape[0] if return_lse else 0, q.shape[1]), dtype=_lse_dtype(q))
+
+
+def _fake_fused_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_torch_backward(grad_out, grad_lse, q, k, v, *options)
+
+
+def _fake_torch_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_biases = 0 if OperatorOptions(*options).key_bias is None else k.shape[0]
+    grad_bias = q.new_empty((n_biases, q.shape[1]), dtype=_lse_dtype(q))
+    return _contiguous_like(q), _contiguous_like(k), _contiguous_like(v), grad_bias
+
+
+def _torch_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs[:3], inputs[3:-1])
+    ctx.has_lse = inputs[-1]
+
+
+def _torch_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    (q, k, v), options = _saved(ctx)
+    grad_out = torch.zeros_like(q) if grad_out is None else grad_out
+    grad_lse = grad_lse if ctx.has_lse else None
+    grads = torch.ops.scfm.torch_attention_backward(grad_out, grad_lse, q, k, v, *options)
+    return *_gradients(grads, options), None
+
+
+def _register_torch() -> None:
+    _LIBRARY.define("torch_attention_forward" + _FORWARD.replace(") ->", ", bool return_lse) ->"))
+    _LIBRARY.define("torch_attention_backward" + _BACKWARD.replace(" Tensor out, Tensor lse,", ""))
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return reference.forward(q, k, v, OperatorOptions(*rest[:-1]), return_lse=rest[-1])
+
+    def backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
+        return reference.backward(grad_out, grad_lse, q, k, v, OperatorOptions(*options))
+
+    _LIBRARY.impl("torch_attention_forward", forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl("torch_attention_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("scfm::torch_attention_forward", _fake_torch_forward, lib=_LIBRARY)
+    torch.library.register_fake("scfm::torch_attention_backward", _fake_torch_backward, lib=_LIBRARY)
+    torch.library.register_autograd(
+        "scfm::torch_attention_forward", _torch_backward, setup_context=_torch_context, lib=_LIBRARY
+    )
+    torch.library.register_autograd("scfm::torch_attention_backward", no_second_derivative, lib=_LIBRARY)
+
+
+def _register_flash() -> None:
+    _LIBRARY.define("flash_attention_forward" + _FORWARD)
+    _LIBRARY.define("flash_attention_backward" + _BACKWARD)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        return flash.forward(q, k, v, OperatorOptions(*options))
+
+    def backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> Any:
+        q, k, v, out, lse, *options = rest
+        return flash.backward(grad_out, grad_lse, q, k, v, out, lse, OperatorOptions(*options))
+
+    _LIBRARY.impl("flash_attention_forward", forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl("flash_attention_backward", backward, "CompositeExplicitAutograd")
+    register_fused(_LIBRARY, "flash_attention", lambda q: False)
+
+
+_register_torch()
+_register_flash()
+if EXTENSION_PATH is not None:
+    register_fused(_LIBRARY, "attention", lambda q: q.is_cuda)

@@ -1,18 +1,18 @@
-"""Attention on a GPU by torch's own flash kernels, every option but the key bias, as one function with right gradients.
+"""Attention on a GPU by torch's own flash kernels, with every option but the key bias, and with right gradients.
 
-Those kernels know neither the generative mask nor the gradient of the log-sum-exp, and merging their results under autograd
-would drop that gradient in silence (torch's variable-length attention ignores it). So forward and backward are written out:
+Those kernels support neither the generative mask nor the gradient of the log-sum-exp. Merging their results under autograd
+would silently drop that gradient (torch's variable-length attention ignores it). So forward and backward are written out:
 
-- keys: only those that every query of a cell sees, its known ones;
-- the own key of an unknown query: merged by log-sum-exp in the forward. The flash backward gets the merged output and
-  log-sum-exp, which makes its probabilities and its delta the right ones, and the own key's gradients are added;
-- gradient g of the log-sum-exp: dQ += g P K and dK += (g Q)^T P (times the scale), by the same kernels once more.
+- Keys: only the context tokens, to which every query of a cell attends.
+- The own key of a target token: merged by log-sum-exp in the forward. The flash backward gets the merged output and
+  log-sum-exp, from which it computes the right probabilities and the right delta; then the own key's gradients are added.
+- A gradient g of the log-sum-exp: dQ += g P K and dK += (g Q)^T P (times the scale), by the same kernels once more.
 
-No matrix of scores is held. The first use of a dtype and head width on a device compares a small batch with plain torch, and
-falls back to that, with a warning, should torch's kernels or their conventions ever differ from what is assumed here.
+The scores are never in memory. At the first use of a dtype and head width on a device, a small batch is compared with plain
+torch; if torch's kernels or their conventions ever differ from what is assumed here, plain torch is used, with a warning.
 """
 
-# Axes: B cells, T packed tokens (Tq queries, Tk keys), H heads, K head width, U unknown tokens, S known tokens.
+# Axes: B cells, T packed tokens (Tq queries, Tk keys), H heads, K head width, U target tokens, S context tokens.
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from scfm.ops.plan import make_plan
+from scfm.ops.options import OperatorOptions
 from scfm.ops.reference import attention as reference
 
 _LOG = logging.getLogger(__name__)
@@ -33,27 +33,28 @@ _TRUSTED: dict[tuple[torch.device, torch.dtype, int], bool] = {}
 
 @dataclass(frozen=True)
 class Layout:
-    """Which keys the flash kernels are given, and which queries are merged with their own; tensors on the device."""
+    """Which keys the flash kernels are given, and which queries are merged with their own key; tensors on the device."""
 
     cu_q: Tensor
     cu_k: Tensor
     longest_q: int
     longest_k: int
-    known_S: Tensor | None  # token numbers of known keys; None where all are
-    unknown_U: Tensor | None  # token numbers of queries that see their own key as well
-    keyless_T: Tensor | None  # queries of cells without a (known) key; None where there are none
+    context_S: Tensor | None  # token numbers of the context; None if it is all tokens
+    target_U: Tensor | None  # token numbers of queries that attend to their own key as well
+    keyless_T: Tensor | None  # queries of cells without a context; None if there are none
 
 
-def layout_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor | None, device: torch.device) -> Layout:
-    bounds = cu_seqlens.to("cpu", torch.int64)
-    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.to("cpu", torch.int64)
+def layout_of(options: OperatorOptions, device: torch.device) -> Layout:
+    n_known = options.n_known
+    bounds = options.cu_seqlens.to("cpu", torch.int64)
+    bounds_k = bounds if options.cu_seqlens_k is None else options.cu_seqlens_k.to("cpu", torch.int64)
     lengths_B, keys_B = bounds.diff(), bounds_k.diff()
-    known_S = unknown_U = None
+    context_S = target_U = None
     if n_known is not None:
         keys_B = n_known.to("cpu", torch.int64)
         position_T = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(lengths_B)
-        is_known_T = position_T < keys_B.repeat_interleave(lengths_B)
-        known_S, unknown_U = is_known_T.nonzero()[:, 0].to(device), (~is_known_T).nonzero()[:, 0].to(device)
+        is_context_T = position_T < keys_B.repeat_interleave(lengths_B)
+        context_S, target_U = is_context_T.nonzero()[:, 0].to(device), (~is_context_T).nonzero()[:, 0].to(device)
     keyless_B = (keys_B == 0) & (lengths_B > 0)
     cu_k = torch.nn.functional.pad(keys_B.cumsum(0), (1, 0))
     return Layout(
@@ -61,15 +62,15 @@ def layout_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor |
         cu_k=cu_k.to(device, torch.int32),
         longest_q=int(lengths_B.max()) if len(lengths_B) else 0,
         longest_k=int(keys_B.max()) if len(keys_B) else 0,
-        known_S=known_S,
-        unknown_U=unknown_U,
+        context_S=context_S,
+        target_U=target_U,
         keyless_T=keyless_B.repeat_interleave(lengths_B).to(device) if bool(keyless_B.any()) else None,
     )
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention, and how the flash kernels are given it."""
+    """One attention problem, and its arguments for the flash kernels."""
 
     q: Tensor
     k: Tensor
@@ -77,14 +78,14 @@ class Problem:
     layout: Layout
     scale: float
 
-    def known(self, tensor: Tensor) -> Tensor:
-        """Rows of the keys that all queries of a cell see."""
-        return tensor if self.layout.known_S is None else tensor[self.layout.known_S]
+    def context(self, tensor: Tensor) -> Tensor:
+        """Rows of the keys that all queries of a cell attend to."""
+        return tensor if self.layout.context_S is None else tensor[self.layout.context_S]
 
     def scores_of_own_keys(self) -> Tensor:
         """(U, H), float32."""
-        unknown_U = self.layout.unknown_U
-        return (self.q[unknown_U].float() * self.k[unknown_U].float()).sum(-1) * self.scale
+        target_U = self.layout.target_U
+        return (self.q[target_U].float() * self.k[target_U].float()).sum(-1) * self.scale
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
@@ -107,21 +108,12 @@ def flash_backward(
     )  # fmt: skip
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    n_known: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output (Tq, H, K) and log-sum-exp (Tq, H), float32; arguments as :func:`scfm.ops.reference.attention.forward`."""
-    if key_bias is not None or not is_trusted(q):
-        return reference.forward(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, True)
-    make_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, n_tokens=q.shape[0], n_tokens_k=k.shape[0])
-    return _forward(Problem(q, k, v, layout_of(cu_seqlens, cu_seqlens_k, n_known, q.device), scale))
+def forward(q: Tensor, k: Tensor, v: Tensor, options: OperatorOptions) -> tuple[Tensor, Tensor]:
+    """Output (Tq, H, K) and log-sum-exp (Tq, H), float32; as :func:`scfm.ops.reference.attention.forward`."""
+    if options.key_bias is not None or not is_trusted(q):
+        return reference.forward(q, k, v, options, return_lse=True)
+    reference.check_boundaries(q, k, options)
+    return _forward(Problem(q, k, v, layout_of(options, q.device), options.scale))
 
 
 def backward(
@@ -132,26 +124,22 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    n_known: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
+    options: OperatorOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `q`, `k`, `v`, and of `key_bias` ((Tk, H), or (0, H) without one)."""
-    if key_bias is not None or not is_trusted(q):
-        return reference.backward(grad_out, grad_lse, q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale)
-    problem = Problem(q, k, v, layout_of(cu_seqlens, cu_seqlens_k, n_known, q.device), scale)
+    if options.key_bias is not None or not is_trusted(q):
+        return reference.backward(grad_out, grad_lse, q, k, v, options)
+    problem = Problem(q, k, v, layout_of(options, q.device), options.scale)
     grads = _backward(problem, out, lse, grad_out.contiguous(), grad_lse)
     return *grads, q.new_empty((0, q.shape[1]), dtype=torch.float32)
 
 
-def _seen(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Attention over the keys that all queries of a cell see, float32 log-sum-exp (Tq, H)."""
+def _attend_to_context(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Attention over the keys that all queries of a cell attend to, and its log-sum-exp (Tq, H), float32."""
     q, layout = problem.q, problem.layout
     if layout.longest_q == 0 or layout.longest_k == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-    out, lse_HT = flash_forward(q, problem.known(problem.k), problem.known(problem.v), layout, problem.scale)
+    out, lse_HT = flash_forward(q, problem.context(problem.k), problem.context(problem.v), layout, problem.scale)
     lse = lse_HT.T
     if layout.keyless_T is not None:
         out = out.masked_fill(layout.keyless_T[:, None, None], 0.0)
@@ -160,66 +148,68 @@ def _seen(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    out, lse = _seen(problem)
+    out, lse = _attend_to_context(problem)
     out, lse = out.contiguous(), lse.contiguous()
-    unknown_U = problem.layout.unknown_U
-    if unknown_U is None:
+    target_U = problem.layout.target_U
+    if target_U is None:
         return out, lse
     own_UH = problem.scores_of_own_keys()
-    merged_UH = torch.logaddexp(lse[unknown_U], own_UH)
-    weight_UH1 = torch.exp(lse[unknown_U] - merged_UH)[..., None]
+    merged_UH = torch.logaddexp(lse[target_U], own_UH)
+    weight_UH1 = torch.exp(lse[target_U] - merged_UH)[..., None]
     merged_UHK = (
-        out[unknown_U].float() * weight_UH1 + torch.exp(own_UH - merged_UH)[..., None] * problem.v[unknown_U].float()
+        out[target_U].float() * weight_UH1 + torch.exp(own_UH - merged_UH)[..., None] * problem.v[target_U].float()
     )
     return (
-        out.index_copy(0, unknown_U, merged_UHK.to(out.dtype)),
-        lse.index_copy(0, unknown_U, merged_UH),
+        out.index_copy(0, target_U, merged_UHK.to(out.dtype)),
+        lse.index_copy(0, target_U, merged_UH),
     )
 
 
 def _backward(
     problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, unknown_U = problem.q, problem.k, problem.v, problem.layout.unknown_U
-    grad_q, grad_k, grad_v = _grads_of_seen_keys(problem, out, lse, grad_out, grad_lse)
-    if unknown_U is not None:
-        grad_UHK, query_UHK, key_UHK, value_UHK = (t[unknown_U].float() for t in (grad_out, q, k, v))
-        prob_UH = torch.exp(problem.scores_of_own_keys() - lse[unknown_U])
-        delta_UH = (grad_UHK * out[unknown_U].float()).sum(-1)
+    q, k, v, target_U = problem.q, problem.k, problem.v, problem.layout.target_U
+    grad_q, grad_k, grad_v = _grads_of_context(problem, out, lse, grad_out, grad_lse)
+    if target_U is not None:
+        grad_UHK, query_UHK, key_UHK, value_UHK = (t[target_U].float() for t in (grad_out, q, k, v))
+        prob_UH = torch.exp(problem.scores_of_own_keys() - lse[target_U])
+        delta_UH = (grad_UHK * out[target_U].float()).sum(-1)
         if grad_lse is not None:
-            delta_UH = delta_UH - grad_lse[unknown_U]
+            delta_UH = delta_UH - grad_lse[target_U]
         grad_score_UH1 = (prob_UH * ((grad_UHK * value_UHK).sum(-1) - delta_UH) * problem.scale)[..., None]
-        # Nobody else attends to an unknown key: its gradients are complete.
-        grad_q = grad_q.index_add(0, unknown_U, grad_score_UH1 * key_UHK)
-        grad_k = grad_k.index_copy(0, unknown_U, grad_score_UH1 * query_UHK)
-        grad_v = grad_v.index_copy(0, unknown_U, prob_UH[..., None] * grad_UHK)
+        # No other query attends to a target key: its gradients are complete.
+        grad_q = grad_q.index_add(0, target_U, grad_score_UH1 * key_UHK)
+        grad_k = grad_k.index_copy(0, target_U, grad_score_UH1 * query_UHK)
+        grad_v = grad_v.index_copy(0, target_U, prob_UH[..., None] * grad_UHK)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _grads_of_seen_keys(
+def _grads_of_context(
     problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes through the keys that all queries of a cell see; float32 (Tq or Tk, H, K)."""
+    """Gradients through the keys that all queries of a cell attend to; float32 (Tq or Tk, H, K)."""
     q, layout, scale = problem.q, problem.layout, problem.scale
     grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (q, problem.k, problem.v))
     if layout.longest_q == 0 or layout.longest_k == 0:
         return grad_q, grad_k, grad_v
-    key, value = problem.known(problem.k), problem.known(problem.v)
+    key, value = problem.context(problem.k), problem.context(problem.v)
     lse_HT = lse.masked_fill(lse == -math.inf, math.inf).T.contiguous()
-    seen_q, seen_k, seen_v = (t.float() for t in flash_backward(grad_out, q, key, value, out, lse_HT, layout, scale))
+    grad_q_T, grad_k_S, grad_v_S = (
+        t.float() for t in flash_backward(grad_out, q, key, value, out, lse_HT, layout, scale)
+    )
     if grad_lse is not None:
         # With the keys in place of the values the output is P K, and the gradient of the "values" P^T grad_out.
         weighted = (grad_lse[..., None] * q.float()).to(q.dtype)
-        seen_k = seen_k + flash_backward(weighted, q, key, key, out, lse_HT, layout, scale)[2].float() * scale
-        mixed, alone = _seen(replace(problem, v=problem.k))
-        # Of the seen keys in the merged probabilities.
-        share = torch.exp(alone - lse).masked_fill(lse == -math.inf, 0.0)
-        seen_q = seen_q + (grad_lse * share)[..., None] * mixed.float() * scale
+        grad_k_S = grad_k_S + flash_backward(weighted, q, key, key, out, lse_HT, layout, scale)[2].float() * scale
+        mixed, alone = _attend_to_context(replace(problem, v=problem.k))
+        # The part of the merged probabilities that the context has.
+        context_part = torch.exp(alone - lse).masked_fill(lse == -math.inf, 0.0)
+        grad_q_T = grad_q_T + (grad_lse * context_part)[..., None] * mixed.float() * scale
     if layout.keyless_T is not None:
-        seen_q = seen_q.masked_fill(layout.keyless_T[:, None, None], 0.0)
-    if layout.known_S is None:
-        return seen_q, seen_k, seen_v
-    return seen_q, grad_k.index_copy(0, layout.known_S, seen_k), grad_v.index_copy(0, layout.known_S, seen_v)
+        grad_q_T = grad_q_T.masked_fill(layout.keyless_T[:, None, None], 0.0)
+    if layout.context_S is None:
+        return grad_q_T, grad_k_S, grad_v_S
+    return grad_q_T, grad_k.index_copy(0, layout.context_S, grad_k_S), grad_v.index_copy(0, layout.context_S, grad_v_S)
 
 
 def is_trusted(q: Tensor) -> bool:
@@ -250,15 +240,15 @@ def _complaint(device: torch.device, dtype: torch.dtype, head_dim: int) -> str |
         (None, torch.tensor([0, 2, 0, 70])),
         (torch.tensor([0, 0, 20, 50, 140]), None),
     ):
-        problem = Problem(q, k, v, layout_of(cu_seqlens, cu_seqlens_k, n_known, device), scale)
+        options = OperatorOptions(cu_seqlens, cu_seqlens_k, n_known, None, scale)
+        problem = Problem(q, k, v, layout_of(options, device), scale)
         try:
             out, lse = _forward(problem)
             grads = _backward(problem, out, lse, grad_out, grad_lse)
         except (RuntimeError, NotImplementedError) as error:
             return f"fails ({str(error).splitlines()[0]})"
-        bounds = (cu_seqlens, cu_seqlens_k, n_known, None, scale)
-        expected_out, expected_lse = reference.forward(q, k, v, *bounds, True)
-        expected_grads = reference.backward(grad_out, grad_lse, q, k, v, *bounds)[:3]
+        expected_out, expected_lse = reference.forward(q, k, v, options, return_lse=True)
+        expected_grads = reference.backward(grad_out, grad_lse, q, k, v, options)[:3]
         for found, right in zip((out, lse, *grads), (expected_out, expected_lse, *expected_grads)):
             # Queries without a key have log-sum-exp -inf in both.
             found, right = (tensor.float().masked_fill(tensor == -math.inf, 1e3) for tensor in (found, right))

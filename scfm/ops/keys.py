@@ -1,30 +1,23 @@
-"""Attention scores that are asked for by name, and what deleting a key does: without a matrix of all scores."""
+"""Attention probabilities of chosen pairs or summed per key, and the effect of deleting a key, without a matrix of scores."""
 
 # Axes: B cells, T packed tokens (Tq queries, Tk keys), H heads, K head width, P pairs.
 
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from scfm.ops.attention import (
-    Backend,
-    attention,
-    check_key_bias,
-    check_qkv,
-    check_scale,
-    checked_plan,
-    options_of,
-    readable,
-)
+from scfm.ops.attention import attention
 from scfm.ops.backend import choose_backend
-from scfm.ops.plan import AttentionPlan
+from scfm.ops.options import AttentionOptions, OperatorOptions, check_options, check_qkv, readable, with_options
 from scfm.ops.reference import keys as reference
 
 
 @torch.no_grad()
+@with_options
 def attention_scores(
     q: Tensor,
     k: Tensor,
@@ -33,26 +26,24 @@ def attention_scores(
     pairs: Tensor | None = None,
     head_mean: bool = False,
     lse: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    n_known: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    scale: float | None = None,
-    plan: AttentionPlan | None = None,
-    backend: Backend = "auto",
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
-    """Attention probabilities of chosen pairs, or what each key gets from all queries of its cell.
+    """Attention probabilities of chosen pairs of tokens, or each key's sum over the queries of its cell.
 
     Parameters
     ----------
-    q, k, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, plan, backend
-        As for :func:`scfm.ops.attention`.
+    q, k
+        Queries (Tq, H, K) and keys (Tk, H, K), of one real dtype.
+    cu_seqlens
+        Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, last Tq.
     pairs
-        (query, key) token numbers, shape (P, 2), counted from the start of the batch. Without it the result is each
-        key's sum over queries.
+        Token numbers (query, key), shape (P, 2), counted from the start of the batch; None for each key's sum over
+        queries.
     head_mean
-        Average over heads.
+        Whether to average over heads.
     lse
-        Log-sum-exp (Tq, H) of the same attention, where it is at hand; otherwise it is computed.
+        Log-sum-exp (Tq, H) of the same attention, if it is already known; otherwise it is computed.
+    {options}
 
     Returns
     -------
@@ -76,28 +67,22 @@ def attention_scores(
     """
     check_qkv(q, k, k)
     q, k = readable(q), readable(k)
-    bias_TH = None if key_bias is None else check_key_bias(key_bias, k)
-    plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, n_known, q, k)
-    scale = check_scale(scale, q)
-    bounds = (plan.cu_seqlens, plan.cu_seqlens_k, plan.n_known, bias_TH, scale)
-    options = options_of(plan, bias_TH)
-    fused = pairs is None and choose_backend(backend, q, options=options, operator="column_sums") == "fused"
+    checked, backend = check_options(q, k, cu_seqlens, options)
+    fused = pairs is None and choose_backend(backend, q, options=checked.in_use, operator="column_sums") == "fused"
     if lse is None and (pairs is not None or fused):
-        lse = attention(
-            q, k, k, cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, key_bias=key_bias, scale=scale, plan=plan,
-            return_lse=True, backend=backend,
-        )[1]  # fmt: skip
+        lse = attention(q, k, k, cu_seqlens, return_lse=True, **options)[1]
     if pairs is not None:
         assert lse is not None
-        probs = _pair_scores(q, k, _checked_pairs(pairs, q, k), lse, plan, bias_TH, scale)
+        probs = _pair_scores(q, k, _checked_pairs(pairs, q, k), lse, checked)
     elif fused:
-        probs = torch.ops.scfm.attention_column_sums(q, k, lse, *bounds)
+        probs = torch.ops.scfm.attention_column_sums(q, k, lse, *checked.arguments)
     else:
-        probs = reference.column_sums(q, k, *bounds)
+        probs = reference.column_sums(q, k, checked)
     return probs.mean(-1) if head_mean else probs
 
 
 @torch.no_grad()
+@with_options
 def deletion_effects(
     q: Tensor,
     k: Tensor,
@@ -107,32 +92,30 @@ def deletion_effects(
     *,
     out: Tensor | None = None,
     lse: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    n_known: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    scale: float | None = None,
-    plan: AttentionPlan | None = None,
-    backend: Backend = "auto",
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
-    """What deleting each key does to a function of the outputs, for every key at about the cost of one backward.
+    """The effect of deleting each key on a function of the outputs, for all keys at about the cost of one backward pass.
 
-    With a_ig the probability of key g for query i, o_i the output and G_i the function's gradient there:
-    `sum over i != g of a_ig / (1 - a_ig) G_i . (o_i - v_g)`, the softmax without key g in closed form.
+    With a_ig the probability of key g for query i, o_i the output and G_i the function's gradient there, the effect of key g
+    is `sum over i != g of a_ig / (1 - a_ig) G_i . (o_i - v_g)`: the softmax without key g in closed form.
 
     Parameters
     ----------
-    q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale, plan, backend
-        As for :func:`scfm.ops.attention`.
+    q, k, v
+        Queries (Tq, H, K), keys and values (Tk, H, K), of one real dtype.
+    cu_seqlens
+        Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, last Tq.
     grad_out
-        Gradient of the function of interest to the outputs, shape (Tq, H, K), dtype of `q`.
+        Gradient of the function with respect to the outputs, shape (Tq, H, K), dtype of `q`.
     out, lse
-        Output and log-sum-exp of the same attention, where they are at hand; otherwise they are computed.
+        Output and log-sum-exp of the same attention, if they are already known; otherwise they are computed.
+    {options}
 
     Returns
     -------
     Effect of each key and head, shape (Tk, H), float32; sum over heads and layers for the effect of a gene. In
-    self-attention the key's own query goes with it and does not count. Where a key holds all of a query's attention
-    (above 1 - 1e-6) the query's output falls to 0. Not differentiable.
+    self-attention the key's own query is deleted with it and does not count. If a key has all of a query's attention
+    (above 1 - 1e-6), the query's output becomes 0. Not differentiable.
 
     Raises
     ------
@@ -158,18 +141,12 @@ def deletion_effects(
             f"`grad_out` is {grad_out.dtype} of shape {tuple(grad_out.shape)} and `q` {q.dtype} of shape "
             f"{tuple(q.shape)}; they must agree."
         )
-    bias_TH = None if key_bias is None else check_key_bias(key_bias, k)
-    plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, n_known, q, k)
-    scale = check_scale(scale, q)
+    checked, backend = check_options(q, k, cu_seqlens, options)
     if out is None or lse is None:
-        out, lse = attention(
-            q, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, key_bias=key_bias, scale=scale, plan=plan,
-            return_lse=True, backend=backend,
-        )  # fmt: skip
-    bounds = (plan.cu_seqlens, plan.cu_seqlens_k, plan.n_known, bias_TH, scale)
-    if choose_backend(backend, q, options=options_of(plan, bias_TH), operator="deletion_effects") == "fused":
-        return torch.ops.scfm.attention_deletion_effects(grad_out.contiguous(), q, k, v, out, lse, *bounds)
-    return reference.deletion_effects(grad_out, q, k, v, out, *bounds)
+        out, lse = attention(q, k, v, cu_seqlens, return_lse=True, **options)
+    if choose_backend(backend, q, options=checked.in_use, operator="deletion_effects") == "fused":
+        return torch.ops.scfm.attention_deletion_effects(grad_out.contiguous(), q, k, v, out, lse, *checked.arguments)
+    return reference.deletion_effects(grad_out, q, k, v, out, checked)
 
 
 def _checked_pairs(pairs: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -189,19 +166,17 @@ def _checked_pairs(pairs: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return pairs.long()
 
 
-def _pair_scores(
-    q: Tensor, k: Tensor, pairs_P2: Tensor, lse: Tensor, plan: AttentionPlan, bias_TH: Tensor | None, scale: float
-) -> Tensor:
+def _pair_scores(q: Tensor, k: Tensor, pairs_P2: Tensor, lse: Tensor, options: OperatorOptions) -> Tensor:
     query_P, key_P = pairs_P2.T.contiguous()
-    scores_PH = (q[query_P].float() * k[key_P].float()).sum(-1) * scale
-    if bias_TH is not None:
-        scores_PH = scores_PH + bias_TH[key_P]
-    bounds = plan.cu_seqlens.to(q.device)
-    bounds_k = bounds if plan.cu_seqlens_k is None else plan.cu_seqlens_k.to(q.device)
+    scores_PH = (q[query_P].float() * k[key_P].float()).sum(-1) * options.scale
+    if options.key_bias is not None:
+        scores_PH = scores_PH + options.key_bias[key_P]
+    bounds = options.cu_seqlens.to(q.device)
+    bounds_k = bounds if options.cu_seqlens_k is None else options.cu_seqlens_k.to(q.device)
     cell_P = torch.searchsorted(bounds, query_P, right=True) - 1
     seen_P = (key_P >= bounds_k[cell_P]) & (key_P < bounds_k[cell_P + 1])
-    if plan.n_known is not None:
-        known_P = key_P - bounds_k[cell_P] < plan.n_known.to(q.device)[cell_P]
+    if options.n_known is not None:
+        known_P = key_P - bounds_k[cell_P] < options.n_known.to(q.device)[cell_P]
         seen_P = seen_P & (known_P | (key_P == query_P))
     lse_PH = lse[query_P]
     probs_PH = torch.exp(scores_PH - torch.where(lse_PH == -math.inf, math.inf, lse_PH))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scfm.ops.attention import readable
 from scfm.ops.backend import EXTENSION_PATH, FUSED_DTYPES
+from scfm.ops.options import readable
 
 # Without the compiled kernel. bfloat16 weights are packed anew for every product, which only long blocks pay back: at 16,384
 # rows on two cores, blocks of 512 take 2 to 3 times as long as one product, blocks of 2,048 1.3 times; in float32 512 costs

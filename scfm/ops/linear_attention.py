@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scfm.ops.attention import Backend, autocast_qkv, check_qkv, checked_plan, readable
+from scfm.ops.attention import no_second_derivative
 from scfm.ops.backend import EXTENSION_PATH, choose_backend
+from scfm.ops.options import AttentionOptions, Backend, autocast_qkv, check_options, check_qkv, readable
 from scfm.ops.plan import AttentionPlan
-from scfm.ops.registration import no_second_derivative
 
 # Added to every feature, so that no query is without weight.
 FEATURE_FLOOR = 1e-4
@@ -125,14 +125,15 @@ def linear_attention(
         raise ValueError(
             f"`projection` has shape {tuple(projection.shape)}; it must be (features, {q.shape[2]}), the head width."
         )
-    plan = checked_plan(plan, cu_seqlens, cu_seqlens_k, None, q, k)
+    options: AttentionOptions = {"cu_seqlens_k": cu_seqlens_k, "plan": plan}
+    bounds, _ = check_options(q, k, cu_seqlens, options)
     if _serves(q, projection, backend):
         weight_MK = projection.detach().to(device=q.device, dtype=torch.float32).contiguous()
         return torch.ops.scfm.linear_attention_forward(
-            readable(q), readable(k), readable(v), plan.cu_seqlens, plan.cu_seqlens_k, weight_MK, FEATURE_FLOOR
+            readable(q), readable(k), readable(v), bounds.cu_seqlens, bounds.cu_seqlens_k, weight_MK, FEATURE_FLOOR
         )
-    bounds_k = plan.cu_seqlens if plan.cu_seqlens_k is None else plan.cu_seqlens_k
-    lengths, lengths_k = plan.cu_seqlens.diff().tolist(), bounds_k.diff().tolist()
+    bounds_k = bounds.cu_seqlens if bounds.cu_seqlens_k is None else bounds.cu_seqlens_k
+    lengths, lengths_k = bounds.cu_seqlens.diff().tolist(), bounds_k.diff().tolist()
     dtype = torch.promote_types(q.dtype, torch.float32)
     weight_MK = projection.to(device=q.device, dtype=dtype) * q.shape[2] ** -0.25
     with torch.autocast(q.device.type, enabled=False):

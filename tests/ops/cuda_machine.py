@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from scfm.ops.attention import check_key_bias
-from scfm.ops.registration import register_fused
+from scfm.ops.attention import register_fused
+from scfm.ops.options import check_key_bias
 
 CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 NEEDS = "needs a C++ compiler and the sources of the CUDA kernels"
 AVAILABLE = COMPILER is not None and (CSRC / "cuda").is_dir()
-OPERATORS = ("cuda/op.cpp", "cuda/tile_list.cpp", "cuda/emulate/fibers.cpp", "cuda/emulate/machine.cpp")
+OPERATORS = ("cuda/attention.cpp", "cuda/tile_list.cpp", "cuda/emulate/fibers.cpp", "cuda/emulate/machine.cpp")
 KERNELS = ("cuda/attention_d32.cu", "cuda/attention_d64.cu", "cuda/attention_d128.cu")
 
 
@@ -100,7 +100,7 @@ def operators():
         return OnGpu()
     torch.ops.load_library(str(build_operators()))
     library = torch.library.Library("scfm_emulated", "FRAGMENT")
-    register_fused(library, lambda q: True)
+    register_fused(library, "attention", lambda q: True)
     operators.library = library  # lives as long as the process
     return torch.ops.scfm_emulated
 

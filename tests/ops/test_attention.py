@@ -103,9 +103,8 @@ def test_gradients_of_the_torch_backend_are_exact(make_problem):
     problem = make_problem([4, 0, 3], n_heads=1, head_dim=3, dtype=torch.float64, known=[2, 0, 0], bias="key")
 
     def function(q, k, v, key_bias):
-        return ops.attention_reference(
-            q, k, v, problem.cu_seqlens, n_known=problem.options["n_known"], key_bias=key_bias, return_lse=True
-        )
+        options = {"n_known": problem.options["n_known"], "key_bias": key_bias, "backend": "torch"}
+        return ops.attention(q, k, v, problem.cu_seqlens, **options, return_lse=True)
 
     leaves = [problem.q, problem.k, problem.v, problem.options["key_bias"].double()]
     assert torch.autograd.gradcheck(function, [leaf.requires_grad_() for leaf in leaves])
@@ -251,6 +250,8 @@ def main():
             accuracy.check_attention(problems, ops.attention, return_lse=True, backend="fused")
         for head_dim in GRID_WIDTHS:
             for n_queries, n_keys in GRID:
+                if dtype != torch.float32 and n_queries >= 1000:
+                    continue  # plain torch takes minutes
                 seeds = accuracy.SEEDS if n_queries < 256 else [0]
                 problems = [
                     Problem([n_queries], lengths_k=[n_keys], n_heads=1, head_dim=head_dim, dtype=dtype, seed=seed)

@@ -60,7 +60,9 @@ def test_what_was_proven_are_the_kernels_of_today():
 
 
 @pytest.mark.skipif(not CSRC.is_dir(), reason="needs the sources of the CUDA kernels")
-@pytest.mark.parametrize("name", ["cuda/attention_forward.h", "cuda/attention_d64.cu", "cuda/op.cpp", "checks.h"])
+@pytest.mark.parametrize(
+    "name", ["cuda/attention_forward.h", "cuda/attention_d64.cu", "cuda/attention.cpp", "checks.h"]
+)
 def test_any_change_of_the_kernels_takes_the_proof_away(tmp_path, name):
     shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("host"))
     before = device_record.kernel_sources(tmp_path / "csrc")

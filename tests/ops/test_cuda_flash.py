@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scfm.ops import flash
-from scfm.ops.attention import check_key_bias
+from scfm.ops.options import OperatorOptions, check_key_bias
 from scfm.ops.reference import attention as reference
 from scfm.ops.reference import keys as reference_keys
 
@@ -201,21 +201,21 @@ def test_no_route_holds_a_matrix_of_scores(kernels, monkeypatch, route, shape):
     cu_seqlens_k, n_known, with_bias = shape
     q, k, v, grad_out = torch.randn(4, N, 1, 32, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
     bias = torch.zeros(N, 1) if with_bias else None
-    bounds = (torch.tensor([0, N - 10, N]), cu_seqlens_k, n_known, bias, 0.2)
+    options = OperatorOptions(torch.tensor([0, N - 10, N]), cu_seqlens_k, n_known, bias, 0.2)
     assert flash.is_trusted(q)
     watch = LargestTensor()
     monkeypatch.setattr(flash, "flash_forward", watch.aside(stand_in_forward))
     monkeypatch.setattr(flash, "flash_backward", watch.aside(stand_in_backward))
     with watch:
         if route == "flash":
-            out, lse = flash.forward(q, k, v, *bounds)
-            flash.backward(grad_out, torch.ones_like(lse), q, k, v, out, lse, *bounds)
+            out, lse = flash.forward(q, k, v, options)
+            flash.backward(grad_out, torch.ones_like(lse), q, k, v, out, lse, options)
         else:
-            out, lse = reference.forward(q, k, v, *bounds, True)
-            reference.forward(q, k, v, *bounds, False)
-            reference.backward(grad_out, torch.ones_like(lse), q, k, v, *bounds)
-            reference_keys.column_sums(q, k, *bounds)
-            reference_keys.deletion_effects(grad_out, q, k, v, out, *bounds)
+            out, lse = reference.forward(q, k, v, options, return_lse=True)
+            reference.forward(q, k, v, options, return_lse=False)
+            reference.backward(grad_out, torch.ones_like(lse), q, k, v, options)
+            reference_keys.column_sums(q, k, options)
+            reference_keys.deletion_effects(grad_out, q, k, v, out, options)
     assert N * 32 <= watch.elements < N * N / 4
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scfm.ops.options import OperatorOptions
 from scfm.ops.reference import keys as reference
 
 pytestmark = pytest.mark.skipif(not machine.AVAILABLE, reason=machine.NEEDS)
@@ -286,13 +287,15 @@ def test_column_sums_and_deletion_effects(make_problem, options, dtype, head_dim
     q, k, v, grad = (tensor.double() for tensor in (problem.q, problem.k, problem.v, problem.grad_out))
     out, lse = oracle.attention(q, k, v, problem.cu_seqlens, **problem.options)
     sums = machine.operators().attention_column_sums(problem.q, problem.k, lse.float(), *bounds)
-    torch.testing.assert_close(sums.double(), reference.column_sums(q, k, *bounds), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        sums.double(), reference.column_sums(q, k, OperatorOptions(*bounds)), rtol=1e-5, atol=1e-5
+    )
     # The rounded output stands in for the exact one on both sides, as it does in a model.
     out = out.to(dtype)
     effects = machine.operators().attention_deletion_effects(
         problem.grad_out, problem.q, problem.k, problem.v, out, lse.float(), *bounds
     )
-    expected = reference.deletion_effects(grad, q, k, v, out.double(), *bounds)
+    expected = reference.deletion_effects(grad, q, k, v, out.double(), OperatorOptions(*bounds))
     torch.testing.assert_close(effects.double(), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -13,6 +13,7 @@ import torch
 from scfm import ops
 from scfm.ops import device_record
 from scfm.ops.device_record import Case
+from scfm.ops.options import OperatorOptions
 from scfm.ops.reference import keys as reference
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +74,8 @@ def test_nothing_mixes_host_and_device(script, options):
         calls["padded math"]()
     out = torch.empty_like(batch.q)
     tensors = (batch.grad_out, batch.q, batch.k, batch.v, out)
-    assert reference.column_sums(batch.q, batch.k, *batch.bounds).device.type == "meta"
-    assert reference.deletion_effects(*tensors, *batch.bounds).device.type == "meta"
+    assert reference.column_sums(batch.q, batch.k, OperatorOptions(*batch.bounds)).device.type == "meta"
+    assert reference.deletion_effects(*tensors, OperatorOptions(*batch.bounds)).device.type == "meta"
 
 
 @pytest.mark.parametrize("operator", device_record.OPERATORS)

@@ -11,6 +11,7 @@ import torch
 
 from scfm import ops
 from scfm.ops import extension
+from scfm.ops.options import OperatorOptions
 
 HAS_KERNELS = ops.extension_info()["available"]
 NEEDS_KERNELS = pytest.mark.skipif(not HAS_KERNELS, reason="needs the compiled extension")
@@ -34,6 +35,19 @@ def test_opcheck_of_the_fused_operator(make_problem, grad):
 def test_opcheck_of_the_torch_operator(make_problem, return_lse):
     problem = make_problem([9, 0, 40], known=[3, 0, 40], bias="head")
     torch.library.opcheck(torch.ops.scfm.torch_attention_forward.default, (*arguments(problem, grad=True), return_lse))
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("name", ["forward", "backward", "column_sums", "deletion_effects"])
+def test_the_compiled_operators_have_the_options_of_the_python_ones(name):
+    schema = str(getattr(torch.ops.scfm, f"attention_{name}").default._schema)
+    assert f", {OperatorOptions.SCHEMA}) -> " in schema
+
+
+def test_an_option_that_is_not_known_is_refused():
+    q = torch.zeros(2, 1, 8)
+    with pytest.raises(TypeError, match="`n_know` is not an option of attention; use one of cu_seqlens_k, n_known"):
+        ops.attention(q, q, q, torch.tensor([0, 2]), n_know=torch.tensor([1]))
 
 
 class Layer(torch.nn.Module):

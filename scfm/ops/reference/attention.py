@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from scfm.ops.options import OperatorOptions
 from scfm.ops.plan import make_plan
 
 # Scores held at once: (heads, 256 queries, keys of a cell). Large enough that the matrix products run at full speed.
@@ -20,11 +21,11 @@ QUERIES_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some queries of one cell, by their place among the packed tokens, and the keys that all of them see."""
+    """Some queries of one cell, by their position among the packed tokens, and the keys that all of them attend to."""
 
     queries: slice
     keys: slice
-    sees_itself: bool  # each query sees its own key as well
+    attends_to_itself: bool  # each query attends to its own key as well
 
     @property
     def n_keys(self) -> int:
@@ -33,26 +34,37 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell's place among the packed tokens."""
+    """One cell's position among the packed tokens."""
 
     queries: slice
-    keys: slice  # that every query of the cell sees
-    n_known: int | None  # queries from here on see their own key as well
+    keys: slice  # that every query of the cell attends to
+    n_known: int | None  # queries from here on attend to their own key as well
 
     def chunks(self) -> Iterator[Chunk]:
-        """All queries that see a key; no chunk straddles the last known one."""
+        """All queries that attend to a key; no chunk holds both context and target tokens."""
         start, end = self.queries.start, self.queries.stop
-        first_unknown = end if self.n_known is None else start + self.n_known
-        last_seeing = first_unknown if self.keys.start < self.keys.stop else start
-        for begin, stop, sees_itself in ((start, last_seeing, False), (first_unknown, end, True)):
+        first_target = end if self.n_known is None else start + self.n_known
+        last_attending = first_target if self.keys.start < self.keys.stop else start
+        for begin, stop, attends_to_itself in ((start, last_attending, False), (first_target, end, True)):
             for first in range(begin, stop, QUERIES_PER_CHUNK):
-                yield Chunk(slice(first, min(first + QUERIES_PER_CHUNK, stop)), self.keys, sees_itself)
+                yield Chunk(slice(first, min(first + QUERIES_PER_CHUNK, stop)), self.keys, attends_to_itself)
 
 
-def cells_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor | None) -> Iterator[Cell]:
-    bounds = cu_seqlens.tolist()
-    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    known = None if n_known is None else n_known.tolist()
+def check_boundaries(q: Tensor, k: Tensor, options: OperatorOptions) -> None:
+    """Cheap, and the only check of the values when a compiled graph runs."""
+    make_plan(
+        options.cu_seqlens,
+        cu_seqlens_k=options.cu_seqlens_k,
+        n_known=options.n_known,
+        n_tokens=q.shape[0],
+        n_tokens_k=k.shape[0],
+    )
+
+
+def cells_of(options: OperatorOptions) -> Iterator[Cell]:
+    bounds = options.cu_seqlens.tolist()
+    bounds_k = bounds if options.cu_seqlens_k is None else options.cu_seqlens_k.tolist()
+    known = None if options.n_known is None else options.n_known.tolist()
     for cell in range(len(bounds) - 1):
         limit = None if known is None else known[cell]
         end_k = bounds_k[cell + 1] if limit is None else bounds_k[cell] + limit
@@ -63,29 +75,25 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    n_known: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
+    options: OperatorOptions,
+    *,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query and, where asked for, its log-sum-exp.
+    """Attention of every query and, with `return_lse`, its log-sum-exp.
 
     Shapes as in :func:`scfm.ops.attention`; `key_bias` is (Tk, H). Returns `out` (Tq, H, K) in the dtype of `q` and
-    `lse` (Tq, H) in float32 (float64 for float64 input), or (0, H) when not asked for.
+    `lse` (Tq, H) in float32 (float64 for float64 input), or (0, H) without `return_lse`.
     """
-    # Cheap, and the only look at the values when a compiled graph runs.
-    make_plan(cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, n_tokens=q.shape[0], n_tokens_k=k.shape[0])
+    check_boundaries(q, k, options)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    by_torch = n_known is None and key_bias is None and not return_lse and is_fused_by_torch(q)
+    by_torch = options.n_known is None and options.key_bias is None and not return_lse and is_fused_by_torch(q)
     lse = torch.full((q.shape[0] if return_lse else 0, q.shape[1]), -math.inf, dtype=_compute_dtype(q), device=q.device)
-    for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
+    for cell in cells_of(options):
         if by_torch and cell.keys.start < cell.keys.stop:
-            out[cell.queries] = _torch_attention(q, k, v, cell, scale)
+            out[cell.queries] = _torch_attention(q, k, v, cell, options.scale)
             continue
         for chunk in cell.chunks():
-            scores_HQN = scores(q, k, key_bias, chunk, scale)
+            scores_HQN = scores(q, k, chunk, options)
             lse_HQ = finite_lse(scores_HQN)
             if return_lse:
                 lse[chunk.queries] = torch.where(lse_HQ == math.inf, -math.inf, lse_HQ).T
@@ -100,26 +108,23 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    n_known: Tensor | None,
-    key_bias: Tensor | None,
-    scale: float,
+    options: OperatorOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k`, `v` and `key_bias` ((Tk, H), or (0, H) without one), scores recomputed chunk by chunk."""
+    """Gradients of `q`, `k`, `v` and `key_bias` ((Tk, H), or (0, H) without one), from scores that are computed again chunk by chunk."""
     dtype = _compute_dtype(q)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.zeros(k.shape, dtype=dtype, device=k.device)
     grad_v = torch.zeros(v.shape, dtype=dtype, device=v.device)
-    grad_bias = torch.zeros((0 if key_bias is None else k.shape[0], q.shape[1]), dtype=dtype, device=q.device)
-    for cell in cells_of(cu_seqlens, cu_seqlens_k, n_known):
+    n_biases = 0 if options.key_bias is None else k.shape[0]
+    grad_bias = torch.zeros((n_biases, q.shape[1]), dtype=dtype, device=q.device)
+    for cell in cells_of(options):
         for chunk in cell.chunks():
             queries, keys = chunk.queries, chunk.keys
-            scores_HQN = scores(q, k, key_bias, chunk, scale)
+            scores_HQN = scores(q, k, chunk, options)
             probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])
             grad_HQK = grad_out[queries].to(dtype).transpose(0, 1)
             grad_probs_HQN = grad_HQK @ v[keys].to(dtype).permute(1, 2, 0)
-            if chunk.sees_itself:
+            if chunk.attends_to_itself:
                 own_HQ = (grad_HQK * v[queries].to(dtype).transpose(0, 1)).sum(-1)
                 grad_probs_HQN = torch.cat([grad_probs_HQN, own_HQ[..., None]], -1)
             delta_HQ1 = (probs_HQN * grad_probs_HQN).sum(-1, keepdim=True)
@@ -127,21 +132,21 @@ def backward(
                 delta_HQ1 = delta_HQ1 - grad_lse[queries].to(dtype).T[..., None]
             grad_scores_HQN = probs_HQN * (grad_probs_HQN - delta_HQ1)
 
-            known = slice(None, chunk.n_keys)
+            shared = slice(None, chunk.n_keys)
             query_HQK = q[queries].to(dtype).transpose(0, 1)
-            grad_query_HQK = grad_scores_HQN[..., known] @ k[keys].to(dtype).transpose(0, 1)
-            grad_k[keys] += (grad_scores_HQN[..., known].mT @ query_HQK).transpose(0, 1) * scale
-            grad_v[keys] += (probs_HQN[..., known].mT @ grad_HQK).transpose(0, 1)
-            if key_bias is not None:
-                grad_bias[keys] += grad_scores_HQN[..., known].sum(1).T
-            if chunk.sees_itself:
+            grad_query_HQK = grad_scores_HQN[..., shared] @ k[keys].to(dtype).transpose(0, 1)
+            grad_k[keys] += (grad_scores_HQN[..., shared].mT @ query_HQK).transpose(0, 1) * options.scale
+            grad_v[keys] += (probs_HQN[..., shared].mT @ grad_HQK).transpose(0, 1)
+            if options.key_bias is not None:
+                grad_bias[keys] += grad_scores_HQN[..., shared].sum(1).T
+            if chunk.attends_to_itself:
                 own_HQ1 = grad_scores_HQN[..., -1:]
                 grad_query_HQK = grad_query_HQK + own_HQ1 * k[queries].to(dtype).transpose(0, 1)
-                grad_k[queries] = (own_HQ1 * query_HQK).transpose(0, 1) * scale
+                grad_k[queries] = (own_HQ1 * query_HQK).transpose(0, 1) * options.scale
                 grad_v[queries] = (probs_HQN[..., -1:] * grad_HQK).transpose(0, 1)
-                if key_bias is not None:
+                if options.key_bias is not None:
                     grad_bias[queries] = own_HQ1[..., 0].T
-            grad_q[queries] = (grad_query_HQK * scale).transpose(0, 1).to(q.dtype)
+            grad_q[queries] = (grad_query_HQK * options.scale).transpose(0, 1).to(q.dtype)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias
 
 
@@ -150,7 +155,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def is_fused_by_torch(q: Tensor) -> bool:
-    """Whether torch's own attention holds no (N, N) scores: on a GPU its kernels take neither float64 nor every width."""
+    """Whether torch's own attention never has the (N, N) scores in memory: on a GPU it needs them for float64 and some widths."""
     return not q.is_cuda or (q.dtype != torch.float64 and q.shape[2] % 8 == 0 and q.shape[2] <= 256)
 
 
@@ -162,23 +167,23 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, cell: Cell, scale: float) 
     return out_1HQK[0].transpose(0, 1)
 
 
-def scores(q: Tensor, k: Tensor, key_bias: Tensor | None, chunk: Chunk, scale: float) -> Tensor:
+def scores(q: Tensor, k: Tensor, chunk: Chunk, options: OperatorOptions) -> Tensor:
     """Scaled and biased scores (H, Q, N) of a chunk of queries; a last column holds each query's own key."""
     dtype = _compute_dtype(q)
-    query_HQK = q[chunk.queries].to(dtype).transpose(0, 1) * scale
+    query_HQK = q[chunk.queries].to(dtype).transpose(0, 1) * options.scale
     scores_HQN = query_HQK @ k[chunk.keys].to(dtype).permute(1, 2, 0)
-    if key_bias is not None:
-        scores_HQN += key_bias[chunk.keys].to(dtype).T[:, None]
-    if not chunk.sees_itself:
+    if options.key_bias is not None:
+        scores_HQN += options.key_bias[chunk.keys].to(dtype).T[:, None]
+    if not chunk.attends_to_itself:
         return scores_HQN
     own_HQ = (query_HQK * k[chunk.queries].to(dtype).transpose(0, 1)).sum(-1)
-    if key_bias is not None:
-        own_HQ = own_HQ + key_bias[chunk.queries].to(dtype).T
+    if options.key_bias is not None:
+        own_HQ = own_HQ + options.key_bias[chunk.queries].to(dtype).T
     return torch.cat([scores_HQN, own_HQ[..., None]], -1)
 
 
 def finite_lse(scores_HQN: Tensor) -> Tensor:
-    """Log-sum-exp, +inf for a query that sees no key, so that its probabilities come out as 0 and not as NaN."""
+    """Log-sum-exp, +inf for a query that attends to no key, so that its probabilities are 0 and not NaN."""
     lse_HQ = torch.logsumexp(scores_HQN, -1)
     return torch.where(lse_HQ == -math.inf, math.inf, lse_HQ)
 
@@ -186,6 +191,6 @@ def finite_lse(scores_HQN: Tensor) -> Tensor:
 def _mix(probs_HQN: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
     dtype = probs_HQN.dtype
     mixed_HQK = probs_HQN[..., : chunk.n_keys] @ v[chunk.keys].to(dtype).transpose(0, 1)
-    if chunk.sees_itself:
+    if chunk.attends_to_itself:
         mixed_HQK = mixed_HQK + probs_HQN[..., -1:] * v[chunk.queries].to(dtype).transpose(0, 1)
     return mixed_HQK.transpose(0, 1)

@@ -4,14 +4,14 @@
 //
 #include "engine_amx_float.h"
 //
-#include "attention_kernels.h"
+#include "kernels_of.h"
 
 namespace scfm {
 
 // Only what this instruction set adds; the scheduler goes on to AVX-512 for the other dtypes.
-const AttentionKernels* attention_kernels_amx(Dtype dtype) {
-  static constexpr AttentionKernels kFloat = kernels_of<FloatEngine, float, AmxFloatEngine>();
-  static constexpr AttentionKernels kBFloat16 = kernels_of<AmxEngine, BFloat16>();
+const Kernels* kernels_amx(Dtype dtype) {
+  static constexpr Kernels kFloat = kernels_of<FloatEngine, float, AmxFloatEngine>();
+  static constexpr Kernels kBFloat16 = kernels_of<AmxEngine, BFloat16>();
   return dtype == Dtype::kFloat ? &kFloat : dtype == Dtype::kBFloat16 ? &kBFloat16 : nullptr;
 }
 

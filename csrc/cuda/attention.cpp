@@ -1,5 +1,5 @@
-// The attention operators on CUDA tensors: checks, workspace and tile lists. Schemas as in ../attention.cpp, boundaries on
-// the host; LibTorch stable ABI only. Built with SCFM_EMULATE for the tests, the same operators run on the emulated machine.
+// The attention operators on CUDA tensors: checks, workspace and tile lists. Schemas as in ../attention.h, boundaries on the
+// host; LibTorch stable ABI only. Built with SCFM_EMULATE for the tests, the same operators run on the emulated machine.
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../attention.h"
 #include "place.h"
 #include "tile_list.h"
 
@@ -99,8 +99,7 @@ Tensor on_raster(const Tensor& tensor) {
 // Tensors of one call: keeps what the kernels use alive, and builds the problem from it.
 class Call {
  public:
-  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, const std::optional<Tensor>& cu_seqlens_k,
-       const std::optional<Tensor>& n_known, const std::optional<Tensor>& key_bias, double scale)
+  Call(const AttentionOptions& options, const Tensor& q, const Tensor& k, const Tensor& v)
       : here_(q), q_(q), n_keys_(k.size(0)) {
     check_tokens(q, q, q.size(0), "q");
     check_tokens(k, q, k.size(0), "k");
@@ -111,9 +110,9 @@ class Call {
     check(kernels_->ready(here_.device(), here_.stream()));
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     STD_TORCH_CHECK(q.size(0) <= kMost && k.size(0) <= kMost, "attention: more than 2^31 - 1 tokens in one call.");
-    const Cells cells = cells_of(q, k, cu_seqlens, cu_seqlens_k, n_known);
+    const Cells cells = cells_of(options, q, k);
     n_cells_ = static_cast<int64_t>(cells.query.size()) - 1;
-    const DeviceTiles tiles = tile_cache().get(cells, here_, q, cu_seqlens);
+    const DeviceTiles tiles = tile_cache().get(cells, here_, q, options.cu_seqlens);
     problem_.query_tiles = static_cast<const Tile*>(read(tiles.tensor).const_data_ptr());
     problem_.key_tiles = problem_.query_tiles + tiles.n_query_tiles;
     problem_.n_query_tiles = tiles.n_query_tiles;
@@ -121,11 +120,11 @@ class Call {
     problem_.keys_are_queries = cells.keys_are_queries;
     problem_.n_heads = static_cast<int32_t>(q.size(1));
     problem_.n_queries = q.size(0);
-    problem_.scale = static_cast<float>(scale);
+    problem_.scale = static_cast<float>(options.scale);
     problem_.q = read_tokens(q);
     problem_.k = read_tokens(k);
     problem_.v = read_tokens(v);
-    problem_.key_bias = read_scalars(key_bias, n_keys_, "key_bias");
+    problem_.key_bias = read_scalars(options.key_bias, n_keys_, "key_bias");
   }
 
   Problem& problem() { return problem_; }
@@ -201,10 +200,9 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
-                                             std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known,
-                                             std::optional<Tensor> key_bias, double scale) {
-  Call call(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale);
+std::tuple<Tensor, Tensor> attention_forward(const AttentionOptions& options, const Tensor& q, const Tensor& k,
+                                             const Tensor& v) {
+  Call call(options, q, k, v);
   Tensor out = call.new_tokens(q.size(0), call.problem().out);
   Tensor lse = call.new_scalars(q.size(0), call.problem().lse);
   Call::check(call.kernels().forward(call.problem(), call.stream()));
@@ -217,11 +215,11 @@ Tensor dense_rows(const Tensor& tensor) {
 }
 
 template <bool kDeterministic>
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens, std::optional<Tensor> cu_seqlens_k,
-    std::optional<Tensor> n_known, std::optional<Tensor> key_bias, double scale) {
-  Call call(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const AttentionOptions& options, const Tensor& grad_out,
+                                                              std::optional<Tensor> grad_lse, const Tensor& q,
+                                                              const Tensor& k, const Tensor& v, const Tensor& out,
+                                                              const Tensor& lse) {
+  Call call(options, q, k, v);
   Problem& problem = call.problem();
   const Tensor grad = dense_rows(grad_out);
   check_tokens(grad, q, q.size(0), "grad_out");
@@ -233,16 +231,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_q = call.new_tokens(q.size(0), problem.grad_q);
   Tensor grad_k = call.new_tokens(k.size(0), problem.grad_k), grad_v = call.new_tokens(k.size(0), problem.grad_v);
   Scalars none;
-  Tensor grad_bias = call.new_scalars(key_bias ? k.size(0) : 0, key_bias ? problem.key_sums : none);
+  Tensor grad_bias = call.new_scalars(options.key_bias ? k.size(0) : 0, options.key_bias ? problem.key_sums : none);
   call.add_workspace(true);
   Call::check(call.kernels().backward(problem, kDeterministic, call.stream()));
   return {grad_q, grad_k, grad_v, grad_bias};
 }
 
-Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& cu_seqlens,
-                             std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known,
-                             std::optional<Tensor> key_bias, double scale) {
-  Call call(q, k, k, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale);
+Tensor attention_column_sums(const AttentionOptions& options, const Tensor& q, const Tensor& k, const Tensor& lse) {
+  Call call(options, q, k, k);
   call.problem().lse = call.read_scalars(lse, q.size(0), "lse");
   Tensor sums = call.new_scalars(k.size(0), call.problem().key_sums);
   call.add_workspace(false);
@@ -250,11 +246,9 @@ Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse
   return sums;
 }
 
-Tensor attention_deletion_effects(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
-                                  std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> n_known,
-                                  std::optional<Tensor> key_bias, double scale) {
-  Call call(q, k, v, cu_seqlens, cu_seqlens_k, n_known, key_bias, scale);
+Tensor attention_deletion_effects(const AttentionOptions& options, const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                  const Tensor& v, const Tensor& out, const Tensor& lse) {
+  Call call(options, q, k, v);
   Problem& problem = call.problem();
   const Tensor grad = dense_rows(grad_out);
   check_tokens(grad, q, q.size(0), "grad_out");
@@ -285,41 +279,30 @@ Tensor tiles(const Tensor& q, const Tensor& cu_seqlens, std::optional<Tensor> cu
 }  // namespace
 }  // namespace scfm::cuda
 
-#define SCFM_BACKWARD_ARGUMENTS                                                                             \
-  "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "              \
-  "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) -> (Tensor, Tensor, Tensor, " \
-  "Tensor)"
-
 #ifdef SCFM_EMULATE
 #define SCFM_LIBRARY scfm_emulated
 #define SCFM_KEY CPU
 STABLE_TORCH_LIBRARY_FRAGMENT(scfm_emulated, m) {
-  m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, "
-      "Tensor? key_bias, float scale) -> (Tensor, Tensor)");
-  m.def("attention_backward" SCFM_BACKWARD_ARGUMENTS);
-  m.def("attention_backward_deterministic" SCFM_BACKWARD_ARGUMENTS);
-  m.def(
-      "attention_column_sums(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, "
-      "Tensor? key_bias, float scale) -> Tensor");
-  m.def(
-      "attention_deletion_effects(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known, Tensor? key_bias, float scale) -> Tensor");
+  m.def("attention_forward" SCFM_ATTENTION_FORWARD);
+  m.def("attention_backward" SCFM_ATTENTION_BACKWARD);
+  m.def("attention_backward_deterministic" SCFM_ATTENTION_BACKWARD);
+  m.def("attention_column_sums" SCFM_ATTENTION_COLUMN_SUMS);
+  m.def("attention_deletion_effects" SCFM_ATTENTION_DELETION_EFFECTS);
   m.def("tiles(Tensor q, Tensor cu_seqlens, Tensor? cu_seqlens_k, Tensor? n_known) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(scfm_emulated, CPU, m) { m.impl("tiles", TORCH_BOX(&scfm::cuda::tiles)); }
 #else
 #define SCFM_LIBRARY scfm
 #define SCFM_KEY CUDA
-STABLE_TORCH_LIBRARY_FRAGMENT(scfm, m) { m.def("attention_backward_deterministic" SCFM_BACKWARD_ARGUMENTS); }
+STABLE_TORCH_LIBRARY_FRAGMENT(scfm, m) { m.def("attention_backward_deterministic" SCFM_ATTENTION_BACKWARD); }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(SCFM_LIBRARY, SCFM_KEY, m) {
-  m.impl("attention_forward", TORCH_BOX(&scfm::cuda::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&scfm::cuda::attention_backward<false>));
-  m.impl("attention_backward_deterministic", TORCH_BOX(&scfm::cuda::attention_backward<true>));
-  m.impl("attention_column_sums", TORCH_BOX(&scfm::cuda::attention_column_sums));
-  m.impl("attention_deletion_effects", TORCH_BOX(&scfm::cuda::attention_deletion_effects));
+  m.impl("attention_forward", SCFM_BOX_ATTENTION(scfm::cuda::attention_forward));
+  m.impl("attention_backward", SCFM_BOX_ATTENTION(scfm::cuda::attention_backward<false>));
+  m.impl("attention_backward_deterministic", SCFM_BOX_ATTENTION(scfm::cuda::attention_backward<true>));
+  m.impl("attention_column_sums", SCFM_BOX_ATTENTION(scfm::cuda::attention_column_sums));
+  m.impl("attention_deletion_effects", SCFM_BOX_ATTENTION(scfm::cuda::attention_deletion_effects));
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

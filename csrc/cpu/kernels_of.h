@@ -1,25 +1,27 @@
-// The table of kernels that a unit offers for one dtype. Include after a vec_*.h and its engines.
+// Fills the table of kernels of one dtype. Include after a vec_*.h and its engines.
 #pragma once
 
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "attention_keys.h"
-#include "linear.h"
+#include "kernels.h"
 #include "linear_attention_backward.h"
+#include "linear_forward.h"
 
 namespace {
 
-// `Forward` multiplies where only rows and values have to be packed: in the forward and in linear layers.
+// `Source` is the element type of the tensors. `Forward` multiplies where only rows and values have to be packed: in the
+// forward of attention and in linear layers.
 template <class Engine, class Source, class Forward = Engine>
-constexpr AttentionKernels kernels_of() {
-  return {forward_scratch<Forward>,
+constexpr Kernels kernels_of() {
+  return {Forward::burn,
+          attention_forward_scratch<Forward>,
           attention_forward<Forward, Source>,
-          backward_scratch<Engine>,
+          attention_backward_scratch<Engine>,
           attention_backward<Engine, Source>,
-          Forward::burn,
           attention_keys<Engine, Source, false>,
           attention_keys<Engine, Source, true>,
-          linear_attention_scratch<Engine>,
+          linear_attention_forward_scratch<Engine>,
           linear_attention_forward<Engine, Source>,
           linear_attention_backward_scratch<Engine>,
           linear_attention_backward<Engine, Source>,
