@@ -1,4 +1,4 @@
-// Checks that every operator makes before it hands memory to a kernel, on the CPU or on a GPU.
+// Checks that every operator makes before it passes memory to a kernel, on the CPU or on a GPU.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -44,8 +44,8 @@ inline std::vector<int64_t> boundaries_of(const Tensor& tensor, int64_t n_tokens
   std::vector<int64_t> bounds = integers_of(tensor, name);
   STD_TORCH_CHECK(!bounds.empty() && bounds.front() == 0, "attention: `", name, "` must start at 0.");
   for (size_t i = 1; i < bounds.size(); i++)
-    STD_TORCH_CHECK(bounds[i - 1] <= bounds[i], "attention: `", name, "` falls from ", bounds[i - 1], " to ", bounds[i],
-                    "; boundaries must never fall.");
+    STD_TORCH_CHECK(bounds[i - 1] <= bounds[i], "attention: `", name, "` decreases from ", bounds[i - 1], " to ", bounds[i],
+                    "; boundaries must not decrease.");
   STD_TORCH_CHECK(bounds.back() == n_tokens, "attention: `", name, "` ends at ", bounds.back(), ", but there are ",
                   n_tokens, " tokens.");
   return bounds;
@@ -62,7 +62,7 @@ inline Cells cells_of(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens
   if (!n_known) return cells;
   STD_TORCH_CHECK(!cu_seqlens_k, "attention: `n_known` needs self-attention; drop `cu_seqlens_k`.");
   cells.n_known = integers_of(*n_known, "n_known");
-  STD_TORCH_CHECK(cells.n_known.size() + 1 == cells.query.size(), "attention: `n_known` needs one entry a cell.");
+  STD_TORCH_CHECK(cells.n_known.size() + 1 == cells.query.size(), "attention: `n_known` needs one entry per cell.");
   for (size_t i = 0; i < cells.n_known.size(); i++)
     STD_TORCH_CHECK(cells.n_known[i] >= 0 && cells.n_known[i] <= cells.query[i + 1] - cells.query[i],
                     "attention: `n_known` is ", cells.n_known[i], " for cell ", i, " of ",

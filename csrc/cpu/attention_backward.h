@@ -1,6 +1,6 @@
 // Backward of one task: all queries of one cell and head.
 //
-// Everything runs on the transposed scores S^T = K Q^T, [keys][queries]: then P^T and dS^T come out as operand A of
+// Everything runs on the transposed scores S^T = K Q^T, [keys][queries]: then P^T and dS^T are operand A of
 // dV += P^T dO and dK += dS^T Q without a transposition, and dS^T as operand B of dQ^T += K^T dS^T. Queries are packed
 // once; for each block of keys, dK and dV are complete when all queries have passed. All sums are in float, in one order.
 #pragma once
@@ -52,7 +52,7 @@ struct BackwardBuffers {
 
 // The log-sum-exp of one block of queries as an exponent of 2. Rounded to float it would give every probability of a query
 // the same error, often larger than all others. So products in float take its whole part, which is exact, and the rest
-// becomes a factor near 1, `correction`, of whatever is summed over the queries or written for them.
+// becomes a factor near 1, `correction`, on what is summed over the queries or written for them.
 template <class Engine>
 void split_lse(const AttentionProblem& problem, int64_t head, int64_t token, int64_t n, float* lse, float* correction) {
   for (int64_t i = 0; i < kQueryBlock; i++) {
@@ -139,10 +139,10 @@ void score_gradients(int64_t n_keys, float scale, const float* lse, const float*
       for (int64_t i = 0; i < 2; i++)
 #pragma GCC unroll 2
         for (int64_t j = 0; j < 2; j++) {
-          const int64_t column = query + j * Vec::kWidth, place = (key + i) * kQueryBlock + column;
+          const int64_t column = query + j * Vec::kWidth, at = (key + i) * kQueryBlock + column;
           const Vec::Reg offset = Vec::sub(Vec::set1(buffers.bias[key + i]), Vec::load(lse + column));
-          p[i][j] = Engine::exp2(Vec::fma(Vec::load(buffers.scores + place), factor, offset));
-          ds[i][j] = Vec::mul(p[i][j], Vec::sub(Vec::load(buffers.grad_probs + place), Vec::load(delta + column)));
+          p[i][j] = Engine::exp2(Vec::fma(Vec::load(buffers.scores + at), factor, offset));
+          ds[i][j] = Vec::mul(p[i][j], Vec::sub(Vec::load(buffers.grad_probs + at), Vec::load(delta + column)));
           if constexpr (kGradBias) total[i] = Vec::fma(ds[i][j], Vec::load(correction + column), total[i]);
         }
 #pragma GCC unroll 2
@@ -150,7 +150,7 @@ void score_gradients(int64_t n_keys, float scale, const float* lse, const float*
         Engine::store_row(buffers.probs + (key + i) * kRowWords, query, p[i][0], p[i][1]);
         Engine::store_row(buffers.grad_scores + (key + i) * kRowWords, query, ds[i][0], ds[i][1]);
       }
-      if constexpr (Engine::kGroup == 2) {  // in float the rows are the panel
+      if constexpr (Engine::kGroup == 2) {  // in float the rows are already the panel
         Engine::store_panel(buffers.grad_scores_panel, key, query, ds[0][0], ds[1][0]);
         Engine::store_panel(buffers.grad_scores_panel, key, query + Vec::kWidth, ds[0][1], ds[1][1]);
       }
@@ -163,7 +163,7 @@ void score_gradients(int64_t n_keys, float scale, const float* lse, const float*
   }
 }
 
-// An unknown token's own key: nobody else sees it, so its key and value gradients are this one term.
+// A target token's own key: no other query attends to it, so the gradients of its key and value are this one term.
 template <class Source>
 void own_key_gradients(const AttentionProblem& problem, int64_t token, int64_t head, int64_t width, float lse,
                        float delta, float correction, float* grad_query) {
@@ -218,7 +218,7 @@ void write_query_gradients(const AttentionProblem& problem, const Task& task, in
 template <class Engine, class Source>
 void attention_backward(const AttentionProblem& problem, const Task& task, void* scratch) {
   constexpr int64_t kKeys = Engine::kBackwardKeys, kRowWords = kQueryBlock / Engine::kGroup;
-  [[maybe_unused]] const Engine engine;  // AMX sets up its tiles for the length of a task
+  [[maybe_unused]] const Engine engine;  // AMX configures its tiles for the duration of a task
   [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t n_queries = task.query_end - task.query_begin;
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;

@@ -1,7 +1,7 @@
-// Forward of one task: some queries of one cell and head, over all keys that they see.
+// Forward of one task: some queries of one cell and head, over all keys that they attend to.
 //
 // For each block of keys: pack K and V once; then for each few query rows S = Q K^T, online softmax, O += P V, with S and P
-// in the first-level cache. An epilogue adds the own key of unknown queries and divides by the sum.
+// in the first-level cache. An epilogue adds the own key of target queries and divides by the sum.
 #pragma once
 
 #include "row_walk.h"
@@ -34,7 +34,7 @@ struct ForwardBuffers {
 };
 
 // Probabilities of one row of scores relative to `reference`, and their sum, lane by lane. `kBiased` adds a bias to each
-// key, which is also what hides the padding of a last block.
+// key, which also hides the padding of the last block.
 template <class Engine, bool kBiased>
 inline Vec::Reg probabilities(const float* scores, int64_t n, float scale, const float* bias, float reference,
                               uint32_t* probs) {
@@ -68,13 +68,13 @@ inline float largest_score(const float* scores, int64_t n, float scale, const fl
   return Vec::reduce_max(Vec::max(top[0], top[1]));
 }
 
-// One row of a task, and what is known of it so far.
+// One row of a task, and its state so far.
 struct SoftmaxRow {
   float *scores, *reference, *sum, *out;
   uint32_t* probs;
 };
 
-// The reference of a row becomes the largest score so far; sum and output are brought to it.
+// The reference of a row becomes the largest score so far; sum and output are rescaled to it.
 template <class Engine, bool kBiased>
 void __attribute__((noinline))
 renew_reference(const SoftmaxRow& row, int64_t n, float scale, const float* bias, int64_t width) {
@@ -86,11 +86,11 @@ renew_reference(const SoftmaxRow& row, int64_t n, float scale, const float* bias
   for (int64_t d = 0; d < width; d += Vec::kWidth) Vec::store(row.out + d, Vec::mul(Vec::load(row.out + d), shrink));
 }
 
-// Any reference serves as long as nothing overflows: digits are relative. So the largest score of the first block is kept
+// Any reference gives the same relative error as long as nothing overflows. So the largest score of the first block is kept
 // until later probabilities exceed 1 by far, which saves finding the maximum of each block (as in FlashAttention-4).
 constexpr float kRenewAbove = 1048576.f;
 
-// One row of scores becomes probabilities. `again` computes the scores once more where probabilities have taken their place.
+// One row of scores becomes probabilities. `again` computes the scores once more if probabilities have overwritten them.
 template <class Engine, bool kBiased, class Again>
 inline void softmax_row(const SoftmaxRow& row, int64_t n, float scale, const float* bias, int64_t width,
                         const Again& again) {
@@ -103,13 +103,13 @@ inline void softmax_row(const SoftmaxRow& row, int64_t n, float scale, const flo
     again();
   }
   renew_reference<Engine, kBiased>(row, n, scale, bias, width);
-  // No key seen so far: any finite reference gives exp2(-inf) = 0, while -inf would give NaN.
+  // No key so far: any finite reference gives exp2(-inf) = 0, while -inf would give NaN.
   const float reference = *row.reference == -kInfinity ? 0.f : *row.reference;
   const Vec::Reg sum = probabilities<Engine, kBiased>(row.scores, n, scale, bias, reference, row.probs);
   Vec::store(row.sum, Vec::add(Vec::load(row.sum), sum));
 }
 
-// The own key of an unknown query, merged by online softmax.
+// The own key of a target query, merged by online softmax.
 template <class Engine, class Source>
 void add_own_key(const AttentionProblem& problem, int64_t token, int64_t head, int64_t width, float& row_max,
                  float& row_sum, float* out) {
@@ -129,8 +129,8 @@ void add_own_key(const AttentionProblem& problem, int64_t token, int64_t head, i
     Vec::store(out + d, Vec::fma(Vec::load(out + d), shrink, Vec::mul(prob, Vec::load(value + d))));
 }
 
-// ln(2^top sum), rounded once: the backward takes its probabilities from it, and in float `top` plus the logarithm
-// would have an error as large again.
+// ln(2^top sum), rounded once. The backward computes its probabilities from it, and adding `top` and the logarithm in float
+// would double its error.
 inline float log_sum_exp(float top, float sum) {
   if (sum == 0.f) return -kInfinity;
   if (!(sum < kInfinity)) return sum;  // infinite, or not a number
@@ -154,7 +154,7 @@ template <class Engine, class Source>
 void attention_forward(const AttentionProblem& problem, const Task& task, void* scratch) {
   using Element = typename Engine::Element;
   constexpr int64_t kKeys = Engine::kForwardKeys;
-  [[maybe_unused]] const Engine engine;  // AMX sets up its tiles for the length of a task
+  [[maybe_unused]] const Engine engine;  // AMX configures its tiles for the duration of a task
   [[maybe_unused]] const Vec::FlushDenormals flush;
   const int64_t n_rows = task.query_end - task.query_begin, n_padded = round_up(n_rows, Engine::kRowStep);
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), words = width / Engine::kGroup;
@@ -187,7 +187,7 @@ void attention_forward(const AttentionProblem& problem, const Task& task, void* 
     float &top = buffers.row_max[row], *out = buffers.out + row * width;
     float sum = Vec::reduce_add(Vec::load(buffers.row_sum + row * Vec::kWidth));
     if (token >= task.own_begin) add_own_key<FloatEngine, Source>(problem, token, task.head, width, top, sum, out);
-    // A query that saw no key: output 0, log-sum-exp -inf.
+    // A query that attends to no key: output 0, log-sum-exp -inf.
     write_row(out, sum == 0.f ? 0.f : 1.f / sum, problem.head_dim, token_row<Source>(problem.out, token, task.head));
     scalar_at(problem.lse, token, task.head) = log_sum_exp(top, sum);
   }

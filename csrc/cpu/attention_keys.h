@@ -1,16 +1,16 @@
-// What each key is to all queries of its cell, without a scores matrix: its column sum of probabilities, or the effect of
-// deleting it. The same walk over S^T as the backward, with two of its five products.
+// Column sums of probabilities, or the effects of deleting each key, without a matrix of scores. The same walk over S^T as the
+// backward, with two of its five products.
 #pragma once
 
 #include "attention_backward.h"
 
 namespace {
 
-// One key and one block of queries. `own` is the column of the key's own query, outside 0..63 where it is not in the block.
+// One key and one block of queries. `own` is the column of the key's own query, outside 0..63 if it is not in the block.
 //
 // Deletion: without key g the softmax of query i renormalises, so its output moves by a / (1 - a) (o_i - v_g), and G_i
-// sees a / (1 - a) (G_i . o_i - G_i . v_g). Where a rounds to 1 no other key is left: the output, and G_i . o_i with it,
-// falls to 0. The key's own query goes with it and does not count.
+// gets a / (1 - a) (G_i . o_i - G_i . v_g). If a rounds to 1, no other key is left: the output, and G_i . o_i with it,
+// becomes 0. The key's own query is deleted with it and does not count.
 template <bool kDeletion>
 Vec::Reg key_sum(float* scores, const float* grad_probs, float scale, float bias, const float* lse, const float* correction,
                  const float* delta, int64_t own) {
@@ -36,7 +36,7 @@ Vec::Reg key_sum(float* scores, const float* grad_probs, float scale, float bias
   return sum;
 }
 
-// Unknown keys are seen by nobody but themselves.
+// Only its own query attends to a target key.
 template <class Engine, class Source, bool kDeletion>
 void write_own_keys(const AttentionProblem& problem, const Task& task, int64_t width,
                     const BackwardBuffers<Engine>& buffers) {
@@ -56,7 +56,7 @@ void write_own_keys(const AttentionProblem& problem, const Task& task, int64_t w
   }
 }
 
-// Writes `problem.grad_bias`. Column sums read q, k and lse (`grad_out` and `out` may be any tokens, they do not count).
+// Writes `problem.grad_bias`. Column sums read q, k and lse (`grad_out` and `out` may be any tokens; they are not used).
 template <class Engine, class Source, bool kDeletion>
 void attention_keys(const AttentionProblem& problem, const Task& task, void* scratch) {
   using Element = typename Engine::Element;

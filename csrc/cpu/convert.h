@@ -1,4 +1,4 @@
-// Rows of float, bfloat16 and half to and from float. Plain loops, which the compiler turns into vector code.
+// Converts rows of float, bfloat16 and half to and from float, in plain loops that the compiler vectorizes.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +74,7 @@ inline void write_row(const float* from, float factor, int64_t n, Source* to) {
   for (int64_t i = 0; i < n; i++) from_float(from[i] * factor, to[i]);
 }
 #if defined(__AVX512BF16__)
-// One instruction rounds what the loop above takes six for; it counts denormal numbers as 0.
+// One instruction rounds what takes six in the loop above; it treats denormal numbers as 0.
 inline void write_row(const float* from, float factor, int64_t n, BFloat16* to) {
   const __m512 by = _mm512_set1_ps(factor);
   int64_t i = 0;

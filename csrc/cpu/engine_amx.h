@@ -1,5 +1,5 @@
 // Products of bfloat16 on the tile unit (AMX): a tile of A is 16 rows x 32 elements, one of B 32 elements x 16 columns, one
-// of C 16 x 16 floats. The layouts of gemm_vector.h are those of the tiles, so both engines share all packing.
+// of C 16 x 16 floats. The layouts of gemm_vector.h are those of the tiles, so both engines use the same packing.
 #pragma once
 
 #include "engine_bfloat16.h"
@@ -51,10 +51,10 @@ struct WholeOperand {
   static constexpr int8_t kPartOfA[1] = {0}, kPartOfB[1] = {0};
 };
 
-// The tile unit works while the vector unit goes on with other instructions. A product can therefore be asked for in
-// steps, between which the caller does vector work that does not depend on it: 16 x 64 results over 32 elements each,
-// few enough that the processor holds a step and the work beside it at once. Results stay in tiles from the first step
-// of a block to its last, so no other product may come between.
+// The tile unit works while the vector unit executes other instructions. A product can therefore be computed in steps,
+// between which the caller does vector work that does not depend on it. A step is 16 x 64 results over 32 elements each, few
+// enough that the processor executes a step and the vector work at the same time. Results stay in tiles from the first
+// step of a block to its last, so no other product may come between.
 //
 // `rows` and `words` (of one piece) are multiples of 16, `columns` of 32.
 template <class Pieces>
@@ -108,14 +108,14 @@ struct AmxEngine : BFloat16Base {
   static constexpr int64_t kRowStep = 16;  // rows of A are padded to a multiple of this
   static constexpr int64_t kForwardRows = 16, kForwardKeys = 128, kBackwardKeys = 128;
 
-  // Every tile has full size: 16 rows of 64 bytes. A thread holds the tiles from one end of a task to the other.
+  // Every tile has full size: 16 rows of 64 bytes. A thread holds the tiles for a whole task.
   AmxEngine() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
-    // gcc 12 believes that only the first bytes are read, and drops the rest: make it give up all of them.
+    // gcc 12 assumes that only the first bytes are read, and drops the stores to the rest; this keeps them.
     __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }

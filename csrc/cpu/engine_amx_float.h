@@ -1,11 +1,11 @@
 // Products of float on the tile unit (AMX), which multiplies bfloat16: a float is the exact sum of three bfloat16, 24 bits in
 // pieces of 8, and six of the nine products of pieces are summed in float (Henry, Tang and Heinecke 2019, "Leveraging the
 // bfloat16 artificial intelligence datatype for higher-precision computations"). The three left out are 2^-21 of a product at
-// most, 2^-25 on average, always toward zero; sums come out closer to the exact ones than from a chain of multiply-adds in
+// most, 2^-25 on average, always toward zero; sums are closer to the exact ones than those of one chain of multiply-adds in
 // float. Below 2^-110 the lower pieces are denormal, which the unit takes for 0. A sixth of the bfloat16 rate is still above
 // that of the vector unit, which is free for other work meanwhile.
 //
-// An operand is its three parts one after the other on the summed axis: a row of A has `a_stride` / 3 words a part, a panel
+// An operand is its three parts one after the other on the summed axis: a row of A has `a_stride` / 3 words per part, a panel
 // of B `words`. A word holds elements i and i + 16 of each 32 on that axis, the same in both operands, which
 // spares every shuffle.
 #pragma once
@@ -17,13 +17,13 @@
 namespace {
 
 struct SplitFloat {
-  BFloat16 parts[3];  // for its size: how a row is laid out is said above
+  BFloat16 parts[3];  // for its size; the layout of a row is described above
 };
 
 // 16 floats and 16 others, as words of each part.
 //
-// An infinity or NaN is a last part, where it meets nothing but the first part of the other factor; its own first part is a
-// one of its sign, for where the other factor is infinite too.
+// An infinity or NaN becomes the last part, which is multiplied by the first part of the other factor only. Its own first part
+// is a one of its sign, in case the other factor is infinite too.
 struct SplitPair {
   __m512 left, right;
 
@@ -46,7 +46,7 @@ struct SplitPair {
     _mm512_storeu_si512(to, words(l, r));
     l = _mm512_sub_ps(l, upper(l)), r = _mm512_sub_ps(r, upper(r));
     _mm512_storeu_si512(to + part_stride, words(l, r));
-    // Twice an infinity or NaN is itself, with a NaN's payload where truncation leaves it.
+    // Twice an infinity or NaN is itself, with a NaN's payload in the bits that truncation keeps.
     l = _mm512_mask_add_ps(_mm512_sub_ps(l, upper(l)), odd_left, left, left);
     r = _mm512_mask_add_ps(_mm512_sub_ps(r, upper(r)), odd_right, right, right);
     _mm512_storeu_si512(to + 2 * part_stride, words(l, r));

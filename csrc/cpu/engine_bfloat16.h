@@ -1,4 +1,4 @@
-// Products of bfloat16 in float: two neighbouring elements of the summed axis at a time. Probabilities and their gradients
+// Products of bfloat16 in float: two adjacent elements of the summed axis at a time. Probabilities and their gradients
 // are rounded to bfloat16 before a product, sums are float.
 #pragma once
 
@@ -7,14 +7,14 @@
 
 namespace {
 
-// What the vector and the tile engine share.
+// The common part of the vector and the tile engine.
 struct BFloat16Base {
   using Element = BFloat16;
   static constexpr int64_t kGroup = 2;       // elements in a 32-bit word
   static constexpr int64_t kParts = 1;       // of an element, see engine_amx_float.h
   static constexpr int64_t kWidthStep = 32;  // head widths are padded to a multiple of this
 
-  // 2^x, relative error 9e-5, a fortieth of what rounding to bfloat16 costs (minimax polynomial of degree 3 on [0, 1]).
+  // 2^x, relative error 9e-5, a fortieth of that of rounding to bfloat16 (minimax polynomial of degree 3 on [0, 1]).
   static Vec::Reg exp2(Vec::Reg x) {
     const Vec::Reg rest = Vec::fraction(x);
     Vec::Reg p = Vec::set1(7.706705957e-2f);
@@ -24,7 +24,7 @@ struct BFloat16Base {
     return Vec::scale_exp2(p, x);
   }
 
-  // Two vectors of one row, side by side.
+  // Two adjacent vectors of one row.
   static void store_row(uint32_t* row, int64_t column, Vec::Reg left, Vec::Reg right) {
     _mm512_storeu_si512(row + column / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left)));
   }

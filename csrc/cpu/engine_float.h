@@ -1,4 +1,4 @@
-// Products and probabilities in float: every dtype on every machine, by way of float.
+// Products and probabilities in float, for every dtype on every machine: half types are converted.
 #pragma once
 
 #include "convert.h"
@@ -40,13 +40,13 @@ struct FloatEngine {
     return Vec::scale_exp2(p, x);
   }
 
-  // Two vectors of one row, side by side.
+  // Two adjacent vectors of one row.
   static void store_row(uint32_t* row, int64_t column, Vec::Reg left, Vec::Reg right) {
     float* to = reinterpret_cast<float*>(row) + column;
     Vec::store(to, left);
     Vec::store(to + Vec::kWidth, right);
   }
-  // One vector of two rows that follow each other on the summed axis of a panel.
+  // One vector of each of two rows that are adjacent on the summed axis of a panel.
   static void store_panel(uint32_t* panel, int64_t row, int64_t column, Vec::Reg upper, Vec::Reg lower) {
     float* to = reinterpret_cast<float*>(panel) + row * kPanel + column;
     Vec::store(to, upper);

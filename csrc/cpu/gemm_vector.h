@@ -1,12 +1,12 @@
-// C = A B or C += A B on the vector unit. Operands are made of 32-bit words: one float each, or two neighbouring
-// bfloat16 of the summed axis.
+// C = A B or C += A B on the vector unit. Operands consist of 32-bit words: one float each, or two bfloat16 that are
+// neighbors on the summed axis.
 //
-//   A  row-major, `a_stride` words a row
+//   A  row-major, `a_stride` words per row
 //   B  panels of 64 columns: [column / 64][word of the summed axis][column % 64]
 //   C  float, row-major
 //
-// Each element of C is a sum of chains of multiply-adds over at most kChain words of the summed axis, in one order whatever
-// the tile it falls into. So the result of a row does not depend on its neighbours, nor that of a column. One chain of n
+// Each element of C is a sum of chains of multiply-adds over at most kChain words of the summed axis, in the same order in every
+// tile. So the result of a row does not depend on the other rows, nor that of a column on the other columns. One chain of n
 // terms has a rounding error that grows like n / sqrt(2); chains of 128 and a sum of n / 128 of them like 8 sqrt(n), which
 // is what libraries reach. `C += A B` adds to C what A B alone would be.
 #pragma once

@@ -24,7 +24,7 @@ bool system_saves(unsigned mask) {
   return (low & mask) == mask;
 }
 
-// Linux hands out tile registers on request, once for a process; a container may refuse.
+// A process must ask Linux for the tile registers once; in a container the request may fail.
 bool tiles_are_granted() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -50,7 +50,7 @@ Isa best_isa() {
 Isa best_isa() { return Isa::kPortable; }
 #endif
 
-// Old compilers do not know the newest instruction sets; setup.py leaves those units out.
+// Old compilers do not support the newest instruction sets; setup.py leaves those units out.
 constexpr Isa kBestCompiled =
 #if defined(SCFM_HAVE_AMX)
     Isa::kAmx;

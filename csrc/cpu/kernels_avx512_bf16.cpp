@@ -8,7 +8,7 @@
 
 namespace scfm {
 
-// Only what this instruction set adds; the scheduler goes on to AVX-512 for the other dtypes.
+// Only what this instruction set adds; the other dtypes use the AVX-512 kernels.
 const Kernels* kernels_avx512_bf16(Dtype dtype) {
   static constexpr Kernels kBFloat16 = kernels_of<BFloat16Engine, BFloat16>();
   return dtype == Dtype::kBFloat16 ? &kBFloat16 : nullptr;

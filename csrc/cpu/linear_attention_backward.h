@@ -1,10 +1,10 @@
-// Backward of linear attention for one cell and head, on transposed features, [features][tokens]: they come out as operand
+// Backward of linear attention for one cell and head, on transposed features, [features][tokens]: they are operand
 // A of dS += P^T g without a transposition, and as operand B of dq^T += W^T dP^T.
 //
 // With p the features without their floor, g = dO / weight and e = -(dO . out) / weight, weight = phi(q) z:
 //   over the queries  dP^T = P^T (S g^T + z e)     dS = P^T g     dz = P^T e      dq = W^T dP^T - q sum(dP)
 //   over the keys     dP^T = P^T (dS V^T + dz)     dv = P dS                      dk = W^T dP^T - k sum(dP)
-// The stabilisers are constants: they cancel but for the floor.
+// The stabilizers are constants: except for the floor they cancel.
 #pragma once
 
 #include "attention_backward.h"
@@ -56,11 +56,11 @@ struct LinearAttentionGradBuffers {
   }
 };
 
-// One number a token of a block.
+// One number per token of a block.
 struct TokenBlock {
   float offset[kQueryBlock];     // of the exponents; -inf past the end
   float weight[kQueryBlock];     // phi(q) z
-  float effect[kQueryBlock];     // what dP^T adds to z's share: e for queries, 1 for keys
+  float effect[kQueryBlock];     // the factor on z in dP^T: e for queries, 1 for keys
   float grad_total[kQueryBlock]; // sum of dP over the features
 };
 
@@ -68,8 +68,8 @@ struct TokenBlock {
 inline void exponentiate(float* products, int64_t n_features, float scale, const TokenBlock& block) {
   for (int64_t m = 0; m < n_features; m++)
     for (int64_t i = 0; i < kQueryBlock; i += Vec::kWidth) {
-      float* place = products + m * kQueryBlock + i;
-      Vec::store(place, FloatEngine::exp2(Vec::fma(Vec::load(place), Vec::set1(scale), Vec::load(block.offset + i))));
+      float* at = products + m * kQueryBlock + i;
+      Vec::store(at, FloatEngine::exp2(Vec::fma(Vec::load(at), Vec::set1(scale), Vec::load(block.offset + i))));
     }
 }
 
@@ -95,10 +95,10 @@ void feature_gradients(const LinearAttentionGradBuffers<Engine>& buffers, int64_
       for (int64_t r = 0; r < 2; r++)
 #pragma GCC unroll 2
         for (int64_t j = 0; j < 2; j++) {
-          const int64_t place = (m + r) * kQueryBlock + i + j * Vec::kWidth;
-          p[r][j] = Vec::load(buffers.products + place);
+          const int64_t at = (m + r) * kQueryBlock + i + j * Vec::kWidth;
+          p[r][j] = Vec::load(buffers.products + at);
           grad[r][j] = Vec::mul(
-              p[r][j], Vec::fma(Vec::set1(weights[m + r]), effect[j], Vec::load(buffers.grad_products + place)));
+              p[r][j], Vec::fma(Vec::set1(weights[m + r]), effect[j], Vec::load(buffers.grad_products + at)));
           total[j] = Vec::add(total[j], grad[r][j]);
         }
 #pragma GCC unroll 2
@@ -156,7 +156,7 @@ void multiply_features(const LinearAttentionProblem& problem, const ConstTokens&
                                kQueryBlock);
 }
 
-// One block of queries: dq, and its share of dS and dz.
+// One block of queries: dq, and what it adds to dS and dz.
 template <class Engine, class Source>
 void query_gradients(const LinearAttentionProblem& problem, int64_t head, int64_t token, int64_t n, int64_t n_features,
                      int64_t width, float floor_weight, const LinearAttentionGradBuffers<Engine>& buffers,
@@ -214,7 +214,7 @@ void key_gradients(const LinearAttentionProblem& problem, int64_t head, int64_t 
   TokenBlock block;
   multiply_features<Engine, Source>(problem, problem.k, token, head, n, n_features, width, buffers, block);
   for (int64_t i = 0; i < kQueryBlock; i++) {
-    block.offset[i] -= buffers.summary.stabiliser;
+    block.offset[i] -= buffers.summary.stabilizer;
     block.effect[i] = 1.f;
   }
   copy_rows<Element, Source>(problem.v, token, head, n, kQueryBlock, problem.head_dim, width, buffers.rows);
@@ -241,7 +241,7 @@ void linear_attention_backward(const LinearAttentionProblem& problem, const Task
   const int64_t width = round_up(problem.head_dim, Engine::kWidthStep);
   const int64_t n_features = round_up(problem.n_features, kKeyStep), n_sums = n_features * width;
   const int64_t key_end = task.key_begin + task.n_keys;
-  if (task.n_keys == 0 || task.query_begin == task.query_end) {  // nobody sees anybody
+  if (task.n_keys == 0 || task.query_begin == task.query_end) {  // no query attends to a key
     write_zeros<Source>(problem.grad_q, task.query_begin, task.query_end, task.head, problem.head_dim);
     write_zeros<Source>(problem.grad_k, task.key_begin, key_end, task.head, problem.head_dim);
     write_zeros<Source>(problem.grad_v, task.key_begin, key_end, task.head, problem.head_dim);

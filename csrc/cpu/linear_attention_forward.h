@@ -1,8 +1,8 @@
-// Linear attention by random features (FAVOR+) of one cell and head, in two walks that never hold all features.
+// Linear attention by random features (FAVOR+) of one cell and head, in two walks. The features are never all in memory.
 //
 // With features phi(x) = exp(W x - |x|^2 / 2 - c) + floor of M rows of W:
 //   over the keys     S = phi(K)^T V, z = phi(K)^T 1   rows of W are the queries of an attention whose keys have the bias
-//                                                      -|k|^2 / 2: each row has a reference of its own until the end
+//                                                      -|k|^2 / 2; each row has its own reference until the end
 //   over the queries  out = phi(q) S / phi(q) z        rows of W are the keys
 // The floor is never part of a product: it adds the same row, floor times the sum of V (or of S), to all.
 #pragma once
@@ -21,7 +21,7 @@ struct FeatureScale {
       : product(problem.scale * kLog2E), half_norm(0.5f * problem.scale * problem.scale * kLog2E) {}
 };
 
-// W with its last row repeated up to a whole number of tiles: copies change no maximum, and their rows of S and z are 0.
+// W, with its last row repeated to fill the last tile: copies change no maximum, and their rows of S and z are set to 0.
 template <class Engine>
 void copy_features(const LinearAttentionProblem& problem, int64_t n_padded, int64_t width, uint32_t* to_words) {
   using Element = typename Engine::Element;
@@ -45,10 +45,10 @@ void half_norms(const LinearAttentionProblem& problem, const ConstTokens& tokens
   }
 }
 
-// What the keys of a cell and head come to.
+// The sums over the keys of a cell and head.
 struct KeySummary {
   float *value_sums, *weights;  // S [M][width], z [M]
-  float stabiliser;             // c, in units of log 2
+  float stabilizer;             // c, in units of log 2
 };
 
 template <class Engine>
@@ -127,9 +127,9 @@ void summarize_keys(const LinearAttentionProblem& problem, const Task& task, con
     });
   }
 
-  summary.stabiliser = top * scale.product;
-  for (int64_t m = 0; m < n_features; m++) {  // from each feature's own reference to the common one
-    const Vec::Reg factor = FloatEngine::exp2(Vec::set1(buffers.reference[m] - summary.stabiliser));
+  summary.stabilizer = top * scale.product;
+  for (int64_t m = 0; m < n_features; m++) {  // from the reference of each feature to the common one
+    const Vec::Reg factor = FloatEngine::exp2(Vec::set1(buffers.reference[m] - summary.stabilizer));
     summary.weights[m] = Vec::reduce_add(Vec::mul(Vec::load(buffers.sums + m * Vec::kWidth), factor));
     float* sums = summary.value_sums + m * width;
     for (int64_t d = 0; d < width; d += Vec::kWidth) Vec::store(sums + d, Vec::mul(Vec::load(sums + d), factor));
@@ -227,7 +227,7 @@ void linear_attention_forward(const LinearAttentionProblem& problem, const Task&
   float floor_sums[kMaxWidth], floor_weight = 0.f, row[kMaxWidth];
   sum_rows(summary.value_sums, n_features, width, floor_sums);
   for (int64_t m = 0; m < n_features; m++) floor_weight += problem.floor * summary.weights[m];
-  // The products are over: rows of S may take the place of the features.
+  // The features are not needed any more: their memory is used for the rows of S.
   convert_rows<Engine>(summary.value_sums, n_features * width, buffers.features);
   panels_of_rows(reinterpret_cast<const Element*>(buffers.features), n_features, width, buffers.summary_panels);
 

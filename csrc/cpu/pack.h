@@ -1,4 +1,4 @@
-// From tokens in memory to the operands of the products (see gemm_vector.h): contiguous, padded with zeros.
+// Converts tokens to operands of the products (see gemm_vector.h): contiguous, padded with zeros.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,7 @@ constexpr double kLog2EDouble = 1.4426950408889634, kLn2Double = 0.6931471805599
 // Scores times this are exponents of 2, rounded once.
 inline float exponent_scale(float scale) { return static_cast<float>(scale * kLog2EDouble); }
 
-// Hands out aligned pieces of one block of memory; without a block it only counts.
+// Allocates aligned pieces of one block of memory; without a block it only counts bytes.
 struct Arena {
   char* base;
   int64_t used = 0;
@@ -34,7 +34,7 @@ struct Arena {
     T* piece = reinterpret_cast<T*>(base + used);
     const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
     used += round_up(bytes, 64);
-#if defined(__SANITIZE_ADDRESS__)  // the sanitizer sees one block: between pieces it is told where each ends
+#if defined(__SANITIZE_ADDRESS__)  // to the sanitizer it is one block, so gaps between the pieces are marked as unreadable
     used += 64;
     if (base != nullptr) {
       __asan_unpoison_memory_region(piece, static_cast<std::size_t>(bytes));
@@ -61,7 +61,7 @@ inline auto& scalar_at(const Scalars& scalars, int64_t token, int64_t head) {
 
 template <class Element>
 inline void convert_row(const Element* from, int64_t n, Element* to) {
-  constexpr int64_t kChunk = 64 / static_cast<int64_t>(sizeof(Element));  // a size known to the compiler: no call, no loop
+  constexpr int64_t kChunk = 64 / static_cast<int64_t>(sizeof(Element));  // a size known at compile time: no call, no loop
   int64_t i = 0;
   for (; i + kChunk <= n; i += kChunk) __builtin_memcpy(to + i, from + i, 64);
   for (; i < n; i++) to[i] = from[i];
@@ -76,14 +76,14 @@ inline void copy_row(const Source* from, int64_t n, int64_t width, Element* to) 
   for (int64_t d = n; d < width; d++) to[d] = Element{};
 }
 
-// Rows as operand A: `n` tokens of `head_dim` elements, padded to `n_padded` rows of `width`. Rows past the end are zero,
-// not only masked: 0 times a NaN would be NaN.
+// Rows as operand A: `n` tokens of `head_dim` elements, padded to `n_padded` rows of `width`. Rows past the end are zero;
+// masking them is not enough, because 0 times a NaN is NaN.
 template <class Element, class Source>
 void copy_rows(const ConstTokens& tokens, int64_t begin, int64_t head, int64_t n, int64_t n_padded, int64_t head_dim,
                int64_t width, uint32_t* to_words) {
   Element* to = reinterpret_cast<Element*>(to_words);
   for (int64_t row = 0; row < n; row++) {
-    // Rows lie kilobytes apart, where no hardware prefetcher follows.
+    // Rows are kilobytes apart, too far for the hardware prefetcher.
     const char* ahead = reinterpret_cast<const char*>(token_row<Source>(tokens, begin + smaller(row + 8, n - 1), head));
     for (int64_t byte = 0; byte < head_dim * static_cast<int64_t>(sizeof(Source)); byte += 64)
       __builtin_prefetch(ahead + byte);
@@ -124,7 +124,7 @@ inline void panels_of_rows(const BFloat16* rows, int64_t n, int64_t width, uint3
     }
 }
 
-// Rows [n][width] as [width][n], by way of `panels`.
+// Rows [n][width] as [width][n], using `panels` as scratch.
 template <class Engine>
 void transpose_rows(const uint32_t* rows, int64_t n, int64_t width, uint32_t* panels, uint32_t* to) {
   const int64_t words = n / Engine::kGroup;
@@ -133,7 +133,7 @@ void transpose_rows(const uint32_t* rows, int64_t n, int64_t width, uint32_t* pa
     transpose_words(panels + d * words, kPanel, words, smaller(kPanel, width - d), to + d * words, words);
 }
 
-// Values as that operand, by way of `rows`.
+// Values as that operand, using `rows` as scratch.
 template <class Engine, class Source>
 void pack_values(const ConstTokens& values, int64_t begin, int64_t head, int64_t n, int64_t n_padded, int64_t head_dim,
                  int64_t width, uint32_t* rows, uint32_t* to) {
@@ -146,14 +146,14 @@ void pack_values(const ConstTokens& values, int64_t begin, int64_t head, int64_t
   }
 }
 
-// Bias of a block of keys in units of log 2; -inf past the end, so that padding gets no probability.
+// Bias of a block of keys in units of log 2; -inf past the end, so that padding has probability 0.
 inline void copy_bias(const ConstScalars& bias, int64_t begin, int64_t head, int64_t n, int64_t n_padded, float* to) {
   for (int64_t key = 0; key < n; key++)
     to[key] = bias.data == nullptr ? 0.f : scalar_at(bias, begin + key, head) * kLog2E;
   for (int64_t key = n; key < n_padded; key++) to[key] = -kInfinity;
 }
 
-// Sum of products in an order that does not depend on anything but `n`, a multiple of Vec::kWidth.
+// Sum of products in an order that depends on `n` only, a multiple of Vec::kWidth.
 inline float dot(const float* a, const float* b, int64_t n) {
   Vec::Reg sum = Vec::zero();
   for (int64_t i = 0; i < n; i += Vec::kWidth) sum = Vec::fma(Vec::load(a + i), Vec::load(b + i), sum);

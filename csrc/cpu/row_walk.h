@@ -24,7 +24,7 @@ constexpr int64_t tile_rows() {
 }
 
 // `work(row, products, factors, again)` is f: it turns a row of products into a row of factors. `again` computes the
-// products of this row once more where factors have taken their place.
+// products of this row once more if factors have overwritten them.
 template <class Engine, class Work>
 void walk_row_blocks(RowWalk walk, const Work& work) {
   constexpr int64_t kRows = Engine::kForwardRows;
@@ -47,7 +47,7 @@ void walk_row_blocks(RowWalk walk, const Work& work) {
 }
 
 // The same with both products of neighbouring rows in flight while the vector unit works on the rows between: turn t does
-// f on row block t, f(A B) V on block t - 1 and A B on block t + 1.
+// While f runs on row block t, f(A B) V is computed for block t - 1 and A B for block t + 1.
 template <class Engine, class Work>
 void walk_rows_in_steps(RowWalk walk, const Work& work) {
   constexpr int64_t kRows = Engine::kForwardRows;
@@ -64,10 +64,10 @@ void walk_rows_in_steps(RowWalk walk, const Work& work) {
                   walk.products + odd * walk.stride, walk.stride);
     Product behind(rows_of(block - 1), walk.width, walk.columns / Engine::kGroup, walk.factors + odd * factor_stride,
                    factor_stride, walk.values, walk.out + (first - kRows) * walk.width, walk.width);
-    const int64_t steps = ahead.steps() + behind.steps(), share = rows > 0 ? (steps << 16) / rows : 0;
+    const int64_t steps = ahead.steps() + behind.steps(), steps_per_row = rows > 0 ? (steps << 16) / rows : 0;
     int64_t done = 0;
     for (int64_t i = 0; i < rows; i++) {
-      for (const int64_t due = ((i + 1) * share) >> 16; done < due; done++)
+      for (const int64_t due = ((i + 1) * steps_per_row) >> 16; done < due; done++)
         if (!ahead.template step<false>()) behind.template step<true>();
       work(first + i, walk.products + (even + i) * walk.stride, walk.factors + (even + i) * factor_stride, [] {});
     }

@@ -36,14 +36,14 @@ struct Vec {
   }
   // x - floor(x).
   static Reg fraction(Reg x) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }
-  // p * 2^floor(x); 0 where x is below the smallest normal exponent, very large where above the largest, NaN stays NaN.
+  // p * 2^floor(x); 0 if x is below the smallest normal exponent, very large if x is above the largest; NaN stays NaN.
   static Reg scale_exp2(Reg p, Reg x) {
     const __m256 kept = _mm256_cmp_ps(x, set1(-126.f), _CMP_NLT_UQ);
-    const __m256 whole = _mm256_min_ps(set1(127.f), _mm256_floor_ps(x));  // the second operand where that is NaN
+    const __m256 whole = _mm256_min_ps(set1(127.f), _mm256_floor_ps(x));  // if x is NaN, the second operand
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
     return _mm256_and_ps(kept, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
   }
-  struct FlushDenormals {  // no instruction used here makes any in its inner loops
+  struct FlushDenormals {  // the inner loops of this unit produce none
     FlushDenormals() {}
   };
   // Transpose kWidth x kWidth 32-bit words.

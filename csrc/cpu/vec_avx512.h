@@ -28,11 +28,11 @@ struct Vec {
   }
   // x - floor(x).
   static Reg fraction(Reg x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-  // p * 2^floor(x), infinity where that is too large; NaN stays NaN. Results below the smallest normal number are 0,
-  // because denormal ones are flushed (see FlushDenormals); to make one takes hundreds of cycles.
+  // p * 2^floor(x), infinity if that is too large; NaN stays NaN. Results below the smallest normal number are 0,
+  // because denormal numbers are flushed (see FlushDenormals); producing one takes hundreds of cycles.
   static Reg scale_exp2(Reg p, Reg x) { return _mm512_scalef_ps(p, x); }
 
-  // For the length of a task.
+  // For the duration of a task.
   struct FlushDenormals {
     unsigned before = _mm_getcsr();
     FlushDenormals() { _mm_setcsr(before | _MM_FLUSH_ZERO_ON); }

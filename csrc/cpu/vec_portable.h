@@ -29,7 +29,7 @@ struct Vec {
 #if defined(__aarch64__)
     return vfmaq_f32(c, a, b);
 #else
-    return a * b + c;  // the unit is compiled with -ffp-contract=off, so this rounds the same everywhere
+    return a * b + c;  // the unit is compiled with -ffp-contract=off, so this rounds in the same way everywhere
 #endif
   }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
@@ -48,14 +48,14 @@ struct Vec {
   }
   // x - floor(x).
   static Reg fraction(Reg x) { return x - floor(x); }
-  // p * 2^floor(x); 0 where x is below the smallest normal exponent, very large where above the largest, NaN stays NaN.
+  // p * 2^floor(x); 0 if x is below the smallest normal exponent, very large if x is above the largest; NaN stays NaN.
   static Reg scale_exp2(Reg p, Reg x) {
     const Int vanished = x < -126.f;
     const Reg whole = floor(x > 127.f ? set1(127.f) : x);
     const Int bits = (Int)p + (__builtin_convertvector(whole, Int) << 23);
     return (Reg)(bits & ~vanished);
   }
-  struct FlushDenormals {  // no instruction used here makes any in its inner loops
+  struct FlushDenormals {  // the inner loops of this unit produce none
     FlushDenormals() {}
   };
   // Transpose kWidth x kWidth 32-bit words.

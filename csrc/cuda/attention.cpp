@@ -36,7 +36,7 @@ bool same(const Cells& a, const Cells& b) {
   return a.query == b.query && a.key == b.key && a.n_known == b.n_known && a.n_known.empty() == b.n_known.empty();
 }
 
-// Tile lists of the last few batches, on their devices: every layer of a model asks for the same one. Lists are looked up
+// Tile lists of the last few batches, on their devices: every layer of a model asks for the same one. Lists are found
 // by the boundaries themselves and by stream, so that none is used before its copy has arrived.
 class TileCache {
  public:
@@ -82,11 +82,11 @@ void check_tokens(const Tensor& tensor, const Tensor& like, int64_t n_tokens, co
 Dtype dtype_of(const Tensor& tensor) {
   const auto type = tensor.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "attention: the CUDA kernels serve bfloat16 and float16.");
+                  "attention: the CUDA kernels support bfloat16 and float16.");
   return type == ScalarType::Half ? Dtype::kHalf : Dtype::kBFloat16;
 }
 
-// The kernels copy 16 bytes at a time: what lies off that raster is copied first.
+// The kernels copy 16 bytes at a time: tensors that are not aligned to that are copied first.
 Tensor on_raster(const Tensor& tensor) {
   const bool fits = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(0) % 8 == 0 &&
                     tensor.stride(1) % 8 == 0;
@@ -106,7 +106,7 @@ class Call {
     check_tokens(v, q, k.size(0), "v");
     kernels_ = attention_kernels(dtype_of(q), q.size(2));
     STD_TORCH_CHECK(kernels_ != nullptr, "attention: the head width is ", q.size(2),
-                    "; the CUDA kernels serve 32, 64 and 128.");
+                    "; the CUDA kernels support 32, 64 and 128.");
     check(kernels_->ready(here_.device(), here_.stream()));
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     STD_TORCH_CHECK(q.size(0) <= kMost && k.size(0) <= kMost, "attention: more than 2^31 - 1 tokens in one call.");
@@ -138,13 +138,13 @@ class Call {
 
   Scalars read_scalars(const std::optional<Tensor>& t, int64_t n_tokens, const char* name) {
     if (!t) return {nullptr, 0, 0};
-    const bool beside_q = is_in_place(*t) && t->get_device_index() == q_.get_device_index();
-    STD_TORCH_CHECK(beside_q && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == n_tokens &&
+    const bool with_q = is_in_place(*t) && t->get_device_index() == q_.get_device_index();
+    STD_TORCH_CHECK(with_q && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == n_tokens &&
                         t->size(1) == q_.size(1),
                     "attention: `", name, "` must be float32 of shape (", n_tokens, ", ", q_.size(1), ") ", kPlaceName,
                     ", the same as `q`.");
     const Tensor& kept = read(*t);
-    // A tensor without elements has no address, but it is there.
+    // A tensor without elements has no address, but it was given.
     static float none;
     auto* data = const_cast<float*>(static_cast<const float*>(kept.const_data_ptr()));
     return {data == nullptr ? &none : data, kept.stride(0), kept.stride(1)};
@@ -162,7 +162,7 @@ class Call {
     return tensor;
   }
 
-  // What the kernels of the backward and of the key sums tell each other.
+  // What the kernels of the backward and of the key sums pass to each other.
   void add_workspace(bool gradients) {
     const int64_t n_queries = q_.size(0), n_heads = q_.size(1);
     problem_.row_lse = workspace(n_heads * n_queries);

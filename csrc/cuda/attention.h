@@ -13,17 +13,17 @@ struct Tokens {
   void* data;
   int64_t token_stride, head_stride;
 };
-struct Scalars {  // one float a token and head; data is null where there is none
+struct Scalars {  // one float per token and head; `data` is null if there is none
   float* data;
   int64_t token_stride, head_stride;
 };
 
 // Up to kTileRows queries (or keys) of one cell, and the keys (or queries) that they meet. Token numbers count from the
-// start of the batch. The list is built on the host once a batch, longest first.
+// start of the batch. The list is built on the host once per batch, longest first.
 struct Tile {
   int32_t begin, count;
   int32_t other_begin, n_other;
-  int32_t own;  // rows of this tile from here on see their own key as well; `count` where none does
+  int32_t own;  // rows of this tile from here on attend to their own key as well; `count` if none does
   int32_t cell;
   int32_t unused[2];
 };
@@ -41,7 +41,7 @@ struct Problem {
   Scalars key_bias, lse, grad_lse;
   Scalars key_sums;  // backward: gradient of the key bias; otherwise column sums or deletion effects
   // Workspace of the backward and of the key sums.
-  float* row_lse;     // (heads, queries): log-sum-exp in units of log 2, +inf for a query that sees no key
+  float* row_lse;     // (heads, queries): log-sum-exp in units of log 2, +inf for a query that attends to no key
   float* row_delta;   // (heads, queries): grad_out . out - grad_lse
   float* grad_q_sum;  // (queries, heads, width): before rounding and scaling
   float* bounds;      // (cells, heads, 4): what gradients of scores cannot exceed, float16 only
@@ -57,10 +57,10 @@ struct AttentionKernels {
   const char* (*deletion_effects)(const Problem&, void* stream);
 };
 
-// Null where there is no kernel for the head width.
+// Null if there is no kernel for the head width.
 const AttentionKernels* attention_kernels(Dtype, int64_t head_width);
 
-// One unit a head width, so that they compile side by side.
+// One unit per head width, so that they compile in parallel.
 const AttentionKernels* attention_kernels_d32(Dtype);
 const AttentionKernels* attention_kernels_d64(Dtype);
 const AttentionKernels* attention_kernels_d128(Dtype);

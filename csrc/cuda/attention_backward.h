@@ -37,10 +37,10 @@ SCFM_DEVICE void copy_queries(const Problem& problem, const Work& work, int bloc
   const int n_valid = work.tile.n_other - block * Shape::kQueries;
   const int64_t row = work.head * problem.n_queries + begin;
   copy_rows<Shape::kQueries, Shape::kWidth, Shape::kThreads>(stage.queries, problem.q, begin, n_valid, work.head);
-  copy_floats<Shape::kQueries>(stage.lse, place(problem.row_lse, row), 1, n_valid);
+  copy_floats<Shape::kQueries>(stage.lse, address_of(problem.row_lse, row), 1, n_valid);
   if (kGrads) {
     copy_rows<Shape::kQueries, Shape::kWidth, Shape::kThreads>(stage.grads, problem.grad_out, begin, n_valid, work.head);
-    copy_floats<Shape::kQueries>(stage.delta, place(problem.row_delta, row), 1, n_valid);
+    copy_floats<Shape::kQueries>(stage.delta, address_of(problem.row_delta, row), 1, n_valid);
   }
   copies_commit();
 }
@@ -131,7 +131,7 @@ SCFM_DEVICE void add_grad_q(const Problem& problem, const Work& work, int block,
     const int64_t row = (work.tile.other_begin + static_cast<int64_t>(query)) * problem.n_heads + work.head;
     SCFM_UNROLL
     for (int column = 0; column < kColumns; column++)
-      add_global(place(problem.grad_q_sum, row * Shape::kWidth + 8 * (first_column + column) + accumulator_column()),
+      add_global(address_of(problem.grad_q_sum, row * Shape::kWidth + 8 * (first_column + column) + accumulator_column()),
                  {sums[column][2 * half] * factor, sums[column][2 * half + 1] * factor});
   }
 }
@@ -145,20 +145,20 @@ SCFM_DEVICE void store_key_rows(const Tokens& tokens, const Work& work, const fl
     if (row >= work.tile.count) continue;
     SCFM_UNROLL
     for (int column = 0; column < Shape::kOutColumns; column++)
-      store_global(place(tokens, work.tile.begin + static_cast<int64_t>(row), work.head, 8 * column + accumulator_column()),
+      store_global(address_of(tokens, work.tile.begin + static_cast<int64_t>(row), work.head, 8 * column + accumulator_column()),
                    pack<Element>(sums[column][2 * half] * factor, sums[column][2 * half + 1] * factor));
   }
 }
 
-// One float a key, from the sums of the four lanes that share its row.
+// One float per key, from the sums of the four lanes that share its row.
 SCFM_DEVICE void store_key_sums(const Problem& problem, const Work& work, Pair sums) {
   sums.x = row_sum(sums.x);
   sums.y = row_sum(sums.y);
   const int row = 16 * warp_index() + accumulator_row();
   const int64_t token = work.tile.begin + static_cast<int64_t>(row);
   if (accumulator_column() != 0) return;
-  if (row < work.tile.count) store_global(place(problem.key_sums, token, work.head), sums.x);
-  if (row + 8 < work.tile.count) store_global(place(problem.key_sums, token + 8, work.head), sums.y);
+  if (row < work.tile.count) store_global(address_of(problem.key_sums, token, work.head), sums.x);
+  if (row + 8 < work.tile.count) store_global(address_of(problem.key_sums, token + 8, work.head), sums.y);
 }
 
 template <int kCount>
@@ -216,14 +216,14 @@ SCFM_KERNEL(256, 1) attention_backward_keys(SCFM_PARAMETER Problem problem) {
 
 constexpr int kRoundThreads = 256;
 
-// grad_q = scale * grad_q_sum, eight elements a thread.
+// grad_q = scale * grad_q_sum, eight elements per thread.
 template <class Element, int kWidth>
 SCFM_KERNEL(kRoundThreads, 4) attention_round_queries(SCFM_PARAMETER Problem problem) {
   constexpr int kChunks = kWidth / 8;
   const int64_t index = block_index() * kRoundThreads + thread_index(), row = index / kChunks;
   if (row >= problem.n_queries * problem.n_heads) return;
-  const Chunk low = global_chunk(place(problem.grad_q_sum, 8 * index));
-  const Chunk high = global_chunk(place(problem.grad_q_sum, 8 * index + 4));
+  const Chunk low = global_chunk(address_of(problem.grad_q_sum, 8 * index));
+  const Chunk high = global_chunk(address_of(problem.grad_q_sum, 8 * index + 4));
   Chunk rounded;
   SCFM_UNROLL
   for (int i = 0; i < 2; i++) {
@@ -233,7 +233,7 @@ SCFM_KERNEL(kRoundThreads, 4) attention_round_queries(SCFM_PARAMETER Problem pro
         pack<Element>(as_float(high.words[2 * i]) * problem.scale, as_float(high.words[2 * i + 1]) * problem.scale);
   }
   const int64_t token = row / problem.n_heads;
-  store_global(place(problem.grad_q, token, row - token * problem.n_heads, 8 * static_cast<int>(index % kChunks)), rounded);
+  store_global(address_of(problem.grad_q, token, row - token * problem.n_heads, 8 * static_cast<int>(index % kChunks)), rounded);
 }
 
 }  // namespace scfm::cuda

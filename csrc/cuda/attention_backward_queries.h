@@ -24,7 +24,7 @@ SCFM_DEVICE void copy_stage(const Problem& problem, const Work& work, int block,
   copy_rows<Shape::kKeys, Shape::kWidth, Shape::kThreads>(stage, problem.k, begin, n_valid, work.head);
   copy_rows<Shape::kKeys, Shape::kWidth, Shape::kThreads>(stage + Shape::kKeyBytes, problem.v, begin, n_valid, work.head);
   if (problem.key_bias.data != nullptr)
-    copy_floats<Shape::kKeys>(stage + 2 * Shape::kKeyBytes, place(problem.key_bias, begin, work.head),
+    copy_floats<Shape::kKeys>(stage + 2 * Shape::kKeyBytes, address_of(problem.key_bias, begin, work.head),
                               problem.key_bias.token_stride, n_valid);
   copies_commit();
 }
@@ -65,12 +65,12 @@ SCFM_DEVICE void store_grad_q(const Problem& problem, const Work& work, const fl
       const int element = 8 * column + accumulator_column();
       Pair own{0.f, 0.f};
       if (row >= work.tile.own) {
-        own.x = global_float(place(problem.grad_q_sum, start + element));
-        own.y = global_float(place(problem.grad_q_sum, start + element + 1));
+        own.x = global_float(address_of(problem.grad_q_sum, start + element));
+        own.y = global_float(address_of(problem.grad_q_sum, start + element + 1));
       }
       const float x = multiply_add(sums[column][2 * half], undo, own.x) * problem.scale;
       const float y = multiply_add(sums[column][2 * half + 1], undo, own.y) * problem.scale;
-      store_global(place(problem.grad_q, token, work.head, element), pack<Element>(x, y));
+      store_global(address_of(problem.grad_q, token, work.head, element), pack<Element>(x, y));
     }
   }
 }
@@ -87,12 +87,12 @@ SCFM_KERNEL(256, 1) attention_backward_queries(SCFM_PARAMETER Problem problem) {
   const int64_t first = work.head * problem.n_queries + work.tile.begin + row;
   Pair lse{kInfinity, kInfinity}, delta{0.f, 0.f};
   if (row < work.tile.count) {
-    lse.x = global_float(place(problem.row_lse, first));
-    delta.x = global_float(place(problem.row_delta, first));
+    lse.x = global_float(address_of(problem.row_lse, first));
+    delta.x = global_float(address_of(problem.row_delta, first));
   }
   if (row + 8 < work.tile.count) {
-    lse.y = global_float(place(problem.row_lse, first + 8));
-    delta.y = global_float(place(problem.row_delta, first + 8));
+    lse.y = global_float(address_of(problem.row_lse, first + 8));
+    delta.y = global_float(address_of(problem.row_delta, first + 8));
   }
   float sums[Shape::kOutColumns][4];
   clear(sums);

@@ -34,7 +34,7 @@ SCFM_DEVICE void copy_keys(const Problem& problem, const Work& work, int block, 
   copy_rows<kKeys, kWidth, Shape::kThreads>(stage, problem.k, begin, n_valid, work.head);
   copy_rows<kKeys, kWidth, Shape::kThreads>(stage + Shape::kKeyBytes, problem.v, begin, n_valid, work.head);
   if (kBiased && problem.key_bias.data != nullptr)
-    copy_floats<kKeys>(stage + 2 * Shape::kKeyBytes, place(problem.key_bias, begin, work.head),
+    copy_floats<kKeys>(stage + 2 * Shape::kKeyBytes, address_of(problem.key_bias, begin, work.head),
                        problem.key_bias.token_stride, n_valid);
   copies_commit();
 }
@@ -103,7 +103,7 @@ SCFM_DEVICE void soften(ForwardRows<Shape>& rows, float factor) {
         top = larger(top, larger(score[2 * half], score[2 * half + 1]));
       }
       top = row_max(top);
-      // No key seen so far: any finite reference gives exp2(-inf) = 0, while -inf would give NaN.
+      // No key so far: any finite reference gives exp2(-inf) = 0, while -inf would give NaN.
       const float reference = top == -kInfinity ? 0.f : top * factor;
       const float shrink = exp2_fast(multiply_add(rows.top[band][half], factor, -reference));
       rows.top[band][half] = top;
@@ -146,7 +146,7 @@ SCFM_DEVICE void mix_values(ForwardRows<Shape>& rows, uint32_t values) {
   }
 }
 
-// The own key of an unknown query, merged by online softmax. Every lane takes part in the sums, also those of rows
+// The own key of a target query, merged by online softmax. Every lane takes part in the sums, also those of rows
 // without an own key, whose result is dropped.
 template <class Element, class Shape>
 SCFM_DEVICE void add_own_key(ForwardRows<Shape>& rows, const Problem& problem, const Work& work, int band, int half,
@@ -192,16 +192,16 @@ SCFM_DEVICE void finish_rows(ForwardRows<Shape>& rows, const Problem& problem, c
       if (work.tile.own < work.tile.count) add_own_key<Element>(rows, problem, work, band, half, row, scale);
       if (row >= work.tile.count) continue;
       const int64_t token = work.tile.begin + static_cast<int64_t>(row);
-      // A query that sees no key has sum 0: output 0 and log-sum-exp -inf. A NaN must stay one.
+      // A query that attends to no key has sum 0: output 0 and log-sum-exp -inf. A NaN must stay one.
       const float sum = rows.sum[band][half], inverse = sum == 0.f ? 0.f : 1.f / sum;
       SCFM_UNROLL
       for (int column = 0; column < Shape::kOutColumns; column++) {
         const float(&out)[4] = rows.out[band][column];
-        store_global(place(problem.out, token, work.head, 8 * column + accumulator_column()),
+        store_global(address_of(problem.out, token, work.head, 8 * column + accumulator_column()),
                      pack<Element>(out[2 * half] * inverse, out[2 * half + 1] * inverse));
       }
       if (accumulator_column() == 0)
-        store_global(place(problem.lse, token, work.head),
+        store_global(address_of(problem.lse, token, work.head),
                      sum == 0.f ? -kInfinity : (rows.top[band][half] + log2_fast(sum)) * kLn2);
     }
   }

@@ -7,7 +7,7 @@
 namespace scfm::cuda {
 
 // Deletion: without key g the softmax of query i renormalises, so its output moves by a / (1 - a) (o_i - v_g), and G_i
-// sees a / (1 - a) (G_i . o_i - G_i . v_g). Where a rounds to 1 no other key is left: the output, and G_i . o_i with it,
+// gets a / (1 - a) (G_i . o_i - G_i . v_g). If a rounds to 1, no other key is left: the output, and G_i . o_i with it,
 // falls to 0.
 SCFM_DEVICE float deletion_effect(float prob, float grad_prob, float delta) {
   return prob < 1.f - 1e-6f ? prob / (1.f - prob) * (delta - grad_prob) : -delta;

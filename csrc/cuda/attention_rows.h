@@ -1,5 +1,5 @@
 // What the backward and the key sums know of each query before they start: its log-sum-exp in units of log 2, and delta =
-// grad_out . out - grad_lse. The own key of an unknown query is seen by nobody else, so all that it gets is written here.
+// grad_out . out - grad_lse. No other query attends to the own key of a target query, so its whole gradient is written here.
 //
 // Four lanes share a row, each holds every fourth chunk of 16 bytes.
 #pragma once
@@ -59,7 +59,7 @@ SCFM_DEVICE void store_multiple(const Tokens& tokens, int64_t token, int64_t hea
       const Pair pair = unpack<Element>(row.chunks[i].words[word]);
       chunk.words[word] = pack<Element>(pair.x * factor, pair.y * factor);
     }
-    store_global(place(tokens, token, head, 8 * (4 * i + (lane_index() & 3))), chunk);
+    store_global(address_of(tokens, token, head, 8 * (4 * i + (lane_index() & 3))), chunk);
   }
 }
 
@@ -72,7 +72,7 @@ SCFM_DEVICE void start_grad_q(float* grad_q_sum, int64_t row_index, const RowSli
     for (int part = 0; part < 2; part++) {
       const Pair a = unpack<Element>(row.chunks[i].words[2 * part]), b = unpack<Element>(row.chunks[i].words[2 * part + 1]);
       const Chunk sums{{as_bits(a.x * factor), as_bits(a.y * factor), as_bits(b.x * factor), as_bits(b.y * factor)}};
-      store_global(place(grad_q_sum, row_index * kWidth + 8 * (4 * i + (lane_index() & 3)) + 4 * part), sums);
+      store_global(address_of(grad_q_sum, row_index * kWidth + 8 * (4 * i + (lane_index() & 3)) + 4 * part), sums);
     }
   }
 }
@@ -82,7 +82,7 @@ SCFM_DEVICE void raise_bound(const Problem& problem, const Work& work, int which
   SCFM_UNROLL
   for (int mask = 1; mask < 32; mask *= 2) value = larger(value, shuffle_xor(value, mask));
   if (lane_index() == 0)
-    raise_global(place(problem.bounds, 4 * (static_cast<int64_t>(work.tile.cell) * problem.n_heads + work.head) + which),
+    raise_global(address_of(problem.bounds, 4 * (static_cast<int64_t>(work.tile.cell) * problem.n_heads + work.head) + which),
                  value);
 }
 
@@ -91,8 +91,8 @@ SCFM_DEVICE void raise_bound(const Problem& problem, const Work& work, int which
 // bits are written, where exp2 is approximate), and the factor depends on the cell alone.
 SCFM_DEVICE float gradient_factor(const Problem& problem, const Work& work) {
   const int64_t index = 4 * (static_cast<int64_t>(work.tile.cell) * problem.n_heads + work.head);
-  const float grad = global_float(place(problem.bounds, index)), delta = global_float(place(problem.bounds, index + 1));
-  const float value = global_float(place(problem.bounds, index + 2));
+  const float grad = global_float(address_of(problem.bounds, index)), delta = global_float(address_of(problem.bounds, index + 1));
+  const float value = global_float(address_of(problem.bounds, index + 2));
   const float bound = square_root(grad) * square_root(value) + delta;
   const float exponent = round_down(14.f - log2_fast(bound));
   // 0, inf and nan: nothing to keep in range.
@@ -131,9 +131,9 @@ SCFM_DEVICE void write_own_key(const Problem& problem, const Work& work, int64_t
     store_multiple<Element>(problem.grad_k, token, work.head, query, grad_score * problem.scale);
     store_multiple<Element>(problem.grad_v, token, work.head, grad, prob);
     if (problem.key_sums.data != nullptr && (lane_index() & 3) == 0)
-      store_global(place(problem.key_sums, token, work.head), grad_score);
+      store_global(address_of(problem.key_sums, token, work.head), grad_score);
   } else if (own && (lane_index() & 3) == 0) {
-    store_global(place(problem.key_sums, token, work.head), kPurpose == Purpose::kColumnSums ? prob : 0.f);
+    store_global(address_of(problem.key_sums, token, work.head), kPurpose == Purpose::kColumnSums ? prob : 0.f);
   }
 }
 
@@ -145,8 +145,8 @@ SCFM_KERNEL(kRowThreads, 4) attention_rows(SCFM_PARAMETER Problem problem) {
     const int row = first + (thread_index() >> 2);
     const bool valid = row < work.tile.count, own = valid && row >= work.tile.own;
     const int64_t token = work.tile.begin + static_cast<int64_t>(row);
-    const float natural = valid ? global_float(place(problem.lse, token, work.head)) : -kInfinity;
-    // +inf for a query that sees no key: all its probabilities come out as 0.
+    const float natural = valid ? global_float(address_of(problem.lse, token, work.head)) : -kInfinity;
+    // +inf for a query that attends to no key: all its probabilities are 0.
     const float lse = natural == -kInfinity ? kInfinity : natural * kLog2E;
     float delta = 0.f;
     RowSlice<kWidth> grad;
@@ -162,9 +162,9 @@ SCFM_KERNEL(kRowThreads, 4) attention_rows(SCFM_PARAMETER Problem problem) {
       largest_delta = larger(largest_delta, absolute(delta));
     }
     if (!valid || (lane_index() & 3) != 0) continue;
-    store_global(place(problem.row_lse, work.head * problem.n_queries + token), lse);
+    store_global(address_of(problem.row_lse, work.head * problem.n_queries + token), lse);
     if (kPurpose != Purpose::kColumnSums)
-      store_global(place(problem.row_delta, work.head * problem.n_queries + token), delta);
+      store_global(address_of(problem.row_delta, work.head * problem.n_queries + token), delta);
   }
   if (kPurpose == Purpose::kGradients && kNarrow<Element>) {
     raise_bound(problem, work, 0, largest_grad);

@@ -49,7 +49,7 @@ SCFM_DEVICE float log2_fast(float x) { return __log2f(x); }
 SCFM_DEVICE float square_root(float x) { return sqrtf(x); }
 SCFM_DEVICE float round_down(float x) { return floorf(x); }
 SCFM_DEVICE float absolute(float x) { return fabsf(x); }
-SCFM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one where one is NaN
+SCFM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // if one is NaN, the other one
 SCFM_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Two floats to a word of two elements (the first in the low half) and back.
@@ -126,7 +126,7 @@ SCFM_DEVICE void store_shared(uint32_t address, uint32_t word) {
 }
 
 // Copies that run on their own. They have arrived for the thread that issued them after copies_wait, for the others after a
-// barrier behind it. Where `valid` is false zeros are written and nothing is read.
+// barrier behind it. If `valid` is false, zeros are written and nothing is read.
 SCFM_DEVICE void copy_chunk(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(global)),
                "r"(valid ? 16 : 0)

@@ -14,7 +14,7 @@ const char* launch(int64_t blocks, int threads, int shared_bytes, void*, const P
   return emulate::launch(blocks, threads, shared_bytes, [&] { kKernel(problem); });
 }
 #else
-// The runtime also keeps an error for whoever asks next: take it out, or the next launch would report it as its own.
+// The runtime also keeps the error for the next call that asks: clear it, or the next launch would report it as its own.
 inline const char* in_words(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
@@ -22,7 +22,7 @@ inline const char* in_words(cudaError_t error) {
 }
 
 inline const char* ready(int32_t device, void* stream) {
-  // This library has a CUDA runtime of its own, which must look at the device that torch's looks at.
+  // This library has a CUDA runtime of its own, which must use the same device as torch's.
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return in_words(error);
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;

@@ -51,7 +51,7 @@ inline void allow(const Tensor&, bool) {}
 inline void poison(Tensor&) {}
 
 // Makes the tensor's device the current one, and knows torch's current stream on it. The stream comes from the torch that
-// is loaded, by name: this library links no CUDA part of torch and builds where torch has none.
+// is loaded, by name: this library links no CUDA part of torch, and builds with a torch that has none.
 class Here {
  public:
   explicit Here(const Tensor& tensor) : device_(index_of(tensor)), guard_(device_) {

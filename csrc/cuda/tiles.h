@@ -17,7 +17,7 @@ constexpr int kRowBytes = 2 * kWidth;
 template <int kWidth>
 SCFM_DEVICE uint32_t swizzled(int row, int chunk) {
   constexpr int kChunks = kWidth / 8;
-  // 32 wide: two rows share the 128 bytes that all banks serve at once.
+  // 32 wide: two rows fill the 128 bytes that all banks read at once.
   const int mixed = kChunks >= 8 ? chunk ^ (row & 7) : chunk ^ ((row / (8 / kChunks)) & (kChunks - 1));
   return static_cast<uint32_t>(row * kRowBytes<kWidth> + mixed * 16);
 }
@@ -32,16 +32,16 @@ SCFM_DEVICE int accumulator_column() { return 2 * (lane_index() & 3); }
 SCFM_DEVICE const void* at(const Tokens& tokens, int64_t token, int64_t head, int element) {
   return static_cast<const char*>(tokens.data) + 2 * (token * tokens.token_stride + head * tokens.head_stride + element);
 }
-SCFM_DEVICE void* place(const Tokens& tokens, int64_t token, int64_t head, int element) {
+SCFM_DEVICE void* address_of(const Tokens& tokens, int64_t token, int64_t head, int element) {
   return static_cast<char*>(tokens.data) + 2 * (token * tokens.token_stride + head * tokens.head_stride + element);
 }
-SCFM_DEVICE void* place(const Scalars& scalars, int64_t token, int64_t head) {
+SCFM_DEVICE void* address_of(const Scalars& scalars, int64_t token, int64_t head) {
   return reinterpret_cast<char*>(scalars.data) + 4 * (token * scalars.token_stride + head * scalars.head_stride);
 }
-SCFM_DEVICE void* place(float* workspace, int64_t index) { return reinterpret_cast<char*>(workspace) + 4 * index; }
+SCFM_DEVICE void* address_of(float* workspace, int64_t index) { return reinterpret_cast<char*>(workspace) + 4 * index; }
 
 SCFM_DEVICE float scalar_or_zero(const Scalars& scalars, int64_t token, int64_t head) {
-  return scalars.data == nullptr ? 0.f : global_float(place(scalars, token, head));
+  return scalars.data == nullptr ? 0.f : global_float(address_of(scalars, token, head));
 }
 
 // The tile and head of this block; heads of one tile run side by side, long tiles first.
@@ -77,7 +77,7 @@ SCFM_DEVICE void copy_rows(uint32_t shared, const Tokens& tokens, int64_t begin,
   }
 }
 
-// Start copying one float a row; zero from n_valid on. `first` is the address of row 0, `stride` counts floats.
+// Start copying one float per row; zero from n_valid on. `first` is the address of row 0, `stride` counts floats.
 template <int kRows>
 SCFM_DEVICE void copy_floats(uint32_t shared, const void* first, int64_t stride, int n_valid) {
   const int row = thread_index();

@@ -7,7 +7,7 @@
 namespace scfm::host {
 namespace {
 
-// SplitMix64's finaliser, as scfm/encoding/hashing.py has it.
+// One step of SplitMix64, as in scfm/encoding/hashing.py.
 uint64_t mix(uint64_t state) {
   state += 0x9E3779B97F4A7C15u;
   state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -51,7 +51,7 @@ class Binner {
     } else {
       sorted_.assign(counts, counts + size);
       std::sort(sorted_.begin(), sorted_.end());
-      set_edges(size, [&](size_t place) { return sorted_[place]; });
+      set_edges(size, [&](size_t position) { return sorted_[position]; });
     }
   }
 
@@ -76,8 +76,8 @@ class Binner {
 
   void prepare_tallied(size_t size) {
     size_t value = 0, upto = 0;  // `upto` counts are at most `value`
-    set_edges(size, [&](size_t place) {
-      while (upto <= place) upto += tally_[++value];
+    set_edges(size, [&](size_t position) {
+      while (upto <= position) upto += tally_[++value];
       return static_cast<double>(value);
     });
     size_t below_edge = 0, upto_edge = 0;
@@ -86,13 +86,13 @@ class Binner {
     }
   }
 
-  // Linear interpolation as numpy.quantile rounds it. `at(place)` is asked for rising places.
+  // Linear interpolation as numpy.quantile rounds it. `at` is called with ascending positions.
   template <typename At>
   void set_edges(size_t size, const At& at) {
     for (size_t edge = 0; edge < rule_.n_edges; ++edge) {
-      const double place = rule_.quantiles[edge] * static_cast<double>(size - 1);
-      const size_t low = static_cast<size_t>(std::floor(place));
-      const double step = place - static_cast<double>(low);
+      const double position = rule_.quantiles[edge] * static_cast<double>(size - 1);
+      const size_t low = static_cast<size_t>(std::floor(position));
+      const double step = position - static_cast<double>(low);
       if (edge == 0 || low != low_) {
         a_ = edge > 0 && low == low_ + 1 ? b_ : at(low);
         b_ = at(std::min(low + 1, size - 1));
@@ -122,9 +122,9 @@ class Binner {
 
 // ceil(unit (below - upto) + upto), whose argument is in 0..n_edges, without a call.
 float bin_of(Span span, double unit) {
-  const double place = unit * (span.below - span.upto) + span.upto;
-  const int whole = static_cast<int>(place);
-  return static_cast<float>(whole + (place > static_cast<double>(whole)));
+  const double position = unit * (span.below - span.upto) + span.upto;
+  const int whole = static_cast<int>(position);
+  return static_cast<float>(whole + (position > static_cast<double>(whole)));
 }
 
 // One thread's bin encoder.

@@ -11,7 +11,7 @@ class BucketEncoder {
  public:
   BucketEncoder(const BucketRule& rule, size_t max_genes, const Zeros& zeros)
       : rule_(rule), max_genes_(max_genes), zeros_(zeros) {
-    // Bucket k starts where log2(1 + x) reaches k.
+    // Bucket k starts at log2(1 + x) = k.
     for (int bucket = 1; bucket < rule.n_buckets; ++bucket) borders_.push_back(std::exp2(bucket) - 1.0);
   }
 

@@ -19,14 +19,14 @@ void load_row(const void* indices, const void* data, int64_t begin, int64_t end,
   int64_t last_column = -1;
   int32_t last_token = -1;
   bool columns_ascend = true, tokens_ascend = true;
-  for (int64_t place = begin; place < end; ++place) {
-    const int64_t column = static_cast<int64_t>(column_of[place]);
+  for (int64_t position = begin; position < end; ++position) {
+    const int64_t column = static_cast<int64_t>(column_of[position]);
     if (static_cast<uint64_t>(column) >= static_cast<uint64_t>(n_columns)) {
       throw std::out_of_range("column index " + std::to_string(column) + " is outside a matrix of " +
                               std::to_string(n_columns) + " columns");
     }
     const int32_t token = token_of_column[column];
-    const double count = static_cast<double>(value_of[place]);
+    const double count = static_cast<double>(value_of[position]);
     const bool keep = (token >= 0) & (count != 0.0);
     tokens[size] = token;
     counts[size] = count;

@@ -7,7 +7,7 @@
 
 namespace scfm::host {
 
-// Memory of one cell, kept by a thread from cell to cell.
+// Memory of one cell, which a thread reuses from cell to cell.
 struct Cell {
   std::vector<int32_t> tokens;
   std::vector<double> counts;
@@ -23,7 +23,7 @@ struct Cell {
   }
 };
 
-// Writes the known, non-zero entries [begin, end) of a row into `cell`, in the order of the row.
+// Writes the non-zero entries [begin, end) of a row whose gene has a token into `cell`, in the order of the row.
 using RowLoader = void (*)(const void* indices, const void* data, int64_t begin, int64_t end,
                            const int32_t* token_of_column, int64_t n_columns, Cell& cell);
 
@@ -32,7 +32,7 @@ enum class ValueType { boolean, int8, int16, int32, int64, uint8, uint16, uint32
 
 RowLoader choose_loader(IndexType indices, ValueType values);
 
-// A borrowed CSR matrix and the token of each of its columns (-1: unknown).
+// A borrowed CSR matrix and the token of each of its columns (-1: none).
 struct CsrTokens {
   const int64_t* indptr;
   const void* indices;

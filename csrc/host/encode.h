@@ -1,4 +1,4 @@
-// The encoders: from CSR rows to packed tokens, to the bit what their NumPy twins in scfm/encoding give.
+// The encoders, from CSR rows to packed tokens. Results are bitwise identical to those of the NumPy code in scfm/encoding.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ struct Special {
   float value;
 };
 
-// What all encoders are told.
+// Arguments of all encoders.
 struct Frame {
   size_t max_genes;  // most genes of a cell
   std::optional<Special> front, back;
   int n_threads;
 };
 
-// Where tokens go; `values` is null where tokens have none.
+// The output; `values` is null if tokens have none.
 struct Output {
   int32_t* tokens;
   float* values;
@@ -35,7 +35,7 @@ using Allocate = std::function<Output(size_t)>;
 // Each encoder fills what `allocate` gives from its start, and returns cell boundaries: 0 first, tokens used last.
 using Boundaries = std::vector<int64_t>;
 
-// Rank: by falling count / median, ties by rising token. `medians` by token; each known token has one.
+// Rank: by falling count / median, ties by rising token. `medians` by token; each token of the vocabulary has one.
 Boundaries encode_rank(const CsrTokens& csr, const Frame& frame, const double* medians, const Allocate& allocate);
 
 struct BinRule {
@@ -51,7 +51,7 @@ Boundaries encode_bin(const CsrTokens& csr, const Frame& frame, const BinRule& r
 struct BucketRule {
   double target_sum;
   int n_buckets;
-  const double* totals;  // by row; null for the sum over known tokens
+  const double* totals;  // by row; null for the sum over the tokens of the vocabulary
   const int32_t* zero_tokens;
   size_t n_zero_tokens;
 };

@@ -96,7 +96,7 @@ py::tuple run_encoder(bool with_values, const Encode& encode) {
     const py::gil_scoped_release release;
     ends = encode(allocate);
   }
-  // Hands back the room that was not needed; in place, since memory only shrinks.
+  // Frees the memory that was not needed; in place, since the block only shrinks.
   tokens.attr("resize")(ends.back(), py::arg("refcheck") = false);
   if (with_values) values.attr("resize")(ends.back(), py::arg("refcheck") = false);
   return py::make_tuple(Array<int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data()), tokens, values);
@@ -140,7 +140,7 @@ py::tuple bucket(const Array<int64_t>& indptr, const py::array& indices, const p
                  double target_sum, int n_buckets, const std::optional<Array<double>>& totals,
                  const std::optional<Array<int32_t>>& zero_tokens) {
   const auto csr = view_csr(indptr, indices, data, token_of_column, n_tokens, may_repeat);
-  if (totals && totals->size() != csr.n_rows) throw std::invalid_argument("totals must have one number a row");
+  if (totals && totals->size() != csr.n_rows) throw std::invalid_argument("totals must have one number per row");
   const Frame frame = settings.frame();
   const BucketRule rule{target_sum, n_buckets, data_or_null(totals), data_or_null(zero_tokens),
                         zero_tokens ? static_cast<size_t>(zero_tokens->size()) : 0};
@@ -151,11 +151,11 @@ template <typename T>
 double sum_of(const T* values, int64_t begin, int64_t end) {
   // Four sums side by side; exact for counts in any order.
   double sums[4] = {};
-  int64_t place = begin;
-  for (; place + 4 <= end; place += 4) {
-    for (int lane = 0; lane < 4; ++lane) sums[lane] += static_cast<double>(values[place + lane]);
+  int64_t position = begin;
+  for (; position + 4 <= end; position += 4) {
+    for (int lane = 0; lane < 4; ++lane) sums[lane] += static_cast<double>(values[position + lane]);
   }
-  for (; place < end; ++place) sums[0] += static_cast<double>(values[place]);
+  for (; position < end; ++position) sums[0] += static_cast<double>(values[position]);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
@@ -209,7 +209,7 @@ struct Survey {
   T low = std::numeric_limits<T>::infinity(), high = -std::numeric_limits<T>::infinity();
   int64_t n_nan = 0, n_fractions = 0;
 
-  // Looks at a piece, `size` numbers; lanes side by side, so that the compiler can use vectors.
+  // Examines `size` numbers, in separate lanes, so that the compiler can vectorize.
   void look(const T* values, size_t size) {
     constexpr size_t lanes = 16;
     // Adding it leaves no room for a fraction: 1.5 x 2^(bits of the mantissa).
@@ -267,7 +267,7 @@ py::tuple survey(const Array<T>& array, int n_threads) {
 
 PYBIND11_MODULE(_host, module) {
   using namespace scfm::host;
-  module.doc() = "Compiled encoders; scfm.encoding holds their NumPy twins and says what they do.";
+  module.doc() = "Compiled encoders; scfm.encoding has the same in NumPy, with documentation.";
   py::class_<PyFrame>(module, "Frame")
       .def(py::init([](size_t max_genes, py::object front, py::object back, int n_threads) {
              return PyFrame{max_genes, std::move(front), std::move(back), n_threads};

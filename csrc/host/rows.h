@@ -89,7 +89,7 @@ constexpr int64_t kRowsPerTask = 64;
 
 enum class Order { any, by_token };
 
-// Room for every row: where each may start in the output, one entry a row and one for the end.
+// Where each row may start in the output: one entry per row, and one for the end.
 inline std::vector<size_t> plan_rows(const CsrTokens& csr, const Frame& frame, const size_t* genes_of_every_cell) {
   const size_t extra = frame.front.has_value() + frame.back.has_value();
   std::vector<size_t> starts(static_cast<size_t>(csr.n_rows) + 1, 0);
@@ -101,7 +101,7 @@ inline std::vector<size_t> plan_rows(const CsrTokens& csr, const Frame& frame, c
   return starts;
 }
 
-// Moves rows together where they needed less than their room; returns the boundaries of cells.
+// Closes the gaps between rows; returns the boundaries of cells.
 inline std::vector<int64_t> close_gaps(const std::vector<size_t>& starts, const std::vector<size_t>& lengths,
                                        Output& out) {
   std::vector<int64_t> ends(starts.size(), 0);
@@ -140,19 +140,19 @@ std::vector<int64_t> encode_rows(const CsrTokens& csr, const Frame& frame, Order
         if (!work.cell.tokens_ascend && (may_repeat || order == Order::by_token)) merge_repeats(work, csr.n_tokens);
         work.reserve(work.cell.size);
         encode_row(work, row);
-        size_t place = starts[static_cast<size_t>(row)];
+        size_t position = starts[static_cast<size_t>(row)];
         const auto add = [&](const std::optional<Special>& special) {
           if (!special) return;
-          out.tokens[place] = special->token;
-          if (out.values != nullptr) out.values[place] = special->value;
-          ++place;
+          out.tokens[position] = special->token;
+          if (out.values != nullptr) out.values[position] = special->value;
+          ++position;
         };
         add(frame.front);
-        std::copy_n(work.out_tokens.data(), work.out_size, out.tokens + place);
-        if (out.values != nullptr) std::copy_n(work.out_values.data(), work.out_size, out.values + place);
-        place += work.out_size;
+        std::copy_n(work.out_tokens.data(), work.out_size, out.tokens + position);
+        if (out.values != nullptr) std::copy_n(work.out_values.data(), work.out_size, out.values + position);
+        position += work.out_size;
         add(frame.back);
-        lengths[static_cast<size_t>(row)] = place - starts[static_cast<size_t>(row)];
+        lengths[static_cast<size_t>(row)] = position - starts[static_cast<size_t>(row)];
       }
     };
   });

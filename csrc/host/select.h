@@ -22,11 +22,11 @@ class Tally {
     largest_ = largest;
     size_t i = 0;
     // By way of int: to size_t there is no instruction before AVX-512.
-    const auto place = [&](size_t at) { return static_cast<size_t>(static_cast<int>(values[at])); };
+    const auto position = [&](size_t at) { return static_cast<size_t>(static_cast<int>(values[at])); };
     for (; i + kLanes <= size; i += kLanes) {
-      for (size_t lane = 0; lane < kLanes; ++lane) ++lanes_[lane * kTallied + place(i + lane)];
+      for (size_t lane = 0; lane < kLanes; ++lane) ++lanes_[lane * kTallied + position(i + lane)];
     }
-    for (; i < size; ++i) ++lanes_[place(i)];
+    for (; i < size; ++i) ++lanes_[position(i)];
     for (size_t value = 0; value <= largest; ++value) {
       for (size_t lane = 1; lane < kLanes; ++lane) lanes_[value] += lanes_[lane * kTallied + value];
     }

@@ -9,7 +9,7 @@ namespace {
 constexpr size_t kSmall = 48;    // below, a comparison sort is as fast
 constexpr size_t kLongRun = 24;  // above, a run of equal keys is sorted, not inserted
 
-// An entry is a key above the place that it came from, in one number; keys are sorted digit by digit.
+// An entry holds a key in its upper bits and the original position in its lower bits; keys are sorted digit by digit.
 struct Narrow {
   using Entry = uint32_t;
   static constexpr int kDigitBits = 8, kPlaceBits = 16;
@@ -40,7 +40,7 @@ uint32_t place_of(typename Form::Entry entry) {
   return static_cast<uint32_t>(entry & mask);
 }
 
-// Fills entries by key_at(place), sorts them by key, stably, and returns them.
+// Fills entries by key_at(position), sorts them by key, stably, and returns them.
 template <typename Form, typename KeyAt>
 const typename Form::Entry* sorted_entries(size_t size, SortScratch& scratch, const KeyAt& key_at) {
   using Entry = typename Form::Entry;
@@ -95,9 +95,9 @@ void order_by_score_as(const double* scores, const int32_t* tokens, size_t size,
     } else {
       for (size_t i = begin + 1; i < end; ++i) {
         const uint32_t moved = order[i];
-        size_t place = i;
-        for (; place > begin && before(moved, order[place - 1]); --place) order[place] = order[place - 1];
-        order[place] = moved;
+        size_t position = i;
+        for (; position > begin && before(moved, order[position - 1]); --position) order[position] = order[position - 1];
+        order[position] = moved;
       }
     }
     begin = end - 1;

@@ -7,7 +7,7 @@
 
 namespace scfm::host {
 
-// Working memory of the sorts, kept by a thread.
+// Working memory of the sorts, one per thread.
 struct SortScratch {
   std::vector<uint32_t> narrow_first, narrow_second;
   std::vector<uint64_t> wide_first, wide_second;

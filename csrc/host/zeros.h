@@ -6,14 +6,14 @@
 
 namespace scfm::host {
 
-// Gives each cell all of a list of tokens, with value and score 0 where it has none.
+// Gives each cell all tokens of a list, with value and score 0 for those that it lacks.
 class Zeros {
  public:
-  // `tokens` ascend; null where cells keep to their own.
+  // `tokens` ascend; null if cells keep their own tokens only.
   Zeros(const int32_t* tokens, size_t size, int32_t n_tokens) : tokens_(tokens), size_(size) {
     if (tokens == nullptr) return;
-    place_of_token_.assign(static_cast<size_t>(n_tokens), 0);
-    for (size_t place = 0; place < size; ++place) place_of_token_[static_cast<size_t>(tokens[place])] = place;
+    position_of_token_.assign(static_cast<size_t>(n_tokens), 0);
+    for (size_t position = 0; position < size; ++position) position_of_token_[static_cast<size_t>(tokens[position])] = position;
   }
 
   bool any() const { return tokens_ != nullptr; }
@@ -26,16 +26,16 @@ class Zeros {
     size_t open = size_;  // places from here on are filled
     while (from > 0) {
       --from;
-      const size_t place = place_of_token_[static_cast<size_t>(work.out_tokens[from])];
+      const size_t position = position_of_token_[static_cast<size_t>(work.out_tokens[from])];
       const float value = work.out_values[from];
       const double score = work.scores[from];
-      std::fill(work.out_values.begin() + static_cast<std::ptrdiff_t>(place) + 1,
+      std::fill(work.out_values.begin() + static_cast<std::ptrdiff_t>(position) + 1,
                 work.out_values.begin() + static_cast<std::ptrdiff_t>(open), 0.0f);
-      std::fill(work.scores.begin() + static_cast<std::ptrdiff_t>(place) + 1,
+      std::fill(work.scores.begin() + static_cast<std::ptrdiff_t>(position) + 1,
                 work.scores.begin() + static_cast<std::ptrdiff_t>(open), 0.0);
-      work.out_values[place] = value;
-      work.scores[place] = score;
-      open = place;
+      work.out_values[position] = value;
+      work.scores[position] = score;
+      open = position;
     }
     std::fill_n(work.out_values.begin(), open, 0.0f);
     std::fill_n(work.scores.begin(), open, 0.0);
@@ -46,7 +46,7 @@ class Zeros {
  private:
   const int32_t* tokens_;
   size_t size_;
-  std::vector<size_t> place_of_token_;
+  std::vector<size_t> position_of_token_;
 };
 
 // Keeps the `most` tokens of largest score, ties by rising token, in the order of tokens.

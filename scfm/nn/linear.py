@@ -10,10 +10,10 @@ from scfm.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, with bitwise the same row whatever the other rows are, at inference on the CPU.
+    """`torch.nn.Linear` whose rows are bitwise independent of each other, at inference on the CPU.
 
-    A cell's embedding then cannot depend on its batch-mates; see `scfm.ops.linear`. A ReLU or a residual can be had in the
-    same pass.
+    A cell's embedding is then independent of the rest of the batch; see `scfm.ops.linear`. A ReLU or a residual can be
+    computed in the same pass.
     """
 
     def forward(

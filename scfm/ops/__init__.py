@@ -1,4 +1,4 @@
-"""Attention on packed cells: compiled kernels where they are built, plain torch everywhere."""
+"""Attention on packed cells, in compiled kernels if they are built, otherwise in plain torch."""
 
 from scfm.ops.attention import attention
 from scfm.ops.extension import extension_info

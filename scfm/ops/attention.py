@@ -1,4 +1,4 @@
-"""`attention`: softmax attention of packed cells, in the fused kernels where they are built, in plain torch elsewhere."""
+"""`attention`: softmax attention of packed cells, in fused kernels if they are built, otherwise in plain torch."""
 
 # Axes: B cells, T packed tokens (Tq queries, Tk keys), H heads, K head width.
 

@@ -1,4 +1,4 @@
-"""Which backend serves a call."""
+"""The choice of a backend for a call."""
 
 # Axes: T packed tokens, H heads, K head width.
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from scfm.ops.device_record import Case, Passed, proven_cases
 from scfm.ops.extension import load_cuda_extension, load_extension
 
-# Read once, at import: a graph that is being traced cannot look at the file system.
+# Loaded once, at import: a graph that is being traced cannot access the file system.
 EXTENSION_PATH, EXTENSION_REASON = load_extension()
 CUDA_PATH, CUDA_REASON = load_cuda_extension()
 PROVEN = proven_cases()
 
-# "auto" takes the fused kernels wherever they can serve. Speed over plain torch on one core held to one instruction set,
-# forward and forward + backward, head width 64, cells of 256 tokens | of 1,024:
+# "auto" uses the fused kernels for every case that they support. Speed over plain torch on one core, both limited to one
+# instruction set, forward and forward + backward, head width 64, cells of 256 tokens | of 1,024:
 #
 #               float32                    bfloat16                   float16
 # portable      1.41, 1.76 | 1.27, 1.59    1.54, 1.75 | 1.42, 1.62    1.75, 1.63 | 1.56, 1.62
@@ -27,16 +27,16 @@ PROVEN = proven_cases()
 # avx512_bf16   (float as avx512)          1.44, 1.87 | 1.25, 2.07
 # amx           (float as avx512)          1.87, 5.09 | 2.01, 8.99
 #
-# Cells of 32 tokens and width 16 gain more, width 256 less, the generative mask twice as much. Below 1, in the forward alone and
-# on sets that few models meet: float16 of width 256 in cells of 32 (0.92 to 0.98), float32 of width 256 in cells of 1,024 on
-# portable (0.97), bfloat16 of width 16 in cells of 1,024 on avx512_bf16 (0.87). `benchmarks/attention.py --auto` prints the
-# table. For another instruction set give SCFM_FORCE_ISA, and to torch ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and
-# MKL_ENABLE_INSTRUCTIONS (without the last, torch's products go on using AMX).
+# Cells of 32 tokens and width 16 gain more, width 256 less, the generative mask twice as much. Below 1, in the forward only:
+# float16 of width 256 in cells of 32 (0.92 to 0.98), float32 of width 256 in cells of 1,024 on portable (0.97), bfloat16
+# of width 16 in cells of 1,024 on avx512_bf16 (0.87). `benchmarks/attention.py --auto` prints the table. For another
+# instruction set set SCFM_FORCE_ISA, and for torch ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS
+# (without the last, torch's products still use AMX).
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_MAX_HEAD_DIM = 256
 
 
-# Of the CUDA kernels. Below compute capability 8.0 there are none.
+# What the CUDA kernels support; they need compute capability 8.0.
 CUDA_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 CUDA_HEAD_DIMS = (32, 64, 128)
 CUDA_CAPABILITY = (8, 0)
@@ -45,11 +45,11 @@ CUDA_CAPABILITY = (8, 0)
 def choose_backend(
     backend: str, q: Tensor, *, options: frozenset[str] = frozenset(), operator: str = "attention"
 ) -> str:
-    """Resolve `"auto"`, and refuse what cannot be served.
+    """Resolve `"auto"`, and refuse calls that the kernels do not support.
 
-    On a GPU `"auto"` takes a fused kernel only for what is in the record of passed device tests and was faster there
-    (:mod:`scfm.ops.device_record`), and otherwise torch: its flash kernels where they serve, called by
-    :mod:`scfm.ops.flash`.
+    On a GPU `"auto"` uses a fused kernel only if the record of device tests has the case and it was faster there
+    (:mod:`scfm.ops.device_record`). Otherwise it uses torch: its flash kernels if they support the call, called by
+    :mod:`scfm.ops.flash`, else plain torch.
 
     Parameters
     ----------
@@ -71,12 +71,12 @@ def choose_backend(
     ValueError
         If `backend` is not a known name.
     RuntimeError
-        If `"fused"` is asked for where the kernels cannot serve, with the reason.
+        If `"fused"` is asked for and the kernels do not support the call, with the reason.
 
     Warns
     -----
     UserWarning
-        If `"fused"` is asked for on a GPU for a case that the record does not hold.
+        If `"fused"` is asked for on a GPU for a case that is not in the record.
     """
     if backend not in ("auto", "fused", "torch"):
         raise ValueError(f'`backend` is {backend!r}; it must be "auto", "fused" or "torch".')
@@ -85,7 +85,7 @@ def choose_backend(
     on_cuda = q.device.type == "cuda"
     obstacle = _cuda_obstacle(q) if on_cuda else _obstacle(q)
     if obstacle is not None and backend == "fused":
-        raise RuntimeError(f'`backend="fused"` cannot serve this call: {obstacle}. Pass `backend="auto"`.')
+        raise RuntimeError(f'`backend="fused"` does not support this call: {obstacle}. Pass `backend="auto"`.')
     if not on_cuda:
         return "fused" if obstacle is None else "torch"
     proof = None if obstacle is not None else _proof(q, options, operator)
@@ -120,7 +120,7 @@ def _obstacle(q: Tensor) -> str | None:
     if q.dtype not in FUSED_DTYPES:
         return f"there is no kernel for {q.dtype}"
     if q.shape[2] > FUSED_MAX_HEAD_DIM:
-        return f"the head width is {q.shape[2]}, and the kernels go to {FUSED_MAX_HEAD_DIM}"
+        return f"the head width is {q.shape[2]}, and the kernels support up to {FUSED_MAX_HEAD_DIM}"
     return None
 
 
@@ -130,7 +130,7 @@ def _cuda_obstacle(q: Tensor) -> str | None:
     if q.dtype not in CUDA_DTYPES:
         return f"there is no CUDA kernel for {q.dtype}; bfloat16 and float16 have one"
     if q.shape[2] not in CUDA_HEAD_DIMS:
-        return f"the head width is {q.shape[2]}, and the CUDA kernels serve 32, 64 and 128"
+        return f"the head width is {q.shape[2]}, and the CUDA kernels support 32, 64 and 128"
     capability = capability_of(q.device)
     if capability < CUDA_CAPABILITY:
         return "the GPU has compute capability {}.{}, and the CUDA kernels need 8.0".format(*capability)
@@ -156,7 +156,7 @@ def _warn_unproven(dtype: torch.dtype, head_dim: int, options: frozenset[str], o
     described = f"{operator} in {dtype} at head width {head_dim}" + "".join(f", {name}" for name in sorted(options))
     warnings.warn(
         f'`backend="fused"`: the CUDA kernel for {described} has not passed its device tests on this kind of GPU, so its '
-        'results are unproven. Run `benchmarks/attention_cuda.py`, or pass `backend="auto"` for torch\'s own kernels.',
+        'results are not verified. Run `benchmarks/attention_cuda.py`, or pass `backend="auto"` for torch\'s own kernels.',
         stacklevel=4,
     )
 

@@ -1,4 +1,4 @@
-"""The record of device tests that the CUDA kernels passed: what `backend="auto"` may use on a GPU, and nothing else."""
+"""The record of device tests that the CUDA kernels passed; on a GPU `backend="auto"` uses only the cases in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS = ("cross", "generative", "key_bias")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a kernel was tested for: a call is served only by a case that is its own in every field.
+    """What a kernel was tested for. A call matches a case only if all fields are equal.
 
     Attributes
     ----------
@@ -49,10 +49,10 @@ class Passed:
     Attributes
     ----------
     error
-        Largest error over what the accuracy rule allows (twice that of plain torch in the same dtype, three times for
-        gradients), of all outputs and gradients: at most 1.
+        Largest error of all outputs and gradients, as a multiple of what is allowed (twice the error of plain torch in the
+        same dtype, three times for gradients); at most 1.
     speed_forward, speed_training
-        Time of the torch route over that of the kernel, forward and forward + backward; None where not measured.
+        Time of torch over that of the kernel, forward and forward + backward; None if not measured.
     """
 
     case: Case
@@ -72,8 +72,8 @@ class Run:
     Attributes
     ----------
     kernels
-        :func:`kernel_sources` of what ran. Runs with other kernels than the latest one prove nothing any more, and a test
-        holds the latest one against the sources of today.
+        :func:`kernel_sources` of what ran. Only runs with the kernels of the latest run count, and a test compares those
+        with the current sources.
     """
 
     card: str
@@ -87,7 +87,7 @@ class Run:
 
 
 def kernel_sources(csrc: Path) -> str:
-    """Digest of everything that decides what the kernels do: a change of it takes the proof away."""
+    """Digest of all sources that determine what the kernels compute: after a change the device tests must run again."""
     digest = hashlib.sha256()
     for path in sorted([*csrc.glob("*.h"), *(csrc / "cuda").glob("*.*"), csrc / "cpu/schedule.h"]):
         if path.suffix in (".h", ".cu", ".cpp"):
@@ -96,7 +96,7 @@ def kernel_sources(csrc: Path) -> str:
 
 
 def read_record(path: Path = RECORD) -> tuple[Run, ...]:
-    """All runs, oldest first; none where there is no record."""
+    """All runs, oldest first; none if there is no record."""
     if not path.exists():
         return ()
     return tuple(_run_of(entry) for entry in json.loads(path.read_text())["runs"])
@@ -127,7 +127,7 @@ def add_run(run: Run, path: Path = RECORD) -> None:
 
 @cache
 def proven_cases(path: Path = RECORD) -> dict[tuple[tuple[int, int], Case], Passed]:
-    """What passed, by compute capability and case, with the kernels of the latest run; of several runs the last counts."""
+    """What passed with the kernels of the latest run, by compute capability and case; of several runs the last counts."""
     runs = read_record(path)
     current = [run for run in runs if run.kernels == runs[-1].kernels]
     return {(run.capability, passed.case): passed for run in current for passed in run.passed}

@@ -53,7 +53,7 @@ def attention_scores(
     Raises
     ------
     ValueError
-        If shapes do not fit or a pair names a token that is not there; and as :func:`scfm.ops.attention`.
+        If shapes do not fit or a pair has a token number out of range; and as :func:`scfm.ops.attention`.
 
     Examples
     --------
@@ -62,7 +62,7 @@ def attention_scores(
     >>> cu_seqlens = torch.tensor([0, 3, 5])
     >>> pairs = torch.tensor([[0, 0], [0, 1], [0, 2], [0, 4]])
     >>> probability_P = scfm.ops.attention_scores(q, k, cu_seqlens, pairs=pairs, head_mean=True)
-    >>> round(float(probability_P[:3].sum()), 4), float(probability_P[3])  # token 4 is of another cell
+    >>> round(float(probability_P[:3].sum()), 4), float(probability_P[3])  # token 4 belongs to another cell
     (1.0, 0.0)
     """
     check_qkv(q, k, k)
@@ -160,7 +160,7 @@ def _checked_pairs(pairs: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if outside.numel():
         query, key = pairs[int(outside[0])].tolist()
         raise ValueError(
-            f"`pairs` names query {query} and key {key}, but there are {q.shape[0]} queries and {k.shape[0]} keys; "
+            f"`pairs` holds query {query} and key {key}, but there are {q.shape[0]} queries and {k.shape[0]} keys; "
             "count tokens from the start of the batch."
         )
     return pairs.long()
@@ -174,10 +174,10 @@ def _pair_scores(q: Tensor, k: Tensor, pairs_P2: Tensor, lse: Tensor, options: O
     bounds = options.cu_seqlens.to(q.device)
     bounds_k = bounds if options.cu_seqlens_k is None else options.cu_seqlens_k.to(q.device)
     cell_P = torch.searchsorted(bounds, query_P, right=True) - 1
-    seen_P = (key_P >= bounds_k[cell_P]) & (key_P < bounds_k[cell_P + 1])
+    allowed_P = (key_P >= bounds_k[cell_P]) & (key_P < bounds_k[cell_P + 1])
     if options.n_known is not None:
-        known_P = key_P - bounds_k[cell_P] < options.n_known.to(q.device)[cell_P]
-        seen_P = seen_P & (known_P | (key_P == query_P))
+        context_P = key_P - bounds_k[cell_P] < options.n_known.to(q.device)[cell_P]
+        allowed_P = allowed_P & (context_P | (key_P == query_P))
     lse_PH = lse[query_P]
     probs_PH = torch.exp(scores_PH - torch.where(lse_PH == -math.inf, math.inf, lse_PH))
-    return torch.where(seen_P[:, None], probs_PH, 0.0)
+    return torch.where(allowed_P[:, None], probs_PH, 0.0)

@@ -1,4 +1,4 @@
-"""`linear`: rows times a weight matrix, where no row depends on another."""
+"""`linear`: rows times a weight matrix, with each row bitwise independent of the others."""
 
 # Axes: N rows, D inputs, E outputs.
 
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from scfm.ops.backend import EXTENSION_PATH, FUSED_DTYPES
 from scfm.ops.options import readable
 
-# Without the compiled kernel. bfloat16 weights are packed anew for every product, which only long blocks pay back: at 16,384
-# rows on two cores, blocks of 512 take 2 to 3 times as long as one product, blocks of 2,048 1.3 times; in float32 512 costs
-# 5 to 10 %.
+# Rows per product without the compiled kernel. torch packs bfloat16 weights again for every product: at 16,384 rows on two
+# cores, blocks of 512 rows take 2 to 3 times as long as one product, blocks of 2,048 1.3 times. In float32 blocks of 512
+# cost 5 to 10 %.
 ROW_BLOCK = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 2048, torch.float16: 2048}
 
 
@@ -27,12 +27,12 @@ def linear(
     relu: bool = False,
     residual_NE: Tensor | None = None,
 ) -> Tensor:
-    """`residual + relu(input weight^T + bias)`; at inference on the CPU a row does not depend, bitwise, on the other rows.
+    """`residual + relu(input weight^T + bias)`; at inference on the CPU each row is bitwise independent of the others.
 
     Parameters
     ----------
     input_ND, weight_ED, bias_E
-        As `torch.nn.functional.linear` takes them. Under autocast they are cast as for torch's own.
+        As for `torch.nn.functional.linear`. Under autocast they are cast as torch casts them.
     relu
         Whether negative products become 0 before the residual is added.
     residual_NE
@@ -44,11 +44,11 @@ def linear(
 
     Notes
     -----
-    A library's matrix product picks its kernel, and so the order of its sums, by the shape of the whole matrix: measured on
-    an AVX-512 machine, a row of a float32 product comes out differently below 16 to 60 rows, one of a bfloat16 product
-    almost anywhere. Without gradients the compiled kernel therefore takes its place, whose sums have one order, and
-    which adds bias and residual before a result leaves the cache. Without that kernel, rows are multiplied in blocks of one
-    fixed shape, the last one filled up with zeros. Training keeps torch's own product.
+    A library's matrix product chooses its kernel, and so the order of its sums, by the shape of the whole matrix. Measured on
+    an AVX-512 machine, a row of a float32 product differs below 16 to 60 rows, and a row of a bfloat16 product for almost
+    every number of rows. Without gradients the compiled kernel is used instead: its sums have one order, and it adds bias
+    and residual before a result leaves the cache. If that kernel is not built, rows are multiplied in blocks of one
+    fixed shape, the last one padded with zeros. Training uses torch's own product.
 
     Examples
     --------

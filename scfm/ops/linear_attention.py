@@ -14,7 +14,7 @@ from scfm.ops.backend import EXTENSION_PATH, choose_backend
 from scfm.ops.options import AttentionOptions, Backend, autocast_qkv, check_options, check_qkv, readable
 from scfm.ops.plan import AttentionPlan
 
-# Added to every feature, so that no query is without weight.
+# Added to every feature, so that the sum of weights of a query is never 0.
 FEATURE_FLOOR = 1e-4
 
 
@@ -68,7 +68,7 @@ def linear_attention(
     plan: AttentionPlan | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Attention of each cell through positive random features, at a cost linear in its length.
+    """Attention of each cell by positive random features, at a cost linear in its length.
 
     Parameters
     ----------
@@ -83,30 +83,30 @@ def linear_attention(
     plan
         :func:`scfm.ops.make_plan` of the same boundaries; without it the op builds one.
     backend
-        `"fused"` (compiled kernels, on the CPU), `"torch"` (plain torch), or `"auto"`: kernels wherever they serve.
+        `"fused"` (compiled kernels, on the CPU), `"torch"` (plain torch), or `"auto"`: the kernels if they support the call.
 
     Returns
     -------
-    Output (Tq, H, K) in the dtype of `q`; differentiable in `q`, `k` and `v`, by `"torch"` in `projection` too. A query
-    without keys has output 0.
+    Output (Tq, H, K) in the dtype of `q`; differentiable in `q`, `k` and `v`, and with `"torch"` in `projection` too. A
+    query without keys has output 0.
 
     Raises
     ------
     TypeError, ValueError
         If shapes, dtypes or boundaries do not fit.
     RuntimeError
-        If `backend="fused"` is asked for where it cannot serve.
+        If `backend="fused"` is asked for and the kernels do not support the call.
 
     Notes
     -----
     With x' = x K^(-1/4): phi(x) = M^(-1/2) (exp(W x' - |x'|^2 / 2 - c) + 1e-4) and out = phi(q) (phi(K)^T V) /
-    (phi(q) sum phi(K)), as in Performer (Choromanski et al. 2021). The stabiliser c is the maximum of W x' over the row
-    for queries, and over the cell and head for keys; published code takes the latter over the whole batch, so that a cell's
-    result depends on its batch-mates. It counts as a constant in the gradient.
+    (phi(q) sum phi(K)), as in Performer (Choromanski et al. 2021). The stabilizer c is the maximum of W x' over the row
+    for queries, and over the cell and head for keys. Published code takes the latter over the whole batch, so that the result of
+    a cell depends on the rest of the batch. It is a constant in the gradient.
 
     Exponents, sums and the floor are float32 at least. For bfloat16 tensors the kernels round W, features and sums to
-    bfloat16 before a product, which makes their error 1.3 to 5 times that of `"torch"`. They hold no features of a whole
-    cell, and give no second derivatives.
+    bfloat16 before a product, which makes their error 1.3 to 5 times that of `"torch"`. The features of a whole cell are
+    never in memory, and there are no second derivatives.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def linear_attention(
         )
     options: AttentionOptions = {"cu_seqlens_k": cu_seqlens_k, "plan": plan}
     bounds, _ = check_options(q, k, cu_seqlens, options)
-    if _serves(q, projection, backend):
+    if _uses_kernels(q, projection, backend):
         weight_MK = projection.detach().to(device=q.device, dtype=torch.float32).contiguous()
         return torch.ops.scfm.linear_attention_forward(
             readable(q), readable(k), readable(v), bounds.cu_seqlens, bounds.cu_seqlens_k, weight_MK, FEATURE_FLOOR
@@ -144,16 +144,16 @@ def linear_attention(
     return torch.cat(outs).to(q.dtype) if outs else _zeros_of(q, k, v)
 
 
-def _serves(q: Tensor, projection: Tensor, backend: Backend) -> bool:
-    """Whether the kernels do."""
+def _uses_kernels(q: Tensor, projection: Tensor, backend: Backend) -> bool:
+    """Whether the kernels support the call, and are asked for."""
     obstacle = None
     if q.is_cuda:
         obstacle = "linear attention has no kernel for GPUs"
     elif projection.requires_grad and torch.is_grad_enabled():
-        obstacle = "the kernels give no gradient to the projection"
+        obstacle = "the kernels compute no gradient of the projection"
     if obstacle is not None:
         if backend == "fused":
-            raise RuntimeError(f'`backend="fused"` cannot serve this call: {obstacle}. Pass `backend="auto"`.')
+            raise RuntimeError(f'`backend="fused"` does not support this call: {obstacle}. Pass `backend="auto"`.')
         backend = "torch" if backend == "auto" else backend
     return choose_backend(backend, q) == "fused"
 
@@ -169,7 +169,7 @@ def _cell_attention(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, weigh
 
 
 def _zeros_of(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
-    """Zeros like the query, whose gradients are zeros and not missing, whatever the tensors hold."""
+    """Zeros like the query, with gradients that are zeros instead of missing, whatever the tensors hold."""
     every = torch.ones((), dtype=torch.bool, device=query_LHK.device)
     query_LHK, key_LHK, value_LHK = (tensor.masked_fill(every, 0.0) for tensor in (query_LHK, key_LHK, value_LHK))
     return query_LHK + key_LHK.sum() + value_LHK.sum()
@@ -178,10 +178,10 @@ def _zeros_of(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
 def _features(x_HLK: Tensor, weight_MK: Tensor, *, over: tuple[int, ...]) -> Tensor:
     projected_HLM = x_HLK @ weight_MK.T
     half_norm_HL1 = x_HLK.square().sum(-1, keepdim=True) * (0.5 * x_HLK.shape[-1] ** -0.5)
-    # Constant for the gradient: it cancels between numerator and denominator but for the floor.
-    stabiliser = projected_HLM.detach().amax(over, keepdim=True) if projected_HLM.numel() else 0.0
+    # A constant in the gradient: except for the floor it cancels between numerator and denominator.
+    stabilizer = projected_HLM.detach().amax(over, keepdim=True) if projected_HLM.numel() else 0.0
     n_features = weight_MK.shape[0]
-    return (torch.exp(projected_HLM - half_norm_HL1 - stabiliser) + FEATURE_FLOOR) * n_features**-0.5
+    return (torch.exp(projected_HLM - half_norm_HL1 - stabilizer) + FEATURE_FLOOR) * n_features**-0.5
 
 
 def _fake_forward(q: Tensor, *_: Any) -> Tensor:

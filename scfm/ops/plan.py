@@ -1,4 +1,4 @@
-"""`AttentionPlan`: what the host knows of a batch's boundaries, checked once and used by every layer."""
+"""`AttentionPlan`: the boundaries of a batch, checked once and used by every layer."""
 
 # Axes: B cells, T packed tokens.
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionPlan:
-    """Checked boundaries of one batch, on the host; built once a batch, so that no layer synchronises with the device.
+    """Checked boundaries of one batch, on the host; built once per batch, so that no layer synchronizes with the device.
 
     Attributes
     ----------
@@ -21,7 +21,7 @@ class AttentionPlan:
     cu_seqlens_k
         Boundaries of the keys for cross-attention, shape (B + 1,), int64, on the host; None for self-attention.
     n_known
-        Known leading tokens of each cell, shape (B,), int64, on the host; None when all are.
+        Number of leading context tokens of each cell, shape (B,), int64, on the host; None if all tokens are context.
 
     Examples
     --------
@@ -48,32 +48,33 @@ def make_plan(
     n_tokens: int | None = None,
     n_tokens_k: int | None = None,
 ) -> AttentionPlan:
-    """Check the boundaries of a batch and bring them to the host.
+    """Check the boundaries of a batch and copy them to the host.
 
     Parameters
     ----------
     cu_seqlens
-        Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, never falling.
+        Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, never decreasing.
     n_known
-        Known leading tokens of each cell, shape (B,), int32 or int64, from 0 to the cell's length. Self-attention only.
+        Number of leading context tokens of each cell, shape (B,), int32 or int64, from 0 to the cell's length.
+        Self-attention only.
     cu_seqlens_k
         Boundaries of the keys, shape (B + 1,), for cross-attention.
     n_tokens, n_tokens_k
-        Where given, what the boundaries must end at.
+        If given, the numbers that the boundaries must end at.
 
     Raises
     ------
     TypeError
         If a tensor does not hold int32 or int64.
     ValueError
-        If boundaries do not start at 0, fall, or do not end at the number of tokens; if shapes do not fit; or if
+        If boundaries do not start at 0, decrease, or do not end at the number of tokens; if shapes do not fit; or if
         `n_known` is outside a cell.
 
     Examples
     --------
     >>> import torch, scfm
     >>> cu_seqlens = torch.tensor([0, 3, 5])
-    >>> plan = scfm.ops.make_plan(cu_seqlens)  # once a batch; each layer then passes it on
+    >>> plan = scfm.ops.make_plan(cu_seqlens)  # once per batch, for all layers
     >>> q = torch.randn(5, 2, 8)
     >>> scfm.ops.attention(q, q, q, cu_seqlens, plan=plan).shape
     torch.Size([5, 2, 8])
@@ -96,7 +97,7 @@ def make_plan(
     if n_known is not None:
         if bounds_k is not None:
             raise ValueError(
-                "`n_known` and `cu_seqlens_k` were both given, but the generative mask lets a query see its own key "
+                "`n_known` and `cu_seqlens_k` were both given, but the generative mask lets a query attend to its own key "
                 "and so needs self-attention. Drop one of the two."
             )
         known = _host_n_known(n_known, bounds)
@@ -116,7 +117,7 @@ def _host_integers(name: str, tensor: Tensor) -> Tensor:
 def _host_boundaries(name: str, boundaries: Tensor, n_tokens: int | None) -> Tensor:
     bounds = _host_integers(name, boundaries)
     if bounds.shape[0] == 0:
-        raise ValueError(f"`{name}` is empty; it needs one entry more than there are cells, the first 0.")
+        raise ValueError(f"`{name}` is empty; it needs one more entry than there are cells, the first 0.")
     first, last = int(bounds[0]), int(bounds[-1])
     if first != 0:
         raise ValueError(f"`{name}` starts at {first}; it must start at 0.")
@@ -124,8 +125,8 @@ def _host_boundaries(name: str, boundaries: Tensor, n_tokens: int | None) -> Ten
     if lengths_B.numel() and int(lengths_B.min()) < 0:
         cell = int(lengths_B.argmin())
         raise ValueError(
-            f"`{name}` falls from {int(bounds[cell])} to {int(bounds[cell + 1])} at cell {cell}; "
-            "boundaries must never fall."
+            f"`{name}` decreases from {int(bounds[cell])} to {int(bounds[cell + 1])} at cell {cell}; "
+            "boundaries must not decrease."
         )
     if n_tokens is not None and last != n_tokens:
         raise ValueError(f"`{name}` ends at {last}, but there are {n_tokens} tokens; it must end at their number.")
@@ -136,7 +137,7 @@ def _host_n_known(n_known: Tensor, bounds: Tensor) -> Tensor:
     known = _host_integers("n_known", n_known)
     n_cells = bounds.shape[0] - 1
     if known.shape[0] != n_cells:
-        raise ValueError(f"`n_known` has {known.shape[0]} entries for {n_cells} cells; it needs one a cell.")
+        raise ValueError(f"`n_known` has {known.shape[0]} entries for {n_cells} cells; it needs one per cell.")
     lengths_B = bounds.diff()
     outside = ((known < 0) | (known > lengths_B)).nonzero()
     if outside.numel():

@@ -1,8 +1,8 @@
 """The accuracy rule of the kernel tests: errors against float64, compared with those of plain torch in the same dtype.
 
 flash-attention allows a kernel twice the error of plain torch. It compares two largest errors, which are one draw each and
-depend on how a processor's library sums. Here root mean squares over several draws are compared, and a largest error is held
-to a bound that follows from the lengths of the sums, the rounding unit and the magnitudes.
+depend on how a processor's library sums. Here root mean squares over several draws are compared, and the largest error must be
+within a bound that follows from the lengths of the sums, the rounding unit and the magnitudes.
 """
 
 # Axes: H heads, Q queries of a cell, N its keys, K head width.
@@ -21,22 +21,22 @@ from scfm import ops
 FACTOR = 2.0
 SEEDS = range(2)
 
-# What holds torch to an instruction set of ours: its own kernels, MKL and oneDNN.
-TORCH_HELD_TO = {
+# Limits torch to an instruction set of ours: its own kernels, MKL and oneDNN.
+TORCH_LIMITS = {
     "portable": ("default", "SSE4_2", "SSE41"),
     "avx2": ("avx2", "AVX2", "AVX2"),
     "avx512": ("avx512", "AVX512", "AVX512_CORE"),
     "avx512_bf16": ("avx512", "AVX512", "AVX512_CORE_BF16"),
     "amx": ("avx512", "AVX512", "AVX512_CORE_AMX"),
 }
-ISAS = tuple(TORCH_HELD_TO)
+ISAS = tuple(TORCH_LIMITS)
 
 
 def environment(isa):
-    """Of a process in which the kernels and torch both keep to `isa`, with the scfm of this one."""
+    """The environment of a process in which the kernels and torch both use `isa`, with the same scfm as here."""
     variables = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-    held = dict(zip(variables, TORCH_HELD_TO[isa]))
-    return {**os.environ, **held, "SCFM_FORCE_ISA": isa, "PYTHONPATH": str(Path(ops.__file__).parents[2])}
+    limits = dict(zip(variables, TORCH_LIMITS[isa]))
+    return {**os.environ, **limits, "SCFM_FORCE_ISA": isa, "PYTHONPATH": str(Path(ops.__file__).parents[2])}
 
 
 def skip_where_missing(isa):
@@ -45,7 +45,7 @@ def skip_where_missing(isa):
 
 
 def run_with(isa, script):
-    """Run a test file as a script that keeps to `isa`; it prints what it ran with."""
+    """Run a test file as a script that uses `isa`; it prints what it ran with."""
     skip_where_missing(isa)
     command = [sys.executable, script]
     done = subprocess.run(command, env=environment(isa), capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Registers and spills of every CUDA kernel, as the assembler reports them; run as a script it writes the budget anew.
+"""Registers and spills of every CUDA kernel, as the assembler reports them; run as a script it writes the budget.
 
 python tests/ops/cuda_budget.py          # compare nothing, write csrc/cuda/budget.json and print the table
 """

@@ -6,7 +6,7 @@ import torch
 
 
 def visible(n_queries, n_keys, n_known):
-    """Which keys each query of a cell sees, (N, N), written out from the definition of the mask."""
+    """Which keys each query of a cell attends to, (N, N), from the definition of the mask."""
     mask = torch.ones(n_queries, n_keys, dtype=torch.bool)
     if n_known is not None:
         mask[:, n_known:] = False
@@ -16,7 +16,7 @@ def visible(n_queries, n_keys, n_known):
 
 
 def attention(q, k, v, cu_seqlens, *, cu_seqlens_k=None, n_known=None, key_bias=None, scale=None):
-    """Output (Tq, H, K) and log-sum-exp (Tq, H); a query that sees no key gives 0 and -inf."""
+    """Output (Tq, H, K) and log-sum-exp (Tq, H); a query that attends to no key gives 0 and -inf."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = cu_seqlens.tolist()
     bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()

@@ -38,7 +38,7 @@ def test_errors_stay_within_twice_those_of_plain_torch(make_problem, options, dt
     accuracy.check_attention(problems, ops.attention, return_lse=True, backend=backend)
 
 
-# The published grid of flash-attention: head widths, and cells of unequal numbers of queries and keys.
+# The grid of flash-attention's own tests: head widths, and cells with unequal numbers of queries and keys.
 GRID_WIDTHS = [32, 40, 59, 64, 96, 111, 128, 160, 192, 224, 256]
 GRID = [
     (113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023),
@@ -50,7 +50,7 @@ GRID = [
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs the extension")
 @pytest.mark.parametrize("isa", accuracy.ISAS)
 def test_the_rule_holds_on_the_grid_of_flash_attention_with_every_instruction_set(isa):
-    """In a process of its own, where torch is held to the same instruction set."""
+    """In a separate process, with torch limited to the same instruction set."""
     accuracy.run_with(isa, __file__)
 
 
@@ -67,7 +67,7 @@ def test_the_rule_holds_on_the_grid_of_flash_attention_with_every_instruction_se
     ids=["plain", "generative", "bias", "cross"],
 )
 def test_cells_of_no_or_one_token_and_queries_of_no_or_one_key(make_problem, options, dtype, backend):
-    """Plain torch is exact where one key takes all, so the rule above does not apply; a bound on rounding does."""
+    """With one key plain torch is exact, so the rule above does not apply; a bound on rounding does."""
     problem = make_problem([0, 1, 2, 5, 64, 65], dtype=dtype, **options)
     expected = problem.run(oracle.attention, torch.float64)
     found = problem.run(ops.attention, return_lse=True, backend=backend)
@@ -112,7 +112,7 @@ def test_gradients_of_the_torch_backend_are_exact(make_problem):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_query_that_sees_no_key_gives_zero(make_problem, dtype, backend):
+def test_a_query_that_attends_to_no_key_gives_zero(make_problem, dtype, backend):
     hidden = make_problem([20, 30], dtype=dtype, bias="key")
     hidden.options["key_bias"][:20] = -torch.inf
     found = hidden.run(ops.attention, return_lse=True, backend=backend)
@@ -146,7 +146,7 @@ def test_a_hidden_key_gets_exactly_zero_gradients(make_problem, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_lone_unknown_token_sees_itself(make_problem, backend):
+def test_a_single_target_token_attends_to_itself(make_problem, backend):
     problem = make_problem([1, 40], known=[0, 0])
     found = problem.run(ops.attention, return_lse=True, backend=backend)
     torch.testing.assert_close(found["out"], problem.v)
@@ -156,7 +156,7 @@ def test_a_lone_unknown_token_sees_itself(make_problem, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_not_a_number_stays_in_its_cell(make_problem, dtype, backend):
-    """Padding of a block is zero, not only masked: 0 times a neighbour's NaN would be NaN."""
+    """Padding of a block is zero, not only masked: 0 times the NaN of another cell would be NaN."""
     problem = make_problem([33, 40], dtype=dtype)
     clean = problem.run(ops.attention, return_lse=True, backend=backend)
     for tensor in (problem.q, problem.k, problem.v, problem.grad_out):
@@ -168,7 +168,7 @@ def test_not_a_number_stays_in_its_cell(make_problem, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_views_of_a_packed_projection_are_read_in_place(make_problem, backend):
+def test_views_of_a_packed_projection_are_read_without_a_copy(make_problem, backend):
     qkv = torch.randn(90, 3, 2, 64)
     cu_seqlens = torch.tensor([0, 50, 90])
     expected = ops.attention(*(part.contiguous() for part in qkv.unbind(1)), cu_seqlens, backend=backend)

@@ -1,4 +1,4 @@
-"""What can be said of the CUDA library on a machine without a GPU: that it compiles, what it takes, and that it loads."""
+"""The CUDA library on a machine without a GPU: it compiles, keeps to its budget of registers, and loads."""
 
 import json
 import os

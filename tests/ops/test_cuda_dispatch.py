@@ -1,4 +1,4 @@
-"""Which kernel serves a call on a GPU, decided without one: fake CUDA tensors, and records of tests that never ran."""
+"""The choice of a kernel on a GPU, tested without one: fake CUDA tensors, and invented records of device tests."""
 
 # Axes: T packed tokens, H heads, K head width.
 
@@ -54,7 +54,7 @@ def test_nothing_in_the_committed_record_is_used_unless_it_passed():
 
 @pytest.mark.skipif(not CSRC.is_dir(), reason="needs the sources of the CUDA kernels")
 def test_what_was_proven_are_the_kernels_of_today():
-    """Else `auto` would ship kernels that nobody has run: measure again, or take the runs out of the record."""
+    """Otherwise `auto` would use kernels that never ran: measure again, or remove the runs from the record."""
     for run in device_record.read_record()[-1:]:
         assert run.kernels == device_record.kernel_sources(CSRC)
 
@@ -63,7 +63,7 @@ def test_what_was_proven_are_the_kernels_of_today():
 @pytest.mark.parametrize(
     "name", ["cuda/attention_forward.h", "cuda/attention_d64.cu", "cuda/attention.cpp", "checks.h"]
 )
-def test_any_change_of_the_kernels_takes_the_proof_away(tmp_path, name):
+def test_a_record_is_void_after_any_change_of_the_kernels(tmp_path, name):
     shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("host"))
     before = device_record.kernel_sources(tmp_path / "csrc")
     assert before == device_record.kernel_sources(CSRC)
@@ -90,7 +90,7 @@ def test_without_a_record_auto_goes_to_torch(make_q, built, dtype, head_dim, opt
         assert choose_backend("auto", make_q(dtype, head_dim), options=frozenset(options)) == expected
 
 
-def test_auto_takes_a_kernel_that_passed_and_was_faster(make_q, built, monkeypatch):
+def test_auto_uses_a_kernel_that_passed_and_was_faster(make_q, built, monkeypatch):
     prove(monkeypatch, forward=1.2, training=0.9, options=frozenset({"generative"}))
     generative = frozenset({"generative"})
     assert choose_backend("auto", make_q(), options=generative) == "fused"
@@ -105,7 +105,7 @@ def test_auto_takes_a_kernel_that_passed_and_was_faster(make_q, built, monkeypat
     assert choose_backend("torch", make_q(), options=generative) == "torch"
 
 
-def test_a_proof_holds_for_its_own_kind_of_card(make_q, built, monkeypatch):
+def test_a_record_is_valid_for_its_compute_capability_only(make_q, built, monkeypatch):
     prove(monkeypatch, capability=(8, 0))
     assert choose_backend("auto", make_q()) == "flash"
     monkeypatch.setattr(backend, "capability_of", lambda device: (8, 0))
@@ -131,11 +131,11 @@ def test_forcing_an_unproven_kernel_warns_once(make_q, built, monkeypatch):
     ("dtype", "head_dim", "capability", "message"),
     [
         (torch.float32, 64, HOPPER, r"no CUDA kernel for torch\.float32"),
-        (torch.bfloat16, 48, HOPPER, "head width is 48, and the CUDA kernels serve 32, 64 and 128"),
+        (torch.bfloat16, 48, HOPPER, "head width is 48, and the CUDA kernels support 32, 64 and 128"),
         (torch.bfloat16, 64, (7, 5), r"compute capability 7\.5, and the CUDA kernels need 8\.0"),
     ],
 )
-def test_forcing_what_cannot_serve_is_refused_in_words(
+def test_forcing_an_unsupported_call_is_an_error_with_the_reason(
     make_q, built, monkeypatch, dtype, head_dim, capability, message
 ):
     monkeypatch.setattr(backend, "capability_of", lambda device: capability)
@@ -144,7 +144,7 @@ def test_forcing_what_cannot_serve_is_refused_in_words(
     assert choose_backend("auto", make_q(dtype, head_dim)) in ("flash", "torch")
 
 
-def test_forcing_kernels_that_are_not_built_is_refused_in_words(make_q, monkeypatch):
+def test_forcing_kernels_that_are_not_built_is_an_error_with_the_reason(make_q, monkeypatch):
     monkeypatch.setattr(backend, "CUDA_PATH", None)
     monkeypatch.setattr(backend, "CUDA_REASON", "not built: install with nvcc")
     with pytest.raises(RuntimeError, match="the CUDA kernels are not built: install with nvcc"):
@@ -203,7 +203,7 @@ def test_runs_of_earlier_kernels_prove_nothing(tmp_path):
     assert list(device_record.proven_cases(path)) == [((9, 0), cases[1])]
 
 
-def test_a_case_of_unknown_options_is_refused():
+def test_a_case_with_unknown_options_is_an_error():
     with pytest.raises(ValueError, match="'causal'"):
         Case(dtype="bfloat16", head_dim=64, options=frozenset({"causal"}))
 

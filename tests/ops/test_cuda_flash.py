@@ -1,4 +1,4 @@
-"""The route through torch's flash kernels, with kernels of the same conventions written here in their place.
+"""Attention by torch's flash kernels, which are replaced here by functions with the same conventions.
 
 The stand-ins know what those kernels know and no more: cells by boundaries, no masks, a backward that takes the given output
 and log-sum-exp as they are, and nonsense for queries without keys.
@@ -132,7 +132,7 @@ def test_opcheck(make_problem, kernels):
 
 @pytest.mark.parametrize("fault", ["log 2", "transposed", "no kernel", "ignores lse", "keys without queries"])
 def test_kernels_of_other_conventions_are_not_trusted(make_problem, kernels, monkeypatch, fault):
-    """The first use finds out, warns, and plain torch serves: results stay right."""
+    """The first use detects it and warns, and plain torch is used: results stay right."""
 
     def forward(*arguments):
         out, lse = stand_in_forward(*arguments)
@@ -197,7 +197,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("route", ["flash", "torch"])
-def test_no_route_holds_a_matrix_of_scores(kernels, monkeypatch, route, shape):
+def test_no_backend_has_a_matrix_of_scores_in_memory(kernels, monkeypatch, route, shape):
     cu_seqlens_k, n_known, with_bias = shape
     q, k, v, grad_out = torch.randn(4, N, 1, 32, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
     bias = torch.zeros(N, 1) if with_bias else None
@@ -229,7 +229,7 @@ def test_no_route_holds_a_matrix_of_scores(kernels, monkeypatch, route, shape):
         ("cpu", torch.float64, 20, True),
     ],
 )
-def test_torchs_attention_is_called_where_it_holds_no_scores(device, dtype, head_dim, expected):
+def test_torchs_attention_is_called_if_it_needs_no_matrix_of_scores(device, dtype, head_dim, expected):
     with FakeTensorMode():
         assert reference.is_fused_by_torch(torch.empty(3, 1, head_dim, dtype=dtype, device=device)) is expected
 

@@ -1,6 +1,6 @@
 """The CUDA kernels, run thread by thread on the CPU, against the float64 oracle: index arithmetic, masks, synchronisation.
 
-Nothing here says how fast they are, or that a GPU's compiler and memory keep to the rules which the machine checks.
+Speed is not tested here, nor whether a GPU's compiler and memory follow the rules that the emulated machine checks.
 """
 
 # Axes: T packed tokens (Tq queries, Tk keys), H heads, K head width.
@@ -77,7 +77,7 @@ def test_one_more_or_less_than_a_block(make_problem, head_dim, known, determinis
         assert largest_error(value, expected[name]) <= 3 * torch.finfo(torch.bfloat16).eps * max(1.0, largest), name
 
 
-def test_a_query_that_sees_no_key_gives_zero(make_problem, deterministic):
+def test_a_query_that_attends_to_no_key_gives_zero(make_problem, deterministic):
     hidden = make_problem([20, 70], dtype=torch.bfloat16, bias="key")
     hidden.options["key_bias"][:20] = -torch.inf
     hidden.grad_lse[:] = 1.0
@@ -106,7 +106,7 @@ def test_keys_without_queries_and_hidden_keys_get_zero_gradients(make_problem, d
         assert (found[name][[3, 65]] == 0).all(), name
 
 
-def test_a_lone_unknown_token_sees_itself(make_problem, deterministic):
+def test_a_single_target_token_attends_to_itself(make_problem, deterministic):
     problem = make_problem([1, 40], dtype=torch.bfloat16, known=[0, 0])
     found = problem.run(machine.attention)
     torch.testing.assert_close(found["out"], problem.v)
@@ -169,7 +169,7 @@ def test_key_sums_in_any_order_of_threads(make_problem, operator, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"known": [2, 130, 0, 0, 64], "bias": "head"}], ids=["plain", "generative"])
-def test_alone_or_among_others_to_the_bit(make_problem, options, dtype):
+def test_alone_or_among_others_is_bitwise_the_same(make_problem, options, dtype):
     # On a GPU the other form adds gradients of queries in any order.
     torch.use_deterministic_algorithms(machine.ON_GPU)
     try:
@@ -221,7 +221,7 @@ def test_large_scores_do_not_overflow(make_problem, deterministic):
 
 
 @EMULATED_ONLY
-def test_views_of_a_packed_projection_are_read_in_place(make_problem):
+def test_views_of_a_packed_projection_are_read_without_a_copy(make_problem):
     qkv = torch.randn(150, 3, 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     cu_seqlens = torch.tensor([0, 50, 150])
     copies = []
@@ -281,7 +281,7 @@ def test_offsets_beyond_two_billion_elements():
 )
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_column_sums_and_deletion_effects(make_problem, options, dtype, head_dim):
-    """Against plain torch in float64, which tests/ops/test_keys.py holds against matrices written out."""
+    """Against plain torch in float64, which tests/ops/test_keys.py compares with whole matrices."""
     problem = make_problem([1, 3, 150, 66], n_heads=1, head_dim=head_dim, dtype=dtype, **options)
     bounds = machine.bounds_of(problem.q, problem.k, problem.cu_seqlens, **problem.options)
     q, k, v, grad = (tensor.double() for tensor in (problem.q, problem.k, problem.v, problem.grad_out))
@@ -328,11 +328,11 @@ def test_deterministic_algorithms_take_the_deterministic_form(make_problem, dete
     ("change", "message"),
     [
         ({"q": torch.zeros(6, 2, 48)}, "`q` and `q` differ|serve bfloat16"),
-        ({"q": torch.zeros(6, 2, 48).half()}, "head width is 48; the CUDA kernels serve 32, 64 and 128"),
+        ({"q": torch.zeros(6, 2, 48).half()}, "head width is 48; the CUDA kernels support 32, 64 and 128"),
         ({"k": torch.zeros(6, 1, 32).half()}, "`k` has shape"),
         ({"k": torch.zeros(6, 2, 32).bfloat16()}, "differ in dtype"),
         ({"cu_seqlens": torch.tensor([0, 7])}, "ends at 7"),
-        ({"cu_seqlens": torch.tensor([0, 9, 6])}, "falls from 9 to 6"),
+        ({"cu_seqlens": torch.tensor([0, 9, 6])}, "decreases from 9 to 6"),
         ({"n_known": torch.tensor([7, 0])}, "`n_known` is 7"),
         ({"key_bias": torch.zeros(5, 2)}, "`key_bias` must be float32"),
     ],

@@ -1,4 +1,4 @@
-"""The emulated machine itself: that it computes what a GPU computes, and that no fault of a kernel goes unnoticed."""
+"""The emulated machine: it computes what a GPU computes, and reports every fault of a kernel."""
 
 import ctypes
 import os
@@ -67,7 +67,7 @@ def test_a_fault_is_named(library, index, complaint, order):
 
 
 def test_drawn_turns_differ_and_come_again(library, monkeypatch):
-    """The last of all threads to add to a word sees how many came before; who that is depends on the turns alone."""
+    """The last thread that adds to a word reads how many came before; which one that is depends on the order alone."""
 
     def finishers(seed):
         monkeypatch.setenv("SCFM_EMULATE_SEED", str(seed))

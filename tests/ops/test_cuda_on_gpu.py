@@ -19,7 +19,7 @@ def attention(q, k, v, cu_seqlens):
     return torch.ops.scfm.attention_forward(q, k, v, cu_seqlens, None, None, None, 0.125)
 
 
-def test_a_graph_is_refused_with_the_reason_and_nothing_breaks():
+def test_a_cuda_graph_is_an_error_with_the_reason_and_leaves_the_device_usable():
     problem = draw([70, 130])
     expected = attention(*problem)
     fresh = draw([131, 69])  # a list of tiles that is not there yet

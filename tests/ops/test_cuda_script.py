@@ -1,4 +1,4 @@
-"""benchmarks/attention_cuda.py as far as it goes without a GPU: that it says so, and what it would check and record."""
+"""benchmarks/attention_cuda.py without a GPU: its error, and what it would check and record."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def machine():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_it_says_that_there_is_no_gpu(tmp_path):
+def test_without_a_gpu_it_stops_with_the_reason(tmp_path):
     command = [sys.executable, str(SCRIPT), "all", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -53,7 +53,7 @@ def test_it_says_that_there_is_no_gpu(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_step_is_refused(script, capsys):
+def test_an_unknown_step_is_an_error(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["measure"])
     assert "invalid choice: 'measure'" in capsys.readouterr().err

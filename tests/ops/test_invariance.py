@@ -1,4 +1,4 @@
-"""A cell's result is its own, to the bit: alone or among others, on one thread or two, with every instruction set."""
+"""The result of a cell is bitwise the same alone or among others, on one thread or two, with every instruction set."""
 
 # Axes: T packed tokens, H heads, K head width.
 
@@ -60,7 +60,7 @@ def test_one_thread_or_two(make_problem, dtype, two_threads):
 
 
 def run_forced(isa, tmp_path):
-    """Run this file's `main` in a process of its own: the instruction set is chosen once a process."""
+    """Run this file's `main` in a separate process: the instruction set is chosen once per process."""
     target = tmp_path / f"{isa}.pt"
     environment = {**accuracy.environment("portable"), "SCFM_FORCE_ISA": isa}
     done = subprocess.run(

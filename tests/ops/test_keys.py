@@ -1,4 +1,4 @@
-"""Scores by name and deletion effects, against matrices written out."""
+"""Attention probabilities and deletion effects, compared with whole matrices."""
 
 # Axes: T packed tokens, H heads, K head width, N tokens of a cell, P pairs.
 
@@ -53,9 +53,9 @@ def test_pairs_column_sums_and_head_means(problem, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_deletion_effect_is_what_deleting_does(problem, backend):
-    """Take each key away by a bias of -inf, run again, and let its own query not count."""
+    """Remove each key by a bias of -inf, run again, and leave out its own query."""
     if "n_known" in problem.options:
-        # An unknown token's own key cannot be taken from its query alone; nobody else sees it.
+        # The own key of a target token cannot be hidden from its query alone, and no other query attends to it.
         deleted = [c + i for c, n in zip(problem.cu_seqlens, problem.options["n_known"]) for i in range(n)]
     else:
         deleted = range(problem.k.shape[0])
@@ -77,15 +77,15 @@ def test_deletion_effect_is_what_deleting_does(problem, backend):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_pairs_that_are_not_there_are_refused():
+def test_pairs_out_of_range_are_an_error():
     q = torch.zeros(4, 1, 8)
-    with pytest.raises(ValueError, match="names query 0 and key 4, but there are 4 queries and 4 keys"):
+    with pytest.raises(ValueError, match="holds query 0 and key 4, but there are 4 queries and 4 keys"):
         ops.attention_scores(q, q, torch.tensor([0, 4]), pairs=torch.tensor([[0, 4]]))
     with pytest.raises(ValueError, match=r"must hold integer \(query, key\) rows"):
         ops.attention_scores(q, q, torch.tensor([0, 4]), pairs=torch.zeros(2, 2))
 
 
-def test_a_gradient_of_another_shape_is_refused():
+def test_a_gradient_of_another_shape_is_an_error():
     q = torch.zeros(4, 1, 8)
     with pytest.raises(ValueError, match=r"`grad_out` is torch\.float32 of shape"):
         ops.deletion_effects(q, q, q, torch.tensor([0, 4]), q[:3])

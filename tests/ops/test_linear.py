@@ -1,4 +1,4 @@
-"""Rows times a weight matrix: torch's values, and a row that is bitwise the same in any company."""
+"""Rows times a weight matrix: the same values as torch, and rows that are bitwise independent of each other."""
 
 # Axes: N rows, D inputs, E outputs.
 
@@ -102,12 +102,12 @@ def test_errors_do_not_grow_with_the_number_of_inputs():
 @NEEDS_KERNELS
 @pytest.mark.parametrize("isa", accuracy.ISAS)
 def test_every_instruction_set(isa):
-    """In a process of its own, where torch is held to the same instruction set."""
+    """In a separate process, with torch limited to the same instruction set."""
     accuracy.run_with(isa, __file__)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_bitwise_the_same_in_any_company(dtype):
+def test_a_row_is_bitwise_independent_of_the_others(dtype):
     input_ND, weight_ED, bias_E, residual_NE = draw(2100, 130, 70, dtype)
     with torch.inference_mode():
         whole = linear(input_ND, weight_ED, bias_E, relu=True, residual_NE=residual_NE)
@@ -119,7 +119,7 @@ def test_a_row_is_bitwise_the_same_in_any_company(dtype):
     assert torch.equal(other, whole)
 
 
-def test_views_are_read_in_place():
+def test_views_are_read_without_a_copy():
     wide_ND, weight_ED, bias_E, residual_NE = draw(50, 96, 40)
     with torch.inference_mode():
         views = (wide_ND[:, 32:64], weight_ED[:, :32], bias_E, residual_NE.T.contiguous().T)
@@ -140,7 +140,7 @@ def test_nan_and_infinity_come_through():
 def test_infinities_and_nans_of_every_kind_multiply_as_they_should():
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 1.0, -1.0078125, 3e38, -1e-30])
     quiet = torch.tensor([0x7F800001, 0xFF801234 - 2**32], dtype=torch.int32).view(torch.float32)
-    values = torch.cat([special, quiet])  # NaNs whose payload is in the low half, of either sign
+    values = torch.cat([special, quiet])  # NaNs of both signs whose payload is in the lower half
     with torch.inference_mode():
         found = linear(values[:, None], values[:, None])
     expected = values[:, None] * values[None]
@@ -183,7 +183,7 @@ def test_a_compiled_layer_has_one_graph():
 
 @NEEDS_KERNELS
 @pytest.mark.parametrize(
-    ("place", "wrong", "message"),
+    ("position", "wrong", "message"),
     [
         (0, torch.zeros(3, 4, 5), "must be matrices"),
         (1, torch.zeros(6, 4), r"`weight` must be \(6, 5\)"),
@@ -192,15 +192,15 @@ def test_a_compiled_layer_has_one_graph():
         (3, torch.zeros(4, 6), r"`residual` must be \(3, 6\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(place, wrong, message):
+def test_tensors_that_do_not_fit_are_an_error(position, wrong, message):
     arguments = [torch.zeros(3, 5), torch.zeros(6, 5), torch.zeros(6), torch.zeros(3, 6)]
-    arguments[place] = wrong
+    arguments[position] = wrong
     with pytest.raises(RuntimeError, match=message):
         torch.ops.scfm.linear(*arguments, False)
 
 
 @NEEDS_KERNELS
-def test_doubles_are_for_torch():
+def test_float64_uses_torch():
     input_ND, weight_ED, bias_E, residual_NE = draw(30, 20, 12, torch.float64)
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         torch.ops.scfm.linear(input_ND, weight_ED, bias_E, residual_NE, False)

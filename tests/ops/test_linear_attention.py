@@ -1,4 +1,4 @@
-"""FAVOR+ on packed cells: against its formula written out, and against the softmax that it estimates."""
+"""FAVOR+ on packed cells, compared with its formula and with the softmax that it estimates."""
 
 # Axes: T packed tokens, H heads, K head width, M random features, N tokens of a cell.
 
@@ -102,7 +102,7 @@ def test_errors_of_fused_are_within_twice_those_of_torch(case, dtype):
 @NEEDS_KERNELS
 @pytest.mark.parametrize("isa", accuracy.ISAS)
 def test_every_instruction_set(isa):
-    """In a process of its own, where torch is held to the same instruction set."""
+    """In a separate process, with torch limited to the same instruction set."""
     accuracy.run_with(isa, __file__)
 
 
@@ -145,7 +145,7 @@ def test_fused_on_one_thread_or_two(dtype):
 
 
 @NEEDS_KERNELS
-def test_fused_reads_views_of_a_packed_projection_in_place():
+def test_fused_reads_views_of_a_packed_projection_without_a_copy():
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(90, 3, 2, 24, generator=generator)
     projection_MK, bounds = ops.random_projection(40, 24, generator=generator), torch.tensor([0, 30, 90])
@@ -228,7 +228,7 @@ def test_the_projection_can_be_trained_by_torch():
 
 
 @NEEDS_KERNELS
-def test_a_second_derivative_is_refused_and_given_by_torch():
+def test_a_second_derivative_is_an_error_with_kernels_and_right_in_torch():
     q, k, v, _, bounds, projection_MK = draw((9,), 12, 8)
     q.requires_grad_()
     for backend in ("fused", "torch"):

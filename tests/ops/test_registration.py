@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, fake tensors, compilation, memory, and what is refused."""
+"""The operators in torch: schemas, fake tensors, compilation, memory, and errors."""
 
 # Axes: B cells, T packed tokens, H heads, K head width.
 
@@ -44,7 +44,7 @@ def test_the_compiled_operators_have_the_options_of_the_python_ones(name):
     assert f", {OperatorOptions.SCHEMA}) -> " in schema
 
 
-def test_an_option_that_is_not_known_is_refused():
+def test_an_unknown_option_is_an_error():
     q = torch.zeros(2, 1, 8)
     with pytest.raises(TypeError, match="`n_know` is not an option of attention; use one of cu_seqlens_k, n_known"):
         ops.attention(q, q, q, torch.tensor([0, 2]), n_know=torch.tensor([1]))
@@ -88,7 +88,7 @@ def test_boundaries_are_checked_when_a_compiled_graph_runs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_derivative_is_refused(backend):
+def test_a_second_derivative_is_an_error(backend):
     q = torch.randn(5, 2, 8, requires_grad=True)
     out = ops.attention(q, q, q, torch.tensor([0, 5]), backend=backend)
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
@@ -98,7 +98,7 @@ def test_a_second_derivative_is_refused(backend):
 
 Q = torch.zeros(6, 2, 8)
 BOUNDS = torch.tensor([0, 2, 6])
-REFUSED = {
+ERRORS = {
     "two axes": ({"q": torch.zeros(6, 16)}, ValueError, r"`q` has shape \(6, 16\)"),
     "integers": ({"q": Q.int(), "k": Q.int(), "v": Q.int()}, TypeError, "`q` holds torch.int32"),
     "mixed dtypes": ({"v": Q.bfloat16()}, TypeError, "`v` holds torch.bfloat16 and `q` torch.float32"),
@@ -112,7 +112,7 @@ REFUSED = {
     "square bounds": ({"cu_seqlens": BOUNDS[None]}, ValueError, "must have one axis"),
     "no bounds": ({"cu_seqlens": BOUNDS[:0]}, ValueError, "`cu_seqlens` is empty"),
     "late start": ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, "starts at 1"),
-    "falling": ({"cu_seqlens": torch.tensor([0, 5, 4, 6])}, ValueError, "falls from 5 to 4 at cell 1"),
+    "falling": ({"cu_seqlens": torch.tensor([0, 5, 4, 6])}, ValueError, "decreases from 5 to 4 at cell 1"),
     "short bounds": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "ends at 5, but there are 6 tokens"),
     "long bounds": ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "ends at 7, but there are 6 tokens"),
     "key bounds": ({"cu_seqlens_k": torch.tensor([0, 6])}, ValueError, "`cu_seqlens_k` has 2 entries"),
@@ -129,8 +129,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_bad_arguments_are_refused_in_words(change, error, message):
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_bad_arguments_are_errors_with_the_reason(change, error, message):
     call = {"q": Q, "k": Q, "v": Q, "cu_seqlens": BOUNDS} | change
     with pytest.raises(error, match=message):
         ops.attention(call.pop("q"), call.pop("k"), call.pop("v"), call.pop("cu_seqlens"), **call)
@@ -143,21 +143,21 @@ def test_bad_arguments_are_refused_in_words(change, error, message):
         (1, torch.zeros(6, 2, 4), "`k` has shape"),
         (2, torch.zeros(6, 2, 8).double(), "differ in dtype"),
         (3, torch.tensor([0, 7]), "ends at 7"),
-        (3, torch.tensor([0, 9, 6]), "falls from 9 to 6"),
+        (3, torch.tensor([0, 9, 6]), "decreases from 9 to 6"),
         (3, torch.tensor([]), "must hold int32 or int64"),
         (5, torch.tensor([7, 0]), "`n_known` is 7"),
         (6, torch.zeros(5, 2), "`key_bias` must be float32"),
     ],
 )
-def test_the_operator_itself_refuses_what_would_read_out_of_bounds(position, value, message):
+def test_the_operator_itself_checks_what_would_read_out_of_bounds(position, value, message):
     call = [Q, Q, Q, BOUNDS, None, None, None, 1.0]
     call[position] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.scfm.attention_forward(*call)
 
 
-@pytest.mark.skipif(not HAS_KERNELS, reason="without the extension everything is refused")
-def test_fused_refuses_what_it_cannot_serve():
+@pytest.mark.skipif(not HAS_KERNELS, reason="without the extension every call is an error")
+def test_fused_is_an_error_for_unsupported_calls():
     wide = torch.zeros(6, 2, 257)
     with pytest.raises(RuntimeError, match="head width is 257"):
         ops.attention(wide, wide, wide, BOUNDS, backend="fused")
@@ -179,7 +179,7 @@ def test_the_extension_can_be_turned_off():
 
 
 @NEEDS_KERNELS
-def test_a_build_older_than_the_code_is_named(monkeypatch):
+def test_a_build_older_than_the_code_is_reported(monkeypatch):
     monkeypatch.setattr(extension, "OPERATORS", ("attention_forward", "operator_of_tomorrow"))
     path, reason = extension.load_extension.__wrapped__()
     assert path is None
@@ -189,7 +189,7 @@ def test_a_build_older_than_the_code_is_named(monkeypatch):
 @pytest.mark.slow
 @NEEDS_KERNELS
 def test_a_cell_of_16384_tokens_needs_little_memory():
-    """Forward and backward in well under 1 GB beyond the tensors; one score matrix would take 1 GB a head."""
+    """Forward and backward in well under 1 GB beyond the tensors; one score matrix would take 1 GB per head."""
     code = """
 import resource, torch
 from scfm import ops
@@ -209,7 +209,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - tensors) / 
 
 @NEEDS_KERNELS
 def test_offsets_beyond_two_billion_elements():
-    """Rows 2^31 elements apart: a view with a huge stride of memory that is never touched elsewhere."""
+    """Rows 2^31 elements apart: a view with a large stride, whose memory is not used in between."""
     try:
         storage = torch.empty(2**31 + 64, dtype=torch.bfloat16)
     except RuntimeError:

@@ -1,9 +1,9 @@
 // The machine of ../device.h on the CPU, for tests: every CUDA thread is a fiber, and every access is checked.
 //
-// A launch fails, with the place in words, when a kernel
+// A launch fails, and says where, when a kernel
 // - reads or writes global memory outside the tensors of the call, writes to one that is read only, off its alignment,
 //   writes one word from two threads or reads what another thread wrote in the same launch;
-// - reads or writes shared memory outside its size, off its alignment, or reads what nobody wrote;
+// - reads or writes shared memory outside its size, off its alignment, or reads what was not written;
 // - touches the target of an asynchronous copy before the copy has been waited for, or ends with one under way;
 // - accesses a word of shared memory from two threads, one of them writing, without a barrier between;
 // - lets some lanes of a warp miss a shuffle, a matrix load or a product, or some threads a barrier;

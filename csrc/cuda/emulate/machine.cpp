@@ -119,7 +119,7 @@ void collective(const char* name, const void* in, void* out, const Work& work) {
     work(warp);
     warp.arrived = 0;
     warp.turn++;
-    if (machine.shuffled) give_way();  // else the last to come would always be the first to go on
+    if (machine.shuffled) give_way();  // otherwise the last to arrive would always be the first to continue
     return;
   }
   while (warp.turn < thread.turn) give_way();

@@ -1,1 +1,1 @@
-"""The ops in plain torch: what the compiled kernels are held against, and what runs where there is none."""
+"""The operators in plain torch: the tests compare the compiled kernels with them, and they run where there are no kernels."""
