@@ -95,16 +95,16 @@ def choose_backend(
         return "fused"
     if proof is not None and proof.is_faster(training=torch.is_grad_enabled() and q.requires_grad):
         return "fused"
-    serves = operator == "attention" and q.dtype in CUDA_DTYPES and q.shape[2] % 8 == 0 and q.shape[2] <= 256
-    return "flash" if serves and "key_bias" not in options else "torch"
+    supported = operator == "attention" and q.dtype in CUDA_DTYPES and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    return "flash" if supported and "key_bias" not in options else "torch"
 
 
 def explain_backend(q: Tensor) -> tuple[str, str]:
-    """The backend that `"auto"` takes for queries of this device, dtype and head width, and the reason in words."""
+    """The backend that `"auto"` uses for queries of this device, dtype and head width, and the reason in words."""
     name = choose_backend("auto", q)
     obstacle = _cuda_obstacle(q) if q.device.type == "cuda" else _obstacle(q)
     if name == "fused":
-        return name, "a compiled kernel serves this dtype and head width"
+        return name, "a compiled kernel supports this dtype and head width"
     if obstacle is not None:
         return name, obstacle
     untested = _proof(q, frozenset(), "attention") is None
