@@ -36,7 +36,7 @@ bool same(const Cells& a, const Cells& b) {
   return a.query == b.query && a.key == b.key && a.n_known == b.n_known && a.n_known.empty() == b.n_known.empty();
 }
 
-// Tile lists of the last few batches, on their devices: every layer of a model asks for the same one. Lists are found
+// Tile lists of the last few batches, on their devices: every layer of a model needs the same one. Lists are found
 // by the boundaries themselves and by stream, so that none is used before its copy has arrived.
 class TileCache {
  public:
@@ -66,7 +66,7 @@ class TileCache {
   std::vector<Entry> entries_;
 };
 
-// Never destroyed: at exit torch may be gone before this library.
+// Never destroyed: at exit torch may be unloaded before this library.
 TileCache& tile_cache() {
   static TileCache& cache = *new TileCache;
   return cache;
@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionOptions& options, co
   return {out, lse};
 }
 
-// Autograd may hand over an expanded gradient, whose strides are all zero.
+// Autograd may pass an expanded gradient, whose strides are all zero.
 Tensor dense_rows(const Tensor& tensor) {
   return tensor.dim() == 3 && tensor.size(2) > 1 && tensor.stride(2) != 1 ? torch::stable::contiguous(tensor) : tensor;
 }

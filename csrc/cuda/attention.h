@@ -1,4 +1,4 @@
-// What the operators and the kernels agree on: plain structures, no torch.
+// The arguments of the kernels: plain structures, no torch.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct Scalars {  // one float per token and head; `data` is null if there is no
   int64_t token_stride, head_stride;
 };
 
-// Up to kTileRows queries (or keys) of one cell, and the keys (or queries) that they meet. Token numbers count from the
-// start of the batch. The list is built on the host once per batch, longest first.
+// Up to kTileRows queries (or keys) of one cell, and the keys (or queries) that they are multiplied with. Token numbers count
+// from the start of the batch. The list is built on the host once per batch, longest first.
 struct Tile {
   int32_t begin, count;
   int32_t other_begin, n_other;
@@ -44,11 +44,11 @@ struct Problem {
   float* row_lse;     // (heads, queries): log-sum-exp in units of log 2, +inf for a query that attends to no key
   float* row_delta;   // (heads, queries): grad_out . out - grad_lse
   float* grad_q_sum;  // (queries, heads, width): before rounding and scaling
-  float* bounds;      // (cells, heads, 4): what gradients of scores cannot exceed, float16 only
+  float* bounds;      // (cells, heads, 4): upper bounds of the gradients of scores, float16 only
 };
 
-// Each launches on `stream` and returns null, or what went wrong in words. `ready` comes before anything else of a call, also
-// before the tiles are copied: it makes the device current, and refuses a stream that cannot take the call.
+// Each launches on `stream` and returns null or an error message. `ready` must be called first, before the tiles are copied:
+// it makes the device current, and returns an error for a stream that is being captured in a graph.
 struct AttentionKernels {
   const char* (*ready)(int32_t device, void* stream);
   const char* (*forward)(const Problem&, void* stream);

@@ -1,9 +1,9 @@
 // Backward of one tile of keys: 128 keys of one cell and head, over all queries.
 //
-// The walk goes over transposed scores: a warp owns 16 keys, so that P^T and dS^T are left operands in its registers.
+// The scores are transposed: a warp owns 16 keys, so that P^T and dS^T are left operands in its registers.
 // Gradients of keys and values never leave their warp. Gradients of queries are sums over warps and blocks: dS^T passes
 // through shared memory, and its product with the keys is added in global memory, in no fixed order. The deterministic
-// form leaves that part to attention_backward_queries, which owns queries instead and recomputes the scores.
+// form leaves that part to attention_backward_queries, where a warp owns queries and computes the scores again.
 #pragma once
 
 #include "attention_rows.h"
@@ -55,7 +55,7 @@ SCFM_DEVICE Pair key_bias_of_lane(const Problem& problem, const Work& work) {
   return bias;
 }
 
-// Scores become probabilities; queries from n_valid on have none.
+// Turns scores into probabilities; those of queries from n_valid on are 0.
 template <class Shape>
 SCFM_DEVICE void probabilities(float (&scores)[Shape::kScoreColumns][4], uint32_t lse, Pair bias, float scale, int n_valid) {
   SCFM_UNROLL
@@ -74,7 +74,7 @@ SCFM_DEVICE void probabilities(float (&scores)[Shape::kScoreColumns][4], uint32_
   }
 }
 
-// dP becomes dS = P (dP - delta).
+// Turns dP into dS = P (dP - delta).
 template <class Shape>
 SCFM_DEVICE void score_gradients(float (&grads)[Shape::kScoreColumns][4], const float (&probs)[Shape::kScoreColumns][4],
                                  uint32_t delta, Pair& bias_sum) {
@@ -191,7 +191,7 @@ SCFM_KERNEL(256, 1) attention_backward_keys(SCFM_PARAMETER Problem problem) {
   for (int block = 0; block < n_blocks; block++) {
     const Stage<Shape> stage(stages + (block & 1) * Shape::kStageBytes);
     copies_wait();
-    // Behind it this block has arrived for everybody; everybody is done with the buffer filled next and with the scores.
+    // After it, this block has arrived for all threads, and all are done with the scores and with the buffer that is filled next.
     barrier();
     if (block + 1 < n_blocks)
       copy_queries<Shape, true>(problem, work, block + 1, stages + (~block & 1) * Shape::kStageBytes);

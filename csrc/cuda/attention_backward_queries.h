@@ -1,5 +1,5 @@
 // Gradients of queries in a fixed order, for torch.use_deterministic_algorithms: a tile of 128 queries, over all their keys.
-// Scores are computed once more (seven products instead of five in all), and every sum stays in the registers of one warp.
+// Scores are computed again (seven products in total instead of five), and every sum stays in the registers of one warp.
 #pragma once
 
 #include "attention_rows.h"
@@ -29,7 +29,7 @@ SCFM_DEVICE void copy_stage(const Problem& problem, const Work& work, int block,
   copies_commit();
 }
 
-// dP becomes factor * P (dP - delta); [..].x and .y are the two rows of a lane.
+// Turns dP into factor * P (dP - delta); [..].x and .y are the two rows of a lane.
 template <class Shape>
 SCFM_DEVICE void row_score_gradients(float (&grads)[Shape::kScoreColumns][4],
                                      const float (&scores)[Shape::kScoreColumns][4], Pair lse, Pair delta, uint32_t bias,
@@ -50,7 +50,7 @@ SCFM_DEVICE void row_score_gradients(float (&grads)[Shape::kScoreColumns][4],
   }
 }
 
-// grad_q = scale * (sum over keys + what the own key gave).
+// grad_q = scale * (sum over keys + term of the own key).
 template <class Element, class Shape>
 SCFM_DEVICE void store_grad_q(const Problem& problem, const Work& work, const float (&sums)[Shape::kOutColumns][4],
                               float undo) {

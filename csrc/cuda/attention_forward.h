@@ -1,7 +1,7 @@
-// Forward of one tile: up to 128 queries of one cell and head, over all keys that they see.
+// Forward of one tile: up to 128 queries of one cell and head, over all keys that they attend to.
 //
 // A warp owns two bands of 16 queries: their scores, running maxima, sums and outputs stay in its registers. Blocks of keys
-// and values pass through two buffers in shared memory; while one is used the other fills.
+// and values are copied to two buffers in shared memory; while one is used, the other is filled.
 #pragma once
 
 #include "tiles.h"
@@ -20,7 +20,7 @@ struct ForwardShape {
 };
 
 template <class Shape>
-struct ForwardRows {  // what a lane holds; [..][2]: rows accumulator_row() and that + 8 of a band
+struct ForwardRows {  // the part of one lane; [..][2]: rows accumulator_row() and that + 8 of a band
   float scores[Shape::kBands][Shape::kScoreColumns][4];
   float out[Shape::kBands][Shape::kOutColumns][4];
   float top[Shape::kBands][2], sum[Shape::kBands][2];
@@ -63,7 +63,7 @@ SCFM_DEVICE void score_keys(ForwardRows<Shape>& rows, uint32_t queries, uint32_t
   }
 }
 
-// Scale and add the bias, in units of log 2 (without bias the scale waits for the exponential); hide keys from n_valid on.
+// Scale and add the bias, in units of log 2 (without bias the scale is applied with the exponential); hide keys from n_valid on.
 template <class Shape, bool kBiased>
 SCFM_DEVICE void bias_scores(ForwardRows<Shape>& rows, uint32_t bias, bool has_bias, float scale, int n_valid) {
   SCFM_UNROLL
@@ -88,8 +88,8 @@ SCFM_DEVICE void bias_scores(ForwardRows<Shape>& rows, uint32_t bias, bool has_b
   }
 }
 
-// Scores become probabilities relative to the running maximum; earlier sums and outputs are brought to that maximum.
-// `factor` brings scores and maxima to units of log 2.
+// Turns scores into probabilities relative to the running maximum, and rescales earlier sums and outputs to that maximum.
+// `factor` converts scores and maxima to units of log 2.
 template <class Shape>
 SCFM_DEVICE void soften(ForwardRows<Shape>& rows, float factor) {
   SCFM_UNROLL
@@ -192,7 +192,7 @@ SCFM_DEVICE void finish_rows(ForwardRows<Shape>& rows, const Problem& problem, c
       if (work.tile.own < work.tile.count) add_own_key<Element>(rows, problem, work, band, half, row, scale);
       if (row >= work.tile.count) continue;
       const int64_t token = work.tile.begin + static_cast<int64_t>(row);
-      // A query that attends to no key has sum 0: output 0 and log-sum-exp -inf. A NaN must stay one.
+      // A query that attends to no key has sum 0: output 0 and log-sum-exp -inf. A NaN must stay NaN.
       const float sum = rows.sum[band][half], inverse = sum == 0.f ? 0.f : 1.f / sum;
       SCFM_UNROLL
       for (int column = 0; column < Shape::kOutColumns; column++) {
@@ -231,7 +231,7 @@ SCFM_KERNEL(128, 2) attention_forward(SCFM_PARAMETER Problem problem) {
   for (int block = 0; block < n_blocks; block++) {
     const uint32_t stage = stages + (block & 1) * Shape::kStageBytes;
     copies_wait();
-    // Behind it this block has arrived for everybody, and everybody is done with the buffer that is filled next.
+    // After it, this block has arrived for all threads, and all are done with the buffer that is filled next.
     barrier();
     if (block + 1 < n_blocks) copy_keys<Shape, kBiased>(problem, work, block + 1, stages + (~block & 1) * Shape::kStageBytes);
     score_keys<Element>(rows, queries, stage);

@@ -1,4 +1,4 @@
-// The kernels of one head width, and the launches that make up an operator.
+// The kernels of one head width, and the launches of each operator.
 #pragma once
 
 #include "attention_backward.h"
@@ -19,7 +19,7 @@ struct Launches {
   static int64_t key_blocks(const Problem& p) { return static_cast<int64_t>(p.n_key_tiles) * p.n_heads; }
 
   static const char* forward(const Problem& p, void* stream) {
-    // The kernel without bias scales after it took the maximum, which a negative scale would turn into a minimum.
+    // The kernel without bias scales after taking the maximum, which is wrong for a negative scale.
     if (p.key_bias.data == nullptr && p.scale > 0.f)
       return launch<attention_forward<Element, kWidth, false>>(query_blocks(p), Forward::kThreads, Forward::kSharedBytes,
                                                                stream, p);

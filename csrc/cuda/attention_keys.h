@@ -1,19 +1,19 @@
-// What each key is to all queries of its cell, without a scores matrix: its column sum of probabilities, or the effect of
-// deleting it. The walk of the backward with one or two of its five products.
+// Column sums of probabilities, or the effects of deleting each key, without a matrix of scores. The same loop as the backward,
+// with one or two of its five products.
 #pragma once
 
 #include "attention_backward.h"
 
 namespace scfm::cuda {
 
-// Deletion: without key g the softmax of query i renormalises, so its output moves by a / (1 - a) (o_i - v_g), and G_i
+// Deletion: without key g the softmax of query i renormalizes, so its output moves by a / (1 - a) (o_i - v_g), and G_i
 // gets a / (1 - a) (G_i . o_i - G_i . v_g). If a rounds to 1, no other key is left: the output, and G_i . o_i with it,
-// falls to 0.
+// becomes 0.
 SCFM_DEVICE float deletion_effect(float prob, float grad_prob, float delta) {
   return prob < 1.f - 1e-6f ? prob / (1.f - prob) * (delta - grad_prob) : -delta;
 }
 
-// `own_column`: the query of this block that is the lane's first key itself; it goes with its key and does not count.
+// `own_column`: the query of this block that is the lane's first key itself; it is deleted with its key and does not count.
 template <class Shape>
 SCFM_DEVICE void deletion_effects(float (&probs)[Shape::kScoreColumns][4],
                                   const float (&grad_probs)[Shape::kScoreColumns][4], uint32_t delta, int own_column) {
@@ -58,7 +58,7 @@ SCFM_KERNEL(256, 1) attention_key_sums(SCFM_PARAMETER Problem problem) {
       multiply_tiles<Element, kWidth>(grad_probs, values, stage.grads);
       const int key = work.tile.begin + 16 * warp_index() + accumulator_row();
       const int own_column = key - (work.tile.other_begin + block * Shape::kQueries);
-      // Far outside the block where keys are no queries.
+      // Far outside the block if keys are not queries.
       deletion_effects<Shape>(scores, grad_probs, stage.delta, problem.keys_are_queries ? own_column : -1000000);
     }
     SCFM_UNROLL

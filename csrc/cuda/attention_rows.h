@@ -1,4 +1,4 @@
-// What the backward and the key sums know of each query before they start: its log-sum-exp in units of log 2, and delta =
+// What the backward and the key sums need of each query before they start: its log-sum-exp in units of log 2, and delta =
 // grad_out . out - grad_lse. No other query attends to the own key of a target query, so its whole gradient is written here.
 //
 // Four lanes share a row, each holds every fourth chunk of 16 bytes.
@@ -63,7 +63,7 @@ SCFM_DEVICE void store_multiple(const Tokens& tokens, int64_t token, int64_t hea
   }
 }
 
-// The gradient of a query starts from its own key: factor * row as floats.
+// Initializes the gradient of a query with the term of its own key: factor * row as floats.
 template <class Element, int kWidth>
 SCFM_DEVICE void start_grad_q(float* grad_q_sum, int64_t row_index, const RowSlice<kWidth>& row, float factor) {
   SCFM_UNROLL
@@ -87,8 +87,8 @@ SCFM_DEVICE void raise_bound(const Problem& problem, const Work& work, int which
 }
 
 // The largest power of two that keeps every gradient of a score of this cell and head below 2^15. From
-// |P (dP - delta)| <= |grad_out| |v| + |delta|; a factor of two makes up for the roundings. Powers of two are exact (so the
-// bits are written, where exp2 is approximate), and the factor depends on the cell alone.
+// |P (dP - delta)| <= |grad_out| |v| + |delta|; a factor of two allows for the roundings. Powers of two are exact (exp2 is
+// approximate, so the bits are written), and the factor depends on the cell only.
 SCFM_DEVICE float gradient_factor(const Problem& problem, const Work& work) {
   const int64_t index = 4 * (static_cast<int64_t>(work.tile.cell) * problem.n_heads + work.head);
   const float grad = global_float(address_of(problem.bounds, index)), delta = global_float(address_of(problem.bounds, index + 1));
@@ -114,7 +114,7 @@ SCFM_KERNEL(kRowThreads, 4) attention_bounds(SCFM_PARAMETER Problem problem) {
   raise_bound(problem, work, 2, largest);
 }
 
-// What the own key of query `token` gets. Rows without one take part in the sums and write nothing.
+// Writes the results of the own key of query `token`. Rows without one take part in the sums and write nothing.
 template <class Element, int kWidth, Purpose kPurpose>
 SCFM_DEVICE void write_own_key(const Problem& problem, const Work& work, int64_t token, bool valid, bool own, float lse,
                                float delta, const RowSlice<kWidth>& grad) {

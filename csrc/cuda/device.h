@@ -1,6 +1,6 @@
-// Everything that a kernel asks of the machine, by name: threads, barriers, memory, matrix products. A kernel holds nothing
-// else but arithmetic, no pointer is dereferenced outside this file, and shared memory is an address and not a pointer.
-// So the same kernel source runs on a GPU (this file) and, checked step by step, on the CPU (emulate/device.h).
+// Everything in a kernel that depends on the machine: threads, barriers, memory, matrix products. The kernels themselves are
+// arithmetic only: no pointer is dereferenced outside this file, and shared memory is an address and not a pointer. So the
+// same kernel source runs on a GPU (this file) and, with every step checked, on the CPU (emulate/device.h).
 #pragma once
 
 #include <cstdint>
@@ -103,7 +103,7 @@ SCFM_DEVICE void add_global(void* address, Pair pair) {
   atomicAdd(static_cast<float*>(address) + 1, pair.y);
 #endif
 }
-// Of floats that are not negative, whose order is that of their bits; the result does not depend on the order of threads.
+// For floats that are not negative, whose order is that of their bits; the result does not depend on the order of threads.
 SCFM_DEVICE void raise_global(void* address, float value) { atomicMax(static_cast<int*>(address), __float_as_int(value)); }
 
 // ---- shared memory: byte addresses from shared_base() on ----
@@ -125,8 +125,8 @@ SCFM_DEVICE void store_shared(uint32_t address, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
-// Copies that run on their own. They have arrived for the thread that issued them after copies_wait, for the others after a
-// barrier behind it. If `valid` is false, zeros are written and nothing is read.
+// Asynchronous copies. They have arrived for the thread that issued them after copies_wait, for the others after a
+// barrier that follows it. If `valid` is false, zeros are written and nothing is read.
 SCFM_DEVICE void copy_chunk(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(global)),
                "r"(valid ? 16 : 0)
@@ -141,8 +141,8 @@ SCFM_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "me
 SCFM_DEVICE void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // ---- matrix unit; fragments as in the PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix" ----
-// Four 8 x 8 matrices: lane 8 m + r brings the address of row r of matrix m, and gets of matrix m elements 2 (lane % 4) and
-// the next of row lane / 4.
+// Four 8 x 8 matrices: lane 8 m + r passes the address of row r of matrix m, and receives of matrix m the elements
+// 2 (lane % 4) and the next of row lane / 4.
 SCFM_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

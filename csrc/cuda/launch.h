@@ -1,4 +1,4 @@
-// Starting a kernel, on a GPU or in the emulator. Each launch returns null, or what went wrong in words.
+// Starting a kernel, on a GPU or in the emulator. Each launch returns null or an error message.
 #pragma once
 
 #include "attention.h"
@@ -22,7 +22,7 @@ inline const char* in_words(cudaError_t error) {
 }
 
 inline const char* ready(int32_t device, void* stream) {
-  // This library has a CUDA runtime of its own, which must use the same device as torch's.
+  // This library has its own CUDA runtime, which must use the same device as torch's.
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return in_words(error);
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
@@ -37,7 +37,7 @@ template <auto kKernel>
 const char* launch(int64_t blocks, int threads, int shared_bytes, void* stream, const Problem& problem) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "more blocks than a grid holds; split the batch";
-  if (shared_bytes > 48 * 1024) {  // more must be asked for, and small cards of a generation have less than its large ones
+  if (shared_bytes > 48 * 1024) {  // more must be requested, and the small cards of a generation have less than the large ones
     const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) {
       in_words(error);

@@ -23,14 +23,14 @@ using torch::stable::Tensor;
 inline bool is_in_place(const Tensor& tensor) { return tensor.is_cpu(); }
 constexpr const char* kPlaceName = "on the CPU";
 
-// Memory that kernels may access from now on: what lies between a tensor's first and last element.
+// Allows kernels to access memory from now on: everything between a tensor's first and last element.
 inline void allow(const Tensor& tensor, bool writable) {
   if (tensor.numel() == 0) return;
   int64_t last = 0;
   for (int64_t axis = 0; axis < tensor.dim(); axis++) last += (tensor.size(axis) - 1) * tensor.stride(axis);
   emulate::allow(tensor.const_data_ptr(), (last + 1) * static_cast<int64_t>(tensor.element_size()), writable);
 }
-// What a kernel must write is NaN before.
+// Fills with NaN what a kernel must write.
 inline void poison(Tensor& tensor) {
   std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(tensor.numel()) * tensor.element_size());
 }
@@ -50,8 +50,8 @@ constexpr const char* kPlaceName = "on a CUDA device";
 inline void allow(const Tensor&, bool) {}
 inline void poison(Tensor&) {}
 
-// Makes the tensor's device the current one, and knows torch's current stream on it. The stream comes from the torch that
-// is loaded, by name: this library links no CUDA part of torch, and builds with a torch that has none.
+// Makes the tensor's device the current one, and holds torch's current stream on it. The function for the stream is found in the
+// loaded torch by name: this library links no CUDA part of torch, and builds with a torch that has none.
 class Here {
  public:
   explicit Here(const Tensor& tensor) : device_(index_of(tensor)), guard_(device_) {

@@ -1,4 +1,4 @@
-// From a batch of cells to tiles: the list that every layer of a forward and backward walks.
+// From a batch of cells to tiles: the list that every layer uses in its forward and backward.
 #pragma once
 
 #include <vector>
@@ -13,7 +13,7 @@ struct TileList {
   int32_t n_query_tiles = 0, n_key_tiles = 0;
 };
 
-// Tiles of every cell's queries, and of the keys that every query of the cell attends to; those with the longest walk first, so
+// Tiles of every cell's queries, and of the keys that every query of the cell attends to; those with the most work first, so
 // that no multiprocessor is left with a long one at the end. A cell without queries keeps its key tiles, which write zeros.
 TileList list_tiles(const Cells&);
 

@@ -1,4 +1,4 @@
-// Tiles in shared memory and fragments in registers: the addressing that all kernels share.
+// Tiles in shared memory and fragments in registers: the addressing of all kernels.
 //
 // A tile row holds the kWidth elements of a token in chunks of 16 bytes. Chunks are permuted within a row (swizzle), so
 // that the eight rows which a matrix load reads at once lie in different banks, without padding.
@@ -44,7 +44,7 @@ SCFM_DEVICE float scalar_or_zero(const Scalars& scalars, int64_t token, int64_t 
   return scalars.data == nullptr ? 0.f : global_float(address_of(scalars, token, head));
 }
 
-// The tile and head of this block; heads of one tile run side by side, long tiles first.
+// The tile and head of this block; the heads of one tile run at the same time, long tiles first.
 struct Work {
   Tile tile;
   int64_t head;
@@ -64,7 +64,7 @@ SCFM_DEVICE Work work_of_block(const Problem& problem, const Tile* tiles) {
   return work;
 }
 
-// Start copying kRows tokens into a tile; rows from n_valid on are zeros, because masked is not enough: 0 times NaN is NaN.
+// Start copying kRows tokens into a tile; rows from n_valid on are zeros, because masking is not enough: 0 times NaN is NaN.
 template <int kRows, int kWidth, int kThreads>
 SCFM_DEVICE void copy_rows(uint32_t shared, const Tokens& tokens, int64_t begin, int n_valid, int64_t head) {
   constexpr int kChunks = kWidth / 8;
@@ -101,7 +101,7 @@ SCFM_DEVICE void load_left_transposed(uint32_t (&words)[4], uint32_t tile, int b
   load_matrices_transposed(words, tile + swizzled<kWidth>(token, 2 * band + ((lane >> 3) & 1)));
 }
 
-// Right operands of two neighbouring products: columns are 16 rows of the tile, the summed axis elements 16 step .. .
+// Right operands of two adjacent products: columns are 16 rows of the tile, the summed axis elements 16 step .. .
 // Words 0 and 1 belong to the first eight columns, 2 and 3 to the others.
 template <int kWidth>
 SCFM_DEVICE void load_right(uint32_t (&words)[4], uint32_t tile, int row, int step) {
@@ -110,7 +110,7 @@ SCFM_DEVICE void load_right(uint32_t (&words)[4], uint32_t tile, int row, int st
   load_matrices(words, tile + swizzled<kWidth>(token, 2 * step + ((lane >> 3) & 1)));
 }
 
-// Right operands of two neighbouring products: columns are elements 8 chunk .. 8 chunk + 15, the summed axis rows.
+// Right operands of two adjacent products: columns are elements 8 chunk .. 8 chunk + 15, the summed axis rows.
 template <int kWidth>
 SCFM_DEVICE void load_right_transposed(uint32_t (&words)[4], uint32_t tile, int row, int chunk) {
   const int lane = lane_index();

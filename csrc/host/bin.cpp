@@ -17,7 +17,7 @@ uint64_t mix(uint64_t state) {
 
 double unit_of(uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1p-53; }
 
-// What a number is drawn for; the same as in scfm/encoding/bin.py.
+// Purposes of random numbers; the same as in scfm/encoding/bin.py.
 constexpr uint64_t kTie = 1, kSample = 2;
 
 // A number in [0, 1) of (draw, row, purpose, token).
@@ -102,7 +102,7 @@ class Binner {
     }
   }
 
-  // Values are asked for in rising order, so both pointers only move on.
+  // Values come in ascending order, so both pointers only advance.
   Span span_of(double value, size_t& below, size_t& upto) const {
     while (below < edges_.size() && edges_[below] < value) ++below;
     upto = std::max(upto, below);

@@ -1,4 +1,4 @@
-// Rows of a CSR matrix as tokens and counts, whatever the dtypes, without a copy of the matrix.
+// Rows of a CSR matrix as tokens and counts, for all dtypes, without a copy of the matrix.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ struct Cell {
   std::vector<double> counts;
   size_t size = 0;
   bool tokens_ascend = true;   // strictly: sorted and distinct
-  bool columns_ascend = true;  // strictly: no column comes twice
+  bool columns_ascend = true;  // strictly: no column occurs twice
 
   void reserve(size_t most) {
     if (tokens.size() < most) {
@@ -42,7 +42,7 @@ struct CsrTokens {
   int64_t n_columns;
   const int32_t* token_of_column;
   int32_t n_tokens;     // size of the vocabulary
-  bool may_repeat;      // several columns are one token
+  bool may_repeat;      // several columns may have one token
 };
 
 }  // namespace scfm::host

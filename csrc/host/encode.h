@@ -18,7 +18,7 @@ struct Special {
 
 // Arguments of all encoders.
 struct Frame {
-  size_t max_genes;  // most genes of a cell
+  size_t max_genes;  // upper limit on the genes of a cell
   std::optional<Special> front, back;
   int n_threads;
 };
@@ -29,13 +29,13 @@ struct Output {
   float* values;
 };
 
-// Gives room for so many tokens, which may be more than will be needed.
+// Allocates memory for so many tokens, which may be more than will be needed.
 using Allocate = std::function<Output(size_t)>;
 
-// Each encoder fills what `allocate` gives from its start, and returns cell boundaries: 0 first, tokens used last.
+// Each encoder fills what `allocate` returns from its start, and returns cell boundaries: first 0, last the tokens used.
 using Boundaries = std::vector<int64_t>;
 
-// Rank: by falling count / median, ties by rising token. `medians` by token; each token of the vocabulary has one.
+// Rank: by descending count / median, ties by ascending token. `medians` by token; each token of the vocabulary has one.
 Boundaries encode_rank(const CsrTokens& csr, const Frame& frame, const double* medians, const Allocate& allocate);
 
 struct BinRule {

@@ -1,4 +1,4 @@
-// scfm._host: the encoders for Python. NumPy arrays in, borrowed and never copied; NumPy arrays out; without the GIL.
+// scfm._host: the encoders for Python. NumPy arrays in, without a copy; NumPy arrays out; without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -40,8 +40,8 @@ void require_flat(const py::array& array, const char* name) {
   }
 }
 
-// Row pointers must start at 0, never fall and end at the number of entries: a matrix of more than 2^31 entries whose
-// int32 pointers have wrapped is refused here, and no row reaches outside the arrays.
+// Row pointers must start at 0, never decrease and end at the number of entries: a matrix of more than 2^31 entries whose
+// int32 pointers have wrapped is an error here, and no row reaches outside the arrays.
 void check_indptr(const Array<int64_t>& indptr, py::ssize_t n_entries) {
   const auto pointer = indptr.unchecked<1>();
   const py::ssize_t n = pointer.shape(0);
@@ -70,7 +70,7 @@ CsrTokens view_csr(const Array<int64_t>& indptr, const py::array& indices, const
           indptr.size() - 1, token_of_column.size(), token_of_column.data(), n_tokens, may_repeat};
 }
 
-// A special as Python gives it: None or (token, value).
+// A special token as Python passes it: None or (token, value).
 std::optional<Special> special_of(const py::object& special) {
   if (special.is_none()) return std::nullopt;
   const auto pair = special.cast<std::pair<int32_t, float>>();
@@ -149,7 +149,7 @@ py::tuple bucket(const Array<int64_t>& indptr, const py::array& indices, const p
 
 template <typename T>
 double sum_of(const T* values, int64_t begin, int64_t end) {
-  // Four sums side by side; exact for counts in any order.
+  // Four separate sums; exact for counts in any order.
   double sums[4] = {};
   int64_t position = begin;
   for (; position + 4 <= end; position += 4) {
@@ -212,7 +212,7 @@ struct Survey {
   // Examines `size` numbers, in separate lanes, so that the compiler can vectorize.
   void look(const T* values, size_t size) {
     constexpr size_t lanes = 16;
-    // Adding it leaves no room for a fraction: 1.5 x 2^(bits of the mantissa).
+    // Adding it rounds to a whole number: 1.5 x 2^(bits of the mantissa).
     constexpr T round = static_cast<T>(uint64_t{3} << (std::numeric_limits<T>::digits - 2));
     T lows[lanes], highs[lanes], excess[lanes] = {};
     std::fill_n(lows, lanes, low);

@@ -15,7 +15,7 @@
 
 namespace scfm::host {
 
-// One cell under way: its loaded counts, and the tokens (and values) that the encoder leaves in `out_*`.
+// One cell during encoding: its loaded counts, and the tokens (and values) that the encoder leaves in `out_*`.
 struct Workspace {
   Cell cell;
   SortScratch sort;
@@ -57,7 +57,7 @@ void run_parallel(size_t n_tasks, int n_threads, const MakeWorker& make_worker) 
     try {
       threads.emplace_back(work);
     } catch (const std::system_error&) {
-      break;  // no more threads to be had: the ones there are do the work
+      break;  // no more threads can be started: the existing ones do the work
     }
   }
   work();
@@ -65,7 +65,7 @@ void run_parallel(size_t n_tasks, int n_threads, const MakeWorker& make_worker) 
   if (failure) std::rethrow_exception(failure);
 }
 
-// Sorts a cell by token and sums what stands for one token; sums of zero stay out.
+// Sorts a cell by token and sums the counts of each token; sums of zero are left out.
 inline void merge_repeats(Workspace& work, int32_t n_tokens) {
   Cell& cell = work.cell;
   work.reserve(cell.size);

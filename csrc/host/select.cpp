@@ -7,7 +7,7 @@
 namespace scfm::host {
 
 size_t tally_limit(const double* values, size_t size) {
-  // Sums side by side, so that the compiler can use vectors. Adding 1.5 x 2^52 leaves no room for a fraction.
+  // Separate sums, so that the compiler can vectorize. Adding 1.5 x 2^52 rounds to a whole number.
   constexpr size_t lanes = 8;
   constexpr double round = 0x1.8p52;
   double least[lanes] = {}, most[lanes] = {}, excess[lanes] = {};
@@ -47,7 +47,7 @@ void Selector::prepare(const double* scores, size_t size, size_t most) {
 }
 
 void Selector::prepare_even(const double* scores, size_t size, size_t most) {
-  // A bucket holds a thousandth of the scores; only the one in which the last of the best lies is looked into.
+  // A bucket holds a thousandth of the scores; only the one that holds the last of the best is sorted.
   constexpr size_t n_buckets = 1024;
   uint32_t counts[n_buckets] = {};
   const auto bucket_of = [&](double score) { return static_cast<size_t>(static_cast<int>(score * n_buckets)); };

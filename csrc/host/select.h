@@ -11,7 +11,7 @@ namespace scfm::host {
 // Whole numbers below this are tallied; others are sorted.
 constexpr size_t kTallied = 4096;
 
-// How often each small whole number occurs. Four tallies side by side, because most counts of a cell are 1 and each
+// How often each small whole number occurs. Four separate tallies, because most counts of a cell are 1 and each
 // increment would wait for the one before.
 class Tally {
  public:
@@ -21,7 +21,7 @@ class Tally {
   void count(const double* values, size_t size, size_t largest) {
     largest_ = largest;
     size_t i = 0;
-    // By way of int: to size_t there is no instruction before AVX-512.
+    // Through int: before AVX-512 there is no instruction that converts to size_t.
     const auto position = [&](size_t at) { return static_cast<size_t>(static_cast<int>(values[at])); };
     for (; i + kLanes <= size; i += kLanes) {
       for (size_t lane = 0; lane < kLanes; ++lane) ++lanes_[lane * kTallied + position(i + lane)];
@@ -49,7 +49,7 @@ class Tally {
 // The largest of `values`, if all are whole, not negative and below kTallied; otherwise kTallied.
 size_t tally_limit(const double* values, size_t size);
 
-// Finds what it takes to be among the `most` largest of a list, ties going to those that come first.
+// Finds the threshold of the `most` largest of a list; of equal scores the first ones are kept.
 class Selector {
  public:
   // Prepares for a list of more than `most` scores.
@@ -61,7 +61,7 @@ class Selector {
   // The same for scores that are spread evenly over [0, 1), without sorting them.
   void prepare_even(const double* scores, size_t size, size_t most);
 
-  // Whether the next score, asked in the order of the list, is kept.
+  // Whether the next score is kept; must be called in the order of the list.
   bool keeps(double score) {
     const bool tie = score == least_;
     const bool kept = (score > least_) | (tie & (ties_left_ > 0));
@@ -70,7 +70,7 @@ class Selector {
   }
 
  private:
-  // Finds the last of the best among `sorted_`; `above` scores that are better lie outside it.
+  // Finds the last of the best among `sorted_`; `above` better scores are not in it.
   void choose(size_t above, size_t most);
 
   Tally tally_;

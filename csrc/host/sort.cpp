@@ -74,7 +74,7 @@ void order_by_score_as(const double* scores, const int32_t* tokens, size_t size,
     return scores[a] != scores[b] ? scores[a] > scores[b] : tokens[a] < tokens[b];
   };
   // The bits of positive doubles rise with their value, so the distance from the largest, cut to two digits, is a key:
-  // it orders all but near-equal scores, which end up side by side.
+  // it orders all but near-equal scores, which end up adjacent.
   uint64_t least = ~uint64_t{0}, most = 0;
   for (size_t i = 0; i < size; ++i) {
     const uint64_t bits = std::bit_cast<uint64_t>(scores[i]);

@@ -1,4 +1,4 @@
-// Tokens for genes without counts, and the choice of what fits the context.
+// Tokens for genes without counts, and the choice of those that fit the context.
 #pragma once
 
 #include "rows.h"
@@ -23,7 +23,7 @@ class Zeros {
     if (tokens_ == nullptr) return;
     work.reserve(size_);
     size_t from = work.out_size;
-    size_t open = size_;  // places from here on are filled
+    size_t open = size_;  // positions from here on are filled
     while (from > 0) {
       --from;
       const size_t position = position_of_token_[static_cast<size_t>(work.out_tokens[from])];
@@ -49,7 +49,7 @@ class Zeros {
   std::vector<size_t> position_of_token_;
 };
 
-// Keeps the `most` tokens of largest score, ties by rising token, in the order of tokens.
+// Keeps the `most` tokens of largest score, ties by ascending token, in the order of tokens.
 inline void keep_best(Workspace& work, size_t most, Selector& selector) {
   if (work.out_size <= most) return;
   selector.prepare(work.scores.data(), work.out_size, most);

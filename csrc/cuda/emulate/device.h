@@ -1,22 +1,22 @@
-// The machine of ../device.h on the CPU, for tests: every CUDA thread is a fiber, and every access is checked.
+// The functions of ../device.h on the CPU, for tests: every CUDA thread is a fiber, and every access is checked.
 //
 // A launch fails, and says where, when a kernel
-// - reads or writes global memory outside the tensors of the call, writes to one that is read only, off its alignment,
+// - reads or writes global memory outside the tensors of the call, writes to one that is read only, is misaligned,
 //   writes one word from two threads or reads what another thread wrote in the same launch;
-// - reads or writes shared memory outside its size, off its alignment, or reads what was not written;
-// - touches the target of an asynchronous copy before the copy has been waited for, or ends with one under way;
-// - accesses a word of shared memory from two threads, one of them writing, without a barrier between;
+// - reads or writes shared memory outside its size, is misaligned, or reads what was not written;
+// - accesses the target of an asynchronous copy before waiting for the copy, or ends with one in progress;
+// - accesses a word of shared memory from two threads, one of them writing, without a barrier between them;
 // - lets some lanes of a warp miss a shuffle, a matrix load or a product, or some threads a barrier;
-// - takes two rows of a matrix load from the same banks, which is not wrong but slow.
+// - reads two rows of a matrix load from the same banks, which is not wrong but slow.
 //
 // Order: within a warp lanes run one after the other, each up to the next operation of the whole warp; a warp runs up to the
 // next barrier, then the next warp does; blocks run by number. The rules above are about pairs of accesses between barriers,
-// so they are broken or kept in any order, but for accesses to global memory. With SCFM_EMULATE_SEED=n turns are drawn
-// instead: any lane of any warp, after each operation of a warp, each barrier and some of the accesses, and blocks in any
-// order. Blocks never run side by side.
+// so except for accesses to global memory they do not depend on the order. With SCFM_EMULATE_SEED=n the order is random:
+// any lane of any warp, after each operation of a warp, each barrier and some of the accesses, and blocks in any
+// order. Blocks never run concurrently.
 //
-// What it cannot say: anything else of speed, of the order in which a GPU's memory shows writes to other threads beyond the
-// rules above, of the exact rounding inside a matrix product, and of the inline assembly of ../device.h.
+// It does not check: anything else about speed, the order in which a GPU's memory shows writes to other threads beyond the
+// rules above, the exact rounding inside a matrix product, and the inline assembly of ../device.h.
 #pragma once
 
 #include <cmath>
@@ -49,7 +49,7 @@ namespace emulate {
 // The launches that follow may access this memory; nothing else.
 void allow(const void* data, int64_t bytes, bool writable);
 void forbid_all();
-// Runs `kernel` once for every thread; null, or what it did wrong. The message lives until the next launch.
+// Runs `kernel` once for every thread; returns null or an error message, which is valid until the next launch.
 const char* launch(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 
 // ---- what kernels call ----
@@ -138,11 +138,11 @@ inline void add_global(void* address, Pair pair) {
 }
 inline void raise_global(void* address, float value) {
   emulate::check_atomic(address, 4);
-  // As integers, like the GPU: what is not a number is the largest.
+  // As integers, like the GPU: NaN is the largest.
   if (emulate::bit_cast<int32_t>(&value) > emulate::bit_cast<int32_t>(address)) std::memcpy(address, &value, 4);
 }
 
-// Not 0, so that an address which was never based is out of bounds.
+// Not 0, so that an address to which the base was not added is out of bounds.
 inline uint32_t shared_base() { return 1024; }
 inline float shared_float(uint32_t address) { return emulate::bit_cast<float>(emulate::shared_word(address, 4, false)); }
 inline Pair shared_pair(uint32_t address) { return emulate::bit_cast<Pair>(emulate::shared_word(address, 8, false)); }

@@ -1,4 +1,4 @@
-// Fibers: one CUDA thread each. They take turns in one thread of the host, so a run is the same every time.
+// Fibers: one per CUDA thread. They run in one thread of the host, so every run is the same.
 #pragma once
 
 #include <csetjmp>
@@ -11,11 +11,11 @@ namespace scfm::cuda::emulate {
 
 class Fibers {
  public:
-  // Runs `body` once in each of `count` fibers, which hand over with switch_to, until all have returned or one left.
+  // Runs `body` once in each of `count` fibers, which switch with switch_to, until all have returned or one has left.
   void run(int count, const std::function<void()>& body, const std::function<int()>& next);
-  // From inside: give way to fiber `index`.
+  // From inside: switch to fiber `index`.
   void switch_to(int index);
-  // From inside: end the whole run at once. Kernels own nothing, so nothing is lost.
+  // From inside: end the whole run at once. Kernels own no resources, so nothing leaks.
   [[noreturn]] void leave();
   int current() const { return current_; }
   bool done(int index) const { return fibers_[static_cast<size_t>(index)].done; }

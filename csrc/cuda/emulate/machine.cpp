@@ -20,7 +20,7 @@ struct Range {
   bool writable;
 };
 
-// Four bytes of shared memory, and who touched them since when (barriers are counted).
+// Four bytes of shared memory, and which threads accessed them since which barrier.
 struct Word {
   int writer = -1, written_at = -1;
   int reader = -1, read_at = -1;  // reader -2: several
@@ -40,7 +40,7 @@ struct Thread {
   std::vector<Copy> open, committed;
 };
 
-// One collective operation of a warp: lanes deposit what they bring, the last one computes for all.
+// One collective operation of a warp: lanes deposit their operands, and the last one computes for all.
 struct Warp {
   int arrived = 0;
   uint32_t turn = 0;  // operations finished
@@ -58,7 +58,7 @@ struct Machine {
   std::vector<Word> words;
   std::unordered_map<uintptr_t, int64_t> writers;  // global words written in this launch: the thread, or kAtomic
   std::string error;
-  bool shuffled = false;  // turns are drawn: see SCFM_EMULATE_SEED
+  bool shuffled = false;  // the order is random: see SCFM_EMULATE_SEED
   std::minstd_rand draw;
   int64_t block = 0;
   int n_threads = 0, barriers = 0;
@@ -80,8 +80,8 @@ bool runnable(int index) {
 
 int draw(int count) { return static_cast<int>(machine.draw() % static_cast<uint32_t>(count)); }
 
-// Who runs next: the next lane of this warp that may, else the first lane that may; -1 when all have returned. With drawn
-// turns the search starts at any lane of any warp.
+// Which lane runs next: the next lane of this warp that can, otherwise the first lane that can; -1 if all have returned. In
+// random order the search starts at any lane of any warp.
 int next_fiber() {
   const int current = machine.shuffled ? draw(machine.n_threads) : self(), warp = current / 32 * 32;
   for (int step = 1; step <= 32; step++)
@@ -99,12 +99,12 @@ void give_way() {
   if (index != self()) machine.fibers.switch_to(index);
 }
 
-// Before an access to memory: a thread may be overtaken anywhere.
+// Before an access to memory: another thread may run first, at any access.
 void maybe_give_way() {
   if (machine.shuffled && draw(64) == 0) give_way();
 }
 
-// All lanes of the warp meet here; `work` is done once, by the last.
+// All lanes of the warp synchronize here; the last one does `work`.
 template <class Work>
 void collective(const char* name, const void* in, void* out, const Work& work) {
   Warp& warp = machine.warps[static_cast<size_t>(self() / 32)];
@@ -276,7 +276,7 @@ void copies_wait() {
     for (int i = 0; i < copy.bytes; i += 4) {
       Word& word = word_at(copy.shared + static_cast<uint32_t>(i));
       word.in_flight = false;
-      word.writer = self();  // others see it behind the next barrier
+      word.writer = self();  // visible to others after the next barrier
       word.written_at = machine.barriers;
     }
     if (copy.valid)
@@ -305,7 +305,7 @@ void check_banks(const Warp& warp) {
     }
 }
 
-// PTX ISA, ldmatrix: lane 8 m + r names row r of matrix m, 16 bytes. Lane t receives of each matrix the elements 2 (t mod 4)
+// PTX ISA, ldmatrix: lane 8 m + r passes the address of row r of matrix m, 16 bytes. Lane t receives of each matrix the elements 2 (t mod 4)
 // and 2 (t mod 4) + 1 of row t / 4; with .trans those of column t / 4.
 void load_matrices(uint32_t (&words)[4], uint32_t address, bool transposed) {
   shared_word(address, 16, false);
