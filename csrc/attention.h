@@ -22,7 +22,8 @@
 
 namespace scfm {
 
-struct AttentionOptions {
+// Hidden like torch's tensors, of which it holds references.
+struct __attribute__((visibility("hidden"))) AttentionOptions {
   const Tensor& cu_seqlens;  // boundaries of the queries, and of the keys without `cu_seqlens_k`
   const std::optional<Tensor>& cu_seqlens_k;
   const std::optional<Tensor>& n_known;  // the generative mask

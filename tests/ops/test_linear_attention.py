@@ -223,7 +223,7 @@ def test_the_projection_can_be_trained_by_torch():
     ops.linear_attention(q, k, v, bounds, projection_MK).sum().backward()
     assert projection_MK.grad.abs().sum() > 0
     if HAS_KERNELS:
-        with pytest.raises(RuntimeError, match="no gradient to the projection"):
+        with pytest.raises(RuntimeError, match="no gradient of the projection"):
             fused(q, k, v, bounds, projection_MK)
 
 
