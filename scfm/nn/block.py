@@ -108,9 +108,12 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def redraw_projection(self) -> None:
-        """Draw the random features anew (linear attention only)."""
+        """Draw other random features (linear attention only), which follow from the present ones on every process of a run."""
         assert self.projection_MK is not None
-        self.projection_MK.copy_(ops.random_projection(*self.projection_MK.shape))
+        seed = int(self.projection_MK.double().cpu().sum().view(torch.int64))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.projection_MK.copy_(ops.random_projection(*self.projection_MK.shape))
 
 
 def unknown_tokens(plan: ops.AttentionPlan) -> Tensor:

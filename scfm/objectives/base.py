@@ -21,7 +21,7 @@ Targets = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Term:
-    """One addend of a loss: a sum over `count` targets, kept apart so that ranks can add both before dividing."""
+    """One addend of a loss: a sum over `count` targets, kept apart so that the mean can be weighted."""
 
     sum: Tensor
     count: Tensor

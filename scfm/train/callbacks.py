@@ -66,23 +66,29 @@ class StopOnNonFiniteLoss(lightning.Callback):
     """
 
     def __init__(self) -> None:
-        self.recent: list[tuple[int, torch.Tensor | None]] = []
+        self.recent: list[tuple[int, list[Any]]] = []  # steps and the cells of their batches
+        self.cells: list[Any] = []
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        self.recent.append((trainer.global_step, batch[0].cell_index_B))
+        index_B = batch[0].cell_index_B
+        self.cells += ["unknown"] if index_B is None else index_B[:10].tolist()
+        if (batch_index + 1) % trainer.accumulate_grad_batches:
+            return
+        self.recent.append((trainer.global_step, self.cells))
+        self.cells = []
         if len(self.recent) < REFRESH_STEPS and trainer.global_step != trainer.max_steps:
             return
         losses = torch.stack(module.losses[-len(self.recent) :]).cpu()
         seen, self.recent = self.recent, []
         if bool(losses.isfinite().all()):
             return
-        place = int((~losses.isfinite()).nonzero()[0])
-        step, cells = seen[place]
-        named = "unknown" if cells is None else ", ".join(map(str, cells.tolist()[:10])) + ", ..."
+        first = int((~losses.isfinite()).nonzero()[0])
+        step, cells = seen[first]
+        named = ", ".join(map(str, cells[:10])) + ", ..."
         raise NonFiniteLossError(
-            f"The loss became {float(losses[place])} at step {step}, in the batch of cells {named} (rows of the data). "
+            f"The loss became {float(losses[first])} at step {step}, in the batch of cells {named} (rows of the data). "
             "Lower `learning_rate`, raise `warmup_fraction`, use precision='32-true', or inspect these cells."
         )
 

@@ -10,7 +10,8 @@ from scfm._config import Config
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 Schedule = Literal["cosine", "linear", "constant"]
 
-STAGE_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "trainable": "all"}  # of pretraining
+# Of a stage that is not told otherwise; `scfm.pretrain` and fine-tuning have defaults of their own.
+STAGE_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "embedding_learning_rate_scale": 1.0, "trainable": "all"}
 CPU_TOKENS_PER_STEP = 8192
 
 
@@ -26,7 +27,8 @@ class FitConfig(Config):
         Token budget of a batch on each device: batches are filled to a number of tokens, not of cells, so memory stays
         flat. None: 8,192 on a CPU; on a GPU, the memory of a token is measured there, and half of the free memory is used.
     accumulate
-        Batches on each device whose gradients are added before a step.
+        Batches on each device in a step. The loss of a step is the mean of the losses of its batches on all devices, so that
+        2 devices with 1 batch each do the same as 1 device with 2.
     learning_rate
         Peak learning rate of AdamW. None: 1e-3 for pretraining; for fine-tuning the default of `trainable`.
     embedding_learning_rate_scale
@@ -77,7 +79,7 @@ class FitConfig(Config):
     tokens_per_step: int | None = None
     accumulate: int = 1
     learning_rate: float | None = None
-    embedding_learning_rate_scale: float = 1.0
+    embedding_learning_rate_scale: float | None = None
     weight_decay: float = 0.01
     warmup_fraction: float = 0.1
     schedule: Schedule = "cosine"
@@ -106,7 +108,7 @@ class FitConfig(Config):
         for name in ("learning_rate", "checkpoint_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:  # NaN is refused too
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; it must be positive.")
-        if not self.embedding_learning_rate_scale >= 0:
+        if self.embedding_learning_rate_scale is not None and not self.embedding_learning_rate_scale >= 0:
             raise ValueError(
                 f"FitConfig.embedding_learning_rate_scale is {self.embedding_learning_rate_scale}; it must be at least 0."
             )

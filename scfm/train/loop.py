@@ -33,6 +33,7 @@ from scfm.train.sharding import GatherShards, is_sharded, make_strategy
 from scfm.train.steps import MemorySource, Source, Steps
 from scfm.train.trainable import (
     compile_blocks,
+    freeze_unused,
     keep_activations,
     merge,
     recompute_blocks,
@@ -115,6 +116,8 @@ def train(
     assert config.trainable is not None
     n_trainable = set_trainable(network, config.trainable)
     logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
+    # On any number of processes, since a run may be resumed by another one.
+    freeze_unused(network, objectives.at_step(objective, config.n_steps), _some_cells(cells))
     strategy = make_strategy(config)
     shards = GatherShards(network) if is_sharded(strategy) else None
     trained = network if shards is None else shards.copy
@@ -166,6 +169,13 @@ def _complete(
         return config
     tokens = choose_tokens_per_step(network, objective, cells, config, device=training_device(config))
     return config.replace(tokens_per_step=tokens)
+
+
+def _some_cells(cells: CellBatch | Sequence[Source]) -> CellBatch:
+    if isinstance(cells, CellBatch):
+        return cells.select(range(min(8, len(cells))))
+    first = next(iter(cells[0]))
+    return first.select(range(min(8, len(first))))
 
 
 @contextmanager

@@ -41,7 +41,8 @@ class TrainingModule(lightning.LightningModule):
         self.network, self.objective, self.config = network, objective, config.with_defaults(**STAGE_DEFAULTS)
         self.matrices = matrices(network)
         self.lanes, self.n_lanes = lanes_of(self.config)
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # of each step, the mean over its batches on all processes
+        self._of_step: list[Tensor] = []
         self.validation_losses: list[tuple[int, float]] = []
         self.cells_seen = 0
 
@@ -53,10 +54,16 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: tuple[CellBatch, objectives.Targets], batch_index: int) -> Tensor:
         inputs, targets = batch
         objective = objectives.at_step(self.objective, self.trainer.global_step)
-        terms = self._over_ranks(objective.loss(self.network, inputs, targets))
+        terms = objective.loss(self.network, inputs, targets)
         loss = objectives.total(terms)
         self._log(loss, terms)
-        self.losses.append(loss.detach())
+        self._of_step.append(loss.detach())
+        if len(self._of_step) == len(self.lanes):
+            mean = torch.stack(self._of_step).mean()
+            if self.trainer.world_size > 1:
+                mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
+            self.losses.append(mean)
+            self._of_step = []
         self.cells_seen += len(inputs)
         return loss
 
@@ -128,18 +135,6 @@ class TrainingModule(lightning.LightningModule):
             case _:
                 return 1.0
 
-    def _over_ranks(self, loss: objectives.Loss) -> objectives.Loss:
-        """Divide by the mean count of all ranks: averaged gradients are then those of one process on the whole batch."""
-        n_ranks = self.trainer.world_size
-        if n_ranks == 1:
-            return loss
-        counts = torch.stack([term.count for term in loss.values()])
-        torch.distributed.all_reduce(counts)
-        return {
-            name: objectives.Term(term.sum, count / n_ranks, term.weight)
-            for (name, term), count in zip(loss.items(), counts)
-        }
-
 
 def parameter_groups(network: nn.Module, config: FitConfig, decayed: set[str] | None = None) -> list[dict[str, Any]]:
     """Parameters by weight decay (that of matrices, or of those named) and learning rate (that of the gene embedding)."""
@@ -149,7 +144,8 @@ def parameter_groups(network: nn.Module, config: FitConfig, decayed: set[str] | 
         if parameter.requires_grad:
             weight_decay = config.weight_decay if plain_name(name) in decayed else 0.0
             is_embedding = plain_name(name) == "embedding.gene.weight"
-            scale = config.embedding_learning_rate_scale if is_embedding else 1.0
+            scale = config.embedding_learning_rate_scale if is_embedding else None
+            scale = 1.0 if scale is None else scale
             groups.setdefault((weight_decay, scale), []).append(parameter)
     assert config.learning_rate is not None
     return [

@@ -36,6 +36,7 @@ from scfm.train.stream import CellStream
 from scfm.train.writing import write_run
 
 MAX_VALIDATION_CELLS = 1000
+LEARNING_RATE, EMBEDDING_SCALE = 3e-4, 0.1  # higher rates lose what the decomposition knows of the genes
 
 
 @document
@@ -93,7 +94,8 @@ def pretrain(
     {gene_key}
     {depth_key}
     config
-        Settings of training; None for steps that grow with the square root of the number of cells.
+        Settings of training; None for steps that grow with the square root of the number of cells. A learning rate of None is
+        3e-4, and a tenth of it for gene embeddings that start from a decomposition or a model.
     seed
         Of the initialization, the choice of validation cells, and of the default `config`.
     progress
@@ -132,7 +134,7 @@ def pretrain(
         init = load(init)
     start = _start(init, preset, encoding, objective, vocabulary, medians)
     n_obs = sum(map(count_rows, data.paths))
-    config = (config or FitConfig.for_cells(n_obs, seed=seed)).with_defaults(**STAGE_DEFAULTS)
+    config = (config or FitConfig.for_cells(n_obs, seed=seed)).with_defaults(**start.stage_defaults)
     start_process_group(config, training_device(config))
     held_out = _HeldOut.choose(validation, data, n_obs, seed)
     with Run.open(Path(out), config) as run:
@@ -180,6 +182,12 @@ class _Start:
     @property
     def training_encoding(self) -> EncodingConfig:
         return self.encoding.replace(**OBJECTIVES[self.objective].encoding_settings)
+
+    @property
+    def stage_defaults(self) -> dict[str, Any]:
+        """Settings of training that suit the start: gene embeddings that mean something already are trained slowly."""
+        scale = 1.0 if self.init is None else EMBEDDING_SCALE
+        return {**STAGE_DEFAULTS, "learning_rate": LEARNING_RATE, "embedding_learning_rate_scale": scale}
 
     def to_dict(self) -> dict[str, Any]:
         """What distinguishes this start from others, JSON-able."""

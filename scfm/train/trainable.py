@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from scfm.data import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.nn.linear import Linear
+from scfm.objectives import Objective, total
 
+COMPILE_BACKEND: Any = "inductor"
 HEADS = ("class_head", "gene_head", "value_head", "value_from_cell_head", "batch_head", "batch_labels")
 
 
@@ -79,6 +83,31 @@ def set_trainable(network: CellTransformer, how: str) -> int:
     if kind == "lora":
         _add_low_rank(network, int(number))
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def freeze_unused(network: CellTransformer, objective: Objective, cells: CellBatch) -> list[str]:
+    """Freeze parameters that the loss does not depend on, which processes would wait for in vain; return their names.
+
+    Parameters
+    ----------
+    network
+        Changed in place, until `merge`.
+    objective
+        The objective, as it is at some step; all its steps use the same heads.
+    cells
+        Some cells to compute a loss of.
+    """
+    inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
+    device = network.embedding.gene.weight.device
+    network.eval()  # so that nothing is counted or drawn
+    with torch.random.fork_rng():
+        loss = total(objective.loss(network, inputs.to(device), {k: v.to(device) for k, v in targets.items()}))
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+    unused = [name for (name, _), gradient in zip(named, gradients) if gradient is None]
+    for name in unused:
+        network.get_parameter(name).requires_grad_(False)
+    return unused
 
 
 def _blocks_read(network: CellTransformer) -> list[nn.Module]:
@@ -151,7 +180,7 @@ def keep_activations(network: CellTransformer) -> None:
 def compile_blocks(network: CellTransformer) -> None:
     """Let torch compile each block at its first use, for batches of any shape."""
     for block in network.blocks:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, backend=COMPILE_BACKEND)
 
 
 def run_eagerly(network: CellTransformer) -> None:

@@ -18,8 +18,10 @@ from scfm.data import CellBatch
 from scfm.errors import ModelFileError, OutputError
 from scfm.families import scgpt
 from scfm.objectives import Generative
-from scfm.train import FitConfig, NonFiniteLossError, merge, set_trainable, train
+from scfm.train import FitConfig, NonFiniteLossError, callbacks, merge, set_trainable, train, trainable
 from scfm.train.checkpoints import AtomicCheckpointIO, Resumption, read_checkpoint
+from scfm.train.module import parameter_groups
+from scfm.train.precision import resolved_precision
 
 CONFIG = FitConfig(n_steps=12, tokens_per_step=400, learning_rate=3e-3, checkpoint_every=4, accelerator="cpu")
 
@@ -139,7 +141,7 @@ class Slow(lightning.Callback):
     def on_train_batch_end(self, *_):
         time.sleep(0.1)
 
-network = make_network(classes={"n_classes": 3})
+network = make_network(classes={{"n_classes": 3}})
 train(network, MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V), make_cells(), FitConfig(**{config!r}),
       title="t", run_dir={run!r}, progress=False, callbacks=[Slow()])
 """
@@ -367,3 +369,95 @@ def test_an_empty_batch_is_not_divided_by(tiny):
     empty = CellBatch(gene_ids_T=torch.zeros(0, dtype=torch.int32), cu_seqlens=torch.zeros(1, dtype=torch.int32))
     _, targets = tiny.masked.corrupt(empty, torch.Generator())
     assert targets["token_N"].numel() == 0
+
+
+def test_compiled_blocks_learn_the_same_and_are_compiled_once_for_batches_of_any_shape(tiny, monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(trainable, "COMPILE_BACKEND", counter)
+    runs, compilations = [], []
+
+    class Count(lightning.Callback):
+        def on_train_batch_end(self, *_):
+            compilations.append(counter.frame_count)
+
+    for compiled in (False, True):
+        network = tiny.make_network(dropout=0.0)
+        config = CONFIG.replace(compile=compiled)
+        callbacks = [Count()] if compiled else []
+        module = train(network, tiny.masked, tiny.cells, config, title="t", progress=False, callbacks=callbacks)
+        runs.append(torch.stack(module.losses))
+        assert all(block._compiled_call_impl is None for block in network.blocks)
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
+    assert compilations[0] > 0
+    assert compilations[2] == compilations[-1]
+
+
+def test_bfloat16_weights_learn_and_the_network_is_float32_again(tiny):
+    config = CONFIG.replace(n_steps=30, precision="bf16-true")
+    module = train(tiny.network, tiny.classify, tiny.cells, config, title="t", progress=False)
+    assert all(parameter.dtype == torch.float32 for parameter in tiny.network.parameters())
+    assert torch.stack(module.losses[-5:]).mean() < 0.6 * torch.stack(module.losses[:5]).mean()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "expected"), [(False, False, "32-true"), (True, False, "32-true"), (True, True, "bf16-mixed")]
+)
+def test_the_precision_is_that_of_the_device(monkeypatch, cuda, bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert resolved_precision(FitConfig()) == expected
+    assert resolved_precision(FitConfig(precision="16-mixed")) == "16-mixed"
+    assert resolved_precision(FitConfig(accelerator="cpu")) == "32-true"
+
+
+def test_the_gene_embedding_has_a_rate_of_its_own(tiny):
+    before = weights(tiny.network)
+    train(
+        tiny.network,
+        tiny.masked,
+        tiny.cells,
+        CONFIG.replace(embedding_learning_rate_scale=0),
+        title="t",
+        progress=False,
+    )
+    after = weights(tiny.network)
+    assert torch.equal(before["embedding.gene.weight"], after["embedding.gene.weight"])
+    assert not torch.equal(before["embedding.rank.weight"], after["embedding.rank.weight"])
+    groups = parameter_groups(tiny.network, FitConfig(learning_rate=0.1, embedding_learning_rate_scale=0.5))
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert rates.pop(id(tiny.network.embedding.gene.weight)) == 0.05
+    assert set(rates.values()) == {0.1}
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Press(lightning.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.warns(UserWarning, match="Interrupted after 3 of 12 steps"):
+        train(tiny.network, tiny.masked, tiny.cells, CONFIG, title="t", progress=False, callbacks=[Press()])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_checkpoints_are_written_by_the_clock_too(tiny, tmp_path):
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            Clock.now += 10.0
+            return Clock.now
+
+        perf_counter = monotonic
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "time", Clock())
+        config = CONFIG.replace(checkpoint_every=1000, checkpoint_minutes=0.1)
+        train(tiny.network, tiny.masked, tiny.cells, config, title="t", run_dir=tmp_path, progress=False)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step=5.ckpt", "step=10.ckpt"}
