@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import platform
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def linear(
     True
     """
     if input_ND.device.type != "cpu" or torch.is_grad_enabled() or input_ND.dim() != 2:
-        return _finished(F.linear(input_ND, weight_ED, bias_E), relu, residual_NE)
+        return _finished(_product(input_ND, weight_ED, bias_E), relu, residual_NE)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         input_ND, weight_ED = input_ND.to(dtype), weight_ED.to(dtype)
@@ -72,6 +74,30 @@ def linear(
         residual_NE = None if residual_NE is None else readable(residual_NE)
         return torch.ops.scfm.linear(input_ND, weight_ED, bias_E, residual_NE, relu)
     return residual_NE + torch.ops.scfm.linear(input_ND, weight_ED, bias_E, None, relu)
+
+
+@cache
+def has_slow_bfloat16() -> bool:
+    """Whether this is an x86 CPU without bfloat16 instructions."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _product(input_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """Torch's product; a bfloat16 one by way of float32 if the CPU has no bfloat16 instructions.
+
+    torch emulates them: on AVX2 its product of (2,048, 768) and (768, 3,072) with gradients takes 15 s, and 0.3 s by way of float32. The result is that of sums
+    in float32, rounded once, and so are the gradients.
+    """
+    if input_ND.device.type != "cpu" or not has_slow_bfloat16():
+        return F.linear(input_ND, weight_ED, bias_E)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input_ND.dtype
+    if dtype != torch.bfloat16:
+        return F.linear(input_ND, weight_ED, bias_E)
+    with torch.autocast("cpu", enabled=False):
+        bias_E = None if bias_E is None else bias_E.float()
+        return F.linear(input_ND.float(), weight_ED.float(), bias_E).to(dtype)
 
 
 def _finished(output_NE: Tensor, relu: bool, residual_NE: Tensor | None) -> Tensor:

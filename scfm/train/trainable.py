@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scfm.data import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.nn.linear import Linear
 from scfm.objectives import Objective, total
+from scfm.ops.linear import linear
 
 COMPILE_BACKEND: Any = "inductor"
 HEADS = ("class_head", "gene_head", "value_head", "value_from_cell_head", "batch_head", "batch_labels")
@@ -35,7 +35,7 @@ class LowRankLinear(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        return self.base(input) + self.scale * F.linear(F.linear(input, self.down), self.up)
+        return self.base(input) + self.scale * linear(linear(input, self.down), self.up)
 
     @torch.no_grad()
     def merged(self) -> Linear:

@@ -210,3 +210,26 @@ def test_float64_uses_torch():
 if __name__ == "__main__":
     check_every_shape()
     sys.stdout.write(ops.extension_info()["isa"])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_products_of_training_by_way_of_float32_are_as_exact_as_torchs(monkeypatch, autocast):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((37, 96), (64, 96), (64,))]
+    upstream_NE = torch.randn(37, 64, generator=generator)
+
+    def product_and_gradients(dtype, function):
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.float32):
+            output_NE = function(*leaves)
+        output_NE.backward(upstream_NE.to(output_NE.dtype))
+        return [output_NE.detach(), *(leaf.grad for leaf in leaves)]
+
+    given = torch.float32 if autocast else torch.bfloat16
+    exact = product_and_gradients(torch.float64, F.linear)
+    theirs = product_and_gradients(given, F.linear)
+    monkeypatch.setattr(sys.modules["scfm.ops.linear"], "has_slow_bfloat16", lambda: True)
+    ours = product_and_gradients(given, linear)
+    for mine, peer, truth in zip(ours, theirs, exact):
+        assert mine.dtype == peer.dtype
+        assert (mine - truth).abs().max() <= 1.01 * (peer - truth).abs().max()
