@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 
 import scfm
 from scfm import baselines
-from scfm.data.labels import Labels
+from scfm.data import columns
 from scfm.tl import evaluate_annotation, summarize_scores
 from scfm.tl._evaluate import hide_labels
 
@@ -71,9 +71,7 @@ def score_seed(adata: anndata.AnnData, key: str, fraction: float, seed: int) -> 
     )
     if find_spec("celltypist") is None:
         return rows
-    peer = score_celltypist(
-        hide_labels(adata, Labels.from_obs(adata.obs, key), key, fraction, TEST_FRACTION, seed), key
-    )
+    peer = score_celltypist(hide_labels(adata, columns.labels(adata.obs, key), key, fraction, TEST_FRACTION, seed), key)
     return pd.concat([rows, pd.DataFrame([{**rows.iloc[0], "method": "CellTypist", **peer}])], ignore_index=True)
 
 

@@ -32,10 +32,6 @@ class Labels:
     names: tuple[str, ...]
     codes: NDArray[np.int64]
 
-    @classmethod
-    def from_obs(cls, obs: Any, key: str) -> Labels:
-        return labels(obs, key)
-
     @property
     def labelled(self) -> NDArray[np.int64]:
         """Rows that have a label."""

@@ -277,9 +277,6 @@ class CountSource:
             '`adata.layers["counts"]`, and pass `layer="counts"`.'
         )
 
-    # Until every caller uses `of`.
-    from_adata = of
-
 
 def require_adata(adata: Any) -> None:
     """Raise `TypeError` unless `adata` is an AnnData, which can hold results."""

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +22,19 @@ from torch.utils.data import Dataset
 from scfm._files import atomic_write
 from scfm.data.batch import CellBatch
 from scfm.errors import ModelFileError, VocabularyMismatchError
-
-if TYPE_CHECKING:
-    from scfm.encoding.base import Encoding
+from scfm.vocab import Vocabulary
 
 FORMAT_VERSION = 1
+
+
+class _Encoding(Protocol):
+    """What the store records of an encoding."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class TokenStore(Dataset[CellBatch]):
@@ -109,7 +117,7 @@ class TokenStore(Dataset[CellBatch]):
             depth_B=torch.from_numpy(self._depth[rows_B].astype(np.float32)),
         )
 
-    def require_encoding(self, encoding: Encoding) -> None:
+    def require_encoding(self, encoding: _Encoding) -> None:
         """Raise `VocabularyMismatchError` unless the tokens were made by an encoding with the same settings and ids."""
         if self.info["vocabulary"] != encoding.vocabulary.fingerprint or self.info["encoding"] != encoding.to_dict():
             raise VocabularyMismatchError(
@@ -118,7 +126,7 @@ class TokenStore(Dataset[CellBatch]):
             )
 
     @staticmethod
-    def write(path: str | Path, batches: Iterable[CellBatch], encoding: Encoding, *, overwrite: bool = False) -> None:
+    def write(path: str | Path, batches: Iterable[CellBatch], encoding: _Encoding, *, overwrite: bool = False) -> None:
         """Write encoded cells, batch by batch, in the order given.
 
         The folder appears under its name when it is whole; only one batch is in memory.
@@ -149,7 +157,7 @@ class TokenStore(Dataset[CellBatch]):
             _write_files(temporary_path, batches, encoding)
 
 
-def _write_files(folder: Path, batches: Iterable[CellBatch], encoding: Encoding) -> None:
+def _write_files(folder: Path, batches: Iterable[CellBatch], encoding: _Encoding) -> None:
     has_values = encoding.config.has_values
     small = len(encoding.vocabulary) <= np.iinfo(np.uint16).max + 1
     ends = [np.zeros(1, dtype=np.int64)]

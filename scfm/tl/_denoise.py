@@ -30,6 +30,7 @@ def denoise(
     target_depth: float | None = None,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     key_added: str = "scfm_denoised",
     copy: bool = False,
 ) -> anndata.AnnData | None:
@@ -44,6 +45,7 @@ def denoise(
         Total counts to predict for. None for the total of each cell.
     {layer}
     {gene_key}
+    {depth_key}
     key_added
         Key of `adata.layers` for the result.
     {copy}
@@ -89,9 +91,9 @@ def denoise(
         )
     adata = adata.copy() if copy else adata
     every_gene = model.encoding.replace(include_zeros=True, target_depth=target_depth)
-    cells = pp.encode(adata, every_gene, layer=layer, gene_key=gene_key)
+    cells = pp.encode(adata, every_gene, layer=layer, gene_key=gene_key, depth_key=depth_key)
     adata.layers[key_added] = _predict(model, cells, _tokens_of_columns(adata, model, layer, gene_key))
-    record(adata, model, key_added, layer=layer, gene_key=gene_key, target_depth=target_depth)
+    record(adata, model, key_added, layer=layer, gene_key=gene_key, depth_key=depth_key, target_depth=target_depth)
     return adata if copy else None
 
 
@@ -138,6 +140,7 @@ def evaluate_denoising(
     n_neighbors: int = 15,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Scores of denoising downsampled counts, compared with no change, neighbors, and a weighted mean of both.
@@ -154,6 +157,7 @@ def evaluate_denoising(
         Number of cells over which the baseline averages.
     {layer}
     {gene_key}
+    {depth_key}
     seed
         Seed of the downsampling.
 
@@ -183,7 +187,7 @@ def evaluate_denoising(
     ['scfm', 'no change', 'mean of 15 nearest neighbours', 'own counts and neighbours, weighed']
     """
     model = opened(model)
-    source = CountSource.of(adata, layer=layer, gene_key=gene_key)
+    source = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
     blocks, depths = zip(*((block, depth_B) for _, block, depth_B in source.blocks()))
     counts_BG = sparse.vstack(blocks, format="csr")
     original_BG = baselines.log_normalize(counts_BG, np.concatenate(depths)).toarray()

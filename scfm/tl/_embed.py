@@ -10,6 +10,7 @@ from scfm import pp
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
+from scfm.pp._encode import require_cells
 from scfm.tl._record import record
 
 
@@ -20,6 +21,7 @@ def embed(
     *,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     hidden_layer: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
@@ -37,6 +39,7 @@ def embed(
     {model}
     {layer}
     {gene_key}
+    {depth_key}
     {hidden_layer}
     {pooling}
     {normalize}
@@ -62,10 +65,11 @@ def embed(
     >>> adata.obsm["X_scfm"].shape
     (700, 128)
     """
+    require_cells(adata)
     model = opened(model)
     adata = adata.copy() if copy else adata
-    cells = pp.encode(adata, model, layer=layer, gene_key=gene_key)
+    cells = pp.encode(adata, model, layer=layer, gene_key=gene_key, depth_key=depth_key)
     how = {"hidden_layer": hidden_layer, "pooling": pooling, "normalize": normalize, "precision": precision}
     adata.obsm[key_added] = model.embed(cells, **how)  # type: ignore[arg-type]
-    record(adata, model, key_added, layer=layer, gene_key=gene_key, **how)
+    record(adata, model, key_added, layer=layer, gene_key=gene_key, depth_key=depth_key, **how)
     return adata if copy else None

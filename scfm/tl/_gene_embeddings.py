@@ -25,6 +25,7 @@ def gene_embeddings(
     *,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     hidden_layer: int | None = None,
     min_cells: int = 1,
     precision: Precision = "fp32",
@@ -38,6 +39,7 @@ def gene_embeddings(
     {model}
     {layer}
     {gene_key}
+    {depth_key}
     hidden_layer
         Hidden state to average, counted as Python counts: -1 is the last. None for the default of the model's family: -2
         for Geneformer, the states of the decoder for scFoundation.
@@ -67,7 +69,7 @@ def gene_embeddings(
     encoding = model.encoding
     if model.network.decoder is not None and hidden_layer is None:  # the decoder's states are of every gene
         encoding = encoding.replace(include_zeros=True)
-    cells = pp.encode(adata, encoding, layer=layer, gene_key=gene_key)
+    cells = pp.encode(adata, encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
     sum_VD, count_V = _sums(model, cells, hidden_layer, precision)
     kept = [gene for gene in vocabulary.gene_ids.tolist() if count_V[gene] >= max(min_cells, 1)]
     mean_GD = (sum_VD[kept] / count_V[kept][:, None]).astype(np.float32)

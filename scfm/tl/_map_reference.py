@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from scfm import pp
 from scfm._docs import document
-from scfm.data.labels import Labels
+from scfm.data import columns
 from scfm.errors import LabelsError
 from scfm.families.loading import opened
 from scfm.models.model import Model
@@ -32,6 +32,7 @@ def map_reference(
     n_neighbors: int = 15,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     key_added: str = "scfm_mapped",
     copy: bool = False,
 ) -> anndata.AnnData | None:
@@ -54,6 +55,7 @@ def map_reference(
         Number of reference cells to use for each query cell.
     {layer}
     {gene_key}
+    {depth_key}
     {prefix_key_added}
     copy
         Return a copy of `query` with the result instead of writing to it.
@@ -84,14 +86,14 @@ def map_reference(
     """
     model = opened(model)
     require_cells(query)
-    labels = Labels.from_obs(reference.obs, labels_key)
+    labels = columns.labels(reference.obs, labels_key)
     if len(labels.labelled) < n_neighbors:
         raise LabelsError(
             f"`n_neighbors` is {n_neighbors}, and {len(labels.labelled)} reference cells have a label. Lower it."
         )
     query = query.copy() if copy else query
     reference_RD, query_QD = (
-        model.embed(pp.encode(cells, model.encoding, layer=layer, gene_key=gene_key))
+        model.embed(pp.encode(cells, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key))
         for cells in (reference[labels.labelled], query)
     )
     center_D, scale_D = reference_RD.mean(0), np.maximum(reference_RD.std(0), 1e-6)
@@ -103,7 +105,16 @@ def map_reference(
     query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / np.sqrt(len(scale_D))
     query.obsm[f"{key_added}_neighbors"] = labels.labelled[row_QN]
     query.obsm[f"{key_added}_neighbor_distances"] = (distance_QN / np.sqrt(len(scale_D))).astype(np.float32)
-    record(query, model, key_added, layer=layer, gene_key=gene_key, labels_key=labels_key, n_neighbors=n_neighbors)
+    record(
+        query,
+        model,
+        key_added,
+        layer=layer,
+        gene_key=gene_key,
+        depth_key=depth_key,
+        labels_key=labels_key,
+        n_neighbors=n_neighbors,
+    )
     return query if copy else None
 
 

@@ -1,7 +1,9 @@
-"""Where results stand in an AnnData, and what is remembered of how they came there."""
+"""How a result was made, recorded in the AnnData that holds it."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -10,16 +12,27 @@ import pandas as pd
 
 from scfm.models.model import Model
 
+logger = logging.getLogger(__name__)
+
 
 def record(adata: anndata.AnnData, model: Model, result: str, **settings: Any) -> None:
-    """Note under `uns["scfm"][result]` the model's id, the version and the settings; survives `write_h5ad`."""
-    records = dict(adata.uns.get("scfm", {}))
+    """Record under `uns["scfm"][result]` the model's id, the version and the settings; survives `write_h5ad`."""
+    records = records_of(adata.uns)
     records[result] = record_of(model, **settings)
     adata.uns["scfm"] = records
 
 
+def records_of(uns: Mapping[str, Any]) -> dict[str, Any]:
+    """The records in `uns["scfm"]`; anything but a mapping there is not ours, and is replaced with a warning in the log."""
+    records = uns.get("scfm", {})
+    if isinstance(records, Mapping):
+        return dict(records)
+    logger.warning("`adata.uns['scfm']` held %r, which is replaced by the records of scfm.", records)
+    return {}
+
+
 def record_of(model: Model, **settings: Any) -> dict[str, Any]:
-    """What is remembered of a result: the model's id, the version and the settings that are not None."""
+    """The record of a result: the model's id, the version and the settings that are not None."""
     entry = {"model_id": model.id, "version": version("single-cell-fm")}
     return entry | {key: value for key, value in settings.items() if value is not None}
 
@@ -27,7 +40,7 @@ def record_of(model: Model, **settings: Any) -> dict[str, Any]:
 def store_table(
     adata: anndata.AnnData, model: Model, key_added: str | None, table: pd.DataFrame, **settings: Any
 ) -> None:
-    """Put a copy of a table into `uns[key_added]` with a record of how it was made; nothing where `key_added` is None."""
+    """Put a copy of a table into `uns[key_added]` with a record of how it was made; nothing if `key_added` is None."""
     if key_added is not None:
         adata.uns[key_added] = table.copy()
         record(adata, model, key_added, **settings)

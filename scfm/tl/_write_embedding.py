@@ -1,4 +1,4 @@
-"""An embedding of the cells of files, written in the form that a suffix names; whole or not at all."""
+"""An embedding of the cells of files, written in the format that a suffix names."""
 
 # Axes: N cells of all files, D model width.
 
@@ -15,7 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scfm._files import atomic_write, write_adata
-from scfm.data.files import open_group
+from scfm.data.files import FileTable, open_group
+from scfm.tl._record import records_of
 
 SUFFIXES = (".h5ad", ".zarr", ".parquet", ".npy", ".csv")
 
@@ -36,12 +37,12 @@ def write_embedding(
 
 
 def read_obs(path: Path) -> pd.DataFrame:
-    """Read `obs` of a file, and nothing else."""
-    return anndata.io.read_elem(open_group(path)["obs"])
+    """Read `obs` of a file and nothing else."""
+    return FileTable(open_group(path)["obs"]).to_memory()
 
 
 def _obs_of_all(files: list[Path]) -> pd.DataFrame:
-    """`obs` of all files; where there are several, the column `file` names the one that a cell is of."""
+    """`obs` of all files; of several, with a column `file` that names the file of each cell."""
     if len(files) == 1:
         return read_obs(files[0])
     return pd.concat([read_obs(path).assign(file=path.name) for path in files])
@@ -49,7 +50,7 @@ def _obs_of_all(files: list[Path]) -> pd.DataFrame:
 
 def _write_table(path: Path, files: list[Path], embedding_ND: NDArray[np.float32]) -> None:
     obs = _obs_of_all(files)
-    columns = [f"scfm_{place}" for place in range(embedding_ND.shape[1])]
+    columns = [f"scfm_{dimension}" for dimension in range(embedding_ND.shape[1])]
     table = pd.DataFrame(embedding_ND, index=obs.index, columns=columns)
     if "file" in obs and len(files) > 1:
         table.insert(0, "file", obs["file"])
@@ -59,7 +60,7 @@ def _write_table(path: Path, files: list[Path], embedding_ND: NDArray[np.float32
 def _write_into_copy(
     path: Path, source: Path, embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
 ) -> None:
-    """Copy the file and add to the copy: the counts are never read."""
+    """Copy the file and add to the copy; the counts are never read."""
     if path.suffix == ".zarr":
         import zarr
 
@@ -74,19 +75,19 @@ def _write_into_copy(
 
 def _add(group: Any, embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]) -> None:
     anndata.io.write_elem(group, f"obsm/{key}", np.asarray(embedding_ND))
-    records = anndata.io.read_elem(group["uns/scfm"]) if "uns/scfm" in group else {}
-    anndata.io.write_elem(group, "uns/scfm", {**records, key: record})
+    uns = {"scfm": anndata.io.read_elem(group["uns/scfm"])} if "uns/scfm" in group else {}
+    anndata.io.write_elem(group, "uns/scfm", {**records_of(uns), key: record})
 
 
 def _write_anndata(
     path: Path, files: list[Path], embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
 ) -> None:
-    """Write an AnnData: of one file of the other kind with all it holds, of several with `obs` alone."""
+    """Write an AnnData: for one file of the other format with all it holds, for several with `obs` alone."""
     if len(files) == 1:
         source = files[0]
         adata = anndata.read_zarr(source) if source.suffix == ".zarr" else anndata.read_h5ad(source)
     else:
         adata = anndata.AnnData(obs=_obs_of_all(files))
     adata.obsm[key] = np.asarray(embedding_ND)
-    adata.uns["scfm"] = {**adata.uns.get("scfm", {}), key: record}
+    adata.uns["scfm"] = {**records_of(adata.uns), key: record}
     write_adata(adata, path)

@@ -6,14 +6,14 @@ import pytest
 from scipy import stats
 
 import scfm
-from scfm.data.labels import Labels
+from scfm.data import columns
 from scfm.tl import summarize_scores
 from scfm.tl._evaluate import hide_labels
 
 
 def test_a_share_of_labels_is_kept_and_test_cells_do_not_depend_on_it():
     adata = scfm.datasets.pbmc()
-    labels = Labels.from_obs(adata.obs, "bulk_labels")
+    labels = columns.labels(adata.obs, "bulk_labels")
     every = hide_labels(adata, labels, "bulk_labels", 1.0, 0.3, seed=0)
     tenth = hide_labels(adata, labels, "bulk_labels", 0.1, 0.3, seed=0)
     np.testing.assert_array_equal(every.obs["is_test"], tenth.obs["is_test"])

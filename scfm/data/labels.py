@@ -1,5 +1,0 @@
-"""Labels of cells as codes."""
-
-from scfm.data.columns import Labels
-
-__all__ = ["Labels"]
