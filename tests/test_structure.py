@@ -15,7 +15,7 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors _docs _registry",
-            "_config _extension _files _untrusted",
+            "_config _files _untrusted extension",
             "vocab ops datasets",
             "data nn",
             "encoding",
