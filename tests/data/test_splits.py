@@ -39,9 +39,9 @@ def test_groups_stay_together():
     ("arguments", "message"),
     [
         ({"n_obs": 5, "test_fraction": 1.0}, "between 0 and 1"),
-        ({}, "numbers of cells"),
+        ({}, "number of cells"),
         ({"labels": ["a"] * 5, "groups": [1] * 4}, r"\[4, 5\]"),
-        ({"groups": [1, 1, 1]}, "one group only"),
+        ({"groups": [1, 1, 1]}, "only one group"),
     ],
 )
 def test_contradictions_are_refused(arguments, message):
