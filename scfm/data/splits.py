@@ -101,7 +101,9 @@ def _hold_out_groups(
 ) -> NDArray[np.bool_]:
     groups, group_B = np.unique(group_B, return_inverse=True)
     if len(groups) < 2:
-        raise ValueError("`groups` has only one group, so none can be held out. Pass a finer grouping, or omit `groups`.")
+        raise ValueError(
+            "`groups` has only one group, so none can be held out. Pass a finer grouping, or omit `groups`."
+        )
     classes, class_B = np.unique(class_B, return_inverse=True)
     counts_GC = np.zeros((len(groups), len(classes)))
     np.add.at(counts_GC, (group_B, class_B), 1)
