@@ -38,7 +38,7 @@ tests: install
 tests-without-extension: install
 	SCFM_DISABLE_EXT=1 $(PYTEST) -m "not slow"
 
-# The kernels built again with the address and undefined-behaviour sanitizers.
+# The kernels built again with the address and undefined-behavior sanitizers.
 sanitize: install
 	SCFM_TEST_SANITIZERS=1 $(BIN)/python -m pytest -q tests/ops/test_sanitizers.py
 

@@ -5,7 +5,7 @@ Everything else about the package is in pyproject.toml. Environment variables:
 
 SCFM_REQUIRE_EXT=1  a part that cannot be built ends the installation; without it the package falls back to pure Python
 SCFM_WERROR=1       compiler warnings are errors
-SCFM_SANITIZE=1     address and undefined-behaviour sanitizers, for the tests (see csrc/README.md)
+SCFM_SANITIZE=1     address and undefined-behavior sanitizers, for the tests (see csrc/README.md)
 SCFM_BUILD_CUDA=1   build the CUDA part whatever torch is installed (0: never)
 CXX                 the C++ compiler (g++ or clang++)
 """

@@ -78,7 +78,7 @@ def score_seed(adata: anndata.AnnData, key: str, fraction: float, seed: int) -> 
 def score_celltypist(adata: anndata.AnnData, key: str) -> dict[str, Any]:
     """CellTypist's logistic regression by stochastic gradient descent.
 
-    Genes are scaled but not centred (its `with_mean=False`), which keeps the matrix sparse; other settings as they come.
+    Genes are scaled but not centered (its `with_mean=False`), which keeps the matrix sparse; other settings as they come.
     """
     import celltypist
 

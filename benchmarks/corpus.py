@@ -5,15 +5,15 @@
 How counts arise, for a cell of type t in study s:
 
 1. Genes have a baseline log-expression, normally distributed, so that few genes hold most counts.
-2. A programme is a set of genes with positive log-fold loadings, drawn from a gamma distribution. Programmes overlap by chance.
-3. Types are leaves of a tree. A lineage has two programmes; each of its types has these, and further programmes out of a pool
-   that all lineages share. Siblings so differ in few programmes, and every programme serves several types.
-4. A cell has its type's programmes with log-normal activities, and besides them state programmes (cycle, stress) that say
+2. A program is a set of genes with positive log-fold loadings, drawn from a gamma distribution. Programs overlap by chance.
+3. Types are leaves of a tree. A lineage has two programs; each of its types has these, and further programs out of a pool
+   that all lineages share. Siblings so differ in few programs, and every program serves several types.
+4. A cell has its type's programs with log-normal activities, and besides them state programs (cycle, stress) that say
    nothing of the type.
 5. A study multiplies every gene by a log-normal batch effect, and has its own depth; a cell has a log-normal depth in it.
 6. Counts are negative binomial: Poisson with gamma-distributed rates.
 
-The target study has types that occur in no study of the corpus. They combine the same programmes anew, in lineages of their own.
+The target study has types that occur in no study of the corpus. They combine the same programs anew, in lineages of their own.
 What a model can transfer is therefore which genes belong together, not what a type looks like. Everything follows from the seed.
 """
 
@@ -28,14 +28,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-# Axes: B cells, G genes, P programmes, C types.
+# Axes: B cells, G genes, P programs, C types.
 
 N_GENES = 1500
-N_PROGRAMMES = 48  # lineages and types are made of these
-N_STATES = 6  # programmes that are no part of a type
-GENES_PER_PROGRAMME = 30
-PROGRAMMES_PER_LINEAGE = 2
-PROGRAMMES_PER_TYPE = 3
+N_PROGRAMS = 48  # lineages and types are made of these
+N_STATES = 6  # programs that are no part of a type
+GENES_PER_PROGRAM = 30
+PROGRAMS_PER_LINEAGE = 2
+PROGRAMS_PER_TYPE = 3
 LINEAGES, TYPES_PER_LINEAGE = 6, 5
 TARGET_LINEAGES, TARGET_TYPES_PER_LINEAGE = 3, 4
 DEPTH = 1200.0  # median counts of a cell, over studies
@@ -49,7 +49,7 @@ CHUNK = 2_000  # cells that are drawn at a time
 
 @dataclass(frozen=True)
 class World:
-    """What all studies share: baseline log-expression (G,) and log-fold loadings of programmes (P, G)."""
+    """What all studies share: baseline log-expression (G,) and log-fold loadings of programs (P, G)."""
 
     baseline_G: NDArray[np.float64]
     loading_PG: NDArray[np.float64]
@@ -61,23 +61,23 @@ class World:
 
 def make_world(seed: int = 0) -> World:
     rng = np.random.default_rng([seed, 0])
-    loading_PG = np.zeros((N_PROGRAMMES + N_STATES, N_GENES))
+    loading_PG = np.zeros((N_PROGRAMS + N_STATES, N_GENES))
     for row_G in loading_PG:
-        members = rng.choice(N_GENES, GENES_PER_PROGRAMME, replace=False)
-        row_G[members] = rng.gamma(2.0, 0.5, GENES_PER_PROGRAMME)
+        members = rng.choice(N_GENES, GENES_PER_PROGRAM, replace=False)
+        row_G[members] = rng.gamma(2.0, 0.5, GENES_PER_PROGRAM)
     return World(rng.normal(0, 1.2, N_GENES), loading_PG)
 
 
 def make_types(rng: np.random.Generator, n_lineages: int, n_types: int) -> NDArray[np.float64]:
-    """Activity of every programme in every type, shape (C, P): those of its lineage, and some of its own."""
-    activity_CP = np.zeros((n_lineages * n_types, N_PROGRAMMES + N_STATES))
+    """Activity of every program in every type, shape (C, P): those of its lineage, and some of its own."""
+    activity_CP = np.zeros((n_lineages * n_types, N_PROGRAMS + N_STATES))
     for lineage in range(n_lineages):
-        shared = rng.choice(N_PROGRAMMES, PROGRAMMES_PER_LINEAGE, replace=False)
-        others = np.setdiff1d(np.arange(N_PROGRAMMES), shared)
+        shared = rng.choice(N_PROGRAMS, PROGRAMS_PER_LINEAGE, replace=False)
+        others = np.setdiff1d(np.arange(N_PROGRAMS), shared)
         for number in range(n_types):
             row_P = activity_CP[lineage * n_types + number]
             row_P[shared] = 1.0
-            row_P[rng.choice(others, PROGRAMMES_PER_TYPE, replace=False)] = rng.uniform(0.6, 1.0, PROGRAMMES_PER_TYPE)
+            row_P[rng.choice(others, PROGRAMS_PER_TYPE, replace=False)] = rng.uniform(0.6, 1.0, PROGRAMS_PER_TYPE)
     return activity_CP
 
 
@@ -106,7 +106,7 @@ def _draw_counts(
     rng: np.random.Generator,
 ) -> sparse.csr_matrix:
     activity_BP = activity_BP * np.exp(rng.normal(0, ACTIVITY_SIGMA, activity_BP.shape))
-    activity_BP[:, N_PROGRAMMES:] = rng.exponential(0.5, (len(activity_BP), N_STATES))
+    activity_BP[:, N_PROGRAMS:] = rng.exponential(0.5, (len(activity_BP), N_STATES))
     rate_BG = np.exp((effect_G + activity_BP @ world.loading_PG).astype(np.float32))
     rate_BG *= (depth_B / rate_BG.sum(1))[:, None].astype(np.float32)
     rate_BG *= rng.standard_gamma(DISPERSION, rate_BG.shape, dtype=np.float32) / DISPERSION
@@ -135,9 +135,9 @@ def write_corpus(folder: Path, n_cells: int, seed: int = 0) -> list[Path]:
 
 
 def make_target(n_cells: int, seed: int = 0, draw: int = 0) -> anndata.AnnData:
-    """Draw the target study of a corpus: new types, which combine the programmes of the corpus anew.
+    """Draw the target study of a corpus: new types, which combine the programs of the corpus anew.
 
-    `draw` chooses the types and the cells; the programmes stay those of `seed`.
+    `draw` chooses the types and the cells; the programs stay those of `seed`.
     """
     rng = np.random.default_rng([seed, 3, draw])
     activity_CP = make_types(rng, TARGET_LINEAGES, TARGET_TYPES_PER_LINEAGE)

@@ -33,7 +33,7 @@ CONTENDERS = ("scfm", "transformers + peft")
 
 
 def read_cells(n_cells: int) -> tuple[scfm.encoding.Encoding, scfm.CellBatch, int]:
-    """Encode labelled cells of PBMC 3k as Geneformer V2 does, by its published dictionaries."""
+    """Encode labeled cells of PBMC 3k as Geneformer V2 does, by its published dictionaries."""
     folder = Path(os.environ["SCFM_DATA"])
     stem = folder / "vocab" / "geneformer_{}_gc95M.pkl"
     vocabulary = scfm.encoding.read_vocabulary(
@@ -51,7 +51,7 @@ def read_cells(n_cells: int) -> tuple[scfm.encoding.Encoding, scfm.CellBatch, in
 
 
 def batches_of(cells: scfm.CellBatch, n_cells: int) -> Iterator[scfm.CellBatch]:
-    """Batches of neighbours in length, in a random order of batches, for ever."""
+    """Batches of neighbors in length, in a random order of batches, for ever."""
     order = torch.argsort(cells.lengths_B).split(n_cells)
     rng = np.random.default_rng(0)
     while True:

@@ -3,8 +3,8 @@
     SCFM_DATA=FOLDER python benchmarks/integration.py
 
 Integration is scored by scib-metrics where it is installed, else by silhouettes alone, beside PCA and Harmony (where
-installed), with a figure (`docs/images/kang_integration.png`); mapping by accuracy and macro-F1 beside nearest neighbours on PCA and
-logistic regression; denoising beside no change and neighbour smoothing.
+installed), with a figure (`docs/images/kang_integration.png`); mapping by accuracy and macro-F1 beside nearest neighbors on PCA and
+logistic regression; denoising beside no change and neighbor smoothing.
 """
 
 import argparse
@@ -45,7 +45,7 @@ Embeddings = dict[str, NDArray[np.floating]]
 
 
 def read_kang() -> anndata.AnnData:
-    """Labelled cells of classes of at least five, with at least 100 genes."""
+    """Labeled cells of classes of at least five, with at least 100 genes."""
     adata = anndata.read_h5ad(Path(os.environ["SCFM_DATA"]) / "kang_ifnb_2000.h5ad")
     counts = adata.obs[LABEL].value_counts()
     adata = adata[adata.obs[LABEL].isin(counts.index[counts >= 5]).to_numpy()].copy()
@@ -137,9 +137,9 @@ def score_mapping(adata: anndata.AnnData, found: Embeddings, steps: int, seed: i
     regression = LogisticRegression(class_weight="balanced", max_iter=2000)
     regression.fit(scaler.transform(expression[~is_query]), truth[~is_query])
     add("logistic regression (balanced)", "inductive", regression.predict(scaler.transform(expression[is_query])))
-    add("15 nearest neighbours on PCA", "inductive", neighbors(principal_components(adata, ~is_query)))
+    add("15 nearest neighbors on PCA", "inductive", neighbors(principal_components(adata, ~is_query)))
     for name, embedding in found.items():
-        add(f"15 nearest neighbours on {name}", "transductive", neighbors(embedding))
+        add(f"15 nearest neighbors on {name}", "transductive", neighbors(embedding))
     config = scfm.FitConfig(n_steps=steps, tokens_per_step=4096, seed=seed)
     settings = {"context_length": 256, "config": config, "seed": seed, "progress": False}
     model = scfm.fit(reference, **settings)
@@ -154,7 +154,7 @@ def score_mapping(adata: anndata.AnnData, found: Embeddings, steps: int, seed: i
 
 
 def draw(found: Embeddings, obs: pd.DataFrame, path: Path, seed: int) -> None:
-    """UMAPs side by side: a column a method, coloured by type above and by condition below."""
+    """UMAPs side by side: a column a method, colored by type above and by condition below."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(found), figsize=(4 * len(found), 7.6), squeeze=False)

@@ -3,7 +3,7 @@
     SCFM_DATA=FOLDER python benchmarks/transfer.py blood --seeds 1
     python benchmarks/transfer.py simulated --corpus-cells 2000 20000 200000
 
-`blood`: every labelled blood study in turn (and pancreas, the far tissue) is the target; a model is pretrained on all cells of
+`blood`: every labeled blood study in turn (and pancreas, the far tissue) is the target; a model is pretrained on all cells of
 the other studies. `simulated`: the corpus of corpus.py in three sizes, and its target study with new types.
 
 Half of the target's cells, at most, are test cells. Some labels per class are drawn from the others, and all methods get the same:
@@ -15,7 +15,7 @@ Half of the target's cells, at most, are test cells. Some labels per class are d
 | linear probe | balanced logistic regression on the embedding of the pretrained model |
 | SVD start, linear probe | the same on the embedding of the model as pretraining starts it: SVD loadings of the corpus, no step |
 | from scratch | the same architecture from random weights, trained on the labels for as many steps |
-| PCA + LR | balanced logistic regression on 50 components of all target cells, labelled or not |
+| PCA + LR | balanced logistic regression on 50 components of all target cells, labeled or not |
 | LR | balanced logistic regression on all genes |
 
 Models and rows are kept in `--out`; a stopped run resumes. Tables of macro-F1 with 95 % t intervals over seeds are printed last.
@@ -66,7 +66,7 @@ FIRST = "fine-tuned"
 
 @dataclass(frozen=True)
 class Target:
-    """A labelled study; files of the same experiment or the same donors share `study`."""
+    """A labeled study; files of the same experiment or the same donors share `study`."""
 
     file: str
     labels_key: str

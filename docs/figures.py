@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 FOLDER = Path(__file__).parent / "images"
-BLUE, ORANGE, GREEN, GREY, PALE, INK = "#0072B2", "#E69F00", "#009E73", "#9AA0A6", "#F3F4F6", "#222222"
-CELLS = {"a": (3, BLUE), "b": (7, ORANGE), "c": (2, GREEN)}  # number of genes, colour
+BLUE, ORANGE, GREEN, GRAY, PALE, INK = "#0072B2", "#E69F00", "#009E73", "#9AA0A6", "#F3F4F6", "#222222"
+CELLS = {"a": (3, BLUE), "b": (7, ORANGE), "c": (2, GREEN)}  # number of genes, color
 
 
 def canvas(width: float, height: float) -> Axes:
@@ -38,7 +38,7 @@ def box(
     ax.text(middle, y + 3.9, text, ha="center", va="top", color="#444444", fontsize=8.5, linespacing=1.35)
 
 
-def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], color: str = GREY) -> None:
+def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], color: str = GRAY) -> None:
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, color=color, lw=1.5))
 
 
@@ -96,7 +96,7 @@ def packing() -> Axes:
                 text=f"{name}{index + 1}" if filled else "",
                 side=side,
             )
-    ax.text(42, 12, "grey: computed for nothing", va="center", color="#555555")
+    ax.text(42, 12, "gray: computed for nothing", va="center", color="#555555")
     ax.text(2, 23, "packed: end to end", va="center", weight="bold", color=INK)
     x, bounds = 11.0, [0]
     for name, (length, color) in CELLS.items():
@@ -142,7 +142,7 @@ def screen() -> Axes:
         for row in range(6):
             tile(ax, x, 5 + row * 2, "white" if row == index else BLUE, side=1.9)
             if row == index:
-                ax.add_patch(Rectangle((x, 5 + row * 2), 1.9, 1.9, fc="white", ec=GREY, lw=0.8, ls=":"))
+                ax.add_patch(Rectangle((x, 5 + row * 2), 1.9, 1.9, fc="white", ec=GRAY, lw=0.8, ls=":"))
     ax.text(35.5, 11, "...", va="center", fontsize=14)
     ax.text(
         42,

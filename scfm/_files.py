@@ -199,11 +199,11 @@ def _readable(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
-# A temporary path names the machine and the process that writes it, so that what a killed process left is recognised.
+# A temporary path names the machine and the process that writes it, so that what a killed process left is recognized.
 
 
 def _temporary_path(path: Path, ending: str = "") -> Path:
-    # File names are limited to 255 bytes. Writers recognise the format by the suffix, so it stays.
+    # File names are limited to 255 bytes. Writers recognize the format by the suffix, so it stays.
     return path.with_name(f".{path.stem[:40]}.{_HOST}-{os.getpid()}-{next(_counter)}{ending}{path.suffix}")
 
 

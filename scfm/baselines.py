@@ -42,7 +42,7 @@ def annotation_baselines(n_cells: int, n_genes: int, seed: int = 0) -> dict[str,
     ----------
     n_cells, n_genes
         Training cells and genes; with fewer than 51 of either the SVD has fewer components, with fewer than 15 cells
-        there are fewer neighbours.
+        there are fewer neighbors.
     seed
         Of the SVD.
 
@@ -56,7 +56,7 @@ def annotation_baselines(n_cells: int, n_genes: int, seed: int = 0) -> dict[str,
         "majority class": DummyClassifier(strategy="most_frequent"),
         "logistic regression": make_pipeline(MaxAbsScaler(), RowSpace(), LogisticRegression(max_iter=2000)),
         "logistic regression (balanced)": make_pipeline(MaxAbsScaler(), RowSpace(), _balanced()),
-        "SVD-50 + 15 nearest neighbours": make_pipeline(
+        "SVD-50 + 15 nearest neighbors": make_pipeline(
             _svd(n_cells, n_genes, seed), KNeighborsClassifier(min(15, n_cells))
         ),
     }
@@ -149,9 +149,9 @@ def score_annotation_baselines(
     Parameters
     ----------
     expression_BG
-        log1p counts per 10,000 of all cells, labelled or not.
+        log1p counts per 10,000 of all cells, labeled or not.
     names, codes_B
-        Class names, and the class of each cell, -1 where unlabelled.
+        Class names, and the class of each cell, -1 where unlabeled.
     learn, test
         Rows.
     seed
@@ -202,7 +202,7 @@ def expected_calibration_error(
 
 
 def smooth_over_neighbors(expression_BG: sparse.csr_matrix, n_neighbors: int, seed: int = 0) -> NDArray[np.float32]:
-    """Mean log-expression of each cell's nearest neighbours on 50 components, itself among them; dense, shape (B, G)."""
+    """Mean log-expression of each cell's nearest neighbors on 50 components, itself among them; dense, shape (B, G)."""
     n_cells, n_genes = expression_BG.shape
     n_neighbors = min(n_neighbors, n_cells)
     components_BR = _svd(n_cells, n_genes, seed).fit_transform(expression_BG)

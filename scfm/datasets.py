@@ -26,7 +26,7 @@ __all__ = ["pancreas", "pbmc"]
 def pbmc() -> AnnData:
     """700 peripheral blood cells by 765 variable genes, with their true UMI counts recovered.
 
-    scanpy's `pbmc68k_reduced` keeps log-normalised values in `raw`; the totals in `obs["n_counts"]` (of all genes; the
+    scanpy's `pbmc68k_reduced` keeps log-normalized values in `raw`; the totals in `obs["n_counts"]` (of all genes; the
     765 hold about a fifth) turn them back into counts, of which none is more than 0.1 from a whole number.
 
     Returns

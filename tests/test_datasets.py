@@ -5,14 +5,14 @@ import scanpy
 import scfm.datasets
 
 
-def test_pbmc_counts_are_those_that_scanpy_normalised():
+def test_pbmc_counts_are_those_that_scanpy_normalized():
     adata = scfm.datasets.pbmc()
     source = scanpy.datasets.pbmc68k_reduced()
     assert adata.shape == (700, 765)
     assert adata.X.format == "csr"
     assert (adata.X.data == np.rint(adata.X.data)).all()
     assert adata.X.data.min() >= 1
-    # The way back: normalise to 10,000 by the full depth, log1p. float32 was what scanpy stored.
+    # The way back: normalize to 10,000 by the full depth, log1p. float32 was what scanpy stored.
     forward = np.log1p(adata.X.toarray() / source.obs["n_counts"].to_numpy()[:, None] * 1e4)
     np.testing.assert_allclose(forward, source.raw.X.toarray(), rtol=0.05, atol=0.02)
     assert adata.obs["bulk_labels"].nunique() == 10

@@ -82,7 +82,7 @@ def test_results_survive_the_disk(adata, tmp_path):
     for key in ("X_scfm", "X_again", "scfm_proba"):
         assert np.array_equal(read.obsm[key], given.obsm[key])
     assert list(read.obs["scfm_label"]) == list(given.obs["scfm_label"])
-    assert set(read.obs["scfm_split"]) <= {"train", "calibration", "test", "unlabelled"}
+    assert set(read.obs["scfm_split"]) <= {"train", "calibration", "test", "unlabeled"}
     assert read.uns["scfm"]["X_scfm"]["model_id"] == model.id
     np.testing.assert_allclose(given.obsm["scfm_proba"].sum(1), 1, rtol=1e-5)
 

@@ -8,7 +8,7 @@ namespace {
 
 // One key and one block of queries. `own` is the column of the key's own query, outside 0..63 if it is not in the block.
 //
-// Deletion: without key g the softmax of query i renormalises, so its output moves by a / (1 - a) (o_i - v_g), and G_i
+// Deletion: without key g the softmax of query i renormalizes, so its output moves by a / (1 - a) (o_i - v_g), and G_i
 // gets a / (1 - a) (G_i . o_i - G_i . v_g). If a rounds to 1, no other key is left: the output, and G_i . o_i with it,
 // becomes 0. The key's own query is deleted with it and does not count.
 template <bool kDeletion>

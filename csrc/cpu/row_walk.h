@@ -46,7 +46,7 @@ void walk_row_blocks(RowWalk walk, const Work& work) {
   }
 }
 
-// The same with both products of neighbouring rows in flight while the vector unit works on the rows between: turn t does
+// The same with both products of neighboring rows in flight while the vector unit works on the rows between: turn t does
 // While f runs on row block t, f(A B) V is computed for block t - 1 and A B for block t + 1.
 template <class Engine, class Work>
 void walk_rows_in_steps(RowWalk walk, const Work& work) {

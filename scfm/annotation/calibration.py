@@ -49,7 +49,7 @@ def calibrate(model: Model, logits_BC: torch.Tensor, expression_BV: sparse.csr_m
 
 
 def fit_temperature(proba_BC: NDArray[np.floating], labels_B: NDArray[np.int64]) -> float:
-    """Return the temperature that maximises the likelihood of the labels; 1 with too few cells to fit it."""
+    """Return the temperature that maximizes the likelihood of the labels; 1 with too few cells to fit it."""
     if len(labels_B) < MIN_CELLS:
         return 1.0
     log_proba_BC = np.log(np.maximum(proba_BC.astype(np.float64), 1e-12))

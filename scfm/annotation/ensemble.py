@@ -28,7 +28,7 @@ def fit_ensemble_weights(
 ) -> None:
     """Weight the members by what each predicts for training cells that it was not fitted on.
 
-    Both regressions are fitted on four fifths of the cells and predict the last fifth, in turn. The weights maximise
+    Both regressions are fitted on four fifths of the cells and predict the last fifth, in turn. The weights maximize
     the class-weighted log-likelihood of the weighted sum of log-probabilities, with a standard normal prior on their
     logarithms. A member that adds nothing to the other loses its weight. A class of one cell takes part in fitting
     only.

@@ -28,7 +28,7 @@ from scfm.train.config import STAGE_DEFAULTS
 
 # Models up to this size are fine-tuned whole: on two CPU cores a step still takes seconds.
 MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000
-# Fewer labelled cells than this per class do not constrain the weights of a large network.
+# Fewer labeled cells than this per class do not constrain the weights of a large network.
 MIN_CELLS_PER_CLASS_FOR_LORA = 5
 # Peak learning rates. The class head starts from a linear probe, so all weights move by small steps.
 LEARNING_RATES = {"all": 1e-4, "last": 1e-4, "lora": 5e-4, "head": 1e-3}
@@ -71,9 +71,9 @@ class Outputs:
 
 
 def default_trainable(network: CellTransformer, labels_B: NDArray[np.int64]) -> str:
-    """Choose which weights are fine-tuned, by the size of the network and the number of labelled cells.
+    """Choose which weights are fine-tuned, by the size of the network and the number of labeled cells.
 
-    Networks of up to 20 million parameters: "all". Larger ones: "lora:8", or "head" with fewer than five labelled cells
+    Networks of up to 20 million parameters: "all". Larger ones: "lora:8", or "head" with fewer than five labeled cells
     per class.
     """
     n_parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -150,7 +150,7 @@ def set_labels(model: Model, labels: tuple[str, ...]) -> bool:
 
 
 def train_classifier(model: Model, training: CellBatch, config: FitConfig, *, progress: bool) -> None:
-    """Train the network on labelled cells with class-weighted cross-entropy."""
+    """Train the network on labeled cells with class-weighted cross-entropy."""
     assert training.labels_B is not None
     objective = Classification(class_weights_C=class_weights(training.labels_B, len(model.labels)))
     run_stage(model, "fine-tuning", objective, training, config, progress=progress)

@@ -23,7 +23,7 @@ def fit_gene_classifier(
 ) -> NDArray[np.float64]:
     """Fit a balanced logistic regression on components of scaled expression and store it in the network.
 
-    Components are learned from all cells, labelled or not; the weights of the regression are folded back to genes.
+    Components are learned from all cells, labeled or not; the weights of the regression are folded back to genes.
     The components keep their variances, so that the penalty falls mostly on the weak ones.
 
     Parameters
@@ -33,13 +33,13 @@ def fit_gene_classifier(
     expression_BV
         log1p counts per 10,000 by token id of all cells to learn from, shape (B, V).
     labels_B
-        Their classes, shape (B,), int64, -1 if unlabelled.
+        Their classes, shape (B,), int64, -1 if unlabeled.
     seed
         Seed of the decomposition.
 
     Returns
     -------
-    Components of the labelled cells, as the regression reads them, shape (labelled cells, R).
+    Components of the labeled cells, as the regression reads them, shape (labeled cells, R).
     """
     classifier = network.gene_classifier
     assert classifier is not None
@@ -49,9 +49,9 @@ def fit_gene_classifier(
     component_BR = svd.fit_transform(scaled_BV)
     mean_R = component_BR.mean(0)
     scale = np.sqrt(((component_BR - mean_R) ** 2).mean())
-    labelled = np.flatnonzero(labels_B >= 0)
-    read_BR = (component_BR[labelled] - mean_R) / scale
-    weight_CR, bias_C = softmax_weights(balanced_regression().fit(read_BR, labels_B[labelled]))
+    labeled = np.flatnonzero(labels_B >= 0)
+    read_BR = (component_BR[labeled] - mean_R) / scale
+    weight_CR, bias_C = softmax_weights(balanced_regression().fit(read_BR, labels_B[labeled]))
     classifier.weight_VC.copy_(torch.from_numpy((weight_CR @ svd.components_ / scale).T))
     classifier.bias_C.copy_(torch.from_numpy(bias_C - weight_CR @ mean_R / scale))
     return read_BR

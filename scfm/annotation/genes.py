@@ -1,6 +1,6 @@
 """Classification of genes by fine-tuning: every token is classified in the context of its cell (Geneformer's second task)."""
 
-# Axes: T packed tokens, V tokens of the vocabulary, G labelled genes, D model width, C classes, X columns.
+# Axes: T packed tokens, V tokens of the vocabulary, G labeled genes, D model width, C classes, X columns.
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cross_validate_genes(
     cells
         Encoded by the model's encoding.
     gene_ids_G
-        Token ids of the labelled genes, shape (G,); each is a token of some cell.
+        Token ids of the labeled genes, shape (G,); each is a token of some cell.
     codes_G
         Their classes, shape (G,), 0 to C - 1.
     folds

@@ -20,7 +20,7 @@ MIN_TO_CALIBRATE = 5  # training cells that a class must have before one of them
 class FitSplit:
     """Rows of each part, ascending; the first three parts are disjoint.
 
-    A class of one labelled cell is trained on and never tested. A class of fewer than `MIN_TO_CALIBRATE` training cells
+    A class of one labeled cell is trained on and never tested. A class of fewer than `MIN_TO_CALIBRATE` training cells
     has no calibration cell.
 
     Attributes
@@ -28,9 +28,9 @@ class FitSplit:
     labels
         Class of each cell; None without labels.
     train, calibration, test
-        Labelled cells that train the classifiers, calibrate them, and test them.
+        Labeled cells that train the classifiers, calibrate them, and test them.
     fitted
-        Cells that are learned from without labels: training and unlabelled cells; with `transductive` all cells.
+        Cells that are learned from without labels: training and unlabeled cells; with `transductive` all cells.
     transductive
         Whether test and calibration cells are among the `fitted`.
     """
@@ -45,10 +45,10 @@ class FitSplit:
     def names(self, n_obs: int) -> pd.Categorical:
         """Return the part of each cell, as written to `obs["scfm_split"]`."""
         parts = {"train": self.train, "calibration": self.calibration, "test": self.test}
-        part_B = np.full(n_obs, "unlabelled", dtype=object)
+        part_B = np.full(n_obs, "unlabeled", dtype=object)
         for name, rows in parts.items():
             part_B[rows] = name
-        return pd.Categorical(part_B, categories=[*parts, "unlabelled"])
+        return pd.Categorical(part_B, categories=[*parts, "unlabeled"])
 
 
 def split_for_fit(
@@ -70,7 +70,7 @@ def split_for_fit(
     labels_key, batch_key, test_key
         Columns with classes, batches and the truth value "is a test cell"; None for none.
     test_fraction
-        Fraction of the labelled cells to hold out if `test_key` is None.
+        Fraction of the labeled cells to hold out if `test_key` is None.
     transductive
         Whether test and calibration cells are learned from without their labels.
     seed
@@ -86,18 +86,18 @@ def split_for_fit(
         return FitSplit(None, every[:0], every[:0], every[:0], every)
     labels = columns.labels(obs, labels_key)
     if test_key is not None:
-        is_test_B = columns.truth(obs, test_key)[labels.labelled]
-        learn, test = labels.labelled[~is_test_B], labels.labelled[is_test_B]
+        is_test_B = columns.truth(obs, test_key)[labels.labeled]
+        learn, test = labels.labeled[~is_test_B], labels.labeled[is_test_B]
     else:
-        groups_B = None if batch_key is None else _groups(obs, batch_key, labels.labelled)
+        groups_B = None if batch_key is None else _groups(obs, batch_key, labels.labeled)
         parts = split_cells(
-            labels=labels.codes[labels.labelled], groups=groups_B, test_fraction=test_fraction, seed=seed
+            labels=labels.codes[labels.labeled], groups=groups_B, test_fraction=test_fraction, seed=seed
         )
-        learn, test = labels.labelled[parts.train], labels.labelled[parts.test]
+        learn, test = labels.labeled[parts.train], labels.labeled[parts.test]
     if not len(test):
         raise LabelsError(
-            f"No cell can be held out to score the model: of {len(labels.names)} classes with {len(labels.labelled)} cells "
-            f"{'`test_key` names none' if test_key else 'none has two'}. Give more labelled cells, or fit without labels."
+            f"No cell can be held out to score the model: of {len(labels.names)} classes with {len(labels.labeled)} cells "
+            f"{'`test_key` names none' if test_key else 'none has two'}. Give more labeled cells, or fit without labels."
         )
     learn_labels = np.unique(labels.codes[learn])
     if len(learn_labels) < len(labels.names):
@@ -112,9 +112,9 @@ def split_for_fit(
     return FitSplit(labels, np.setdiff1d(learn, calibration), calibration, test, fitted, transductive)
 
 
-def _groups(obs: pd.DataFrame, batch_key: str, labelled: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Batch of each labelled cell; every cell without a batch is a batch of its own."""
-    codes_B = columns.groups(obs, batch_key).codes[labelled]
+def _groups(obs: pd.DataFrame, batch_key: str, labeled: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Batch of each labeled cell; every cell without a batch is a batch of its own."""
+    codes_B = columns.groups(obs, batch_key).codes[labeled]
     missing = np.flatnonzero(codes_B < 0)
     codes_B[missing] = codes_B.max(initial=-1) + 1 + np.arange(len(missing))
     return codes_B

@@ -32,7 +32,7 @@ class CellBatch:
     cell_index_B
         Row of each cell in its source, shape (B,), int64.
     labels_B
-        Class of each cell, shape (B,), int64, -1 where unlabelled.
+        Class of each cell, shape (B,), int64, -1 where unlabeled.
     batch_ids_B
         Experimental batch of each cell, shape (B,), int64.
     depth_B

@@ -33,7 +33,7 @@ class Labels:
     codes: NDArray[np.int64]
 
     @property
-    def labelled(self) -> NDArray[np.int64]:
+    def labeled(self) -> NDArray[np.int64]:
         """Rows that have a label."""
         return np.flatnonzero(self.codes >= 0)
 
@@ -56,7 +56,7 @@ def labels(obs: Any, key: str, *, argument: str = "labels_key") -> Labels:
     if len(found.names) < 2:
         raise LabelsError(
             f"`adata.obs[{key!r}]` holds {len(found.names)} class{'es' * (len(found.names) != 1)} "
-            f"({', '.join(found.names) or 'all cells are unlabelled'}); at least two are needed."
+            f"({', '.join(found.names) or 'all cells are unlabeled'}); at least two are needed."
         )
     return found
 

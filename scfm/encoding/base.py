@@ -38,7 +38,7 @@ class Encoding(ABC):
     vocabulary
         Token ids of genes and specials.
     medians
-        Rank only: non-zero median of each gene's normalised counts by token id, shape (len(vocabulary),), float64;
+        Rank only: non-zero median of each gene's normalized counts by token id, shape (len(vocabulary),), float64;
         NaN for tokens that have none, which are then never encoded.
 
     Examples
@@ -267,7 +267,7 @@ def cls_and_eos(
     )
 
 
-def normalised(
+def normalized(
     count_T: NDArray[np.float64], cell_T: NDArray[np.int64], total_B: NDArray[np.float64], target_sum: float | None
 ) -> NDArray[np.float64]:
     """Counts scaled so that a cell's total becomes `target_sum`; unchanged where that is None."""

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, csr_arrays, normalised
+from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, csr_arrays, normalized
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.hashing import hash_pairs, to_unit
 from scfm.encoding.ragged import RaggedCounts, best_T, expressed, with_zeros
@@ -106,7 +106,7 @@ class BinEncoding(Encoding):
 
     def _binned_quantity(self, cells: RaggedCounts, depth_B: NDArray[np.float64]) -> NDArray[np.float64]:
         total_B = cells.totals_B() if self.config.depth_over == "vocabulary" else depth_B
-        value_T = normalised(cells.count_T, cells.cell_T, total_B, self.config.target_sum)
+        value_T = normalized(cells.count_T, cells.cell_T, total_B, self.config.target_sum)
         return np.log1p(value_T) if self.config.log1p else value_T
 
     def _hash(self, cells: RaggedCounts, draw: int | None, purpose: int) -> NDArray[np.uint64]:

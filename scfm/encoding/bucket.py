@@ -16,7 +16,7 @@ from scfm.encoding.ragged import best_T, expressed, with_zeros
 
 
 class BucketEncoding(Encoding):
-    """Gives each gene of the vocabulary the bucket ``min(floor(log2(1 + x)), n_bins - 1)`` of its normalised count x.
+    """Gives each gene of the vocabulary the bucket ``min(floor(log2(1 + x)), n_bins - 1)`` of its normalized count x.
 
     Tokens ascend by id; with `add_eos` (the default) scBERT's trailing position follows, in bucket 0.
 

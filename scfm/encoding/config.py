@@ -30,12 +30,12 @@ class EncodingConfig(Config):
         Whether each cell starts with the vocabulary's `cls`, ends with its `eos` token. scBERT's trailing
         position is an `eos`.
     target_sum
-        Total to which counts are normalised; None leaves counts as they are (bin only).
+        Total to which counts are normalized; None leaves counts as they are (bin only).
     depth_over
         Whether a cell's total is that over all genes of its matrix (or the depth that the data names), or over
         the genes that the vocabulary knows (what is left after aligning to a panel).
     log1p
-        Bin only: whether to take log1p of the (normalised) counts before binning.
+        Bin only: whether to take log1p of the (normalized) counts before binning.
     n_bins
         Values run 0..n_bins - 1, 0 for "not expressed"; bin and bucket only. scBERT's mask is n_bins.
     include_zeros

@@ -1,4 +1,4 @@
-"""Continuous encoding: log-normalised values and two read-depth tokens (scFoundation)."""
+"""Continuous encoding: log-normalized values and two read-depth tokens (scFoundation)."""
 
 # Axes: B cells, T packed tokens.
 
@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
-from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, normalised
+from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, normalized
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import best_T, expressed, with_zeros
@@ -77,7 +77,7 @@ class ContinuousEncoding(Encoding):
         if config.max_genes is not None:
             cells = cells.take(np.sort(best_T(cells, cells.count_T, config.max_genes)))
         divisor_B = np.where(total_B > 0, total_B, 1.0)
-        value_T = np.log1p(normalised(cells.count_T, cells.cell_T, divisor_B, config.target_sum))
+        value_T = np.log1p(normalized(cells.count_T, cells.cell_T, divisor_B, config.target_sum))
         front, back = cls_and_eos(self, cells.n_cells)
         target_B = total_B if config.target_depth is None else np.full_like(total_B, config.target_depth)
         for role, depth in zip(DEPTH_ROLES, (target_B, total_B)):

@@ -297,7 +297,7 @@ def _refuse_misfit(report: GeneReport, names: list[str | None], vocabulary: Voca
     if len(species) == 2 and "unknown" not in species:
         remedy = (
             f"The data look like {report.species}, the vocabulary is {report.vocabulary_species}. Map them to "
-            f"{report.vocabulary_species} orthologues yourself; changing the case of symbols is not a mapping."
+            f"{report.vocabulary_species} orthologs yourself; changing the case of symbols is not a mapping."
         )
     elif report.id_type != report.vocabulary_id_type:
         remedy = f"Pass `gene_key=` to name the `var` column that holds {_KIND_NAMES[vocabulary.id_type]}."

@@ -11,7 +11,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit integers: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Scramble 64-bit integers: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
         state = state + _GOLDEN
         state = (state ^ (state >> np.uint64(30))) * _MIX_1

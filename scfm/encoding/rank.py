@@ -72,7 +72,7 @@ class RankEncoding(Encoding):
 
     @classmethod
     def fit(cls, blocks: CountBlocks, genes: GeneMap, config: EncodingConfig) -> RankEncoding:
-        """Learn each gene's median over its non-zero counts normalised to `target_sum`.
+        """Learn each gene's median over its non-zero counts normalized to `target_sum`.
 
         Genes that no cell expresses get no median, and are never encoded. Memory: 12 bytes a non-zero count.
         """

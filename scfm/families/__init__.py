@@ -2,7 +2,7 @@
 
 from scfm.families._presets import choose_preset, preset, presets, sizes, table
 from scfm.families.base import FAMILIES, Family, Preset, add_family, merged
-from scfm.families.loading import convert, load, recognise
+from scfm.families.loading import convert, load, recognize
 
 __all__ = [
     "FAMILIES",
@@ -15,7 +15,7 @@ __all__ = [
     "merged",
     "preset",
     "presets",
-    "recognise",
+    "recognize",
     "sizes",
     "table",
 ]

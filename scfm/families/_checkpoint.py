@@ -1,4 +1,4 @@
-"""The files of a checkpoint, opened once: what recognises them and what reads them see the same content."""
+"""The files of a checkpoint, opened once: what recognizes them and what reads them see the same content."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Family:
         What "masked", and if it has that "generative", stand for: names in `scfm.objectives.OBJECTIVES`.
     files, shared_files
         Patterns of its files in a repository of the model hub: in the folder of the model, and elsewhere.
-    recognise
+    recognize
         Whether files are a checkpoint of this family.
     read, write
         From its files to a model, and back.
@@ -150,7 +150,7 @@ class Family:
     presets: tuple[Preset, ...]
     objectives: Mapping[str, str]
     files: tuple[str, ...]
-    recognise: Callable[[CheckpointFiles], bool]
+    recognize: Callable[[CheckpointFiles], bool]
     read: Reader
     write: Callable[[Model, Path], None]
     shared_files: tuple[str, ...] = ()

@@ -52,7 +52,7 @@ BERT_CLASSES: dict[str, str] = {
 }
 
 
-def recognise(files: CheckpointFiles) -> bool:
+def recognize(files: CheckpointFiles) -> bool:
     """Whether this is a Hugging Face directory of a BERT."""
     return files.has("config.json") and files.json("config.json").get("model_type") == "bert"
 
@@ -292,7 +292,7 @@ add_family(
             "*ensembl_mapping*",
         ),
         shared_files=tuple(f"{folder}/*.pkl" for folder in SHARED_FOLDERS),
-        recognise=recognise,
+        recognize=recognize,
         read=read,
         write=write,
     )

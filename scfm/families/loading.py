@@ -73,7 +73,7 @@ def load(
     return model.to(_device(device))
 
 
-def recognise(path: str | Path) -> Family:
+def recognize(path: str | Path) -> Family:
     """Return the family that a checkpoint belongs to.
 
     Parameters
@@ -84,12 +84,12 @@ def recognise(path: str | Path) -> Family:
     Raises
     ------
     ModelFileError
-        If no family recognises it.
+        If no family recognizes it.
 
     Examples
     --------
     >>> import scfm
-    >>> scfm.families.recognise("my_model").name  # doctest: +SKIP
+    >>> scfm.families.recognize("my_model").name  # doctest: +SKIP
     'scfm'
     """
     return _opened(Path(path))[0]
@@ -183,7 +183,7 @@ def _opened(path: Path) -> tuple[Family, CheckpointFiles]:
 
 
 def _family_of(files: CheckpointFiles) -> Family | None:
-    return next((family for family in FAMILIES.values() if family.recognise(files)), None)
+    return next((family for family in FAMILIES.values() if family.recognize(files)), None)
 
 
 def _entries(path: Path) -> list[Path]:

@@ -46,7 +46,7 @@ STATE = "model_state_dict"
 PROJECTION = "performer.net.layers.0.0.fn.fast_attention.projection_matrix"
 
 
-def recognise(files: CheckpointFiles) -> bool:
+def recognize(files: CheckpointFiles) -> bool:
     """Whether this is a file of a dictionary with `model_state_dict`."""
     return isinstance(files.content.get(STATE), dict)
 
@@ -195,7 +195,7 @@ add_family(
         ),
         objectives=OBJECTIVES,
         files=("*.pth", "*.pt", "*.ckpt", *VOCABULARY_FILES),
-        recognise=recognise,
+        recognize=recognize,
         read=read,
         write=write,
     )

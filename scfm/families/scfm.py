@@ -41,7 +41,7 @@ def _preset(size: str, encoding: str) -> Preset:
     )
 
 
-def recognise(files: CheckpointFiles) -> bool:
+def recognize(files: CheckpointFiles) -> bool:
     """Whether this is a directory that `Model.save` wrote, in any version of the format."""
     return files.has(CONFIG) and files.json(CONFIG).get("format") == FORMAT
 
@@ -64,7 +64,7 @@ add_family(
         presets=tuple(_preset(size, encoding) for encoding in ARCHITECTURES for size in SIZES),
         objectives={},
         files=PATTERNS,
-        recognise=recognise,
+        recognize=recognize,
         read=read,
         write=Model.save,
     )

@@ -49,7 +49,7 @@ PREFIX = "model."
 PERFORMER = "decoder.performer"
 
 
-def recognise(files: CheckpointFiles) -> bool:
+def recognize(files: CheckpointFiles) -> bool:
     """Whether this is a file with a `cell`, `rde` or `gene` model."""
     return any(_is_part(files.content.get(part)) for part in PARTS)
 
@@ -250,7 +250,7 @@ add_family(
         ),
         objectives=OBJECTIVES,
         files=("*.ckpt", "*.pt", *VOCABULARY_FILES),
-        recognise=recognise,
+        recognize=recognize,
         read=read,
         write=write,
     )

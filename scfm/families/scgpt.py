@@ -49,7 +49,7 @@ QKV_LAYOUTS = ("Wqkv.", "_impl.Wqkv.", "in_proj_")
 OUT_LAYOUTS = ("out_proj", "_impl.out_proj")
 
 
-def recognise(files: CheckpointFiles) -> bool:
+def recognize(files: CheckpointFiles) -> bool:
     """Whether this is a directory with scGPT's `args.json`."""
     return files.has("args.json")
 
@@ -299,7 +299,7 @@ add_family(
         ),
         objectives=OBJECTIVES,
         files=("args.json", "vocab.json", *WEIGHTS),
-        recognise=recognise,
+        recognize=recognize,
         read=read,
         write=write,
     )

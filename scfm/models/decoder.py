@@ -14,7 +14,7 @@ from scfm.nn.config import DecoderConfig
 class Decoder(nn.Module):
     """A linear layer to the decoder's width, pre-norm blocks with linear attention, and two layer norms.
 
-    Published code normalises twice, once at the end of the Performer and once more before the value head.
+    Published code normalizes twice, once at the end of the Performer and once more before the value head.
     """
 
     def __init__(self, d_input: int, config: DecoderConfig) -> None:

@@ -14,7 +14,7 @@ class TokenBatchNorm(nn.Module):
     """scGPT's batch norm of the summed embedding: a shared one with gain, or one without gain for each of `n_domains`.
 
     Published code takes the statistics over padding too, and wants all cells of a training batch from one domain; here the
-    statistics are those of real tokens, and a training batch may mix domains, each normalised by its own tokens.
+    statistics are those of real tokens, and a training batch may mix domains, each normalized by its own tokens.
     """
 
     def __init__(self, d_model: int, *, n_domains: int | None) -> None:
@@ -26,7 +26,7 @@ class TokenBatchNorm(nn.Module):
         if len(self.norms) == 1:
             return self.norms[0](hidden_TD)
         if batch_ids_T is None:
-            raise ValueError("This network normalises each experimental batch by itself; give `batch_ids_B`.")
+            raise ValueError("This network normalizes each experimental batch by itself; give `batch_ids_B`.")
         output_TD = torch.empty_like(hidden_TD)
         for domain, norm in enumerate(self.norms):
             rows = (batch_ids_T == domain).nonzero().squeeze(1)

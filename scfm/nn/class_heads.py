@@ -56,7 +56,7 @@ class ClassHead(nn.Module):
 
     @torch.no_grad()
     def set_linear_probe(self, weight_CD: Tensor, bias_C: Tensor) -> None:
-        """Start from a linear classifier fitted on the normalised embeddings of a frozen network."""
+        """Start from a linear classifier fitted on the normalized embeddings of a frozen network."""
         self.linear.weight.copy_(weight_CD)
         self.linear.bias.copy_(bias_C)
 
@@ -65,7 +65,7 @@ class GeneClassifier(nn.Module):
     """A linear classifier of scaled log1p counts per 10,000, the second member of the ensemble.
 
     Each gene is multiplied by its scale and cut off at `MAX_SCALED`, so that no gene decides alone. What is saved are
-    buffers: they are fitted once, by logistic regression, and no optimiser touches them.
+    buffers: they are fitted once, by logistic regression, and no optimizer touches them.
     """
 
     scale_V: Tensor

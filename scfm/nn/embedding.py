@@ -92,7 +92,7 @@ class TokenEmbedding(nn.Module):
 
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """BERT's initialisation: normal weights of the given deviation, zero biases, zero padding row."""
+    """BERT's initialization: normal weights of the given deviation, zero biases, zero padding row."""
     if isinstance(module, nn.Linear):
         module.weight.normal_(0.0, std)
         if module.bias is not None:

@@ -56,7 +56,7 @@ def total(loss: Loss) -> Tensor:
 class Objective(Protocol):
     """A training objective. To add one, write these two methods in a file of its own.
 
-    One that changes in the course of a run also has `at_step(step)`, which returns it as it is at an optimiser step.
+    One that changes in the course of a run also has `at_step(step)`, which returns it as it is at an optimizer step.
     """
 
     @property
@@ -72,14 +72,14 @@ class Objective(Protocol):
 
 
 def at_step(objective: Objective, step: int) -> Objective:
-    """Return the objective as it is at an optimiser step: itself, unless it has an `at_step` that says otherwise.
+    """Return the objective as it is at an optimizer step: itself, unless it has an `at_step` that says otherwise.
 
     Parameters
     ----------
     objective
         Any objective.
     step
-        Optimiser step, from 0.
+        Optimizer step, from 0.
 
     Examples
     --------
@@ -154,5 +154,5 @@ def special_token(encoding: Encoding, role: str) -> int:
 
 
 def count_of(tensor: Tensor) -> Tensor:
-    """Number of elements as a tensor on the same device, without a synchronisation."""
+    """Number of elements as a tensor on the same device, without a synchronization."""
     return torch.full((), tensor.numel(), dtype=torch.float32, device=tensor.device)

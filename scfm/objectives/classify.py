@@ -17,9 +17,9 @@ from scfm.objectives.base import Loss, Targets, Term
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy of each labelled cell's class, sum of w_c CE / sum of w_c over the batch.
+    """Cross-entropy of each labeled cell's class, sum of w_c CE / sum of w_c over the batch.
 
-    `class_weights_C` weighs the classes; None weighs all alike. Every cell of a batch must be labelled.
+    `class_weights_C` weighs the classes; None weighs all alike. Every cell of a batch must be labeled.
 
     Examples
     --------
@@ -35,7 +35,7 @@ class Classification:
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
         labels_B = cells.labels_B
         if labels_B is None or bool((labels_B < 0).any()):
-            raise ValueError("Classification needs a label for every cell of the batch; leave unlabelled cells out.")
+            raise ValueError("Classification needs a label for every cell of the batch; leave unlabeled cells out.")
         weights_B = torch.ones(len(cells)) if self.class_weights_C is None else self.class_weights_C[labels_B]
         return cells, {"labels_B": labels_B, "weights_B": weights_B}
 
@@ -51,11 +51,11 @@ def class_weights(labels_B: Tensor, n_classes: int, power: float = 0.5) -> Tenso
     Parameters
     ----------
     labels_B
-        Class of each cell, shape (B,), int64; -1 where unlabelled, which does not count.
+        Class of each cell, shape (B,), int64; -1 where unlabeled, which does not count.
     n_classes
         Number of classes C.
     power
-        How strongly rare classes are favoured.
+        How strongly rare classes are favored.
 
     Examples
     --------

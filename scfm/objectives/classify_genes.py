@@ -1,6 +1,6 @@
-"""Classification of genes: cross-entropy of the class of each labelled gene token."""
+"""Classification of genes: cross-entropy of the class of each labeled gene token."""
 
-# Axes: T packed tokens, N labelled tokens, V tokens of the vocabulary, C classes.
+# Axes: T packed tokens, N labeled tokens, V tokens of the vocabulary, C classes.
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scfm.objectives.base import Loss, Targets, Term
 
 @dataclass(frozen=True)
 class GeneClassification:
-    """Cross-entropy of the class of each labelled gene's token, sum of w_c CE / sum of w_c over the batch.
+    """Cross-entropy of the class of each labeled gene's token, sum of w_c CE / sum of w_c over the batch.
 
     Geneformer's second task (Theodoris et al. 2023): every gene has one class, whatever the cell, and its token is
     classified in the context of each cell. The network needs a class head of kind "token".
@@ -25,7 +25,7 @@ class GeneClassification:
     Attributes
     ----------
     labels_V
-        Class of each token id, shape (V,), int64; -1 for a token that is not labelled, which is ignored.
+        Class of each token id, shape (V,), int64; -1 for a token that is not labeled, which is ignored.
     class_weights_C
         Weight of each class, shape (C,); None weights all equally.
 

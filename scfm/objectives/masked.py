@@ -33,7 +33,7 @@ def choose_tokens(eligible_T: Tensor, fraction: float, generator: torch.Generato
 
 @dataclass(frozen=True)
 class MaskedGenes:
-    """BERT's masked language modelling over gene ids, as Geneformer pretrains (Theodoris et al. 2023).
+    """BERT's masked language modeling over gene ids, as Geneformer pretrains (Theodoris et al. 2023).
 
     `mask_fraction` of the gene tokens are targets; of these 80 % become the mask token, 10 % a random gene, 10 % stay.
     The loss is the cross-entropy over the whole vocabulary, averaged over the targets of the batch. Special tokens

@@ -114,5 +114,5 @@ def _read_depth(network: CellTransformer, encoding: Encoding) -> ReadDepth:
     )
 
 
-# The decoder reads every gene of the panel in training; afterwards the encoder alone reads the expressed ones.
+# The decoder reads every gene of the panel in training; afterward the encoder alone reads the expressed ones.
 OBJECTIVES.add("read_depth", PretrainingObjective(make=_read_depth, encoding_settings={"include_zeros": True}))

@@ -173,7 +173,7 @@ def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hi
         states = _states_of(model, variants, present, hidden_layer)
         rows = np.searchsorted(tokens, present)
         for source, after in enumerate(states[1:]):
-            # The deleted gene has no state afterwards.
+            # The deleted gene has no state afterward.
             targets = [row for row in range(len(present)) if row != source]
             edges.add(rows[source], rows[targets], cosine_distance(states[0][targets], after[targets]))
     return edges

@@ -30,7 +30,7 @@ def attention(
 
     Returns
     -------
-    The axes. Pairs of genes without a value are grey.
+    The axes. Pairs of genes without a value are gray.
 
     Raises
     ------

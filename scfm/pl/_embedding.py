@@ -40,7 +40,7 @@ def embedding(
     """Scatter plot of the cells on a two-dimensional embedding, with one panel per column of `obs` or gene.
 
     Panels that share names of categories show them in the same colors, and share one legend if all their names are the same.
-    Cells without a category and "unassigned" ones are grey.
+    Cells without a category and "unassigned" ones are gray.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What every figure shares: axes, finishing, saving, colours."""
+"""What every figure shares: axes, finishing, saving, colors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLORS = [
 ]  # fmt: skip
 UNLABELED_COLOR = "#dddddd"
 UNASSIGNED = "unassigned"  # what `scfm.tl.annotate` calls a cell without a clear label
-GREY = "#666666"
+GRAY = "#666666"
 
 
 def axes_of(ax: Axes | None, width: float, height: float) -> Axes:

@@ -14,7 +14,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from scfm._docs import document
-from scfm.pl._figure import COLORS, GREY, axes_of, finish
+from scfm.pl._figure import COLORS, GRAY, axes_of, finish
 
 MORE, LESS = COLORS[0], COLORS[5]
 
@@ -86,7 +86,7 @@ def gene_network(
 
 
 def _in_order(edges: pd.DataFrame) -> list[str]:
-    """Genes around the circle, so that those with strong edges between them are neighbours."""
+    """Genes around the circle, so that those with strong edges between them are neighbors."""
     genes = sorted(set(edges["source"]) | set(edges["target"]))
     if len(genes) < 3:
         return genes
@@ -117,7 +117,7 @@ def _on_circle(angle: float, radius: float) -> NDArray[np.float64]:
 
 
 def _arrow(start: float, end: float, *, both_ways: bool, color: str, lw: float) -> FancyArrowPatch:
-    """Bend a line toward the centre, less for neighbours, so that it keeps clear of the genes between."""
+    """Bend a line toward the center, less for neighbors, so that it keeps clear of the genes between."""
     first, last = _on_circle(start, 0.97), _on_circle(end, 0.97)
     apart = abs((end - start + np.pi) % (2 * np.pi) - np.pi) / np.pi
     bend = (first + last) / 2 * (0.85 - 0.55 * apart)
@@ -132,5 +132,5 @@ def _name(ax: Axes, gene: str, angle: float) -> None:
     x, y = _on_circle(angle, 1.06)
     turn = np.degrees(angle) if right else np.degrees(angle) + 180
     side = "left" if right else "right"
-    ax.plot(*_on_circle(angle, 1.0), "o", color=GREY, ms=4)
+    ax.plot(*_on_circle(angle, 1.0), "o", color=GRAY, ms=4)
     ax.text(x, y, gene, rotation=turn, rotation_mode="anchor", ha=side, va="center", fontsize=8)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from scfm._docs import document
 from scfm.pl._figure import (
     COLORS,
-    GREY,
+    GRAY,
     UNLABELED_COLOR,
     axes_of,
     finish,
@@ -50,7 +50,7 @@ def perturbation(
 
     Returns
     -------
-    The axes. The grey band holds the middle 95 % of the mean shifts of all genes in the table, if it has 20 or more.
+    The axes. The gray band holds the middle 95 % of the mean shifts of all genes in the table, if it has 20 or more.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def perturbation(
     filled = np.where(significant, COLORS[0], "white")
     ax.scatter(mean, position, c=filled, edgecolors=COLORS[0], s=26, zorder=3)
     for row, n_cells in enumerate(drawn["n_cells"]):
-        ax.text(1.01, row, f"{n_cells} cells", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
+        ax.text(1.01, row, f"{n_cells} cells", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color=GRAY)
     ax.set_yticks(position, drawn.index, fontsize=8)
     ax.set_ylabel("perturbed gene")
     if "fdr" in drawn:
@@ -153,10 +153,10 @@ def volcano(
     mean = tested[f"{measure}_mean"]
     ax.scatter(mean[~sure], height[~sure], s=10, color="#BBBBBB", linewidths=0)
     ax.scatter(mean[sure], height[sure], s=14, color=COLORS[5], linewidths=0)
-    ax.axhline(-np.log10(max_fdr), color=GREY, lw=0.8, ls="--")
+    ax.axhline(-np.log10(max_fdr), color=GRAY, lw=0.8, ls="--")
     side = ax.get_yaxis_transform()
     height_of_line, words_of_line = -np.log10(max_fdr), f"FDR = {max_fdr:g}"
-    ax.text(0.99, height_of_line, words_of_line, transform=side, ha="right", va="bottom", fontsize=7, color=GREY)
+    ax.text(0.99, height_of_line, words_of_line, transform=side, ha="right", va="bottom", fontsize=7, color=GRAY)
     points = pd.DataFrame({"x": mean[sure], "y": height[sure]})
     name_points(ax, points.nlargest(n_names, ["y", "x"]))
     ax.set_ylabel("-log10 false discovery rate")

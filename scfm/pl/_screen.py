@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from scfm._docs import document
-from scfm.pl._figure import COLORS, GREY, axes_of, finish, measure_of, name_points, power_in_label
+from scfm.pl._figure import COLORS, GRAY, axes_of, finish, measure_of, name_points, power_in_label
 
 
 @document
@@ -55,7 +55,7 @@ def screen(
     ax = axes_of(ax, 4.6, 4.2)
     ax.scatter(exact["estimate_mean"], mean, s=16, color=COLORS[0], linewidths=0)
     low, high = min(exact["estimate_mean"].min(), mean.min()), max(exact["estimate_mean"].max(), mean.max())
-    ax.plot([low, high], [low, high], color=GREY, lw=0.8, ls="--")
+    ax.plot([low, high], [low, high], color=GRAY, lw=0.8, ls="--")
     largest = mean.nlargest(n_names)
     name_points(ax, pd.DataFrame({"x": exact.loc[largest.index, "estimate_mean"], "y": largest}))
     if (recall := table.attrs.get("recall_estimate")) is not None:

@@ -103,9 +103,9 @@ class DataCheck:
         return str(self)
 
     def _repr_html_(self) -> str:
-        colours = {"ok": "inherit", "note": "#b8860b", "problem": "#b22222"}
+        colors = {"ok": "inherit", "note": "#b8860b", "problem": "#b22222"}
         rows = "".join(
-            f'<tr style="color:{colours[f.verdict]}"><th style="text-align:left">{html.escape(f.what)}</th>'
+            f'<tr style="color:{colors[f.verdict]}"><th style="text-align:left">{html.escape(f.what)}</th>'
             f'<td style="text-align:left">{html.escape(f.found)}</td></tr>'
             for f in self.findings
         )

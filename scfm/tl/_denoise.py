@@ -184,7 +184,7 @@ def evaluate_denoising(
     >>> config = ModelConfig.from_dict(scfoundation.ARCHITECTURE | sizes)
     >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
-    ['scfm', 'no change', 'mean of 15 nearest neighbours', 'own counts and neighbours, weighed']
+    ['scfm', 'no change', 'mean of 15 nearest neighbors', 'own counts and neighbors, weighed']
     """
     model = opened(model)
     source = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
@@ -201,8 +201,8 @@ def evaluate_denoising(
     methods = {
         "scfm": thinned.layers["scfm_denoised"],
         "no change": shallow_BG.toarray(),
-        f"mean of {n_neighbors} nearest neighbours": baselines.smooth_over_neighbors(shallow_BG, n_neighbors, seed),
-        "own counts and neighbours, weighed": own_and_neighbors_weighed(thinned.X, rate, n_neighbors, seed),
+        f"mean of {n_neighbors} nearest neighbors": baselines.smooth_over_neighbors(shallow_BG, n_neighbors, seed),
+        "own counts and neighbors, weighed": own_and_neighbors_weighed(thinned.X, rate, n_neighbors, seed),
     }
     known = ~np.isnan(methods["scfm"]).any(0)
     rows = {name: _errors(values_BG[:, known], original_BG[:, known]) for name, values_BG in methods.items()}
@@ -212,7 +212,7 @@ def evaluate_denoising(
 def own_and_neighbors_weighed(
     counts_BG: sparse.csr_matrix, rate: float, n_neighbors: int, seed: int
 ) -> NDArray[np.floating]:
-    """Linear in a cell's own values and its neighbours' mean; the weights from the same cells, thinned once more."""
+    """Linear in a cell's own values and its neighbors' mean; the weights from the same cells, thinned once more."""
     again_BG = thin_counts(counts_BG, rate, seed + 1)
     inputs = [_own_and_neighbors(counts, n_neighbors, seed) for counts in (again_BG, counts_BG)]
     target = baselines.log_normalize(counts_BG).toarray().ravel()

@@ -30,7 +30,7 @@ def evaluate_annotation(
 ) -> pd.DataFrame:
     """Fit one model per seed, each on its own split, and score it and the baselines on the same test cells.
 
-    Two variants of each model are fitted as well: without pretraining, and with the test cells among the unlabelled ones.
+    Two variants of each model are fitted as well: without pretraining, and with the test cells among the unlabeled ones.
 
     Parameters
     ----------
@@ -42,9 +42,9 @@ def evaluate_annotation(
         Seeds of the splits and of the models.
     label_fraction
         Fraction of the remaining cells of each class that keep their labels, at least one cell; the others stay as
-        unlabelled cells. The test cells are the same for every fraction.
+        unlabeled cells. The test cells are the same for every fraction.
     test_fraction
-        Fraction of the labelled cells that are test cells.
+        Fraction of the labeled cells that are test cells.
     variants
         False leaves out the two variants, and two thirds of the time.
     settings
@@ -89,16 +89,16 @@ def hide_labels(
     adata: anndata.AnnData, labels: Labels, labels_key: str, label_fraction: float, test_fraction: float, seed: int
 ) -> anndata.AnnData:
     """Copy `adata`, mark its test cells, and remove the labels of a part of the others."""
-    codes_B = labels.codes[labels.labelled]
+    codes_B = labels.codes[labels.labeled]
     parts = split_cells(labels=codes_B, test_fraction=test_fraction, seed=seed)
     chosen = adata.copy()
     is_test_B = np.zeros(adata.n_obs, dtype=bool)
-    is_test_B[labels.labelled[parts.test]] = True
+    is_test_B[labels.labeled[parts.test]] = True
     chosen.obs["is_test"] = is_test_B
     if label_fraction < 1:
         kept = split_cells(labels=codes_B[parts.train], test_fraction=1 - label_fraction, seed=seed)
         names = chosen.obs[labels_key].astype(object).to_numpy()
-        names[labels.labelled[parts.train[kept.test]]] = None
+        names[labels.labeled[parts.train[kept.test]]] = None
         chosen.obs[labels_key] = pd.Categorical(names)
     return chosen
 

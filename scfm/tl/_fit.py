@@ -69,11 +69,11 @@ def fit(
     Without `model`, a network of the chosen size is pretrained on the cells. With `model`, a copy of a pretrained model
     is fine-tuned: its encoding, vocabulary and medians are kept, and the object that was given is never changed.
 
-    With labels, a part of the labelled cells is held out from everything that is fitted (vocabulary, medians,
+    With labels, a part of the labeled cells is held out from everything that is fitted (vocabulary, medians,
     pretraining, components, classification), and the model is scored on it next to simple baselines: `model.report()`. A
     tenth of the rest is held out too, to fit the temperature that calibrates probabilities. Labels are predicted by an
     ensemble of two members: the transformer, and a linear classifier that reads genes through components learned from
-    labelled and unlabelled cells.
+    labeled and unlabeled cells.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def fit(
     {layer}
     {gene_key}
     test_fraction
-        Fraction of the labelled cells to hold out. A class of one cell is never held out.
+        Fraction of the labeled cells to hold out. A class of one cell is never held out.
     baselines
         Whether to fit the simple methods of the report; they read up to 20,000 cells.
     seed
@@ -133,7 +133,7 @@ def fit(
     Returns
     -------
     The model. Writes `obsm[key_added]`, shape (n_obs, d_embedding), float32, with labels also `obs["scfm_split"]`
-    ("train", "calibration", "test", "unlabelled"), and a record under `uns["scfm"]`.
+    ("train", "calibration", "test", "unlabeled"), and a record under `uns["scfm"]`.
 
     Raises
     ------

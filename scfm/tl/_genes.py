@@ -67,13 +67,13 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
             f"{len(missing)} of {len(genes)} genes have no embedding: {', '.join(map(repr, missing[:5]))}. Names are "
             f"case-sensitive; `embeddings` holds {len(embeddings)} genes, such as {embeddings.index[0]!r}."
         )
-    centred_GD = embeddings.to_numpy(dtype=np.float64)
-    centred_GD = centred_GD - centred_GD.mean(0)
-    centred_GD /= np.maximum(np.linalg.norm(centred_GD, axis=1, keepdims=True), 1e-300)
+    centered_GD = embeddings.to_numpy(dtype=np.float64)
+    centered_GD = centered_GD - centered_GD.mean(0)
+    centered_GD /= np.maximum(np.linalg.norm(centered_GD, axis=1, keepdims=True), 1e-300)
     parts = []
     for gene in genes:
         place = int(embeddings.index.get_loc(gene))
-        cosine_G = centred_GD @ centred_GD[place]
+        cosine_G = centered_GD @ centered_GD[place]
         order = np.argsort(-cosine_G, kind="stable")
         others = order[order != place]
         best = others[:n_genes]
@@ -203,7 +203,7 @@ def _require_classes(classes: NDArray[np.str_], n_folds: int) -> None:
     if len(kinds) < 2 or counts.min() < n_folds:
         found = ", ".join(f"{kind!r}: {count}" for kind, count in zip(kinds, counts))
         raise LabelsError(
-            f"The labelled genes with embeddings are {{{found}}}; {n_folds} folds need two classes or more of at least "
+            f"The labeled genes with embeddings are {{{found}}}; {n_folds} folds need two classes or more of at least "
             f"{n_folds} genes. Label more genes, or lower `n_folds`."
         )
 

@@ -98,8 +98,8 @@ def integrate(
     network = _with_integration_heads(model, len(batches.names), seed)
     objective = Integration(is_gene_V=network.is_gene_V.cpu())
     stage = config or FitConfig(n_steps=200, learning_rate=3e-4, seed=seed)
-    labelled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
-    train(network, objective, labelled, stage, title="integration", progress=progress)
+    labeled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
+    train(network, objective, labeled, stage, title="integration", progress=progress)
     adata.obsm[key_added] = Model(network, model.encoding).embed(cells)
     record(adata, model, key_added, layer=layer, gene_key=gene_key, batch_key=batch_key, seed=seed)
     return adata if copy else None

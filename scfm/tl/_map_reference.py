@@ -1,6 +1,6 @@
 """`scfm.tl.map_reference`."""
 
-# Axes: Q query cells, R reference cells, N neighbours, D model width, C classes.
+# Axes: Q query cells, R reference cells, N neighbors, D model width, C classes.
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def map_reference(
     Raises
     ------
     LabelsError
-        If `labels_key` is missing, or fewer reference cells than neighbours have a label.
+        If `labels_key` is missing, or fewer reference cells than neighbors have a label.
     EmptyCellError
         If there are no cells in `query`, or a cell has no known gene.
 
@@ -87,23 +87,23 @@ def map_reference(
     model = opened(model)
     require_cells(query)
     labels = columns.labels(reference.obs, labels_key)
-    if len(labels.labelled) < n_neighbors:
+    if len(labels.labeled) < n_neighbors:
         raise LabelsError(
-            f"`n_neighbors` is {n_neighbors}, and {len(labels.labelled)} reference cells have a label. Lower it."
+            f"`n_neighbors` is {n_neighbors}, and {len(labels.labeled)} reference cells have a label. Lower it."
         )
     query = query.copy() if copy else query
     reference_RD, query_QD = (
         model.embed(pp.encode(cells, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key))
-        for cells in (reference[labels.labelled], query)
+        for cells in (reference[labels.labeled], query)
     )
     center_D, scale_D = reference_RD.mean(0), np.maximum(reference_RD.std(0), 1e-6)
     found = NearestNeighbors(n_neighbors=n_neighbors).fit((reference_RD - center_D) / scale_D)
     distance_QN, row_QN = found.kneighbors((query_QD - center_D) / scale_D)
-    share_QC = _shares(distance_QN, labels.codes[labels.labelled][row_QN], len(labels.names))
+    share_QC = _shares(distance_QN, labels.codes[labels.labeled][row_QN], len(labels.names))
     query.obs[f"{key_added}_label"] = pd.Categorical.from_codes(share_QC.argmax(1), categories=list(labels.names))
     query.obs[f"{key_added}_confidence"] = share_QC.max(1)
     query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / np.sqrt(len(scale_D))
-    query.obsm[f"{key_added}_neighbors"] = labels.labelled[row_QN]
+    query.obsm[f"{key_added}_neighbors"] = labels.labeled[row_QN]
     query.obsm[f"{key_added}_neighbor_distances"] = (distance_QN / np.sqrt(len(scale_D))).astype(np.float32)
     record(
         query,
@@ -119,7 +119,7 @@ def map_reference(
 
 
 def _shares(distance_QN: NDArray[np.floating], code_QN: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
-    """Weighted share of each class among the neighbours, shape (Q, C)."""
+    """Weighted share of each class among the neighbors, shape (Q, C)."""
     width_Q1 = np.maximum(np.median(distance_QN, axis=1, keepdims=True), 1e-12)
     weight_QN = np.exp(-0.5 * (distance_QN / width_Q1) ** 2)
     share_QC = np.zeros((len(code_QN), n_classes))

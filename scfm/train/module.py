@@ -117,7 +117,7 @@ class TrainingModule(lightning.LightningModule):
         elif self.config.precision == "16-mixed":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val is not None:
-            # Lightning refuses a fused optimiser in bf16-mixed, where nothing is scaled.
+            # Lightning refuses a fused optimizer in bf16-mixed, where nothing is scaled.
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 

@@ -1,4 +1,4 @@
-"""FSDP: parameters, gradients and optimiser state in shards over the devices, for models that one cannot hold."""
+"""FSDP: parameters, gradients and optimizer state in shards over the devices, for models that one cannot hold."""
 
 from __future__ import annotations
 

@@ -39,11 +39,11 @@ def test_genes_of_the_test_fold_have_no_label_in_training(adata, model, lineage_
 
     monkeypatch.setattr(genes, "train", record)
     scfm.tl.classify_genes(None, lineage_labels, adata, model=model, finetune=True, n_folds=3, progress=False)
-    labelled_FV = torch.stack(seen) >= 0
+    labeled_FV = torch.stack(seen) >= 0
     gene_ids = torch.from_numpy(model.encoding.vocabulary.require(list(adata.var_names))).long()
     assert len(seen) == 3
-    assert (labelled_FV[:, gene_ids].sum(0) == 2).all()  # tested once, trained on in the two other folds
-    assert int(labelled_FV.sum()) == 2 * len(gene_ids)
+    assert (labeled_FV[:, gene_ids].sum(0) == 2).all()  # tested once, trained on in the two other folds
+    assert int(labeled_FV.sum()) == 2 * len(gene_ids)
 
 
 @pytest.mark.slow

@@ -94,11 +94,11 @@ def test_perturb_writes_the_table_of_the_function(result, folder, cells, tmp_pat
     np.testing.assert_allclose(written["shift_mean"], expected["shift_mean"], rtol=1e-12)
 
 
-def test_check_fails_on_normalised_data_and_says_why(command, folder, cells, tmp_path):
+def test_check_fails_on_normalized_data_and_says_why(command, folder, cells, tmp_path):
     good = command("check", folder / "cells.h5ad", "--model", folder / "model")
-    normalised = cells.copy()
-    normalised.X = normalised.X.log1p()
-    normalised.write_h5ad(tmp_path / "log.h5ad")
+    normalized = cells.copy()
+    normalized.X = normalized.X.log1p()
+    normalized.write_h5ad(tmp_path / "log.h5ad")
     bad = command("check", tmp_path / "log.h5ad", "--model", folder / "model")
     assert (good[0], bad[0]) == (0, 1)
     assert "not ready" in bad[1]

@@ -30,11 +30,11 @@ def test_missing_input_is_told_in_one_line(command, folder, tmp_path):
     assert "Traceback" not in err
 
 
-def test_log_normalised_counts_name_the_cure_and_leave_no_file(command, folder, cells, tmp_path):
-    normalised = cells.copy()
-    normalised.layers["counts"] = cells.X
-    normalised.X = normalised.X.log1p()
-    normalised.write_h5ad(tmp_path / "log.h5ad")
+def test_log_normalized_counts_name_the_cure_and_leave_no_file(command, folder, cells, tmp_path):
+    normalized = cells.copy()
+    normalized.layers["counts"] = cells.X
+    normalized.X = normalized.X.log1p()
+    normalized.write_h5ad(tmp_path / "log.h5ad")
     code, _, err = command("embed", tmp_path / "log.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
     assert code == 1
     assert "Raw counts seem to be in --layer counts: pass that" in err  # as an option, which it is here

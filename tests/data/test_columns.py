@@ -29,7 +29,7 @@ def test_missing_values_are_no_class_and_no_group(form, read):
     assert found.names == ("a", "b")
     assert found.codes.tolist() == [0, -1, 1, -1, 0, -1]
     assert found.codes.dtype == np.int64
-    assert found.labelled.tolist() == [0, 2, 4]
+    assert found.labeled.tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_bin_is_scgpts(scfm_data, file, settings, human_symbols, oracle, tokens_
 
 
 @pytest.mark.parametrize("file", EVERY)
-def test_normalised_and_logged_bins_keep_zeros(scfm_data, file, oracle, tokens_of):
+def test_normalized_and_logged_bins_keep_zeros(scfm_data, file, oracle, tokens_of):
     adata = read(scfm_data, file)[:, :300].copy()
     adata.obs["depth"] = read(scfm_data, file).X.sum(axis=1).A1
     config = EncodingConfig(kind="bin", target_sum=1e4, log1p=True, include_zeros=True, context_length=250, cls_value=0)

@@ -55,10 +55,10 @@ def test_fit_trains_the_toy_family_on_its_encoding_and_objective(cells, fitted):
     np.testing.assert_array_equal(encoded.select([0]).values_T.numpy()[is_gene], expected[: is_gene.sum()])
 
 
-def test_a_toy_checkpoint_is_recognised_loaded_and_fine_tuned(cells, fitted, tmp_path):
+def test_a_toy_checkpoint_is_recognized_loaded_and_fine_tuned(cells, fitted, tmp_path):
     fitted.save(tmp_path / "ours")
     scfm.families.convert(tmp_path / "ours", tmp_path / "theirs", to="toy")
-    assert scfm.families.recognise(tmp_path / "theirs").name == "toy"
+    assert scfm.families.recognize(tmp_path / "theirs").name == "toy"
     loaded = scfm.load(tmp_path / "theirs")
     encoded = scfm.pp.encode(cells, fitted)
     np.testing.assert_array_equal(loaded.embed(encoded), fitted.embed(encoded))

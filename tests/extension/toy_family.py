@@ -34,7 +34,7 @@ def published_names(names):
     return [WeightMapping(name, (f"toy.{name}",)) for name in names]
 
 
-def recognise(files):
+def recognize(files):
     return files.has("toy.json")
 
 
@@ -62,7 +62,7 @@ add_family(
         architecture=ARCHITECTURE,
         presets=(PRESET,),
         objectives=OBJECTIVES,
-        recognise=recognise,
+        recognize=recognize,
         read=read,
         write=write,
     )

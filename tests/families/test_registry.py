@@ -37,7 +37,7 @@ def adata():
 def test_it_is_loaded_converted_and_written_back(toy, adata, tmp_path):
     model = toy.build(GENES)
     toy.write(model, tmp_path / "theirs")
-    assert scfm.families.recognise(tmp_path / "theirs") is toy.FAMILY
+    assert scfm.families.recognize(tmp_path / "theirs") is toy.FAMILY
     loaded = scfm.load(tmp_path / "theirs")
     cells = scfm.pp.encode(adata, loaded)
     assert np.array_equal(loaded.embed(cells), model.embed(cells))

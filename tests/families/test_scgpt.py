@@ -132,7 +132,7 @@ def test_batch_labels_batch_norm_and_discriminator_are_those_of_the_package(tran
     )
     save(tmp_path / "model", peer.state_dict())
     model = scfm.load(tmp_path / "model")
-    for domain in range(3):  # published code normalises a batch by the domain of its first cell
+    for domain in range(3):  # published code normalizes a batch by the domain of its first cell
         cells = scgpt_cells(ragged)
         cells = cells.replace(batch_ids_B=torch.full((len(cells),), domain))
         theirs = run(peer, cells, MVC=True)

@@ -90,7 +90,7 @@ FAMILY = FAMILIES.add(
         presets=(PRESET,),
         objectives=PRESET.objectives,
         files=("toy.json",),
-        recognise=lambda files: files.has("toy.json"),
+        recognize=lambda files: files.has("toy.json"),
         read=read,
         write=write,
     ),

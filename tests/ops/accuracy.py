@@ -103,7 +103,7 @@ def attention_bounds(problem):
     """First-order bounds on the error of every result, whatever the order of the sums.
 
     A sum of n products is off by n units of float32 of the sum of their magnitudes, a score by `score`, a probability
-    relatively by that and by the same of its normalisation. `last` is the unit of the dtype: inputs of products that kernels
+    relatively by that and by the same of its normalization. `last` is the unit of the dtype: inputs of products that kernels
     round, and results.
     """
     unit, last = torch.finfo(torch.float32).eps / 2, torch.finfo(problem.q.dtype).eps / 2

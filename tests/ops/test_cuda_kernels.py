@@ -1,4 +1,4 @@
-"""The CUDA kernels, run thread by thread on the CPU, against the float64 oracle: index arithmetic, masks, synchronisation.
+"""The CUDA kernels, run thread by thread on the CPU, against the float64 oracle: index arithmetic, masks, synchronization.
 
 Speed is not tested here, nor whether a GPU's compiler and memory follow the rules that the emulated machine checks.
 """
@@ -127,7 +127,7 @@ def test_a_low_bias_of_all_keys_brings_nothing_from_past_the_end(make_problem, d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("known", [None, [17, 21]], ids=["plain", "generative"])
 def test_not_a_number_stays_in_its_cell(make_problem, dtype, known, deterministic):
-    """Rows past the end are zero, not only masked: 0 times a neighbour's NaN would be NaN."""
+    """Rows past the end are zero, not only masked: 0 times a neighbor's NaN would be NaN."""
     problem = make_problem([33, 40], dtype=dtype, known=known)
     clean = problem.run(machine.attention)
     for tensor in (problem.q, problem.k, problem.v, problem.grad_out):

@@ -39,9 +39,9 @@ def by_the_formula(query_NK, key_NK, value_NK, projection_MK):
     """Choromanski et al. 2021 for one cell and head, as scBERT publishes it at batch size 1."""
     width, n_features = query_NK.shape[1], projection_MK.shape[0]
 
-    def phi(x_NK, stabiliser):
+    def phi(x_NK, stabilizer):
         scaled = x_NK * width**-0.25
-        exponent = scaled @ projection_MK.T - scaled.square().sum(1, keepdim=True) / 2 - stabiliser
+        exponent = scaled @ projection_MK.T - scaled.square().sum(1, keepdim=True) / 2 - stabilizer
         return (exponent.exp() + 1e-4) / math.sqrt(n_features)
 
     query = phi(query_NK, (query_NK * width**-0.25 @ projection_MK.T).amax(1, keepdim=True).detach())

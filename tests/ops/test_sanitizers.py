@@ -1,4 +1,4 @@
-"""The kernels under the address and undefined-behaviour sanitizers: one slow test that builds them again."""
+"""The kernels under the address and undefined-behavior sanitizers: one slow test that builds them again."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif("SCFM_TEST_SANITIZERS" not in os.environ, reason="takes long: `make sanitize` runs it")
 @pytest.mark.skipif(not ops.extension_info()["available"], reason="needs the compiled extension")
 @pytest.mark.skipif(shutil.which("gcc") is None or not (ROOT / "csrc").is_dir(), reason="needs gcc and the sources")
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
+def test_no_access_out_of_bounds_and_no_undefined_behavior(tmp_path):
     sources = tmp_path / "scfm"
     for name in ("scfm", "csrc", "tests/ops"):
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "host"))

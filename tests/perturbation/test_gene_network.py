@@ -134,8 +134,8 @@ def test_edges_that_are_heavier_than_by_chance_are_found_at_the_stated_rate_of_f
     found, null = Edges.none(n_genes), Edges.none(n_genes)
     for source, target in np.ndindex(n_genes, n_genes):
         n_cells = int(rng.integers(5, 80))
-        for edges, centre, n in ((found, np.log(3) * (source == 0), n_cells), (null, 0, 5 * n_cells)):
-            edges.add(np.full(n, source), np.full(n, target), rng.lognormal(centre, 0.8, n))
+        for edges, center, n in ((found, np.log(3) * (source == 0), n_cells), (null, 0, 5 * n_cells)):
+            edges.add(np.full(n, source), np.full(n, target), rng.lognormal(center, 0.8, n))
     table = edge_table(found, null, [f"G{gene}" for gene in range(n_genes)], min_cells=5)
     called = table[table["fdr"] < 0.1]
     assert (table["source"] == "G0").sum() == n_genes - 1

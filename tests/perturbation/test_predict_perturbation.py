@@ -55,8 +55,8 @@ def test_ridge_agrees_with_scikit_learn():
     rng = np.random.default_rng(2)
     x, test = rng.normal(size=(20, 6)), rng.normal(size=(4, 6))
     y = x @ rng.normal(size=(6, 3)) + rng.normal(size=(20, 3))
-    centred = x - x.mean(0)
-    unit = (centred**2).sum() / len(x)
+    centered = x - x.mean(0)
+    unit = (centered**2).sum() / len(x)
     oracle = RidgeCV(alphas=[penalty * unit for penalty in PENALTIES]).fit(x, y)
     np.testing.assert_allclose(ridge(x, y, test), oracle.predict(test), rtol=1e-6)
 
@@ -123,7 +123,7 @@ def test_predictions_have_a_row_a_method_and_a_column_a_gene(screened):
 KEYS = {"perturbation_key": "target", "control": "control"}
 
 
-def relabelled(adata, name_of):
+def relabeled(adata, name_of):
     """The same cells with other names of their perturbations."""
     changed = adata.copy()
     changed.obs["target"] = [name_of(cell, name) for cell, name in enumerate(adata.obs["target"])]
@@ -133,7 +133,7 @@ def relabelled(adata, name_of):
 def test_gears_names_mean_their_genes(screened):
     """Oracle: the same cells with plain names."""
     adata, model = screened
-    gears = relabelled(
+    gears = relabeled(
         adata, lambda cell, name: "ctrl" if name == "control" else f"{name}+ctrl" if cell % 2 else f"ctrl + {name}"
     )
     gears.obs.loc[gears.obs_names[0], "target"] = "ctrl+ctrl"
@@ -148,8 +148,8 @@ def test_gears_names_mean_their_genes(screened):
 
 def test_the_order_of_genes_in_a_name_says_nothing(screened):
     adata, model = screened
-    one = relabelled(adata, lambda cell, name: "CD74+CST3" if name == "NKG7" else name)
-    other = relabelled(one, lambda cell, name: "CST3+CD74" if cell % 8 == 3 and "+" in name else name)
+    one = relabeled(adata, lambda cell, name: "CD74+CST3" if name == "NKG7" else name)
+    other = relabeled(one, lambda cell, name: "CST3+CD74" if cell % 8 == 3 and "+" in name else name)
     assert {"CD74+CST3", "CST3+CD74"} < set(other.obs["target"])
     tables = [scfm.tl.score_perturbation_prediction(cells, model, **KEYS) for cells in (one, other)]
     assert set(tables[1]["perturbation"]) == {"CD74", "CST3", "LYZ", "CD74+CST3"}
@@ -176,7 +176,7 @@ def test_genes_are_found_by_the_names_that_gene_key_has(screened):
 
 def test_perturbations_of_few_cells_are_left_out_and_named(screened):
     adata, model = screened
-    rare = relabelled(adata, lambda cell, name: "CD79A" if cell in (236, 237) else name)
+    rare = relabeled(adata, lambda cell, name: "CD79A" if cell in (236, 237) else name)
     with pytest.warns(UserWarning, match="1 perturbations have fewer than 5 cells and are left out: CD79A"):
         table = scfm.tl.score_perturbation_prediction(rare, model, **KEYS)
     assert table.attrs["left_out"] == {"CD79A": "2 cells"}

@@ -68,7 +68,7 @@ def test_embedding_has_one_legend_for_panels_with_the_same_names(adata):
     assert len(last.get_legend().get_texts()) == 10
 
 
-def test_embedding_shows_unlabeled_cells_in_grey(adata):
+def test_embedding_shows_unlabeled_cells_in_gray(adata):
     adata.obs["other"] = adata.obs["other"].mask(adata.obs["other"] == "CD34+")
     (ax,) = scfm.pl.embedding(adata, color="other", show=False)
     colors = [to_hex(color) for color in ax.collections[0].get_facecolors()]
@@ -100,7 +100,7 @@ def test_embedding_starts_with_the_first_color_in_each_panel_without_shared_name
     assert colors == [COLORS[0].lower(), COLORS[1].lower()]
 
 
-def test_embedding_shows_unassigned_cells_in_grey_and_last(adata):
+def test_embedding_shows_unassigned_cells_in_gray_and_last(adata):
     adata.obs["label"] = np.where(adata.obs["S_score"] < 0, "unassigned", "zeta")
     (ax,) = scfm.pl.embedding(adata, color="label", show=False)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["zeta", "unassigned"]
@@ -191,7 +191,7 @@ def test_another_table_is_told_which_was_wanted(adata):
 
 
 def test_colors_differ_for_color_blind_eyes():
-    """Simulated deuteranopia and protanopia (Vienot et al. 1999): all colors stay apart, and apart from the unlabelled grey."""
+    """Simulated deuteranopia and protanopia (Vienot et al. 1999): all colors stay apart, and apart from the unlabeled gray."""
     linear = (
         np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in [*COLORS, UNLABELED_COLOR]]) ** 2.2
     )
@@ -242,9 +242,9 @@ def test_training_has_one_panel_per_stage_and_an_exponential_average(fitted):
 def test_volcano_colors_and_names_what_is_sure(effects):
     effects["fdr"] = [1e-4, 0.05, 0.051, *[0.9] * 26, np.nan]
     ax = scfm.pl.volcano(effects, max_fdr=0.05, show=False)
-    grey, colored = ax.collections
+    gray, colored = ax.collections
     assert len(colored.get_offsets()) == 2  # 0.05 itself counts
-    assert len(grey.get_offsets()) == 27  # the untested one is not drawn
+    assert len(gray.get_offsets()) == 27  # the untested one is not drawn
     assert [text.get_text() for text in ax.texts] == ["FDR = 0.05", "GENE0", "GENE1"]
     np.testing.assert_allclose(colored.get_offsets()[0], [effects["shift_mean"].iloc[0], 4])
     with pytest.raises(ValueError, match="false discovery rate"):

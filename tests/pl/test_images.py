@@ -19,7 +19,7 @@ import scfm
 
 BASELINE = Path(__file__).with_name("baseline")
 # Root mean square difference of pixels, 0 to 255. The version of matplotlib that drew the images gives 0; a bar of another
-# colour gives 55, labels that are gone 42, the label of an axis that is gone 28. So does another text renderer (16 to 37,
+# color gives 55, labels that are gone 42, the label of an axis that is gone 28. So does another text renderer (16 to 37,
 # since sizes of letters move the axes), which is why other versions are not compared.
 TOLERANCE = 5.0
 DRAWN_BY = "3.11"
@@ -36,9 +36,9 @@ def _plain_style():
 def cells():
     rng = np.random.default_rng(0)
     names = np.repeat(["B cell", "T cell", "Monocyte"], 40)
-    centre = np.repeat([[0, 0], [4, 1], [2, 4]], 40, axis=0)
+    center = np.repeat([[0, 0], [4, 1], [2, 4]], 40, axis=0)
     obs = pd.DataFrame({"truth": names, "predicted": np.roll(names, 6)}, index=[f"cell{n}" for n in range(120)])
-    return anndata.AnnData(obs=obs, obsm={"X_umap": centre + rng.normal(size=(120, 2)) / 2})
+    return anndata.AnnData(obs=obs, obsm={"X_umap": center + rng.normal(size=(120, 2)) / 2})
 
 
 def effects():
@@ -119,10 +119,10 @@ def test_every_figure_has_an_image():
 
 
 @same_renderer
-@pytest.mark.parametrize("change", ["another colour", "a label gone"])
+@pytest.mark.parametrize("change", ["another color", "a label gone"])
 def test_the_tolerance_sees_what_matters(change, tmp_path):
     ax = FIGURES["report"]()
-    if change == "another colour":
+    if change == "another color":
         ax.patches[-1].set_color("#D55E00")
     else:
         ax.set_yticks([])

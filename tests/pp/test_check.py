@@ -37,7 +37,7 @@ def test_good_data_are_ready(pbmc, encoding):
     assert "<table>" in report._repr_html_()
 
 
-def test_log_normalised_data_are_not_and_counts_are_pointed_at(pbmc, encoding):
+def test_log_normalized_data_are_not_and_counts_are_pointed_at(pbmc, encoding):
     adata = pbmc.copy()
     adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X.log1p()
@@ -50,7 +50,7 @@ def test_log_normalised_data_are_not_and_counts_are_pointed_at(pbmc, encoding):
     assert verdicts(scfm.pp.check(adata, encoding, layer="nowhere"))["counts"] == "problem"
 
 
-def test_a_mouse_is_recognised(pbmc, encoding):
+def test_a_mouse_is_recognized(pbmc, encoding):
     mouse = pbmc.copy()
     mouse.var_names = [name.capitalize() for name in mouse.var_names]
     report = scfm.pp.check(mouse, encoding)

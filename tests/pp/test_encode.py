@@ -22,10 +22,10 @@ def encoding(pbmc):
     return make_encoding("rank", adata=pbmc)
 
 
-def test_medians_are_those_of_nonzero_normalised_counts(pbmc, encoding):
-    normalised = pbmc.X.toarray().astype(float) / pbmc.obs["n_counts"].to_numpy(dtype=float)[:, None] * 1e4
+def test_medians_are_those_of_nonzero_normalized_counts(pbmc, encoding):
+    normalized = pbmc.X.toarray().astype(float) / pbmc.obs["n_counts"].to_numpy(dtype=float)[:, None] * 1e4
     for gene in ("CD3D", "CST3", "NKG7"):
-        column = normalised[:, pbmc.var_names.get_loc(gene)]
+        column = normalized[:, pbmc.var_names.get_loc(gene)]
         median = encoding.medians[encoding.vocabulary.token_ids([gene])[0]]
         np.testing.assert_allclose(median, np.median(column[column > 0]), rtol=1e-12)
 
@@ -100,7 +100,7 @@ def test_empty_cells_are_named_or_kept(pbmc, encoding):
         scfm.pp.encode(adata, encoding, empty="drop")
 
 
-def test_log_normalised_data_are_refused_and_the_layer_is_named(pbmc, encoding):
+def test_log_normalized_data_are_refused_and_the_layer_is_named(pbmc, encoding):
     import scanpy
 
     adata = pbmc.copy()

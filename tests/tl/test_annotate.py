@@ -37,7 +37,7 @@ def test_the_gene_classifier_is_a_regression_on_components_of_scaled_genes(fitte
     deviation = expression[train].std(0)
     assert len(deviation) < N_DISPERSED  # here every gene takes part
     scaled = np.minimum(np.divide(expression, deviation, out=np.zeros_like(expression), where=deviation > 0), 10)
-    # The whole spectrum by LAPACK; the randomised solver must find its head.
+    # The whole spectrum by LAPACK; the randomized solver must find its head.
     right = np.linalg.svd(scaled[train], full_matrices=False)[2][:N_COMPONENTS]
     components = scaled @ right.T
     components = components - components[train].mean(0)
@@ -84,9 +84,9 @@ def test_what_is_missing_is_named(fitted):
     adata, model = fitted
     with pytest.raises(LabelsError, match="majority_key"):
         scfm.tl.annotate(adata, model, majority_key="cluters")
-    unlabelled = scfm.fit(adata[:50].copy(), config=scfm.FitConfig(n_steps=1), progress=False)
+    unlabeled = scfm.fit(adata[:50].copy(), config=scfm.FitConfig(n_steps=1), progress=False)
     with pytest.raises(ModelTaskError, match="not trained to annotate"):
-        scfm.tl.annotate(adata, unlabelled)
+        scfm.tl.annotate(adata, unlabeled)
 
 
 def test_calibration_error_of_known_cases():

@@ -63,7 +63,7 @@ def test_thinning_keeps_the_rate_and_never_adds():
     assert ((counts - thinned).toarray() >= 0).all()
 
 
-def test_smoothing_over_one_neighbour_changes_nothing_and_over_all_gives_the_mean():
+def test_smoothing_over_one_neighbor_changes_nothing_and_over_all_gives_the_mean():
     expression = sp.csr_matrix(np.random.default_rng(0).random((12, 8)).astype(np.float32))
     np.testing.assert_allclose(baselines.smooth_over_neighbors(expression, 1), expression.toarray(), rtol=1e-6)
     mean = np.broadcast_to(expression.toarray().mean(0), (12, 8))
@@ -72,11 +72,11 @@ def test_smoothing_over_one_neighbour_changes_nothing_and_over_all_gives_the_mea
 
 def test_scores_stand_beside_their_baselines(blood, model):
     table = evaluate_denoising(blood, model, rate=0.5)
-    assert list(table.index)[:3] == ["scfm", "no change", "mean of 15 nearest neighbours"]
+    assert list(table.index)[:3] == ["scfm", "no change", "mean of 15 nearest neighbors"]
     assert np.isfinite(table.to_numpy()).all()
 
 
-def test_weighing_own_counts_and_neighbours_beats_either_alone():
+def test_weighing_own_counts_and_neighbors_beats_either_alone():
     counts = sp.csr_matrix(scfm.datasets.pbmc()[:300, :60].X)
     thinned = thin_counts(counts, 0.5)
     kept = np.asarray(thinned.sum(1)).ravel() > 0

@@ -1,4 +1,4 @@
-"""Embeddings as published: layer, pooling, normalisation, precision; and gene embeddings."""
+"""Embeddings as published: layer, pooling, normalization, precision; and gene embeddings."""
 
 import numpy as np
 import pytest

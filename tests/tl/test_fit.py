@@ -90,8 +90,8 @@ def test_cells_without_a_label_are_fitted_on_but_neither_trained_nor_tested(bloo
     adata.obs["bulk_labels"] = adata.obs["bulk_labels"].astype(object)
     adata.obs.iloc[:20, adata.obs.columns.get_loc("bulk_labels")] = np.nan
     scfm.fit(adata, labels_key="bulk_labels", config=SHORT, pretrain_config=SHORT, progress=False)
-    assert (adata.obs["scfm_split"][:20] == "unlabelled").all()
-    assert not (adata.obs["scfm_split"][20:] == "unlabelled").any()
+    assert (adata.obs["scfm_split"][:20] == "unlabeled").all()
+    assert not (adata.obs["scfm_split"][20:] == "unlabeled").any()
     assert np.isfinite(adata.obsm["X_scfm"]).all()
 
 

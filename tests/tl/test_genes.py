@@ -49,6 +49,6 @@ def test_classes_that_are_expression_levels_are_found_by_the_baseline(adata, emb
     assert table.loc["scfm gene embedding", "balanced_accuracy"] < 0.7
 
 
-def test_too_few_labelled_genes_are_an_error(adata, embeddings):
+def test_too_few_labeled_genes_are_an_error(adata, embeddings):
     with pytest.raises(LabelsError, match="5 folds"):
         scfm.tl.classify_genes(embeddings, {embeddings.index[0]: "a", embeddings.index[1]: "b"}, adata)

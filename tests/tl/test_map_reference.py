@@ -27,7 +27,7 @@ def bin_model(blood):
     return scfm.fit(blood.copy(), encoding="bin", config=SHORT, progress=False)
 
 
-def test_a_reference_cell_finds_itself_and_a_sole_neighbour_decides(blood, rank_model):
+def test_a_reference_cell_finds_itself_and_a_sole_neighbor_decides(blood, rank_model):
     mapped = scfm.tl.map_reference(blood, blood, rank_model, labels_key="bulk_labels", n_neighbors=1, copy=True)
     np.testing.assert_array_equal(mapped.obsm["scfm_mapped_neighbors"][:, 0], np.arange(blood.n_obs))
     assert list(mapped.obs["scfm_mapped_label"]) == list(blood.obs["bulk_labels"])
@@ -35,7 +35,7 @@ def test_a_reference_cell_finds_itself_and_a_sole_neighbour_decides(blood, rank_
     np.testing.assert_allclose(mapped.obs["scfm_mapped_confidence"], 1)
 
 
-def test_reference_cells_without_a_label_are_never_neighbours(blood, rank_model, tmp_path):
+def test_reference_cells_without_a_label_are_never_neighbors(blood, rank_model, tmp_path):
     reference = blood.copy()
     reference.obs["bulk_labels"] = reference.obs["bulk_labels"].astype(object)
     reference.obs.iloc[::2, reference.obs.columns.get_loc("bulk_labels")] = np.nan
@@ -47,7 +47,7 @@ def test_reference_cells_without_a_label_are_never_neighbours(blood, rank_model,
     np.testing.assert_array_equal(read.obsm["scfm_mapped_neighbors"], query.obsm["scfm_mapped_neighbors"])
 
 
-def test_more_neighbours_than_labelled_cells_is_an_error(blood, rank_model):
+def test_more_neighbors_than_labeled_cells_is_an_error(blood, rank_model):
     with pytest.raises(LabelsError, match="`n_neighbors` is 500, and 120 reference cells"):
         scfm.tl.map_reference(blood[:5].copy(), blood, rank_model, labels_key="bulk_labels", n_neighbors=500)
 
@@ -57,7 +57,7 @@ def test_a_query_without_cells_is_an_error(blood, rank_model):
         scfm.tl.map_reference(blood[:0].copy(), blood, rank_model, labels_key="bulk_labels")
 
 
-def test_nearer_neighbours_weigh_more():
+def test_nearer_neighbors_weigh_more():
     share = _shares(np.array([[1.0, 2.0, 3.0]]), np.array([[1, 0, 0]]), 2)
     near, middle, far = np.exp([-1 / 8, -1 / 2, -9 / 8])  # the median distance is 2
     np.testing.assert_allclose(share, [[(middle + far) / (near + middle + far), near / (near + middle + far)]])

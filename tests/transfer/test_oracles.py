@@ -32,7 +32,7 @@ def _of_families(name):
 published = _of_families("conftest")
 ragged = published.ragged
 N_CLASSES, N_STEPS, RATE = 3, 5, 0.02
-# Deviation of what is added to every parameter: that of BERT's initialisation. With 0.1 the attention of twelve layers saturates,
+# Deviation of what is added to every parameter: that of BERT's initialization. With 0.1 the attention of twelve layers saturates,
 # and BERT's own gradients in float32 differ from those in float64 by 1e-3.
 SCALE = 0.02
 TOLERANCE = 1e-5  # relative to the largest element of the tensor

@@ -10,8 +10,8 @@ RANK = 2
 
 
 @pytest.fixture
-def labelled(kind, cells_and_genes, small_model):
-    """A network with a head for three classes, and labelled cells for it."""
+def labeled(kind, cells_and_genes, small_model):
+    """A network with a head for three classes, and labeled cells for it."""
     model = small_model(kind)
     cells = scfm.pp.encode(cells_and_genes, model)
     codes = cells_and_genes.obs["bulk_labels"].astype("category").cat.codes.to_numpy()
@@ -38,22 +38,22 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_head_leaves_every_other_tensor_bitwise_as_it_was(labelled):
-    found = changed(*fine_tune(*labelled, "head"))
+def test_head_leaves_every_other_tensor_bitwise_as_it_was(labeled):
+    found = changed(*fine_tune(*labeled, "head"))
     assert "class_head.linear.weight" in found
     assert {name for name in found if not name.startswith("class_head.")} == set()
 
 
-def test_last_blocks_leave_every_other_tensor_bitwise_as_it_was(labelled):
-    found = changed(*fine_tune(*labelled, "last:1"))
-    last = f"blocks.{n_blocks_read(labelled[0]) - 1}."
+def test_last_blocks_leave_every_other_tensor_bitwise_as_it_was(labeled):
+    found = changed(*fine_tune(*labeled, "last:1"))
+    last = f"blocks.{n_blocks_read(labeled[0]) - 1}."
     assert {"class_head.linear.weight", f"{last}attention.qkv.weight", f"{last}feed_forward.up.weight"} <= found
     assert {name for name in found if not name.startswith(("class_head.", last))} == set()
 
 
-def test_lora_changes_each_layer_by_a_matrix_of_its_rank(labelled):
-    used = tuple(f"blocks.{number}." for number in range(n_blocks_read(labelled[0])))
-    before, after = fine_tune(*labelled, f"lora:{RANK}")
+def test_lora_changes_each_layer_by_a_matrix_of_its_rank(labeled):
+    used = tuple(f"blocks.{number}." for number in range(n_blocks_read(labeled[0])))
+    before, after = fine_tune(*labeled, f"lora:{RANK}")
     found = changed(before, after)
     layers = {name for name in before if name.startswith(used) and before[name].ndim == 2 and "projection" not in name}
     assert {name for name in found if not name.startswith("class_head.")} == layers
@@ -64,8 +64,8 @@ def test_lora_changes_each_layer_by_a_matrix_of_its_rank(labelled):
         assert (singular_R[RANK:] < rounding).all(), f"{name}: {singular_R[: RANK + 2].tolist()}"
 
 
-def test_merging_keeps_the_logits(labelled):
-    network, cells = labelled
+def test_merging_keeps_the_logits(labeled):
+    network, cells = labeled
     network.eval()
     with torch.no_grad():
         untouched_BC = network.class_logits(cells)

@@ -17,7 +17,7 @@ from scfm.perturbation.variants import cell_of
 
 
 def target_features(model: Model, cells: CellBatch, genes: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Mean shift of the cells' embeddings when each gene is deleted, (F,), standardised over genes, then of length 1.
+    """Mean shift of the cells' embeddings when each gene is deleted, (F,), standardized over genes, then of length 1.
 
     A gene that a cell does not express is inserted first, as its weakest gene, so that the perturbed gene is always in the
     input. Genes that are not in the vocabulary get zeros, the mean.

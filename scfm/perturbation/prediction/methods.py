@@ -47,9 +47,9 @@ def bilinear_ridge(
     -----
     Ahlmann-Eltze, Huber and Anders 2025, Nature Methods; K and penalty are theirs. Genes outside the matrix have p = 0.
     """
-    centre_G = measured.change_PG.mean(0)
-    centred_PG = measured.change_PG - centre_G
-    axes_GK = np.linalg.svd(centred_PG, full_matrices=False)[2][:n_components].T
+    center_G = measured.change_PG.mean(0)
+    centered_PG = measured.change_PG - center_G
+    axes_GK = np.linalg.svd(centered_PG, full_matrices=False)[2][:n_components].T
     row_of = {gene: row for row, gene in enumerate(measured.genes)}
 
     def design(wanted: Targets) -> NDArray[np.float64]:
@@ -59,9 +59,9 @@ def bilinear_ridge(
         return np.stack(rows)
 
     train_PK, ridge = design(measured.targets), penalty * np.eye(axes_GK.shape[1])
-    left = np.linalg.solve(axes_GK.T @ axes_GK + ridge, axes_GK.T @ centred_PG.T @ train_PK)
+    left = np.linalg.solve(axes_GK.T @ axes_GK + ridge, axes_GK.T @ centered_PG.T @ train_PK)
     weights_KK = np.linalg.solve(train_PK.T @ train_PK + ridge, left.T).T
-    return design(targets) @ weights_KK.T @ axes_GK.T + centre_G
+    return design(targets) @ weights_KK.T @ axes_GK.T + center_G
 
 
 def ridge_on_features(features: Mapping[str, NDArray[np.float64]]) -> Predictor:
@@ -70,7 +70,7 @@ def ridge_on_features(features: Mapping[str, NDArray[np.float64]]) -> Predictor:
     Parameters
     ----------
     features
-        Of each gene, shape (F,), standardised over genes.
+        Of each gene, shape (F,), standardized over genes.
     """
 
     def predict(measured: Measured, targets: Targets) -> NDArray[np.float64]:
@@ -108,8 +108,8 @@ def ridge(train_PF: NDArray, change_PG: NDArray, test_QF: NDArray) -> NDArray[np
 
     Penalties are relative to the mean diagonal of the kernel.
     """
-    centre_F, centre_G = train_PF.mean(0), change_PG.mean(0)
-    x_PF, y_PG = train_PF - centre_F, change_PG - centre_G
+    center_F, center_G = train_PF.mean(0), change_PG.mean(0)
+    x_PF, y_PG = train_PF - center_F, change_PG - center_G
     kernel_PP = x_PF @ x_PF.T
     unit = max(float(np.trace(kernel_PP)) / len(kernel_PP), 1e-12)
     values, vectors = np.linalg.eigh(kernel_PP)
@@ -118,12 +118,12 @@ def ridge(train_PF: NDArray, change_PG: NDArray, test_QF: NDArray) -> NDArray[np
         shrink = values.clip(min=0) / (values.clip(min=0) + penalty * unit)
         # The intercept is fitted too, which adds 1 / P to every leverage.
         hat_PP = (vectors * shrink) @ vectors.T + 1 / len(y_PG)
-        left_out = (change_PG - centre_G - (hat_PP - 1 / len(y_PG)) @ y_PG) / (1 - np.diag(hat_PP))[:, None].clip(
+        left_out = (change_PG - center_G - (hat_PP - 1 / len(y_PG)) @ y_PG) / (1 - np.diag(hat_PP))[:, None].clip(
             min=1e-9
         )
         best = min(best, (float((left_out**2).sum()), penalty))
     weights_PG = np.linalg.solve(kernel_PP + best[1] * unit * np.eye(len(kernel_PP)), y_PG)
-    return (test_QF - centre_F) @ x_PF.T @ weights_PG + centre_G
+    return (test_QF - center_F) @ x_PF.T @ weights_PG + center_G
 
 
 BASELINES: dict[str, Predictor] = {
