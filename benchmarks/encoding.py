@@ -25,7 +25,7 @@ import scipy.sparse as sp
 import torch
 
 import scfm.pp
-from scfm.data import host_info
+from scfm.data import encoder_info
 from scfm.data.counts import row_totals
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary, make_encoding
 from scfm.train.stream import CellStream
@@ -186,7 +186,7 @@ def main() -> None:
     if arguments.memory:
         print(peak_memory(arguments.memory))
         return
-    print(f"{os.cpu_count()} processors, {arguments.threads} threads, compiled encoder: {host_info()['reason']}")
+    print(f"{os.cpu_count()} processors, {arguments.threads} threads, compiled encoder: {encoder_info()['reason']}")
     print(f"{arguments.cells:,} cells of {GENES_PER_CELL:,} genes\n")
     print("| what | cells a second | processor us a cell |\n| --- | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from scfm.train import FitConfig, pretrain
     from scfm.vocab import Vocabulary
 
-# Loaded at first use: importing scfm costs nothing, and scfm.ops, scfm.nn and scfm.models need torch alone.
+# Modules are loaded at first use, so that `import scfm` is fast, and scfm.ops, scfm.nn and scfm.models need torch only.
 _MODULES = (
     "baselines", "data", "datasets", "encoding", "errors", "families", "models", "nn", "objectives", "ops", "pl", "pp", "tl", "train"
 )  # fmt: skip

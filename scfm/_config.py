@@ -1,4 +1,4 @@
-"""`Config`: what every configuration dataclass can do."""
+"""`Config`: the base class of all configuration dataclasses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Config:
     """Mixin for frozen dataclasses of JSON-able fields; a field may be a `Config` itself."""
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed; for a nested configuration, a mapping of its changed fields will do."""
+        """Return a copy with some fields changed; a nested configuration can be given as a mapping of its changed fields."""
         _refuse_unknown(type(self), changes)
         nested = {
             name: value.replace(**changes[name])
@@ -26,12 +26,12 @@ class Config:
         return dataclasses.replace(self, **{**changes, **nested})  # type: ignore[type-var]
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields by name, nested configurations as dictionaries."""
+        """Return the fields by name, and nested configurations as dictionaries."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Build from the output of `to_dict`, also after a round trip through JSON.
+        """Build a configuration from the output of `to_dict`, also after a round trip through JSON.
 
         Raises
         ------
@@ -53,7 +53,7 @@ class Config:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """A question that names the most similar of `known`, after a space; an empty text if none is similar."""
+    """Return " Did you mean ...?" with the most similar of `known`, or an empty string if none is similar."""
     similar = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {similar[0]!r}?" if similar else ""
 
@@ -68,7 +68,7 @@ def _refuse_unknown(cls: type, content: Mapping[str, Any]) -> None:
 
 
 def _converted(cls: type, name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type has it: nested configurations, tuples, plain numbers."""
+    """Convert `value` to the type of the field: nested configurations, tuples, plain numbers."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for member in members:
         if isinstance(value, Mapping) and isinstance(member, type) and issubclass(member, Config):
@@ -85,7 +85,7 @@ def _converted(cls: type, name: str, value: Any, hint: Any) -> Any:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON suits a type hint; a whole number suits float, True suits no number."""
+    """Whether a value from JSON matches a type hint. Whole numbers match float; True and False match no number."""
     origin = get_origin(hint)
     if hint is Any:
         return True

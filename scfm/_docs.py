@@ -9,7 +9,7 @@ from typing import TypeVar
 
 F = TypeVar("F", bound=Callable[..., object])
 
-# One entry is one complete numpydoc entry, or several that always stand together.
+# Each entry is one complete numpydoc entry, or several that always occur together.
 SHARED = {
     "adata": """
 adata

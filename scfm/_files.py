@@ -1,4 +1,4 @@
-"""Output files and folders: written completely or not at all, and refused before any work if they cannot be written."""
+"""Output files and folders: they are written completely or not at all, and checked before any work starts."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ _in_use: set[Path] = set()
 
 @contextmanager
 def atomic_write(path: str | Path, *, n_bytes: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path` to write a file or a folder to, and rename it at the end.
+    """Yield a temporary path in the folder of `path` for a file or a folder, and rename it to `path` at the end.
 
-    At every instant, `path` is what it was before or is complete, also if the process is killed. Temporary files that
-    killed processes of this machine left for the same `path` are removed.
+    At every moment `path` is either unchanged or complete, even if the process is killed. Temporary files for the same
+    `path` that killed processes on this machine left behind are removed.
 
     Parameters
     ----------
     path
-        The file or folder to write; one that exists is replaced.
+        The file or folder to write; an existing one is replaced.
     n_bytes
-        Disk space that the output needs, where that is known; it is compared with the free space before anything is
-        written.
+        Disk space that the output needs, if known; it is compared with the free space before anything is written.
 
     Raises
     ------
@@ -65,7 +64,7 @@ def atomic_write(path: str | Path, *, n_bytes: int | None = None) -> Iterator[Pa
 
 @contextmanager
 def output_lock(path: str | Path) -> Iterator[None]:
-    """Hold the only right to write `path`; other processes that ask for it meanwhile are refused.
+    """Hold the exclusive right to write `path`; another process that requests it meanwhile gets an error.
 
     Raises
     ------
@@ -85,14 +84,14 @@ def output_lock(path: str | Path) -> Iterator[None]:
             holder = os.pread(descriptor, 100, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise OutputError(
-                f"{path} is being written by {holder}. Wait until it has finished, or name another output."
+                f"{path} is being written by {holder}. Wait until it has finished, or choose another output."
             ) from None
         except OSError:  # the file system has no locks
             pass
         with suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == lock_path.stat().st_ino:
                 break
-        os.close(descriptor)  # the holder before us removed the file
+        os.close(descriptor)  # the previous holder removed the file
     try:
         os.pwrite(descriptor, f"process {os.getpid()} on {_HOST}".encode(), 0)
         yield
@@ -102,24 +101,25 @@ def output_lock(path: str | Path) -> Iterator[None]:
 
 
 def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Path] = ()) -> None:
-    """Refuse an output that cannot, or should not, be written when the work is done.
+    """Raise unless `out` can be written at the end of the work.
 
     Raises
     ------
     ValueError
-        If `out` has none of `suffixes`, is one of `inputs`, or is a folder other than a .zarr; or if its suffix needs a
-        package that is missing.
+        If `out` has none of `suffixes`, is one of `inputs`, is a folder other than a .zarr, or has a suffix that needs a
+        package that is not installed.
     OSError
         If the folder of `out` cannot be written to.
     """
     if out.suffix not in suffixes:
         raise ValueError(
-            f"{out} {f'ends in {out.suffix!r}' if out.suffix else 'has no suffix'}; name an output that ends in one of {', '.join(suffixes)}."
+            f"{out} {f'ends in {out.suffix!r}' if out.suffix else 'has no suffix'}; choose an output that ends in one of "
+            f"{', '.join(suffixes)}."
         )
     if out.resolve() in [path.resolve() for path in inputs]:
-        raise ValueError(f"{out} is an input. Name another output; inputs are never changed.")
+        raise ValueError(f"{out} is an input, and inputs are never changed. Choose another output.")
     if out.is_dir() and not (out.suffix == ".zarr" and any((out / name).exists() for name in ZARR_FILES)):
-        raise ValueError(f"{out} is a folder that scfm has not written, so it is not replaced. Name another output.")
+        raise ValueError(f"{out} is a folder that scfm has not written, so it is not replaced. Choose another output.")
     if out.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401
@@ -129,23 +129,23 @@ def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Pat
 
 
 def require_folder(folder: Path) -> None:
-    """Raise `OSError` unless files can be written to `folder`, or it can be made."""
+    """Raise `OSError` unless `folder` is writable or can be created."""
     folder = _existing(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, so nothing can be written below it. Name another output.")
+        raise NotADirectoryError(f"{folder} is a file, so nothing can be written below it. Choose another output.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"The folder {folder} cannot be written to. Name another output.")
+        raise PermissionError(f"The folder {folder} is not writable. Choose another output.")
 
 
 def require_space(path: Path, n_bytes: int) -> None:
-    """Raise `OutputError` unless the disk of `path` has `n_bytes` free."""
+    """Raise `OutputError` unless `n_bytes` are free on the disk of `path`."""
     if _free(path) < n_bytes:
         raise _disk_full(path, n_bytes)
 
 
 @contextmanager
 def disk_full_as(path: Path, n_bytes: int) -> Iterator[None]:
-    """Raise `OutputError` for `path`, which needs `n_bytes`, if the disk turns out to be full inside."""
+    """Raise `OutputError` for `path`, which needs `n_bytes`, if the code inside reports a full disk."""
     try:
         yield
     except Exception as error:
@@ -155,42 +155,43 @@ def disk_full_as(path: Path, n_bytes: int) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error`, of whichever library, says that a disk is full or a quota is reached."""
+    """Whether an error of any library says that a disk is full or a quota is reached."""
     if isinstance(error, OutputError):
         return False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # HDF5 and safetensors give the system's text; NumPy and torch say how much they failed to write.
+    # HDF5 and safetensors repeat the message of the system; NumPy and torch report the number of bytes written.
     return re.search(
-        r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+",
+        r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|"
+        r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+",
         str(error),
     ) is not None  # fmt: skip
 
 
 def write_adata(adata: Any, path: Path) -> None:
-    """Write an AnnData as `.zarr` or `.h5ad`, without anndata's warnings about its next default format."""
+    """Write an AnnData as `.zarr` or `.h5ad`, without anndata's warnings about its future default format."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
 
 
 def _free(path: Path) -> int:
-    """Free bytes of the disk that `path` is on, or will be on."""
+    """Return the free bytes on the disk where `path` is, or will be."""
     return shutil.disk_usage(_existing(path.parent)).free
 
 
 def _existing(folder: Path) -> Path:
-    """`folder`, or the nearest folder above it that exists."""
+    """Return `folder` if it exists, otherwise the nearest parent folder that exists."""
     while not folder.exists():
         folder = folder.parent
     return folder
 
 
 def _disk_full(path: Path, n_bytes: int, *, at_least: bool = False) -> OutputError:
-    """The error for a `path` that needs `n_bytes`, which its disk does not have."""
+    """Return the error for a `path` that needs `n_bytes` on a disk with less free space."""
     return OutputError(
         f"The disk is full: {path} needs {'more than ' if at_least else ''}{_readable(n_bytes)}, and {_readable(_free(path))} "
-        f"are free. Free some space, or name an output on another disk. "
+        f"are free. Free some space, or choose an output on another disk. "
         f"{f'{path} is unchanged.' if path.exists() else 'Nothing was written.'}"
     )
 
@@ -199,16 +200,16 @@ def _readable(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
-# A temporary path names the machine and the process that writes it, so that what a killed process left is recognized.
+# A temporary path names the machine and the process that writes it, so that files of killed processes are recognized.
 
 
 def _temporary_path(path: Path, ending: str = "") -> Path:
-    # File names are limited to 255 bytes. Writers recognize the format by the suffix, so it stays.
+    # File names are limited to 255 bytes. The suffix is kept because writers use it to choose the format.
     return path.with_name(f".{path.stem[:40]}.{_HOST}-{os.getpid()}-{next(_counter)}{ending}{path.suffix}")
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files for `path` whose process is gone; restore what it had only moved aside."""
+    """Remove temporary files for `path` whose process has ended; restore `path` if such a process had only moved it."""
     pattern = re.compile(
         rf"\.{re.escape(path.stem[:40])}\.{re.escape(_HOST)}-(\d+)-\d+(?P<old>-old)?{re.escape(path.suffix)}"
     )
@@ -234,7 +235,7 @@ def _is_running(process: int) -> bool:
 
 
 def _move(temporary_path: Path, path: Path) -> None:
-    """Rename `temporary_path` to `path`; what was there is replaced in one step."""
+    """Rename `temporary_path` to `path`; existing content is replaced in one step."""
     if not path.is_dir() and not (temporary_path.is_dir() and path.exists()):
         temporary_path.replace(path)
     elif _exchange(temporary_path, path):
@@ -247,7 +248,7 @@ def _move(temporary_path: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step; False where the system cannot."""
+    """Swap two paths in one step; return False if the system does not support it."""
     libc = ctypes.CDLL(None)
     names = os.fsencode(first), os.fsencode(second)
     if hasattr(libc, "renameat2"):  # Linux: AT_FDCWD is -100, RENAME_EXCHANGE is 2
@@ -265,7 +266,7 @@ def _remove(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Return the bytes of a file, or of all files of a folder."""
     with suppress(OSError):
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         return sum(file.stat().st_size for file in files)

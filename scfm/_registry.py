@@ -1,4 +1,4 @@
-"""`Registry`: things of one kind by name, each added by the file that defines it."""
+"""`Registry`: objects of one kind by name, each added by the file that defines it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Entries by name: those named in `first` in that order, then the others by the alphabet.
+    """Entries by name: first those named in `first`, in that order, then the others in alphabetical order.
 
-    Every file of `package` whose name has no leading underscore is imported before the first look-up, so a new entry
-    needs no list elsewhere: its file calls `add`. Code outside of the package may add entries too.
+    Before the first look-up, every file of `package` whose name has no leading underscore is imported. A new entry is
+    therefore one file that calls `add`. Code outside of the package may add entries too.
 
     Parameters
     ----------
@@ -41,12 +41,12 @@ class Registry(Mapping[str, T], Generic[T]):
             If another entry has this name.
         """
         if self._entries.get(name, entry) is not entry:
-            raise ValueError(f"There is already a registered {self.kind} of the name {name!r}; choose another name.")
+            raise ValueError(f"A {self.kind} with the name {name!r} is already registered; choose another name.")
         self._entries[name] = entry
         return entry
 
     def remove(self, name: str) -> None:
-        """Remove an entry, such as one that a test has added."""
+        """Remove an entry, for example after a test."""
         del self._entries[name]
 
     def __getitem__(self, name: str) -> T:
@@ -66,7 +66,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def _complete(self) -> None:
         if self._is_complete:
             return
-        self._is_complete = True  # first: the files that are imported here may look entries up
+        self._is_complete = True  # before the imports, because the imported files may look up entries
         for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
             if not module.name.startswith("_"):
                 importlib.import_module(f"{self._package}.{module.name}")

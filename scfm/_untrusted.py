@@ -1,8 +1,8 @@
-"""Checks of files from elsewhere before they are parsed: incomplete downloads, and pickles that would exhaust a process.
+"""Check files from other sources before they are parsed: incomplete downloads, and pickles that would exhaust memory.
 
-A pickle can ask for any function, which the readers refuse by name. Besides, a few bytes can make Python's parser allocate
-gigabytes (an index of its memo, a length) or overflow the C stack (a deep tuple as a key). So the opcodes of a pickle are
-walked here first; the walk builds nothing and takes memory in proportion to the file.
+A pickle can ask for any function; the readers allow only known names. In addition, a few bytes can make Python's parser
+allocate gigabytes (a large memo index or length) or overflow the C stack (a deeply nested tuple as a key). The functions
+here therefore check the opcodes of a pickle first, without building any object, in memory proportional to the file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ MAX_OPCODES = 2_000_000
 MAX_DEPTH = 100
 MAX_PICKLE_BYTES = 256 * 1024**2
 _LFS_START = b"version https://git-lfs.github.com/spec/"
-_LEGACY_PICKLES = 5  # of a file that torch wrote before version 1.6: magic number, protocol, system, content, storages
+# A file of torch before version 1.6 holds this many pickles: magic number, protocol, system, content, storages.
+_LEGACY_PICKLES = 5
 
-# Opcodes after which a container holds more than before, but is the same object.
+# Opcodes that add items to a container.
 _GROWING = {"SETITEM", "SETITEMS", "APPEND", "APPENDS", "ADDITEMS", "BUILD"}
 _PLAIN = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP",
@@ -38,25 +39,25 @@ _OF_TORCH = _PLAIN | {"BINPERSID", "NEWOBJ", "EMPTY_SET", "ADDITEMS"}
 
 
 def require_downloaded(path: Path) -> None:
-    """Raise `ModelFileError` if a file is empty, or only stands for one that git-lfs has not downloaded."""
+    """Raise `ModelFileError` if a file is empty, or is a git-lfs pointer to a file that was not downloaded."""
     with path.open("rb") as file:
         start = file.read(len(_LFS_START))
     if not start:
         raise ModelFileError(f"{path} is empty: its download was not completed. Download it again.")
     if start == _LFS_START:
         raise ModelFileError(
-            f"{path} is a pointer of git-lfs, not the file itself. Fetch the content with `git lfs pull` in its folder, or "
-            "download the file again."
+            f"{path} is a git-lfs pointer, not the file itself. Fetch the file with `git lfs pull` in its folder, or "
+            "download it again."
         )
 
 
 def check_pickle(content: bytes, source: str) -> None:
-    """Walk a pickle of plain containers, strings and numbers.
+    """Check a pickle of plain containers, strings and numbers.
 
     Raises
     ------
     ModelFileError
-        If it is damaged, holds other opcodes, nests deeper than `MAX_DEPTH`, or would allocate out of proportion.
+        If it is damaged, holds other opcodes, is nested deeper than `MAX_DEPTH`, or would allocate too much memory.
     """
     if len(content) > MAX_PICKLE_BYTES:
         raise ModelFileError(
@@ -66,7 +67,7 @@ def check_pickle(content: bytes, source: str) -> None:
 
 
 def check_torch_file(path: Path) -> None:
-    """Check a `torch.save` file before torch reads it: sizes of its members, then the pickle that describes its content.
+    """Check a `torch.save` file before torch reads it: the sizes of its members, then the pickle of its content.
 
     Raises
     ------
@@ -77,7 +78,7 @@ def check_torch_file(path: Path) -> None:
         with path.open("rb") as file:
             if file.read(2) == b"PK":
                 raise ModelFileError(
-                    f"{path} is cut short: the list of contents at its end is missing. Copy or download it again."
+                    f"{path} is cut short: the table of contents at its end is missing. Copy or download it again."
                 )
             file.seek(0)
             for _ in range(_LEGACY_PICKLES):
@@ -87,19 +88,19 @@ def check_torch_file(path: Path) -> None:
         members = archive.infolist()
         if sum(member.file_size for member in members) > path.stat().st_size:
             raise ModelFileError(
-                f"{path} has members that are larger than the file. It is damaged, or meant to fill memory."
+                f"{path} has members that are larger than the file. It is damaged, or made to exhaust memory."
             )
         for member in members:
             if member.filename.endswith(".pkl"):
                 if member.file_size > MAX_PICKLE_BYTES:
                     raise ModelFileError(
-                        f"{path} describes its content in {member.file_size:,} bytes, which is not read."
+                        f"{path} describes its content in {member.file_size:,} bytes, which is too much to be read."
                     )
                 _walk(io.BytesIO(archive.read(member)), _OF_TORCH, str(path))
 
 
 def _walk(file: IO[bytes], allowed: Collection[str], source: str) -> None:
-    """Follow the stack of one pickle, keeping the depth of each object in its place."""
+    """Simulate the stack of one pickle with the nesting depth of each object."""
     stack: list[int] = []  # -1 is a mark
     memo: dict[Any, int] = {}
     try:
@@ -122,14 +123,14 @@ def _walk(file: IO[bytes], allowed: Collection[str], source: str) -> None:
                     raise ModelFileError(f"it is nested deeper than {MAX_DEPTH} levels")
     except ModelFileError as error:
         raise ModelFileError(f"The pickle in {source} is not read: {error}.") from None
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise ModelFileError(
             f"{source} is not a readable pickle ({type(error).__name__}: {error}). It is damaged or incomplete; copy it again."
         ) from error
 
 
 def _apply(name: str, stack: list[int]) -> None:
-    """Take from the stack what an opcode takes, and put what it puts: one more level than the deepest that it took."""
+    """Apply an opcode to the stack: new objects are nested one level deeper than the deepest object that it takes."""
     takes_to_mark, n_fixed, n_after = _EFFECT[name]
     taken: list[int] = []
     if takes_to_mark:
@@ -147,7 +148,7 @@ def _apply(name: str, stack: list[int]) -> None:
 
 
 def _effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
-    """Whether an opcode takes everything down to the last mark, how many objects besides, and how many it puts."""
+    """Return whether an opcode takes all objects down to the last mark, how many others it takes, and how many it adds."""
     marked = pickletools.stackslice in opcode.stack_before
     return marked, len(opcode.stack_before) - 2 * marked, len(opcode.stack_after)
 

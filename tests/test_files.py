@@ -159,7 +159,7 @@ def test_a_full_disk_is_recognized_in_the_error_of_every_library(tmp_path):
     for line in lines:
         assert re.fullmatch(
             r"OutputError The disk is full: \S+/output.h5ad needs more than \d.\d MB, and 0.\d MB are free. Free some space, "
-            r"or name an output on another disk. \S+/output.h5ad is unchanged. before \['output.h5ad'\]",
+            r"or choose an output on another disk. \S+/output.h5ad is unchanged. before \['output.h5ad'\]",
             line,
         ), line
 

@@ -45,7 +45,7 @@ def test_required_genes_that_are_missing_are_named(vocabulary):
     [
         ({"tokens": ["A", "A"]}, "'A' occurs more than once"),
         ({"tokens": ["A"], "special": {"pad": "<pad>"}}, "'<pad>'.*not among"),
-        ({"tokens": ["A"], "aliases": {"B": "C"}}, "points to 'C'"),
+        ({"tokens": ["A"], "aliases": {"B": "C"}}, "is for 'C'"),
         ({"tokens": ["A"], "id_type": "entrez"}, "must be one of"),
     ],
 )

@@ -45,7 +45,7 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "attention": ops.extension_info(),
         "attention_paths": _attention_paths(device),
-        "encoder": data.host_info(),
+        "encoder": data.encoder_info(),
     }
 
 

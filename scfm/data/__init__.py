@@ -1,7 +1,7 @@
-"""Cells and counts: packed batches, matrices in every form, files, splits, samplers, stores."""
+"""Cells and counts: packed batches, count matrices, files, splits, samplers, and stores of encoded cells."""
 
 from scfm.data.batch import CellBatch
-from scfm.data.host import host_info
+from scfm.data.compiled_encoder import encoder_info
 from scfm.data.sampler import TokenBudgetSampler
 from scfm.data.source import CountSource
 from scfm.data.splits import Split, split_cells
@@ -13,6 +13,6 @@ __all__ = [
     "Split",
     "TokenBudgetSampler",
     "TokenStore",
-    "host_info",
+    "encoder_info",
     "split_cells",
 ]

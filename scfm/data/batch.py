@@ -1,4 +1,4 @@
-"""`CellBatch`: cells end to end, with no padding."""
+"""`CellBatch`: cells packed end to end, without padding."""
 
 # Axes: B cells, T packed tokens.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class CellBatch:
-    """Ragged cells packed end to end; the only form in which tensors travel through the package.
+    """Cells of different lengths, packed end to end. All parts of the package exchange cells in this form.
 
     Attributes
     ----------
@@ -26,13 +26,14 @@ class CellBatch:
     cu_seqlens
         Cell boundaries, shape (B + 1,), first 0, last T; int32 in a batch, int64 for a whole data set.
     values_T
-        What the encoding says of each token (bin, bucket, log-expression), shape (T,), float32; None for rank encodings.
+        Value of each token (bin, bucket or log-expression), shape (T,), float32; None for rank encodings.
     n_known
-        For the generative mask: how many leading tokens of each cell are known, shape (B,), int32; None when all are.
+        Number of leading context tokens of each cell for the generative mask, shape (B,), int32; None if all tokens are
+        context.
     cell_index_B
         Row of each cell in its source, shape (B,), int64.
     labels_B
-        Class of each cell, shape (B,), int64, -1 where unlabeled.
+        Class of each cell, shape (B,), int64, -1 for an unlabeled cell.
     batch_ids_B
         Experimental batch of each cell, shape (B,), int64.
     depth_B
@@ -77,7 +78,7 @@ class CellBatch:
         return self.n_cells
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CellBatch:
-        """Move every tensor to `device`."""
+        """Move all tensors to `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CellBatch:
@@ -87,7 +88,7 @@ class CellBatch:
         return dataclasses.replace(self, **changes)
 
     def select(self, cells: Sequence[int] | NDArray[np.integer] | Tensor) -> CellBatch:
-        """Take the given cells, in the given order, as a new batch with int32 boundaries."""
+        """Return the given cells, in the given order, as a new batch with int32 boundaries."""
         cells_B = torch.as_tensor(cells, dtype=torch.int64, device=self.device)
         cells_B = torch.where(cells_B < 0, cells_B + self.n_cells, cells_B)
         starts_B, stops_B = self.cu_seqlens[cells_B].long(), self.cu_seqlens[cells_B + 1].long()
@@ -96,8 +97,8 @@ class CellBatch:
         torch.cumsum(lengths_B, 0, out=cu_seqlens[1:])
         if int(cu_seqlens[-1]) > torch.iinfo(torch.int32).max:
             raise ValueError(
-                f"A batch of {len(cells_B)} cells holds {int(cu_seqlens[-1])} tokens, more than int32 boundaries "
-                "can count (2,147,483,647). Take fewer cells at a time."
+                f"A batch of {len(cells_B)} cells holds {int(cu_seqlens[-1])} tokens, but int32 boundaries allow at most "
+                "2,147,483,647. Select fewer cells at a time."
             )
         take = self._taker(starts_B, stops_B, cu_seqlens)
         return CellBatch(
@@ -111,7 +112,7 @@ class CellBatch:
         )
 
     def _taker(self, starts_B: Tensor, stops_B: Tensor, cu_seqlens: Tensor) -> Callable[[Tensor], Tensor]:
-        """How to copy the tokens of some cells: on the host run by run, five times as fast as token by token."""
+        """Return a function that copies the tokens of some cells; on the CPU it copies whole cells, five times as fast."""
         if self.device.type == "cpu":
             spans = list(map(slice, starts_B.tolist(), stops_B.tolist()))
 
@@ -125,13 +126,13 @@ class CellBatch:
         return lambda tensor_T: tensor_T[token_T]
 
     def cell_of_token_T(self) -> Tensor:
-        """Which cell each token belongs to, shape (T,), int64."""
+        """Cell of each token, shape (T,), int64."""
         return torch.repeat_interleave(
             torch.arange(self.n_cells, device=self.device), self.lengths_B.long(), output_size=self.n_tokens
         )
 
     def position_T(self) -> Tensor:
-        """Place of each token in its cell, from 0, shape (T,), int64."""
+        """Position of each token in its cell, from 0, shape (T,), int64."""
         starts_T = torch.repeat_interleave(
             self.cu_seqlens[:-1].long(), self.lengths_B.long(), output_size=self.n_tokens
         )
@@ -139,7 +140,7 @@ class CellBatch:
 
     @staticmethod
     def concat(batches: Sequence[CellBatch]) -> CellBatch:
-        """Join batches end to end; boundaries become int64 where int32 cannot count the tokens."""
+        """Concatenate batches; boundaries become int64 if there are too many tokens for int32."""
         total = sum(batch.n_tokens for batch in batches)
         dtype = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
         cu_seqlens = torch.zeros(sum(batch.n_cells for batch in batches) + 1, dtype=torch.int64)
@@ -162,7 +163,7 @@ class CellBatch:
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    """`torch.cat`; on the host through NumPy, for torch would wake a team of threads that then wait, spinning."""
+    """Concatenate tensors; on the CPU with NumPy, because `torch.cat` starts threads that then wait in a busy loop."""
     if parts and all(part.device.type == "cpu" for part in parts):
         return torch.from_numpy(np.concatenate([part.detach().numpy() for part in parts]))
     return torch.cat(list(parts))

@@ -1,6 +1,6 @@
-"""Columns of `obs` and `var`, read by what they are for: labels, groups, truth values, totals, gene names.
+"""Read columns of `obs` and `var`: labels, groups, truth values, total counts, gene names.
 
-A missing value (NaN, None, NA, an empty text) is missing in all of them: it is no class, no group, not true, no gene.
+NaN, None, NA and empty strings are missing values in all of them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Labels:
     Attributes
     ----------
     names
-        Class names, sorted; only those that occur.
+        Names of the classes that occur, sorted.
     codes
-        Class of each cell, shape (n_obs,), int64, -1 where there is none.
+        Class of each cell, shape (n_obs,), int64, -1 for a cell without a label.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Labels:
 
     @property
     def labeled(self) -> NDArray[np.int64]:
-        """Rows that have a label."""
+        """Rows with a label, ascending."""
         return np.flatnonzero(self.codes >= 0)
 
 
@@ -49,29 +49,29 @@ def labels(obs: Any, key: str, *, argument: str = "labels_key") -> Labels:
     column = find(obs, key, argument=argument)
     if pd.api.types.is_numeric_dtype(column.dtype) and column.nunique() > min(100, column.count() / 2):
         raise LabelsError(
-            f"`adata.obs[{key!r}]` holds {column.nunique()} different numbers in {column.count()} cells, which is a "
-            "measurement and not a label. Give a column of cell types; turn numbers that name types into text."
+            f"`adata.obs[{key!r}]` holds {column.nunique()} different numbers in {column.count()} cells, so it looks like a "
+            "measurement and not a label. Pass a column of cell types; convert numbers that name cell types to text."
         )
     found = _classes(column)
     if len(found.names) < 2:
         raise LabelsError(
             f"`adata.obs[{key!r}]` holds {len(found.names)} class{'es' * (len(found.names) != 1)} "
-            f"({', '.join(found.names) or 'all cells are unlabeled'}); at least two are needed."
+            f"({', '.join(found.names) or 'all cells are unlabeled'}); at least two are needed. Pass another `{argument}`."
         )
     return found
 
 
 def groups(obs: Any, key: str, *, argument: str = "batch_key") -> Labels:
-    """Read the groups of cells (donors, batches, clusters, conditions); a cell without one has code -1.
+    """Read the groups of cells (donors, batches, clusters, conditions); a cell without a group has code -1.
 
     Raises
     ------
     LabelsError
-        If the column is missing or names no group at all.
+        If the column does not exist or has no value for any cell.
     """
     found = _classes(find(obs, key, argument=argument))
     if not found.names:
-        raise LabelsError(f"`adata.obs[{key!r}]` (`{argument}`) has no value for any cell. Name another column.")
+        raise LabelsError(f"`adata.obs[{key!r}]` (`{argument}`) has no value for any cell. Pass another column.")
     return found
 
 
@@ -81,7 +81,7 @@ def truth(obs: Any, key: str, *, argument: str = "test_key") -> NDArray[np.bool_
     Raises
     ------
     LabelsError
-        If the column is missing, holds anything but True and False, or has no value for some cells.
+        If the column does not exist, holds other values than True and False, or has no value for some cells.
     """
     column = find(obs, key, argument=argument)
     present = column[column.notna()]
@@ -89,13 +89,13 @@ def truth(obs: Any, key: str, *, argument: str = "test_key") -> NDArray[np.bool_
     if not all(is_boolean):
         wrong = present.unique()[is_boolean.index(False)]
         raise LabelsError(
-            f"`adata.obs[{key!r}]` (`{argument}`) holds {wrong!r}; it must hold True and False. Make such a column by a "
-            f'comparison: `adata.obs["is_test"] = adata.obs[{key!r}] == {wrong!r}`, and pass `{argument}="is_test"`.'
+            f"`adata.obs[{key!r}]` (`{argument}`) holds {wrong!r}; it must hold True and False. Make such a column, for "
+            f'example by `adata.obs["is_test"] = adata.obs[{key!r}] == {wrong!r}`, and pass `{argument}="is_test"`.'
         )
     if n_missing := len(column) - len(present):
         raise LabelsError(
-            f"{n_missing} of {len(column)} cells have no value in `adata.obs[{key!r}]` (`{argument}`). Decide for them: "
-            f"`adata.obs[{key!r}] = adata.obs[{key!r}].astype('boolean').fillna(False)`, or leave these cells out."
+            f"{n_missing} of {len(column)} cells have no value in `adata.obs[{key!r}]` (`{argument}`). Fill them with "
+            f"`adata.obs[{key!r}] = adata.obs[{key!r}].astype('boolean').fillna(False)`, or remove these cells."
         )
     return column.to_numpy(dtype=bool)
 
@@ -106,7 +106,7 @@ def totals(obs: Any, key: str, *, argument: str = "depth_key") -> NDArray[np.flo
     Raises
     ------
     CountsError
-        If the column is missing, does not hold numbers, or one is missing, negative or infinite.
+        If the column does not exist or does not hold numbers, or if a value is missing, negative or infinite.
     """
     column = find(obs, key, argument=argument, error=CountsError)
     values = column.astype(object).where(column.notna(), np.nan)
@@ -114,14 +114,14 @@ def totals(obs: Any, key: str, *, argument: str = "depth_key") -> NDArray[np.flo
     if not is_number.all():
         wrong = values[~is_number].iloc[0]
         raise CountsError(
-            f"`adata.obs[{key!r}]` (`{argument}`) holds {wrong!r}; it must hold each cell's total counts. Name another "
-            "column, or pass None to sum the rows."
+            f"`adata.obs[{key!r}]` (`{argument}`) holds {wrong!r}; it must hold each cell's total counts. Pass another "
+            "column, or None to sum the rows."
         )
     return values.to_numpy(dtype=np.float64)
 
 
 def gene_names(var: Any, key: str) -> list[str | None]:
-    """Read the names of genes; None where one is missing.
+    """Read the names of genes; a missing name is None.
 
     Raises
     ------
@@ -132,25 +132,25 @@ def gene_names(var: Any, key: str) -> list[str | None]:
 
 
 def as_names(values: pd.Series | pd.Index) -> list[str | None]:
-    """Values as texts; None where one is missing."""
+    """Return values as strings; a missing value is None."""
     return [str(value) if given and value != "" else None for value, given in zip(values, pd.notna(values))]
 
 
 def find(
     frame: Any, key: str, *, argument: str, where: str = "adata.obs", error: type[ScfmError] = LabelsError
 ) -> pd.Series:
-    """Take one column of a table.
+    """Return one column of a table.
 
     Parameters
     ----------
     frame
-        A data frame, or what `anndata.experimental.read_lazy` has in its place.
+        A data frame, or a lazy table of `anndata.experimental.read_lazy` or of a file.
     key
-        Name of the column. A column that is named by a number is found by the text of that number, as in a file.
+        Name of the column. A column whose name is a number is found by the digits of that number, as in a file.
     argument, where
-        What the caller's parameter and the table are called in errors.
+        Names of the caller's parameter and of the table in error messages.
     error
-        Raised if there is no such column.
+        Class of the error for a missing column.
     """
     names = list(frame.columns)
     places = [place for place, name in enumerate(names) if name == key] or [

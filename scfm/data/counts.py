@@ -1,4 +1,4 @@
-"""What raw counts are: the one form that blocks of them have, the checks that they pass, totals, log-normalization."""
+"""Blocks of raw counts: their canonical form, checks, totals and log-normalization."""
 
 # Axes: B cells, G genes.
 
@@ -11,40 +11,41 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scfm.data.host import host_module, host_threads
+from scfm.data.compiled_encoder import encoder_module, encoder_threads
 from scfm.errors import CountsError
 
-# log1p of ten million counts is 16; counts with fractions above that were scaled, not logged.
+# log1p of ten million counts is 16. Fractions above that come from scaling, not from a logarithm.
 _MAX_LOG = 16.0
-# float64 holds every whole number up to here, so that sums of counts are exact.
+# float64 represents every whole number up to here, so sums of counts are exact.
 _MAX_COUNT = 2.0**53
 _CHUNK = 1 << 20
 TARGET_SUM = 1e4
 
 
 def canonical_csr(block: Any, *, name: str = "the matrix") -> sp.csr_matrix:
-    """Return a block of rows in the one form that the package computes with.
+    """Return a block of rows as a CSR matrix in canonical form.
 
-    Integers, float32, float64 or booleans in native byte order; int32 or int64 column indices, ascending and distinct
-    in each row; entries of one cell and gene are summed. Arrays are shared with `block` where they have that form.
+    In this form values are integers, float32, float64 or booleans in native byte order, and column indices are int32 or
+    int64, ascending and distinct in each row. Several entries of one cell and gene are summed. Arrays that already have
+    this form are shared with `block`.
 
     Parameters
     ----------
     block
         Rows of a matrix, dense or sparse, of any dtype.
     name
-        What to call the matrix in errors.
+        Name of the matrix in error messages.
 
     Raises
     ------
     CountsError
-        If the entries are not numbers, some are masked, or a column index is out of range.
+        If entries are masked or not numbers, or a column index is out of range.
     """
     if not sp.issparse(block):
         return sp.csr_matrix(native_numbers(np.asanyarray(block), name=name))
     block = block if block.format == "csr" else block.tocsr()
     check_pointers(block.indptr, len(block.data), len(block.indices), block.shape[0])
-    # scipy remembers whether a matrix has this form, also after its arrays were exchanged: a new one knows nothing.
+    # scipy caches whether a matrix is canonical, even after its arrays were replaced. A new matrix has no such cache.
     rows = sp.csr_matrix(block.shape, dtype=np.int8)
     rows.data = native_numbers(block.data, name=name)
     rows.indices = signed_indices(block.indices)
@@ -56,16 +57,18 @@ def canonical_csr(block: Any, *, name: str = "the matrix") -> sp.csr_matrix:
     if is_canonical:
         return rows
     kind, n_entries = rows.data.dtype, len(rows.data)
-    rows.data = rows.data.astype({"f": np.float64, "u": np.uint64}.get(kind.kind, np.int64))  # a sum may need more room
+    rows.data = rows.data.astype(
+        {"f": np.float64, "u": np.uint64}.get(kind.kind, np.int64)
+    )  # a sum may need a wider type
     rows.indices = rows.indices.copy()
     rows.sum_duplicates()
-    if len(rows.data) == n_entries:  # they were only out of order
+    if len(rows.data) == n_entries:  # indices were distinct, only not sorted
         rows.data = rows.data.astype(kind)
     return rows
 
 
 def native_numbers(values: NDArray[Any], *, name: str) -> NDArray[Any]:
-    """Return integers, float32, float64 or booleans in native byte order; the same array where it is that.
+    """Return numbers as integers, float32, float64 or booleans in native byte order, without a copy if possible.
 
     Raises
     ------
@@ -75,8 +78,8 @@ def native_numbers(values: NDArray[Any], *, name: str) -> NDArray[Any]:
     if isinstance(values, np.ma.MaskedArray):
         if n_masked := int(np.ma.getmaskarray(values).sum()):
             raise CountsError(
-                f"{name} is a masked array with {n_masked} masked values, and counts cannot be missing. Leave these "
-                "cells or genes out, or fill the values (`.filled(0)`)."
+                f"{name} is a masked array with {n_masked} masked values, but counts cannot be missing. Remove these "
+                "cells or genes, or fill the values (`.filled(0)`)."
             )
         values = values.data
     if values.dtype.kind not in "uibf":
@@ -88,7 +91,7 @@ def native_numbers(values: NDArray[Any], *, name: str) -> NDArray[Any]:
 
 
 def signed_indices(indices: NDArray[Any]) -> NDArray[Any]:
-    """Column indices or row pointers as contiguous int32 or int64 in native byte order."""
+    """Return column indices or row pointers as contiguous int32 or int64 in native byte order."""
     if indices.dtype.kind == "i" and indices.dtype.itemsize >= 4 and indices.dtype.isnative:
         return np.ascontiguousarray(indices)
     return indices.astype(np.int64)
@@ -108,20 +111,20 @@ def check_pointers(indptr: NDArray[Any], n_entries: int, n_indices: int, n_rows:
 def _require_range(indices: NDArray[Any], n_vars: int, name: str) -> None:
     if len(indices) and not 0 <= (low := int(indices.min())) <= (high := int(indices.max())) < n_vars:
         raise CountsError(
-            f"{name} has the column index {low if low < 0 else high}, and {n_vars} columns: the matrix is damaged. Build it "
-            "again from its source."
+            f"{name} has the column index {low if low < 0 else high}, but only {n_vars} columns: the matrix is damaged. Build "
+            "it again from its source."
         )
 
 
 def log_normalize(counts_BG: Any, depth_B: NDArray[np.floating] | None = None) -> sp.csr_matrix:
-    """log1p of counts per 10,000, shape (B, G), float32; `depth_B` replaces the row sums where the matrix is a part.
+    """Return log1p of counts per 10,000, shape (B, G), CSR float32.
 
     Parameters
     ----------
     counts_BG
         Raw counts, shape (B, G), dense or sparse.
     depth_B
-        Total counts of each cell, shape (B,), where the matrix holds only some of its genes; None to sum the rows.
+        Total counts of each cell, shape (B,), if the matrix holds only some of the genes. None to sum the rows.
 
     Examples
     --------
@@ -139,10 +142,10 @@ def log_normalize(counts_BG: Any, depth_B: NDArray[np.floating] | None = None) -
 
 
 def row_totals(block: sp.csr_matrix) -> NDArray[np.float64]:
-    """Sum each row in float64, shape (n,); exact for counts."""
-    host = host_module()
+    """Sum each row in float64, shape (n,). The sums of counts are exact."""
+    host = encoder_module()
     if host is not None:
-        return host.row_totals(block.indptr, block.data, host_threads())
+        return host.row_totals(block.indptr, block.data, encoder_threads())
     totals = np.zeros(block.shape[0])
     filled = np.diff(block.indptr) > 0
     if filled.any():
@@ -151,14 +154,14 @@ def row_totals(block: sp.csr_matrix) -> NDArray[np.float64]:
 
 
 def survey(values: NDArray[Any]) -> tuple[float, float, int]:
-    """Smallest and largest value, and how many are fractions; NaN and infinities show in smallest and largest."""
+    """Return minimum, maximum and the number of fractions; minimum or maximum are NaN or infinite if any value is."""
     if values.size == 0 or values.dtype.kind == "b":
         return 0.0, float(values.size > 0), 0
     if values.dtype.kind in "ui":
         return float(values.min()), float(values.max()), 0
-    host = host_module()
+    host = encoder_module()
     if host is not None and values.dtype in (np.float32, np.float64):
-        return host.survey(values, host_threads())
+        return host.survey(values, encoder_threads())
     low, high, fractions = np.inf, -np.inf, 0
     for start in range(0, values.size, _CHUNK):
         chunk = values[start : start + _CHUNK]
@@ -169,21 +172,21 @@ def survey(values: NDArray[Any]) -> tuple[float, float, int]:
 
 
 def check_counts(block: sp.csr_matrix, *, name: str, advice: Callable[[], str]) -> float:
-    """Return the smallest entry; raise unless every number is a raw count: finite, whole, not negative.
+    """Return the smallest entry; raise unless every entry is a raw count (finite, whole and not negative).
 
     Parameters
     ----------
     block
         Rows to check.
     name
-        What to call the matrix.
+        Name of the matrix in error messages.
     advice
-        Called only on failure; says what to do instead.
+        Returns what to do instead; called only on failure.
 
     Raises
     ------
     CountsError
-        With the value seen, what it looks like, and `advice`.
+        If an entry is not a raw count. The message has the value and `advice`.
     """
     low, high, fractions = survey(block.data)
     if low >= 0 and high <= _MAX_COUNT and fractions == 0:
@@ -196,9 +199,7 @@ def check_counts(block: sp.csr_matrix, *, name: str, advice: Callable[[], str]) 
         looks = "it looks scaled or regressed out" if fractions else "counts cannot be negative"
         raise CountsError(f"{name} holds negative values (smallest {low:g}); {looks}. {advice()}")
     if fractions == 0:
-        raise CountsError(
-            f"{name} holds the value {high:.4g}, which is not a count: counts are at most 2^53. Remove or repair these cells."
-        )
+        raise CountsError(f"{name} holds the value {high:.4g}; counts are at most 2^53. Correct or remove these cells.")
     share = fractions / block.data.size
     looks = "log-normalized" if high < _MAX_LOG else "normalized"
     raise CountsError(
@@ -208,7 +209,7 @@ def check_counts(block: sp.csr_matrix, *, name: str, advice: Callable[[], str]) 
 
 
 def looks_like_counts(matrix: Any, *, rows: int = 200) -> bool:
-    """Whether the first rows of any kind of matrix are raw counts (and not all zero)."""
+    """Whether the first rows of a matrix of any type are raw counts, and not all zero."""
     block = matrix[: min(rows, matrix.shape[0])]
     block = block.compute() if hasattr(block, "compute") else block
     try:

@@ -1,4 +1,4 @@
-"""AnnData files left on disk: `.h5ad` and `.zarr`, of which only what is asked for is read."""
+"""Read parts of `.h5ad` files and `.zarr` folders without loading the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scfm.data.raw_hdf5 import RawDataset
 
 
 class AnnDataFile:
-    """What `CountSource` reads of a file, under the names that an AnnData has for it; nothing is read before it is used.
+    """A file with the attributes of an AnnData that `CountSource` needs; each is read when it is first used.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class FileTable:
 
     def __init__(self, element: Any) -> None:
         self._element = element
-        # Tables of anndata before 0.8 keep their categories apart, those before 0.7 are one array of records.
+        # Before anndata 0.8 tables stored categories separately; before 0.7 a table was one array of records.
         self._is_current = element.attrs.get("encoding-version") == "0.2.0"
 
     def __len__(self) -> int:
@@ -129,10 +129,10 @@ class FileMatrix:
 
 
 class FileCsr:
-    """A CSR matrix on disk: row pointers in memory, a block of rows read in two contiguous pieces.
+    """A CSR matrix on disk. Row pointers are in memory, and a block of rows is two contiguous reads.
 
-    anndata's own dataset does the same through several layers, which cost more than the reading: of an uncompressed .h5ad
-    file it read a tenth of the rows per second, of a compressed one two thirds (blocks of 256 rows).
+    anndata's dataset class does the same with more overhead: for blocks of 256 rows it read a tenth of the rows per second
+    of an uncompressed .h5ad file, and two thirds of a compressed one.
     """
 
     format = "csr"
@@ -156,7 +156,7 @@ class FileCsr:
 
 
 def count_rows(path: str | Path) -> int:
-    """Number of cells in a file, from the shape of their names."""
+    """Return the number of cells in a file without reading it."""
     return len(FileTable(open_group(Path(path))["obs"]))
 
 
@@ -174,7 +174,7 @@ def open_group(path: Path) -> Any:
     if "mod" in group:
         modalities = ", ".join(group["mod"])
         raise OSError(
-            f"{path} holds a MuData with the modalities {modalities}. Write the one that holds genes to a file of its own: "
+            f"{path} holds a MuData with the modalities {modalities}. Write the one with gene counts to a separate file: "
             f"`mudata.read({str(path)!r})[{next(iter(group['mod']))!r}].write_h5ad(...)`."
         )
     if missing := [part for part in ("obs", "var") if part not in group]:
@@ -189,7 +189,7 @@ def _open_zarr(path: Path) -> Any:
 
     try:
         return zarr.open_group(path, mode="r")
-    except FileNotFoundError as error:  # what zarr raises for a folder of another kind
+    except FileNotFoundError as error:  # zarr raises it for any other folder
         raise OSError(f"{path} is not a .zarr folder. Write it with `adata.write_zarr`.") from error
 
 
@@ -215,14 +215,14 @@ def _open_hdf5(path: Path) -> Any:
 
 
 def _kind(element: Any) -> str:
-    """How a matrix is stored: "csr", "csc" or "array"."""
+    """Return how a matrix is stored: "csr", "csc" or "array"."""
     text = element.attrs.get("h5sparse_format", element.attrs.get("encoding-type", "array"))
     text = text.decode() if isinstance(text, bytes) else str(text)
     return text.removesuffix("_matrix")
 
 
 def _readable(dataset: Any) -> Any:
-    """An HDF5 dataset read straight from its file if its bytes are its numbers; else as it is."""
+    """Return a `RawDataset` of an HDF5 dataset if its bytes can be read directly, otherwise the dataset."""
     if not hasattr(dataset, "id"):
         return dataset
     return RawDataset.of(dataset) or dataset

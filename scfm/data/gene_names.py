@@ -1,4 +1,4 @@
-"""Which names the genes of a data set have: `var_names`, or the column of `var` that holds the kind that is wanted."""
+"""Choose the names of the genes of a data set: `var_names`, or a column of `var` with the kind of name that is needed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from scfm.vocab import IdType, Vocabulary, guess_id_type
 
 logger = logging.getLogger(__name__)
 
-# Where data sets keep the other kind of name, most specific first: cellxgene (feature_name, feature_id), 10x through
-# scanpy (gene_ids), and common hand-made names.
+# Columns with the other kind of name, most specific first: CELLxGENE (feature_name, feature_id), 10x files read by scanpy
+# (gene_ids), and other common names.
 _COLUMNS = {
     "symbol": ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol", "hgnc_symbol"),
     "ensembl": ("feature_id", "gene_ids", "ensembl_id", "ensembl_ids", "gene_id", "ensembl", "ensembl_gene_id"),
@@ -22,17 +22,17 @@ _COLUMNS = {
 def choose_names(
     var: pd.DataFrame, *, gene_key: str | None = None, vocabulary: Vocabulary | None = None
 ) -> tuple[list[str | None], str]:
-    """Find the names of the genes of `var`, and say where they came from: "var_names" or 'var["column"]'.
+    """Return the names of the genes of `var`, and where they were found ("var_names" or 'var["column"]').
 
     Parameters
     ----------
     var
         `adata.var`.
     gene_key
-        Column to take; None to choose.
+        Column with the names; None to choose.
     vocabulary
-        A column is taken in place of `var_names` only if these are of another kind than the genes of the vocabulary, and
-        more of the column's names are found in it; None to take `var_names`.
+        A column is used instead of `var_names` only if `var_names` are of another kind than the genes of the vocabulary, and
+        more names of the column are in the vocabulary. None for `var_names`.
     """
     if gene_key is not None:
         return columns.gene_names(var, gene_key), f'var["{gene_key}"]'
@@ -53,7 +53,7 @@ def choose_names(
 
 
 def names_of_kind(var: pd.DataFrame, kind: IdType) -> list[str | None] | None:
-    """Names of the genes of `var` that are of a kind: `var_names`, or the first known column that holds them; None without."""
+    """Return `var_names` or the first common column whose names are of a kind; None if there are none."""
     candidates = [columns.as_names(var.index)]
     candidates += [columns.gene_names(var, column) for column in _COLUMNS.get(kind, ()) if column in var]
     return next((names for names in candidates if guess_id_type(names) == kind), None)

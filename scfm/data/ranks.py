@@ -1,4 +1,4 @@
-"""Which process of a torchrun this is, its share of the work, and how all processes learn of each other's results."""
+"""Processes started by torchrun: the rank of this one, its part of the work, and exchange of results."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-LONGEST_WAIT = timedelta(days=7)  # for the slowest rank; one that dies is noticed at once
+MAX_WAIT = timedelta(days=7)  # for the slowest rank; torchrun stops all ranks if one fails
 
 
 def torchrun_rank() -> tuple[int, int]:
-    """Rank and number of processes, from the environment that torchrun sets; (0, 1) without it."""
+    """Return rank and number of processes from the environment variables of torchrun; (0, 1) without torchrun."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
 
 
-def share_of(n_items: int, rank: int, world_size: int) -> range:
-    """Run of items that is a rank's: together they cover all without overlap, and their lengths differ by one at most.
+def range_of_rank(n_items: int, rank: int, world_size: int) -> range:
+    """Return the items of a rank. The ranges of all ranks are disjoint, cover all items, and differ by at most one in length.
 
     Examples
     --------
-    >>> [list(share_of(5, rank, 2)) for rank in range(2)]
+    >>> [list(range_of_rank(5, rank, 2)) for rank in range(2)]
     [[0, 1], [2, 3, 4]]
     """
     return range(n_items * rank // world_size, n_items * (rank + 1) // world_size)
 
 
 def gather(value: Any = None) -> list[Any]:
-    """Wait for all ranks, and return what each of them gave, in the order of ranks; on every rank the same."""
+    """Wait for all ranks, and return the values of all of them in the order of ranks, on every rank."""
     _, world_size = torchrun_rank()
     if world_size == 1:
         return [value]
@@ -42,10 +42,10 @@ def gather(value: Any = None) -> list[Any]:
 
 @cache
 def _group() -> Any:
-    """A group of all ranks that talks through gloo, on any device; made once, and kept until the process ends."""
+    """Return a group of all ranks that uses gloo; it is created once and kept until the process ends."""
     from torch import distributed
 
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+        distributed.init_process_group("gloo", timeout=MAX_WAIT)
         return distributed.group.WORLD
-    return distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    return distributed.new_group(backend="gloo", timeout=MAX_WAIT)

@@ -1,4 +1,4 @@
-"""`TokenBudgetSampler`: batches of about equal work from cells of unequal length."""
+"""`TokenBudgetSampler`: batches with about the same number of tokens, from cells of different lengths."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Cells are sorted by length inside windows of this many batches: near-equal lengths in a batch, random batches.
+# Cells are sorted by length within windows of this many batches, so that lengths are similar within a batch, and batches
+# are still random.
 _WINDOW_BATCHES = 50
 
 
 class TokenBudgetSampler:
-    """Yields rows of cells, batch by batch, each batch within a budget of tokens.
+    """Yields the rows of the cells of each batch; a batch has at most `max_tokens` tokens.
 
-    Every cell comes once an epoch; where the batches do not divide among the ranks, some come again to fill the last
-    round. An epoch's order is a function of the seed and the number of the epoch, so any rank can compute that of every
-    other, and `seek` resumes at any batch.
+    Each cell occurs once per epoch. If the number of batches is not a multiple of the number of ranks, some batches are
+    repeated at the end of the epoch. The order depends only on the seed and the number of the epoch, so every rank can
+    compute it, and `seek` can resume at any batch.
 
     Parameters
     ----------
     lengths_B
-        Tokens of each cell, shape (n_cells,).
+        Number of tokens of each cell, shape (n_cells,).
     max_tokens
-        Most tokens of a batch; a longer cell gets a batch of its own.
+        Maximum number of tokens per batch. A cell with more tokens forms a batch alone.
     max_cells
-        Most cells of a batch; None for no limit.
+        Maximum number of cells per batch; None for no limit.
     shuffle
-        Whether epochs are shuffled; without, cells come in their order.
+        Whether to shuffle every epoch. With False, cells keep their order.
     seed
         Seed of the shuffle.
     rank, world_size
-        Which part of each epoch is this process's: batches rank, rank + world_size, ...
+        Rank of this process and number of processes. The process gets batches rank, rank + world_size, ...
 
     Examples
     --------
@@ -63,7 +64,7 @@ class TokenBudgetSampler:
         self._planned: tuple[int, list[NDArray[np.int64]]] | None = None
 
     def seek(self, step: int) -> None:
-        """Go to the batch of this rank that comes `step` batches after its first one, over all epochs."""
+        """Continue with batch `step` of this rank, counted from 0 over all epochs."""
         self.epoch, self._next = 0, step
         while batches := self.batches():
             if self._next < len(batches):
@@ -71,7 +72,7 @@ class TokenBudgetSampler:
             self.epoch, self._next = self.epoch + 1, self._next - len(batches)
 
     def __len__(self) -> int:
-        """Batches of this rank in the current epoch."""
+        """Return the number of batches of this rank in the current epoch."""
         return len(self.batches())
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
@@ -83,12 +84,12 @@ class TokenBudgetSampler:
         self.epoch, self._next = self.epoch + 1, 0
 
     def batches(self) -> list[NDArray[np.int64]]:
-        """All batches of this rank in the current epoch."""
+        """Return all batches of this rank in the current epoch."""
         if self._planned is None or self._planned[0] != self.epoch:
-            every = self._plan()
-            if short := -len(every) % self.world_size:
-                every += [every[place % len(every)] for place in range(short)] if every else []
-            self._planned = self.epoch, every[self.rank :: self.world_size]
+            batches = self._plan()
+            if n_missing := -len(batches) % self.world_size:
+                batches += [batches[index % len(batches)] for index in range(n_missing)] if batches else []
+            self._planned = self.epoch, batches[self.rank :: self.world_size]
         return self._planned[1]
 
     def _plan(self) -> list[NDArray[np.int64]]:
@@ -104,7 +105,7 @@ class TokenBudgetSampler:
         for start in range(0, n_cells, window):
             part = order[start : start + window]
             batches += self._pack(part[np.argsort(self.lengths_B[part], kind="stable")])
-        return [batches[place] for place in rng.permutation(len(batches))]
+        return [batches[index] for index in rng.permutation(len(batches))]
 
     def _pack(self, order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         return pack(order, self.lengths_B, self.max_tokens, self.max_cells)
@@ -113,7 +114,7 @@ class TokenBudgetSampler:
 def pack(
     order: NDArray[np.int64], lengths_B: NDArray[np.int64], max_tokens: int, max_cells: int | None = None
 ) -> list[NDArray[np.int64]]:
-    """Cut an order of cells before each cell that would exceed a limit; a cell longer than the limit stands alone."""
+    """Divide cells, in the given order, into batches within the limits; a cell longer than `max_tokens` is a batch alone."""
     ends = np.cumsum(lengths_B[order])
     batches, start = [], 0
     while start < len(order):

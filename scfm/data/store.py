@@ -1,7 +1,6 @@
 """`TokenStore`: encoded cells on disk, for many epochs over the same tokens.
 
-A folder of plain `.npy` files, which are mapped into memory, and one JSON file: every tool reads them, nothing has to
-be decoded, and a cell is two slices.
+A store is a folder of `.npy` files, which are mapped into memory, and one JSON file.
 """
 
 # Axes: B cells, T packed tokens.
@@ -28,7 +27,7 @@ FORMAT_VERSION = 1
 
 
 class _Encoding(Protocol):
-    """What the store records of an encoding."""
+    """The attributes of an encoding that a store records."""
 
     @property
     def config(self) -> Any: ...
@@ -40,18 +39,18 @@ class _Encoding(Protocol):
 class TokenStore(Dataset[CellBatch]):
     """Encoded cells on disk; ``store[rows]`` is a `CellBatch`.
 
-    With `TokenBudgetSampler` as the sampler of a `torch.utils.data.DataLoader` (``batch_size=None``) it gives shuffled
-    batches of a token budget, for any number of workers and ranks.
+    A `torch.utils.data.DataLoader` of a store, with `TokenBudgetSampler` as its sampler and ``batch_size=None``, yields
+    shuffled batches within a token budget, for any number of workers and ranks.
 
     Parameters
     ----------
     path
-        A folder that `write` made.
+        A folder that `write` has written.
 
     Raises
     ------
     ModelFileError
-        If the folder is no token store of this format, or a file of it is cut short.
+        If the folder is not a token store of this format, or one of its files is cut short.
 
     Examples
     --------
@@ -70,11 +69,13 @@ class TokenStore(Dataset[CellBatch]):
         try:
             self.info: dict[str, Any] = json.loads((self.path / "info.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
-            raise ModelFileError(f"{str(path)!r} is no token store ({error}). `scfm tokenize` writes one.") from error
+            raise ModelFileError(
+                f"{str(path)!r} is not a token store ({error}). `scfm tokenize` writes one."
+            ) from error
         if self.info.get("format_version") != FORMAT_VERSION:
             raise ModelFileError(
                 f"The token store has format version {self.info.get('format_version')!r}; this scfm reads "
-                f"{FORMAT_VERSION}. Update scfm, or write the store anew."
+                f"{FORMAT_VERSION}. Update scfm, or write the store again."
             )
         self._tokens = self._map("gene_ids", self.info["n_tokens"])
         self._values = self._map("values", self.info["n_tokens"]) if self.info["has_values"] else None
@@ -87,7 +88,10 @@ class TokenStore(Dataset[CellBatch]):
         except (OSError, ValueError) as error:
             raise ModelFileError(f"{name}.npy of the token store {str(self.path)!r} cannot be read: {error}") from error
         if array.shape != (size,):
-            raise ModelFileError(f"{name}.npy of {str(self.path)!r} has shape {array.shape}; {size} were written.")
+            raise ModelFileError(
+                f"{name}.npy of {str(self.path)!r} has shape {array.shape}, but {size} numbers were written. Copy or write "
+                "the store again."
+            )
         return array
 
     def __len__(self) -> int:
@@ -95,11 +99,11 @@ class TokenStore(Dataset[CellBatch]):
 
     @property
     def lengths_B(self) -> NDArray[np.int64]:
-        """Tokens of each cell, shape (n_cells,), int64; what `TokenBudgetSampler` needs."""
+        """Number of tokens of each cell, shape (n_cells,), int64, as `TokenBudgetSampler` needs it."""
         return np.diff(self._ends)
 
     def __getitem__(self, rows: int | Sequence[int] | ArrayLike) -> CellBatch:
-        """Read cells, in the order asked for, as a batch with int32 boundaries; `cell_index_B` is the rows."""
+        """Read cells, in the order of `rows`, as a batch with int32 boundaries; `cell_index_B` holds `rows`."""
         rows_B = np.atleast_1d(np.asarray(rows, dtype=np.int64))
         spans = [slice(int(self._ends[row]), int(self._ends[row + 1])) for row in rows_B]
         cu_seqlens = np.zeros(len(rows_B) + 1, dtype=np.int32)
@@ -118,29 +122,29 @@ class TokenStore(Dataset[CellBatch]):
         )
 
     def require_encoding(self, encoding: _Encoding) -> None:
-        """Raise `VocabularyMismatchError` unless the tokens were made by an encoding with the same settings and ids."""
+        """Raise `VocabularyMismatchError` unless the tokens were made with the same settings and vocabulary."""
         if self.info["vocabulary"] != encoding.vocabulary.fingerprint or self.info["encoding"] != encoding.to_dict():
             raise VocabularyMismatchError(
-                f"The tokens in {str(self.path)!r} were made with another vocabulary or other settings than the model "
-                "has. Write the store anew with the model's encoding."
+                f"The tokens in {str(self.path)!r} were made with another vocabulary or other settings than those of the "
+                "model. Write the store again with the encoding of the model."
             )
 
     @staticmethod
     def write(path: str | Path, batches: Iterable[CellBatch], encoding: _Encoding, *, overwrite: bool = False) -> None:
-        """Write encoded cells, batch by batch, in the order given.
+        """Write encoded cells, batch by batch, in the given order.
 
-        The folder appears under its name when it is whole; only one batch is in memory.
+        The folder appears at `path` when it is complete. One batch is in memory at a time.
 
         Parameters
         ----------
         path
-            The folder to make.
+            The folder to write.
         batches
-            Encoded cells: ``CellStream(..., shuffle=False)``, or a list of one `scfm.pp.encode`.
+            Encoded cells, such as ``CellStream(..., shuffle=False)`` or ``[scfm.pp.encode(adata, encoding)]``.
         encoding
-            What they were encoded with; recorded, so that a model with another encoding refuses them.
+            Encoding of the cells. It is recorded, so that models with another encoding refuse the store.
         overwrite
-            Whether a store of this name is replaced.
+            Whether to replace an existing store.
 
         Raises
         ------
@@ -151,7 +155,9 @@ class TokenStore(Dataset[CellBatch]):
         if path.exists() and not overwrite:
             raise FileExistsError(f"{str(path)!r} exists; choose another name, or pass `overwrite=True`.")
         if path.exists() and not (path / "info.json").exists():
-            raise FileExistsError(f"{str(path)!r} exists and is no token store; it is not replaced.")
+            raise FileExistsError(
+                f"{str(path)!r} exists and is not a token store, so it is not replaced. Choose another name."
+            )
         with atomic_write(path) as temporary_path:
             temporary_path.mkdir()
             _write_files(temporary_path, batches, encoding)
@@ -188,7 +194,7 @@ def _write_files(folder: Path, batches: Iterable[CellBatch], encoding: _Encoding
 
 
 class _NpyWriter:
-    """Appends to a one-dimensional `.npy` file whose length is known only at the end."""
+    """Writes a one-dimensional `.npy` file whose length is known only at the end."""
 
     def __init__(self, path: Path, dtype: DTypeLike) -> None:
         self._file = path.open("wb")
@@ -206,6 +212,6 @@ class _NpyWriter:
         self._file.close()
 
     def _header(self) -> None:
-        # NumPy pads headers to a multiple of 64 bytes; any length has the same 128.
+        # NumPy pads headers to a multiple of 64 bytes; here they have 128 bytes for every length of the array.
         shape = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._size,)}
         np.lib.format.write_array_header_1_0(self._file, shape)

@@ -1,4 +1,4 @@
-"""From raw counts to tokens: vocabulary, gene maps, and four encodings behind one protocol."""
+"""Convert raw counts to tokens: gene maps, and four encodings that share one protocol."""
 
 from scfm.encoding.base import Encoding
 from scfm.encoding.bin import BinEncoding

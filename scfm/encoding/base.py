@@ -1,4 +1,4 @@
-"""`Encoding`: the protocol that all four ways of turning counts into tokens share."""
+"""`Encoding`: the base class of all encodings, which turn raw counts into tokens."""
 
 # Axes: B cells, T packed tokens.
 
@@ -15,8 +15,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from scfm.data.batch import CellBatch
+from scfm.data.compiled_encoder import encoder_module, encoder_threads
 from scfm.data.counts import canonical_csr, row_totals
-from scfm.data.host import host_module, host_threads
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import boundaries
@@ -29,17 +29,17 @@ CountBlocks = Iterable[tuple[sp.csr_matrix, NDArray[np.float64]]]
 
 
 class Encoding(ABC):
-    """Turns raw counts into packed tokens. Immutable; equal settings give equal tokens on every machine.
+    """Turns raw counts into packed tokens. It is immutable, and equal settings give equal tokens on every machine.
 
     Parameters
     ----------
     config
-        Every setting.
+        Settings.
     vocabulary
-        Token ids of genes and specials.
+        Token ids of genes and special tokens.
     medians
-        Rank only: non-zero median of each gene's normalized counts by token id, shape (len(vocabulary),), float64;
-        NaN for tokens that have none, which are then never encoded.
+        Rank encoding only: median of each gene's non-zero normalized counts, by token id, shape (len(vocabulary),), float64.
+        A gene without a median has NaN and is never encoded.
 
     Examples
     --------
@@ -48,12 +48,12 @@ class Encoding(ABC):
     >>> encoding = scfm.encoding.make_encoding("rank", adata=adata)
     >>> genes = scfm.encoding.GeneMap.of(scfm.data.CountSource.of(adata), encoding.vocabulary)
     >>> cells = encoding.encode(adata.X[:2], genes)
-    >>> cells.lengths_B.tolist() == (adata.X[:2] > 0).sum(1).ravel().tolist()[0]  # a token for each expressed gene
+    >>> cells.lengths_B.tolist() == (adata.X[:2] > 0).sum(1).ravel().tolist()[0]  # one token per expressed gene
     True
     """
 
     kind: ClassVar[str]
-    defaults: ClassVar[Mapping[str, Any]]  # of the fields of `EncodingConfig` that are None
+    defaults: ClassVar[Mapping[str, Any]]  # values for fields of `EncodingConfig` that are None
     special_roles: ClassVar[tuple[str, ...]] = ()  # special tokens of each cell besides cls and eos
     has_values: ClassVar[bool] = True
     learns_medians: ClassVar[bool] = False
@@ -71,7 +71,7 @@ class Encoding(ABC):
             if wanted and vocabulary.special_id(role) is None:
                 raise ValueError(
                     f"`add_{role}` is True, but the vocabulary has no {role!r} token (special: "
-                    f"{dict(vocabulary.special)}). Set it to False, or build the vocabulary with one."
+                    f"{dict(vocabulary.special)}). Set it to False, or build the vocabulary with this token."
                 )
         self.config = config
         self.vocabulary = vocabulary
@@ -79,7 +79,9 @@ class Encoding(ABC):
         if medians is not None:
             self.medians = np.ascontiguousarray(medians, dtype=np.float64)
             if self.medians.shape != (len(vocabulary),):
-                raise ValueError(f"`medians` has shape {self.medians.shape}; one a token is needed, {len(vocabulary)}.")
+                raise ValueError(
+                    f"`medians` has shape {self.medians.shape}; it must hold one number per token, {len(vocabulary)}."
+                )
             self.medians.flags.writeable = False
 
     def __repr__(self) -> str:
@@ -90,16 +92,16 @@ class Encoding(ABC):
 
     @classmethod
     def fit(cls, blocks: CountBlocks, genes: GeneMap, config: EncodingConfig) -> Encoding:
-        """Build the encoding from data. Only rank learns anything; the others take the vocabulary as it is.
+        """Build the encoding from data. Only the rank encoding learns something (medians); the others need no data.
 
         Parameters
         ----------
         blocks
-            Pairs of raw counts (CSR, (n, n_vars)) and total counts of their cells ((n,), float64).
+            Pairs of raw counts (CSR, shape (n, n_vars)) and total counts of these cells (shape (n,), float64).
         genes
             Token of each column.
         config
-            Every setting.
+            Settings.
         """
         return cls(config, genes.vocabulary)
 
@@ -121,22 +123,22 @@ class Encoding(ABC):
         genes
             Token of each column.
         depth_B
-            Total counts of each cell over all genes measured, shape (B,); None to sum the rows.
+            Total counts of each cell over all measured genes, shape (B,). None to sum the rows.
         rng
-            Given in training: spreads ties and samples long cells at random. None: the same cell always gives the
-            same tokens.
+            Generator for training, where ties are broken at random and genes of long cells are sampled. With None, the same
+            cell always gives the same tokens.
         backend
-            "compiled", "numpy", or "auto" for the compiled one where it was built. Both give the same bits.
+            "compiled", "numpy", or "auto" (compiled if it was built). Both give bitwise identical results.
 
         Returns
         -------
-        CellBatch with `cell_index_B` from 0, `depth_B`, and int64 `cu_seqlens`. Cells without a known gene have only
-        special tokens, or none.
+        CellBatch with `cell_index_B` from 0, `depth_B`, and int64 `cu_seqlens`. A cell without counts of genes of the
+        vocabulary has only special tokens, or none.
         """
         if genes.vocabulary is not self.vocabulary and genes.vocabulary.fingerprint != self.vocabulary.fingerprint:
             raise VocabularyMismatchError(
-                f"`genes` maps to another vocabulary ({genes.vocabulary}) than the encoding has ({self.vocabulary}). Map the "
-                "genes with `GeneMap.of(counts, encoding.vocabulary)`."
+                f"`genes` was made for {genes.vocabulary}, but the encoding has {self.vocabulary}. Map the genes with "
+                "`GeneMap.of(counts, encoding.vocabulary)`."
             )
         block = canonical_csr(counts, name="`counts`")
         if block.shape[1] != genes.n_vars:
@@ -145,11 +147,11 @@ class Encoding(ABC):
         if depths.shape != (block.shape[0],):
             raise ValueError(f"`depth_B` has shape {depths.shape}; `counts` has {block.shape[0]} cells.")
         draw = None if rng is None else int(rng.integers(2**63))
-        host = _choose_backend(backend) if self._compiled_serves(block, genes) else None
-        if host is None:
+        compiled = _choose_backend(backend) if self._is_compiled(block, genes) else None
+        if compiled is None:
             cu_seqlens, token_T, value_T = self._encode_numpy(block, genes, depths, draw)
         else:
-            cu_seqlens, token_T, value_T = self._encode_compiled(host, block, genes, depths, draw)
+            cu_seqlens, token_T, value_T = self._encode_compiled(compiled, block, genes, depths, draw)
         return CellBatch(
             gene_ids_T=torch.from_numpy(token_T),
             cu_seqlens=torch.from_numpy(cu_seqlens),
@@ -159,46 +161,46 @@ class Encoding(ABC):
         )
 
     def encodes(self, genes: GeneMap) -> NDArray[np.bool_]:
-        """Which columns can become tokens: those of genes of the vocabulary, for rank with a median; shape (n_vars,)."""
+        """Whether each column can become a token, shape (n_vars,), bool: its gene is in the vocabulary, and has a median."""
         encodes = genes.token_ids >= 0
         return encodes if self.medians is None else encodes & ~np.isnan(self.medians[genes.token_ids])
 
     def replace(self, **changes: Any) -> Encoding:
-        """Return the same encoding with some settings changed."""
+        """Return a copy with some settings changed."""
         return type(self)(self.config.replace(**changes), self.vocabulary, medians=self.medians)
 
     def to_dict(self) -> dict[str, Any]:
-        """Settings, JSON-able; the vocabulary and `arrays` are saved separately."""
+        """Return the settings as JSON-able values; the vocabulary and `arrays` are saved separately."""
         return {"format_version": 1, **self.config.to_dict()}
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
-        """What was learned from data, for saving next to `to_dict`."""
+        """Return the arrays that were learned from data, for saving."""
         return {} if self.medians is None else {"medians": self.medians}
 
     @abstractmethod
     def _encode_numpy(
         self, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
     ) -> Tokens:
-        """Encode in NumPy: the plain statement of the rules."""
+        """Encode in NumPy; this code defines the encoding, and the compiled code gives the same result."""
 
     def _encode_compiled(
-        self, host: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
+        self, compiled: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
     ) -> Tokens:
-        """Encode with the compiled module; only called where `_compiled_serves`."""
+        """Encode with the compiled module; called only if `_is_compiled` returns True."""
         raise NotImplementedError
 
-    def _compiled_serves(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
-        """Whether the compiled module has this encoding, with these settings, for these data."""
+    def _is_compiled(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
+        """Whether the compiled module supports this encoding with these settings and data."""
         return False
 
-    def _frame(self, host: ModuleType) -> Any:
-        """What every compiled encoder is told: context, special tokens, threads."""
+    def _frame(self, compiled: ModuleType) -> Any:
+        """Return the options of every compiled encoder: context length, special tokens, threads."""
         config, vocabulary = self.config, self.vocabulary
-        return host.Frame(
+        return compiled.Frame(
             max_genes=len(vocabulary) if config.max_genes is None else config.max_genes,
             front=(vocabulary.cls_id, config.cls_value) if config.add_cls else None,
             back=(vocabulary.eos_id, config.eos_value) if config.add_eos else None,
-            n_threads=host_threads(),
+            n_threads=encoder_threads(),
         )
 
 
@@ -206,13 +208,13 @@ Tokens = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32] | None]
 
 
 def _choose_backend(backend: Backend) -> ModuleType | None:
-    host = host_module()
-    if backend == "compiled" and host is None:
+    compiled = encoder_module()
+    if backend == "compiled" and compiled is None:
         raise RuntimeError("`backend` is 'compiled', but scfm._host was not built or is turned off; see `scfm doctor`.")
-    return None if backend == "numpy" else host
+    return None if backend == "numpy" else compiled
 
 
-def add_specials(
+def add_special_tokens(
     cu_seqlens: NDArray[np.int64],
     token_T: NDArray[np.int32],
     value_T: NDArray[np.float32] | None,
@@ -220,14 +222,14 @@ def add_specials(
     front: Mapping[int, NDArray[np.float32]],
     back: Mapping[int, NDArray[np.float32]],
 ) -> Tokens:
-    """Put special tokens before and after every cell.
+    """Add special tokens before and after the genes of every cell.
 
     Parameters
     ----------
     cu_seqlens, token_T, value_T
-        Cells without specials.
+        Cells without special tokens.
     front, back
-        Token id to its value in each cell, shape (B,), in the order wanted.
+        Token id to the token's value in each cell, shape (B,), in the order of the tokens.
     """
     n_cells, extra = len(cu_seqlens) - 1, len(front) + len(back)
     if not extra:
@@ -251,14 +253,14 @@ def add_specials(
 
 
 def csr_arrays(block: sp.csr_matrix) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Row pointers (int64), indices and data as the compiled encoders take them; copies pointers only."""
+    """Return row pointers (int64), indices and data for the compiled encoders; only pointers may be copied."""
     return block.indptr.astype(np.int64, copy=False), block.indices, block.data
 
 
 def cls_and_eos(
     encoding: Encoding, n_cells: int
 ) -> tuple[dict[int, NDArray[np.float32]], dict[int, NDArray[np.float32]]]:
-    """Values of the `cls` and `eos` tokens that the config asks for, as `front` and `back` of `add_specials`."""
+    """Return `front` and `back` of `add_special_tokens` for the `cls` and `eos` tokens of the configuration."""
     config, vocabulary = encoding.config, encoding.vocabulary
     front = {vocabulary.cls_id: config.cls_value} if config.add_cls else {}
     back = {vocabulary.eos_id: config.eos_value} if config.add_eos else {}
@@ -270,5 +272,5 @@ def cls_and_eos(
 def normalized(
     count_T: NDArray[np.float64], cell_T: NDArray[np.int64], total_B: NDArray[np.float64], target_sum: float | None
 ) -> NDArray[np.float64]:
-    """Counts scaled so that a cell's total becomes `target_sum`; unchanged where that is None."""
+    """Scale counts so that the total of each cell is `target_sum`; None leaves them unchanged."""
     return count_T if target_sum is None else count_T / total_B[cell_T] * target_sum

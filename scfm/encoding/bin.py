@@ -1,4 +1,4 @@
-"""Bin encoding: each gene with the quantile bin of its count in its cell (scGPT)."""
+"""Bin encoding: one token per gene, whose value is the quantile bin of its count in the cell (scGPT)."""
 
 # Axes: B cells, T packed tokens.
 
@@ -11,27 +11,27 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, csr_arrays, normalized
+from scfm.encoding.base import Encoding, Tokens, add_special_tokens, cls_and_eos, csr_arrays, normalized
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.hashing import hash_pairs, to_unit
 from scfm.encoding.ragged import RaggedCounts, best_T, expressed, with_zeros
 
-# What a hash is for, so that two numbers of one gene are not one number.
+# Purposes of a hash: the numbers of one gene for different purposes must be independent.
 TIE, SAMPLE = 1, 2
 
 
 class BinEncoding(Encoding):
-    """Gives each gene the quantile bin, 1..n_bins - 1, of its count among the cell's non-zero counts; 0 for none.
+    """Replaces counts by their quantile bin, 1..n_bins - 1, among the non-zero counts of the cell. Zeros have bin 0.
 
-    Tokens ascend by id, `cls` first.
+    Tokens are in ascending order of their ids, after `cls`.
 
     Notes
     -----
-    Binning of scGPT (Cui et al. 2024). A tied value spans several bins, of which upstream draws one from a global
-    generator, at inference too. Here the draw is a hash of (seed, token id) at inference, so that a cell always gets
-    the same bins, spread over its ties as in training; in training it is a hash of (draw, cell, token id). Bins are
-    those of the whole cell; a cell longer than the context then keeps its highest counts, ties by vocabulary order
-    (in training: a random sample).
+    Binning of scGPT (Cui et al. 2024). A value that occurs several times in a cell spans several bins. scGPT draws one of
+    them from a global generator, at inference too. Here the choice is a hash of (seed, token id) at inference, so that a
+    cell always gets the same bins, and a hash of (random number, cell, token id) in training. Bins are computed from the
+    whole cell. A cell with more genes than the context then keeps those with the highest counts, ties by vocabulary order
+    (in training, a random sample).
 
     Examples
     --------
@@ -78,20 +78,20 @@ class BinEncoding(Encoding):
         kept_T = self._fit_context(cells, draw)
         cells, bin_T = cells.take(kept_T), bin_T[kept_T]
         front, back = cls_and_eos(self, cells.n_cells)
-        return add_specials(cells.cu_seqlens, cells.token_T, bin_T.astype(np.float32), front=front, back=back)
+        return add_special_tokens(cells.cu_seqlens, cells.token_T, bin_T.astype(np.float32), front=front, back=back)
 
-    def _compiled_serves(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
+    def _is_compiled(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
         return self.config.target_sum is None and not self.config.log1p
 
     def _encode_compiled(
-        self, host: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
+        self, compiled: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
     ) -> Tokens:
         config = self.config
-        return host.encode_bin(
+        return compiled.encode_bin(
             *csr_arrays(block),
             genes.token_ids,
             genes.has_duplicates,
-            self._frame(host),
+            self._frame(compiled),
             n_tokens=len(self.vocabulary),
             quantiles=np.linspace(0, 1, (config.n_bins or 0) - 1),
             unit=None if draw is not None else self._tie_of_token,
@@ -101,7 +101,7 @@ class BinEncoding(Encoding):
 
     @cached_property
     def _tie_of_token(self) -> NDArray[np.float64]:
-        """What chooses among the bins of a tie at inference, by token id."""
+        """Numbers in [0, 1) that choose among the bins of a tie at inference, by token id."""
         return to_unit(hash_pairs(self.config.seed, TIE, np.arange(len(self.vocabulary))))
 
     def _binned_quantity(self, cells: RaggedCounts, depth_B: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -110,13 +110,13 @@ class BinEncoding(Encoding):
         return np.log1p(value_T) if self.config.log1p else value_T
 
     def _hash(self, cells: RaggedCounts, draw: int | None, purpose: int) -> NDArray[np.uint64]:
-        """64 random bits a token: of the gene alone at inference, of cell and gene in training."""
+        """Return 64 random bits per token; they depend on the gene at inference, on cell and gene in training."""
         if draw is None:
             return hash_pairs(self.config.seed, purpose, cells.token_T)
         return hash_pairs(draw, cells.cell_T * 4 + purpose, cells.token_T)
 
     def _fit_context(self, cells: RaggedCounts, draw: int | None) -> NDArray[np.int64] | NDArray[np.bool_]:
-        """Places of the tokens that fit the context, ascending."""
+        """Return the indices of the tokens that fit the context, ascending."""
         most = self.config.max_genes
         if most is None or len(cells.cell_T) == 0 or np.diff(cells.cu_seqlens).max() <= most:
             return np.ones(len(cells.cell_T), dtype=bool)
@@ -142,7 +142,7 @@ def bin_values(value_T: NDArray[np.float64], unit_T: NDArray[np.float64], *, n_b
     unit_T
         Numbers in [0, 1) that choose among the bins of a tie, shape (T,), float64.
     n_bins
-        Number of bins, 0 for "not expressed" included.
+        Number of bins, including bin 0 for "not expressed".
 
     Returns
     -------
@@ -150,7 +150,7 @@ def bin_values(value_T: NDArray[np.float64], unit_T: NDArray[np.float64], *, n_b
 
     Notes
     -----
-    ``ceil(u (r - l) + l)``, where l and r count the edges up to, and below, a value.
+    ``ceil(u (r - l) + l)``, where l is the number of edges up to a value, r that of edges below it, and u is `unit_T`.
     """
     if not len(value_T):
         return np.zeros(0)
@@ -161,12 +161,12 @@ def bin_values(value_T: NDArray[np.float64], unit_T: NDArray[np.float64], *, n_b
 
 
 def quantile_edges(sorted_T: NDArray[np.float64], *, n_edges: int) -> NDArray[np.float64]:
-    """Quantiles at ``linspace(0, 1, n_edges)``: bitwise what `numpy.quantile` gives with its default method.
+    """Return the quantiles at ``linspace(0, 1, n_edges)``, bitwise equal to `numpy.quantile` with its default method.
 
-    Written out because both backends, and every NumPy, must round alike.
+    They are computed here because both backends, and every version of NumPy, must round in the same way.
     """
-    place = np.linspace(0, 1, n_edges) * (len(sorted_T) - 1)
-    low = np.floor(place).astype(np.intp)
-    step = place - low
+    position = np.linspace(0, 1, n_edges) * (len(sorted_T) - 1)
+    low = np.floor(position).astype(np.intp)
+    step = position - low
     a, b = sorted_T[low], sorted_T[np.minimum(low + 1, len(sorted_T) - 1)]
     return np.where(step >= 0.5, b - (b - a) * (1 - step), a + (b - a) * step)

@@ -1,4 +1,4 @@
-"""Makes encodings: from settings, vocabulary and data, and from what was saved."""
+"""Build encodings from settings, a vocabulary and data, or from saved files."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def make_encoding(
     gene_key: str | None = None,
     depth_key: str | None = None,
 ) -> Encoding:
-    """Make an encoding, learning from data what is not given.
+    """Make an encoding; a vocabulary or medians that are not given are learned from data.
 
     Parameters
     ----------
     kind
-        "rank", "bin", "bucket" or "continuous" with that family's settings, or all settings.
+        "rank", "bin", "bucket" or "continuous" for the default settings of that kind, or an `EncodingConfig`.
     adata
-        Raw counts, in any form that `CountSource.of` takes; only needed for what is not given.
+        Raw counts, in any form that `CountSource.of` accepts. Needed only to learn a vocabulary or medians.
     vocabulary
-        Token ids; None to build it of the genes that at least one cell of `adata` expresses, in the order of the data,
-        with `pad`, `mask` and the special tokens that the settings ask for.
+        Token ids. None to build a vocabulary of the genes that at least one cell of `adata` expresses, in the order of the
+        data, with `pad`, `mask` and the special tokens that the settings need.
     medians
-        Rank only: by token id, shape (len(vocabulary),); None to learn them from `adata`.
+        Rank encoding only: medians by token id, shape (len(vocabulary),). None to learn them from `adata`.
     layer, gene_key, depth_key
-        Where `adata` keeps counts, gene names and total counts; see `scfm.pp.encode`.
+        Where `adata` holds counts, gene names and total counts; see `scfm.pp.encode`.
 
     Raises
     ------
     VocabularyMismatchError
-        If genes are duplicated, or those of `adata` do not fit `vocabulary`.
+        If genes are duplicated, or the genes of `adata` do not match `vocabulary`.
     CountsError
         If `adata` does not hold raw counts.
 
@@ -63,10 +63,10 @@ def make_encoding(
         return encoding_class(config, vocabulary, medians=medians)
     if adata is None:
         raise ValueError(
-            "`adata` is needed to build the vocabulary or to learn medians; pass it, or pass both of them."
+            "`adata` is needed to build the vocabulary or to learn medians. Pass `adata=`, or `vocabulary=` (and `medians=`)."
         )
     if vocabulary is None and medians is not None:
-        raise ValueError("`medians` go by token id, so they need their `vocabulary`.")
+        raise ValueError("`medians` are indexed by token id. Pass the `vocabulary` that they belong to.")
     counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
     if vocabulary is None:
         vocabulary = build_vocabulary(counts, config)
@@ -77,21 +77,21 @@ def make_encoding(
 def build_vocabulary(counts: CountSource, config: EncodingConfig) -> Vocabulary:
     """Make a vocabulary of the genes that are expressed at least once, in the order of the data.
 
-    Genes without a name are left out, and Ensembl ids lose their versions.
+    Genes without a name are omitted, and versions are removed from Ensembl ids.
 
     Parameters
     ----------
     counts
         Raw counts.
     config
-        Settings of the encoding, which say what special tokens it needs.
+        Settings of the encoding, which determine the special tokens.
 
     Raises
     ------
     CountsError
-        If there are no counts at all.
+        If all counts are zero.
     VocabularyMismatchError
-        If genes are duplicated and the settings do not say to sum them.
+        If genes are duplicated and `config.duplicates` is "error".
 
     Examples
     --------
@@ -106,7 +106,9 @@ def build_vocabulary(counts: CountSource, config: EncodingConfig) -> Vocabulary:
     for _, block, _ in counts.blocks():
         is_expressed[block.indices] = True
     if not is_expressed.any():
-        raise CountsError(f"{counts.name} holds no counts at all ({counts.n_obs} cells x {counts.n_vars} genes).")
+        raise CountsError(
+            f"All counts of {counts.name} are zero ({counts.n_obs} cells x {counts.n_vars} genes). Load the counts again."
+        )
     genes = [strip_version(name) if name is not None and seen else None for name, seen in zip(names, is_expressed)]
     distinct = list(dict.fromkeys(gene for gene in genes if gene is not None))
     if not distinct:
@@ -121,7 +123,7 @@ def build_vocabulary(counts: CountSource, config: EncodingConfig) -> Vocabulary:
 def encoding_from_dict(
     content: Mapping[str, Any], vocabulary: Vocabulary, arrays: Mapping[str, ArrayLike] | None = None
 ) -> Encoding:
-    """Rebuild an encoding from `Encoding.to_dict`, its vocabulary, and `Encoding.arrays`.
+    """Build an encoding from the results of `Encoding.to_dict` and `Encoding.arrays`, and its vocabulary.
 
     Parameters
     ----------
@@ -130,12 +132,12 @@ def encoding_from_dict(
     vocabulary
         The vocabulary that the encoding was made with.
     arrays
-        What it learned from data, as `Encoding.arrays` returns it; for rank encodings.
+        Arrays learned from data, as `Encoding.arrays` returns them; only rank encodings have some.
 
     Raises
     ------
     ModelFileError
-        If the settings have another format version, or do not fit.
+        If the settings have another format version, or do not match the vocabulary.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`EncodingConfig`: everything that decides a cell's tokens, apart from vocabulary and medians."""
+"""`EncodingConfig`: the settings that determine a cell's tokens, together with vocabulary and medians."""
 
 from __future__ import annotations
 
@@ -12,43 +12,45 @@ DuplicatePolicy = Literal["error", "sum"]
 DepthOver = Literal["matrix", "vocabulary"]
 
 
-# Of every encoding whose class does not say otherwise.
+# Defaults of all encodings, unless their class has others.
 COMMON_DEFAULTS = {"add_cls": False, "add_eos": False, "depth_over": "matrix", "log1p": False, "include_zeros": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig(Config):
-    """How a cell becomes tokens. None stands for the default of the kind, which replaces it on construction.
+    """Settings of an encoding. A field that is None gets the default of its kind when the object is built.
 
     Attributes
     ----------
     kind
         Name of a registered encoding: "rank", "bin", "bucket" or "continuous".
     context_length
-        Most tokens of a cell, specials included; None for no limit (resolved to 2,048 for rank, 1,200 for bin).
+        Maximum number of tokens of a cell, including special tokens. The default is 2,048 for rank, 1,200 for bin, and no
+        limit (None) for the others.
     add_cls, add_eos
-        Whether each cell starts with the vocabulary's `cls`, ends with its `eos` token. scBERT's trailing
-        position is an `eos`.
+        Whether each cell starts with the `cls` token of the vocabulary, and whether it ends with the `eos` token. The last
+        position of scBERT is an `eos` token.
     target_sum
-        Total to which counts are normalized; None leaves counts as they are (bin only).
+        Total to which counts are normalized. None (bin only) leaves counts unchanged.
     depth_over
-        Whether a cell's total is that over all genes of its matrix (or the depth that the data names), or over
-        the genes that the vocabulary knows (what is left after aligning to a panel).
+        Genes whose counts make up a cell's total: "matrix" for all genes of the matrix (or the depth that the data give),
+        "vocabulary" for those in the vocabulary.
     log1p
         Bin only: whether to take log1p of the (normalized) counts before binning.
     n_bins
-        Values run 0..n_bins - 1, 0 for "not expressed"; bin and bucket only. scBERT's mask is n_bins.
+        Bin and bucket only: number of values, 0..n_bins - 1, where 0 means "not expressed". The mask value of scBERT is
+        n_bins.
     include_zeros
-        Whether genes without counts get tokens too: for bin those of the data, for bucket and continuous all
-        those of the vocabulary.
+        Whether genes with zero counts get tokens too: for bin the genes of the data, for bucket and continuous all genes
+        of the vocabulary.
     cls_value, eos_value
-        Values of the two special tokens. scGPT: -2 in pretraining and embedding, 0 in fine-tuning.
+        Values of the two special tokens. In scGPT they are -2 in pretraining and embedding, and 0 in fine-tuning.
     target_depth
-        Continuous only: total counts asked of the T token; None for the cell's own total.
+        Continuous only: total counts that the target-depth token asks for. None for the cell's own total.
     duplicates
-        What to do where several columns are one gene: "error", or "sum" their counts (Geneformer V2).
+        If several columns have the same gene: "error" to raise, or "sum" to add their counts (Geneformer V2).
     seed
-        Seed of the hash that spreads tied values over their bins.
+        Seed of the hash that chooses among the bins of tied values.
 
     Examples
     --------
@@ -84,14 +86,14 @@ class EncodingConfig(Config):
     def _check(self) -> None:
         rules = [
             ("context_length", self.context_length is None or self.context_length > self.n_special_tokens,
-             f"must leave room for a gene next to {self.n_special_tokens} special tokens"),
+             f"must exceed the number of special tokens, {self.n_special_tokens}"),
             ("target_sum", self.target_sum is None or self.target_sum > 0, "must be positive"),
             ("n_bins", self.n_bins is None or self.n_bins >= 2, "must be at least 2"),
             ("target_depth", self.target_depth is None or self.target_depth > 0, "must be positive"),
             ("duplicates", self.duplicates in get_args(DuplicatePolicy), "must be 'error' or 'sum'"),
             ("depth_over", self.depth_over in get_args(DepthOver), "must be 'matrix' or 'vocabulary'"),
             ("seed", 0 <= self.seed < 2**63, "must be in 0..2^63 - 1"),
-            ("include_zeros", not (self.is_ordered and self.include_zeros), "must be False: a zero has no rank"),
+            ("include_zeros", not (self.is_ordered and self.include_zeros), "must be False, because zeros have no rank"),
         ]  # fmt: skip
         for name, holds, rule in rules:
             if not holds:
@@ -108,12 +110,12 @@ class EncodingConfig(Config):
 
     @property
     def n_special_tokens(self) -> int:
-        """Number of tokens of a cell that are not genes."""
+        """Number of special tokens of each cell."""
         return len(self.special_roles)
 
     @property
     def max_genes(self) -> int | None:
-        """Most genes of a cell that fit the context; None where there is no limit."""
+        """Maximum number of genes of a cell; None if there is no limit."""
         return None if self.context_length is None else self.context_length - self.n_special_tokens
 
     @property

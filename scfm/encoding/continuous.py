@@ -1,4 +1,4 @@
-"""Continuous encoding: log-normalized values and two read-depth tokens (scFoundation)."""
+"""Continuous encoding: one token per gene with its log-normalized count, and two read-depth tokens (scFoundation)."""
 
 # Axes: B cells, T packed tokens.
 
@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
-from scfm.encoding.base import Encoding, Tokens, add_specials, cls_and_eos, normalized
+from scfm.encoding.base import Encoding, Tokens, add_special_tokens, cls_and_eos, normalized
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import best_T, expressed, with_zeros
@@ -20,17 +20,17 @@ DEPTH_ROLES = ("target_depth", "source_depth")
 
 
 class ContinuousEncoding(Encoding):
-    """Gives each gene the value log1p(count / total x target_sum), and each cell two tokens that tell its depth.
+    """Replaces each count by log1p(count / total x target_sum), and adds two tokens that hold the read depth.
 
-    Tokens ascend by id; then come the token of role "target_depth" with log10 of the total asked for
-    (`EncodingConfig.target_depth`, or the cell's own), and that of "source_depth" with log10 of the cell's total.
-    With `include_zeros` all genes of the vocabulary are there, as scFoundation's decoder needs; without, the expressed
-    ones, as its encoder does.
+    Gene tokens are in ascending order of their ids. Two special tokens follow: "target_depth" with log10 of the requested
+    total (`EncodingConfig.target_depth`, or the cell's own total), and "source_depth" with log10 of the cell's total.
+    With `include_zeros` all genes of the vocabulary get tokens, as scFoundation's decoder needs; without it only the
+    expressed genes do, as for scFoundation's encoder.
 
     Notes
     -----
-    scFoundation (Hao et al. 2024). Published data are aligned to the 19,264 genes first, so totals are over the
-    vocabulary unless `depth_over="matrix"`. A total of zero has no logarithm; such a cell's depth tokens are 0.
+    scFoundation (Hao et al. 2024). The published code restricts data to its 19,264 genes first, so totals are taken over the
+    vocabulary unless `depth_over="matrix"`. A cell with a total of zero has depth tokens with value 0.
 
     Examples
     --------
@@ -62,7 +62,7 @@ class ContinuousEncoding(Encoding):
         super().__init__(config, vocabulary, medians=medians)
         if missing := [role for role in DEPTH_ROLES if vocabulary.special_id(role) is None]:
             raise ValueError(
-                f"Continuous encoding needs special tokens of roles {' and '.join(DEPTH_ROLES)}; the vocabulary lacks "
+                f"The continuous encoding needs special tokens of roles {' and '.join(DEPTH_ROLES)}; the vocabulary lacks "
                 f"{missing}. Build it with `Vocabulary.from_genes(names, special=[..., *{DEPTH_ROLES}])`."
             )
 
@@ -84,4 +84,4 @@ class ContinuousEncoding(Encoding):
             token = self.vocabulary.special_id(role)
             assert token is not None
             back[token] = np.log10(np.where(depth > 0, depth, 1.0)).astype(np.float32)
-        return add_specials(cells.cu_seqlens, cells.token_T, value_T.astype(np.float32), front=front, back=back)
+        return add_special_tokens(cells.cu_seqlens, cells.token_T, value_T.astype(np.float32), front=front, back=back)

@@ -1,4 +1,4 @@
-"""Readers of published gene tables: token ids, medians, aliases; pickles only through an allow-list."""
+"""Read published gene tables: token ids, medians, aliases. Pickles may hold plain values only."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from scfm._untrusted import check_pickle, require_downloaded
 from scfm.errors import ModelFileError
 from scfm.vocab import Vocabulary
 
-# What the published vocabularies call their special tokens.
+# Names of the special tokens in published vocabularies.
 _SPECIAL_ROLES = {"<pad>": "pad", "<mask>": "mask", "<cls>": "cls", "<eos>": "eos", "<eoc>": "eos"}
 
 
 def read_vocabulary(
     path: str | Path | Mapping[str, int], *, aliases: str | Path | None = None, add_special: Sequence[str] = ()
 ) -> Vocabulary:
-    """Read a published vocabulary: Geneformer's token dictionary, scGPT's JSON, scFoundation's gene list, or our own.
+    """Read a published vocabulary: Geneformer's token dictionary, scGPT's JSON, scFoundation's gene list, or scfm's format.
 
     Parameters
     ----------
     path
-        JSON or pickle of token to id; or TSV or CSV with a header, tokens in the first column and ids in the second; or
-        a mapping of token to id itself.
+        JSON or pickle of token to id, or a TSV or CSV file with a header, tokens in the first column and ids in the second.
+        A mapping of token to id is accepted too.
     aliases
-        Table of other names (see `read_aliases`), such as Geneformer's name-to-id dictionary.
+        File of aliases (see `read_aliases`), such as Geneformer's name-to-id dictionary.
     add_special
-        Roles of special tokens to add after the last id, where the file has none: scFoundation's ids need
+        Roles of special tokens to add after the last id if the file has none. scFoundation's vocabulary needs
         ``("target_depth", "source_depth", "pad")``.
 
     Raises
     ------
     ModelFileError
-        If the file is of no known form or unsafe, or its ids are not 0..n - 1.
+        If the format of the file is not supported, the file is unsafe, or its ids are not 0..n - 1.
 
     Examples
     --------
     >>> import json, pathlib, scfm
-    >>> _ = pathlib.Path("vocab.json").write_text(json.dumps({"<pad>": 0, "CD74": 1, "CST3": 2}))  # scGPT's form
+    >>> _ = pathlib.Path("vocab.json").write_text(json.dumps({"<pad>": 0, "CD74": 1, "CST3": 2}))  # scGPT's format
     >>> vocabulary = scfm.encoding.read_vocabulary("vocab.json")
     >>> vocabulary.genes, vocabulary.pad_id
     (('CD74', 'CST3'), 0)
@@ -70,20 +70,20 @@ def _read_ids(path: Path) -> Mapping[str, Any]:
 
 
 def read_medians(path: str | Path | Mapping[str, float], vocabulary: Vocabulary) -> NDArray[np.float64]:
-    """Read published medians as an array by token id, shape (len(vocabulary),), float64; NaN where there is none.
+    """Read published medians as an array by token id, shape (len(vocabulary),), float64; NaN for tokens without one.
 
     Parameters
     ----------
     path
-        JSON or pickle of gene to median; or TSV or CSV with a header, genes in the first column and a column "median"; or
-        a mapping of gene to median itself.
+        JSON or pickle of gene to median, or a TSV or CSV file with a header, genes in the first column and a column "median".
+        A mapping of gene to median is accepted too.
     vocabulary
-        Whose ids to use; genes outside it are left out.
+        Vocabulary whose ids index the result; other genes are omitted.
 
     Raises
     ------
     ModelFileError
-        If the file is of no known form or unsafe, or no gene of the vocabulary has a median.
+        If the format of the file is not supported, the file is unsafe, or no gene of the vocabulary has a median.
 
     Examples
     --------
@@ -99,10 +99,13 @@ def read_medians(path: str | Path | Mapping[str, float], vocabulary: Vocabulary)
     try:
         values = np.array([float(value) for value in table.values()])
     except (TypeError, ValueError, OverflowError) as error:
-        raise ModelFileError(f"{source} holds medians that are no numbers ({error}).") from error
+        raise ModelFileError(f"{source} holds medians that are not numbers ({error}).") from error
     medians[ids[ids >= 0]] = values[ids >= 0]
     if np.isnan(medians[vocabulary.gene_ids]).all():
-        raise ModelFileError(f"{source} has medians of {len(table)} genes, none of which is in {vocabulary}.")
+        raise ModelFileError(
+            f"{source} has medians of {len(table)} genes, none of which is in {vocabulary}. Pass the medians and the "
+            "vocabulary of the same model."
+        )
     return medians
 
 
@@ -117,14 +120,15 @@ def _read_median_table(path: Path) -> Mapping[str, Any]:
 
 
 def read_aliases(path: str | Path, vocabulary: Vocabulary) -> dict[str, str]:
-    """Read other names of genes, alias to token; those that lead to no token of the vocabulary are left out.
+    """Read aliases of genes as a mapping of alias to token; aliases of genes outside the vocabulary are omitted.
 
     Parameters
     ----------
     path
-        JSON or pickle of alias to gene id; or TSV or CSV without a header of gene id and alias, GENCODE's order.
+        JSON or pickle of alias to gene id, or a TSV or CSV file without a header whose columns are gene id and alias, as in
+        GENCODE's files.
     vocabulary
-        Whose tokens to lead to.
+        Vocabulary with the tokens.
 
     Examples
     --------
@@ -143,7 +147,7 @@ def read_aliases(path: str | Path, vocabulary: Vocabulary) -> dict[str, str]:
 
 
 class _PlainDType:
-    """Stands in for `numpy.dtype` while unpickling: remembers a plain number's type, and can do nothing else."""
+    """Replaces `numpy.dtype` while unpickling; it only stores the type of a plain number."""
 
     def __init__(self, code: str, align: object = False, copy: object = False) -> None:
         if not isinstance(code, str) or code not in {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)} | {
@@ -153,14 +157,14 @@ class _PlainDType:
         self.code, self.order = code, "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        # (version, byte order, subtype, names, fields, size, alignment, flags); all but the order must be empty.
+        # (version, byte order, subtype, names, fields, size, alignment, flags); subtype, names and fields must be empty.
         if len(state) < 5 or state[1] not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
             raise ModelFileError("A pickled NumPy dtype is not that of a plain number.")
         self.order = state[1]
 
 
 class _PlainScalar:
-    """Stands in for `numpy.core.multiarray.scalar`: turns bytes into a Python number."""
+    """Replaces `numpy.core.multiarray.scalar` while unpickling; converts bytes to a Python number."""
 
     def __new__(cls, dtype: _PlainDType, content: bytes) -> Any:
         if not isinstance(dtype, _PlainDType) or not isinstance(content, bytes):
@@ -179,13 +183,13 @@ _ALLOWED = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds plain containers, strings and numbers, and NumPy scalars as numbers; refuses all else, before any call."""
+    """Builds plain containers, strings, numbers and NumPy scalars (as numbers); refuses anything else before calling it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise ModelFileError(
                 f"The pickle asks for {module}.{name}. Only plain containers, strings, numbers and NumPy scalars are "
-                "read, for a pickle can run any code. Do not open this file by other means unless you trust its source."
+                "read, because a pickle can run any code. Do not open this file by other means unless you trust its source."
             )
         return _ALLOWED[module, name]
 
@@ -204,7 +208,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise ModelFileError(f"{str(path)!r}: {error}") from None
     except FileNotFoundError:
         raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise ModelFileError(f"{str(path)!r} is not a readable pickle ({type(error).__name__}: {error}).") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ModelFileError(f"{str(path)!r} holds a {type(content).__name__}, not a dictionary with text keys.")
@@ -228,17 +232,17 @@ def _header(path: Path) -> list[str]:
 
 def _read_rows(path: Path, *, header: bool = True) -> list[list[str]]:
     if path.suffix not in (".tsv", ".csv", ".txt"):
-        raise ModelFileError(f"{str(path)!r} is of no known form; .json, .tsv, .csv and .pkl are read.")
+        raise ModelFileError(f"The format of {str(path)!r} is not supported; .json, .tsv, .csv and .pkl are.")
     require_downloaded(path)
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="," if path.suffix == ".csv" else "\t"))
     if rows and min(map(len, rows)) < 2:
-        raise ModelFileError(f"{str(path)!r} has lines of one column; at least two are needed.")
+        raise ModelFileError(f"{str(path)!r} has lines with fewer than two columns; at least two are needed.")
     return rows[1:] if header else rows
 
 
 def _in_order(ids: Mapping[str, Any], source: str) -> list[str]:
-    """Tokens by their ids, which must be 0..n - 1."""
+    """Return the tokens in the order of their ids, which must be 0..n - 1."""
     try:
         by_id = {int(place): token for token, place in ids.items()}
     except (TypeError, ValueError, OverflowError) as error:
@@ -246,6 +250,6 @@ def _in_order(ids: Mapping[str, Any], source: str) -> list[str]:
     if not by_id or len(by_id) < len(ids) or min(by_id) != 0 or max(by_id) != len(by_id) - 1:
         raise ModelFileError(
             f"{source} has {len(ids)} tokens with {len(by_id)} different ids, "
-            f"{min(by_id, default=None)}..{max(by_id, default=None)}; they must be 0..n - 1, each once."
+            f"{min(by_id, default=None)}..{max(by_id, default=None)}; ids must be 0..n - 1, and each must occur once."
         )
     return [by_id[place] for place in range(len(by_id))]

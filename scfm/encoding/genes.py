@@ -1,4 +1,4 @@
-"""`GeneMap`: which token each column of a matrix is, and how well data and vocabulary match."""
+"""`GeneMap`: the token of each column of a matrix, and a report on how well data and vocabulary match."""
 
 # Axes: G genes of the matrix.
 
@@ -19,7 +19,7 @@ from scfm.errors import VocabularyMismatchError
 from scfm.vocab import IdType, Vocabulary, guess_id_type, is_ensembl
 
 MIN_COVERAGE = 0.1
-_FIRST_ROWS = 200  # cells by which the fraction of the counts that is matched is judged
+_FIRST_ROWS = 200  # cells from which the matched fraction of the counts is estimated
 
 _ENSEMBL_SPECIES = {"ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSSSCG": "pig",
                     "ENSMMUG": "macaque", "ENSMFAG": "macaque", "ENSPTRG": "chimpanzee"}  # fmt: skip
@@ -32,21 +32,22 @@ class GeneReport:
     Attributes
     ----------
     source
-        Where names were taken from: "var_names" or 'var["column"]'.
+        Where names were found: "var_names" or 'var["column"]'.
     n_vars, n_matched, n_vocabulary
-        Number of genes of the data, of those that are in the vocabulary, and of genes of the vocabulary.
+        Number of genes of the data, of genes of the data that are in the vocabulary, and of genes of the vocabulary.
     n_unnamed
         Number of genes of the data without a name.
     gene_fraction, count_fraction
-        Fraction of the data's genes, and of its counts (None if they were not given), that is in the vocabulary.
+        Fraction of the genes of the data that are in the vocabulary, and fraction of the counts that these genes hold (None
+        if no counts were given).
     id_type, species
-        What the names look like; species is "unknown" if they do not show it.
+        Kind of name and species, guessed from the names; species is "unknown" if they do not show it.
     vocabulary_id_type, vocabulary_species
         The same for the vocabulary.
     n_unversioned, n_aliased
         Number of names found only without their Ensembl version, or through an alias.
     duplicated
-        Genes that have several columns.
+        Genes with several columns.
     unmatched
         The first few names that are not in the vocabulary.
 
@@ -76,7 +77,7 @@ class GeneReport:
 
     @property
     def coverage(self) -> float:
-        """The larger of two fractions: of the data's counts (or genes), and of the vocabulary, that is matched."""
+        """The larger of two fractions: matched counts (or genes) of the data, and matched genes of the vocabulary."""
         matched = self.gene_fraction if self.count_fraction is None else self.count_fraction
         return max(matched, _ratio(self.n_matched, self.n_vocabulary))
 
@@ -97,9 +98,9 @@ class GeneMap:
     vocabulary
         The vocabulary that the ids belong to.
     token_ids
-        Shape (n_vars,), int32; -1 for a gene that is not in the vocabulary.
+        Token of each column, shape (n_vars,), int32; -1 for a gene that is not in the vocabulary.
     report
-        How well the two match.
+        How well data and vocabulary match.
 
     Examples
     --------
@@ -118,7 +119,7 @@ class GeneMap:
         ids = self.token_ids
         if len(ids) and not -1 <= ids.min() <= ids.max() < len(self.vocabulary):
             raise ValueError(
-                f"`token_ids` run {ids.min()}..{ids.max()}; they must be -1 or a token of {self.vocabulary}."
+                f"`token_ids` are between {ids.min()} and {ids.max()}; they must be -1 or a token of {self.vocabulary}."
             )
 
     @property
@@ -140,27 +141,27 @@ class GeneMap:
         min_coverage: float = MIN_COVERAGE,
         source: str = "names",
     ) -> GeneMap:
-        """Look each name up: as written, as an alias, without its Ensembl version; never with its case changed.
+        """Look up each name: as written, as an alias, and without its Ensembl version. Case is never changed.
 
         Parameters
         ----------
         names
-            Names of the columns; None for a gene without one.
+            Names of the columns; None for a gene without a name.
         vocabulary
-            Where to look them up.
+            Vocabulary in which names are looked up.
         duplicates
-            Whether several columns of one gene are an error ("error") or are summed ("sum").
+            Whether several columns of one gene raise an error ("error") or are summed ("sum").
         gene_totals
-            Counts of each column, shape (n_vars,), over some or all cells; for the fraction of counts that is matched.
+            Total counts of each column over some or all cells, shape (n_vars,). Used for the matched fraction of the counts.
         min_coverage
-            Smallest `GeneReport.coverage` that is accepted; with 0, one matched gene is enough.
+            Minimum `GeneReport.coverage`. With 0, one matched gene is enough.
         source
-            Where the names come from, for errors.
+            Where the names were found, for error messages.
 
         Raises
         ------
         VocabularyMismatchError
-            If the species differ, coverage is below `min_coverage`, or names are duplicated against the policy.
+            If the species differ, coverage is below `min_coverage`, or names are duplicated and `duplicates` is "error".
         """
         names = [None if name is None else str(name) for name in names]
         ids, n_unversioned = vocabulary.find(names)
@@ -180,18 +181,19 @@ class GeneMap:
         duplicates: DuplicatePolicy = "error",
         min_coverage: float = MIN_COVERAGE,
     ) -> GeneMap:
-        """Map the genes of a source of counts: by its `gene_key`, by `var_names`, or by a column known to hold the right kind.
+        """Map the genes of a `CountSource`.
 
-        `var_names` are used if they are of the vocabulary's kind. If they are not (Ensembl ids for a vocabulary of symbols,
-        or the reverse), the columns in use for the other kind are tried, cellxgene's `feature_name` first; the report and
-        the log say which was taken. The fraction of counts that is matched is judged by the first cells.
+        Names are read from its `gene_key` if it has one. Otherwise `var_names` are used if they are of the kind that the
+        vocabulary uses. If they are not (Ensembl ids for a vocabulary of symbols, or the reverse), columns of `var` that
+        commonly hold the other kind are tried, first `feature_name` of CELLxGENE; the report and the log name the column.
+        The matched fraction of the counts is estimated from the first cells.
 
         Raises
         ------
         CountsError
             If the first cells do not hold raw counts.
         VocabularyMismatchError
-            As `from_names` raises it.
+            In the same cases as `from_names`.
         """
         names, place = source.names(vocabulary)
         first = source.check(source.rows(0, min(source.n_obs, _FIRST_ROWS)))
@@ -206,16 +208,16 @@ class GeneMap:
 
 
 def several_columns(names: Sequence[str | None], genes: Sequence[Hashable], source: str) -> str:
-    """Say which genes have several columns, and how to keep one of each.
+    """Return an error text that names genes with several columns, and how to keep one column of each.
 
     Parameters
     ----------
     names
-        Names of the columns, as the data have them.
+        Names of the columns in the data.
     genes
-        What each column is, shape (n_vars,); -1 for columns that do not matter.
+        Gene of each column, shape (n_vars,); -1 for columns to ignore.
     source
-        Where the names come from.
+        Where the names were found.
     """
     table = pd.DataFrame({"name": names, "gene": genes})
     table = table[table["gene"] != -1]
@@ -233,7 +235,7 @@ def several_columns(names: Sequence[str | None], genes: Sequence[Hashable], sour
 
 
 def guess_species(names: Sequence[str | None]) -> str:
-    """Guess a species from Ensembl prefixes, or from the case of symbols: GAPDH human, Gapdh mouse, gapdh zebrafish."""
+    """Guess a species from Ensembl prefixes or the case of symbols (GAPDH in human, Gapdh in mouse, gapdh in zebrafish)."""
     sample = [name for name in names[:: max(1, len(names) // 2000)] if name is not None]
     if guess_id_type(sample) == "ensembl":
         prefixes = [re.match(r"[A-Z]+", name) for name in sample if is_ensembl(name)]
@@ -242,7 +244,7 @@ def guess_species(names: Sequence[str | None]) -> str:
     forms = {"human": r"[A-Z][A-Z0-9.orf-]*", "mouse": r"[A-Z][a-z][a-z0-9-]*", "zebrafish": r"[a-z][a-z0-9.:-]*"}
     lettered = [name for name in sample if re.match(r"[A-Za-z]{2}", name)]
     stems = {name.rstrip("0123456789") for name in lettered}
-    if len(stems) < len(lettered) / 10:  # gene1, gene2, ...: numbered, not named
+    if len(stems) < len(lettered) / 10:  # gene1, gene2, ...: numbers, not names
         return "unknown"
     for species, form in forms.items():
         if lettered and sum(re.fullmatch(form, name) is not None for name in lettered) / len(lettered) > 0.6:
@@ -290,20 +292,22 @@ def _refuse_misfit(report: GeneReport, names: list[str | None], vocabulary: Voca
     if report.n_matched and report.coverage >= min_coverage:
         return
     if not names:
-        raise VocabularyMismatchError("The data hold no genes (n_vars is 0). Was every gene filtered out?")
+        raise VocabularyMismatchError(
+            "The data have no genes (n_vars is 0). Check whether all genes were filtered out."
+        )
     found = "None" if not report.n_matched else f"Only {report.n_matched} ({report.gene_fraction:.1%})"
     of_counts = "" if report.count_fraction is None else f", {report.count_fraction:.1%} of the counts"
     species = {report.species, report.vocabulary_species}
     if len(species) == 2 and "unknown" not in species:
         remedy = (
-            f"The data look like {report.species}, the vocabulary is {report.vocabulary_species}. Map them to "
-            f"{report.vocabulary_species} orthologs yourself; changing the case of symbols is not a mapping."
+            f"The data look like {report.species}, but the vocabulary is {report.vocabulary_species}. Map the genes to "
+            f"{report.vocabulary_species} orthologs first; changing the case of symbols is not a mapping."
         )
     elif report.id_type != report.vocabulary_id_type:
         remedy = f"Pass `gene_key=` to name the `var` column that holds {_KIND_NAMES[vocabulary.id_type]}."
     else:
         remedy = (
-            "Pass `gene_key=` if another `var` column holds the names, or a model whose vocabulary has these genes; "
+            "Pass `gene_key=` if another `var` column holds the names, or use a model whose vocabulary has these genes; "
             f"at least {min_coverage:.0%} must match."
         )
     raise VocabularyMismatchError(
@@ -313,4 +317,4 @@ def _refuse_misfit(report: GeneReport, names: list[str | None], vocabulary: Voca
     )
 
 
-_KIND_NAMES = {"symbol": "gene symbols", "ensembl": "Ensembl ids", "other": "names of its own"}
+_KIND_NAMES = {"symbol": "gene symbols", "ensembl": "Ensembl ids", "other": "other names"}

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of what they are for, not of when they are drawn."""
+"""Random numbers as a hash of seed, cell and gene, so that they do not depend on the order in which they are drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit integers: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Mix the bits of 64-bit integers with the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
         state = state + _GOLDEN
         state = (state ^ (state >> np.uint64(30))) * _MIX_1
@@ -20,12 +20,12 @@ def mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hash_pairs(seed: int, first: NDArray[np.integer] | int, second: NDArray[np.integer]) -> NDArray[np.uint64]:
-    """Hash (seed, first, second) to 64 bits; shapes broadcast."""
+    """Hash (seed, first, second) to 64 bits. Shapes are broadcast."""
     state = mix(np.asarray(seed, dtype=np.uint64))
     state = mix(state ^ np.asarray(first).astype(np.uint64))
     return mix(state ^ np.asarray(second).astype(np.uint64))
 
 
 def to_unit(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Map 64 random bits to [0, 1), float64, by their upper 53."""
+    """Map 64 random bits to [0, 1), float64, using the upper 53 bits."""
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Counts as ragged rows of tokens: the common first step of every encoding, in NumPy."""
+"""Convert counts to ragged rows of tokens in NumPy, the first step of every encoding."""
 
 # Axes: B cells, T packed tokens.
 
@@ -15,7 +15,7 @@ from scfm.encoding.genes import GeneMap
 
 @dataclass(frozen=True)
 class RaggedCounts:
-    """Cells end to end; within a cell, tokens ascend by id and are distinct.
+    """Counts of cells, packed end to end. Tokens within a cell are distinct and in ascending order of their ids.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class RaggedCounts:
     count_T
         Count, shape (T,), float64.
     n_cells
-        Number of cells, those without tokens included.
+        Number of cells, including cells without tokens.
     """
 
     cell_T: NDArray[np.int64]
@@ -43,24 +43,24 @@ class RaggedCounts:
         return np.bincount(self.cell_T, weights=self.count_T, minlength=self.n_cells).astype(np.float64, copy=False)
 
     def take(self, which_T: NDArray[np.bool_] | NDArray[np.int64]) -> RaggedCounts:
-        """Keep some tokens (a mask, or places that keep cells together), in the order given."""
+        """Keep some tokens: those of a mask, or those at indices, which must be grouped by cell."""
         return RaggedCounts(self.cell_T[which_T], self.token_T[which_T], self.count_T[which_T], self.n_cells)
 
 
 def boundaries(lengths_B: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Cell boundaries from lengths, shape (B + 1,), int64."""
+    """Return cell boundaries for lengths, shape (B + 1,), int64."""
     cu_seqlens = np.zeros(len(lengths_B) + 1, dtype=np.int64)
     np.cumsum(lengths_B, out=cu_seqlens[1:])
     return cu_seqlens
 
 
 def expressed(counts: sp.csr_matrix, genes: GeneMap) -> RaggedCounts:
-    """Take the non-zero counts of known genes; several columns or entries of one gene are summed.
+    """Return the non-zero counts of genes in the vocabulary; several columns or entries of one gene are summed.
 
     Parameters
     ----------
     counts
-        Raw counts, shape (B, n_vars), any numeric dtype; indices in any order, explicit zeros allowed.
+        Raw counts, shape (B, n_vars), any numeric dtype. Indices may be in any order, and explicit zeros are allowed.
     genes
         Token of each column.
     """
@@ -82,7 +82,7 @@ def expressed(counts: sp.csr_matrix, genes: GeneMap) -> RaggedCounts:
 
 
 def with_zeros(expressed_genes: RaggedCounts, token_ids: NDArray[np.int32]) -> RaggedCounts:
-    """Give every cell all of `token_ids` (distinct, ascending), with count 0 where it has none."""
+    """Add tokens with count 0, so that every cell has all of `token_ids` (distinct, ascending)."""
     n_cells, n_genes = expressed_genes.n_cells, len(token_ids)
     counts = np.zeros((n_cells, n_genes))
     counts[expressed_genes.cell_T, np.searchsorted(token_ids, expressed_genes.token_T)] = expressed_genes.count_T
@@ -92,13 +92,13 @@ def with_zeros(expressed_genes: RaggedCounts, token_ids: NDArray[np.int32]) -> R
 
 
 def best_T(ragged: RaggedCounts, score_T: NDArray[np.float64], most: int | None) -> NDArray[np.int64]:
-    """Order tokens within each cell by falling score, ties by token id, and keep the first `most` of each cell.
+    """Sort the tokens of each cell by descending score, ties by token id, and keep the first `most` of each cell.
 
     Returns
     -------
-    Places of the kept tokens, cells together, shape (T',), int64.
+    Indices of the kept tokens, cell by cell, shape (T',), int64.
     """
-    # Tokens ascend within a cell, so a stable sort breaks ties by vocabulary order.
+    # Token ids ascend within a cell, so a stable sort breaks ties by token id.
     order = np.lexsort((-score_T, ragged.cell_T))
     if most is None:
         return order

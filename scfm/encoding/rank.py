@@ -1,4 +1,4 @@
-"""Rank encoding: a cell is its genes, the most telling first (Geneformer)."""
+"""Rank encoding: a cell is a list of its genes, in descending order of count over median (Geneformer)."""
 
 # Axes: B cells, T packed tokens.
 
@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
-from scfm.encoding.base import CountBlocks, Encoding, Tokens, add_specials, cls_and_eos, csr_arrays
+from scfm.encoding.base import CountBlocks, Encoding, Tokens, add_special_tokens, cls_and_eos, csr_arrays
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
 from scfm.encoding.ragged import best_T, boundaries, expressed
@@ -18,13 +18,12 @@ from scfm.vocab import Vocabulary
 
 
 class RankEncoding(Encoding):
-    """Orders a cell's genes by count over the gene's non-zero median, largest first.
+    """Sorts the genes of a cell by the ratio of count to the gene's median over non-zero counts, in descending order.
 
     Notes
     -----
-    Geneformer (Theodoris et al. 2023; V2: Chen et al. 2024). A cell's total divides all its scores alike and changes
-    no order, so it is left out of the score: ranks are then exactly the same at any depth. Ties, which upstream's
-    unstable sort leaves to chance, go by vocabulary order. V1:
+    Geneformer (Theodoris et al. 2023; V2: Chen et al. 2024). Dividing by the total of a cell does not change the order of its
+    genes, so counts are not normalized here. Ties are in vocabulary order; the published code uses an unstable sort. V1 is
     ``EncodingConfig(kind="rank")``; V2 adds ``context_length=4096, add_cls=True, add_eos=True, duplicates="sum"``.
 
     Examples
@@ -57,12 +56,15 @@ class RankEncoding(Encoding):
 
     def __init__(self, config: EncodingConfig, vocabulary: Vocabulary, *, medians: ArrayLike | None = None) -> None:
         if medians is None:
-            raise ValueError("Rank encoding needs `medians`: read published ones, or learn them with `fit`.")
+            raise ValueError(
+                "The rank encoding needs `medians`. Read published ones with `scfm.encoding.read_medians`, or learn them with "
+                "`fit`."
+            )
         super().__init__(config, vocabulary, medians=medians)
         known = self._medians[vocabulary.gene_ids]
         if (known <= 0).any() or np.isinf(known).any():
             raise ValueError(
-                "`medians` holds zero, negative or infinite values for genes; use NaN where one is missing."
+                "`medians` holds zero, negative or infinite values for genes. Use NaN for a missing median."
             )
 
     @property
@@ -72,9 +74,9 @@ class RankEncoding(Encoding):
 
     @classmethod
     def fit(cls, blocks: CountBlocks, genes: GeneMap, config: EncodingConfig) -> RankEncoding:
-        """Learn each gene's median over its non-zero counts normalized to `target_sum`.
+        """Learn the median of each gene over its non-zero counts, normalized to `target_sum`.
 
-        Genes that no cell expresses get no median, and are never encoded. Memory: 12 bytes a non-zero count.
+        Genes that no cell expresses get no median, and are never encoded. This needs 12 bytes of memory per non-zero count.
         """
         target_sum = config.target_sum or 1e4
         tokens, values = [], []
@@ -95,23 +97,23 @@ class RankEncoding(Encoding):
         cells = cells.take(~np.isnan(self._medians[cells.token_T]))
         kept = cells.take(best_T(cells, cells.count_T / self._medians[cells.token_T], self.config.max_genes))
         front, back = cls_and_eos(self, kept.n_cells)
-        return add_specials(kept.cu_seqlens, kept.token_T, None, front=front, back=back)
+        return add_special_tokens(kept.cu_seqlens, kept.token_T, None, front=front, back=back)
 
-    def _compiled_serves(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
+    def _is_compiled(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
         return True
 
     def _encode_compiled(
-        self, host: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
+        self, compiled: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
     ) -> Tokens:
         known = (genes.token_ids >= 0) & ~np.isnan(self._medians[genes.token_ids])
         token_of_column = np.where(known, genes.token_ids, np.int32(-1))
-        return host.encode_rank(
-            *csr_arrays(block), token_of_column, genes.has_duplicates, self._frame(host), self._medians
+        return compiled.encode_rank(
+            *csr_arrays(block), token_of_column, genes.has_duplicates, self._frame(compiled), self._medians
         )
 
 
 def nonzero_medians(token_T: NDArray[np.int32], value_T: NDArray[np.float64], *, n_tokens: int) -> NDArray[np.float64]:
-    """Median of the values of each token, shape (n_tokens,), float64; NaN for tokens that do not occur."""
+    """Return the median of the values of each token, shape (n_tokens,), float64; NaN for tokens that do not occur."""
     value_T = value_T[np.lexsort((value_T, token_T))]
     lengths = np.bincount(token_T, minlength=n_tokens)
     starts = boundaries(lengths)[:-1]

@@ -9,7 +9,7 @@ from scfm._registry import Registry
 
 
 class EncodingClass(Protocol):
-    """What settings need to know of a kind of encoding."""
+    """Class attributes of an encoding that its settings depend on."""
 
     kind: str
     defaults: Mapping[str, Any]

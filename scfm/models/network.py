@@ -28,7 +28,7 @@ from scfm.nn import (
     ValueFromCellHead,
     pool_cells,
 )
-from scfm.nn.block import unknown_tokens
+from scfm.nn.block import target_tokens
 from scfm.nn.class_heads import MLPClassHead, make_class_head
 from scfm.nn.embedding import init_weights
 from scfm.nn.heads import BucketHead, LinearValueHead, ValueHead
@@ -177,10 +177,10 @@ class CellTransformer(nn.Module):
 
     def embed_tokens(self, cells: CellBatch, plan: ops.AttentionPlan) -> Tensor:
         """Input of the first block, shape (T, D)."""
-        unknown_T = None if plan.n_known is None else unknown_tokens(plan).to(cells.device)
+        is_target_T = None if plan.n_known is None else target_tokens(plan).to(cells.device)
         batch_ids_T = None if cells.batch_ids_B is None else cells.batch_ids_B[cells.cell_of_token_T()]
         return self.embedding(
-            cells.gene_ids_T, cells.values_T, cells.position_T(), unknown_T=unknown_T, batch_ids_T=batch_ids_T
+            cells.gene_ids_T, cells.values_T, cells.position_T(), is_target_T=is_target_T, batch_ids_T=batch_ids_T
         )
 
     def input_states(self, cells: CellBatch) -> Tensor:

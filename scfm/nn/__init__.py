@@ -1,4 +1,4 @@
-"""Building blocks of the network: embeddings, transformer block, pooling, heads."""
+"""Building blocks of the network: embedding, transformer block, pooling, heads."""
 
 from scfm.nn.block import Attention, Block, FeedForward
 from scfm.nn.class_heads import ClassHead, GeneClassifier, make_class_head

@@ -1,4 +1,4 @@
-"""Batch norm of token states, one for all cells or one for each experimental batch."""
+"""Batch norm of token embeddings, shared by all cells or separate for each experimental batch."""
 
 # Axes: T packed tokens, D model width.
 
@@ -11,10 +11,10 @@ EPS = 6.1e-5  # scGPT's
 
 
 class TokenBatchNorm(nn.Module):
-    """scGPT's batch norm of the summed embedding: a shared one with gain, or one without gain for each of `n_domains`.
+    """scGPT's batch norm of the summed embedding: one with scale and shift, or one without them for each of `n_domains`.
 
-    Published code takes the statistics over padding too, and wants all cells of a training batch from one domain; here the
-    statistics are those of real tokens, and a training batch may mix domains, each normalized by its own tokens.
+    The published code includes padding in the statistics, and needs all cells of a training batch to be of one domain. Here
+    the statistics contain no padding, and a training batch may mix domains, each normalized with its own tokens.
     """
 
     def __init__(self, d_model: int, *, n_domains: int | None) -> None:
@@ -26,7 +26,7 @@ class TokenBatchNorm(nn.Module):
         if len(self.norms) == 1:
             return self.norms[0](hidden_TD)
         if batch_ids_T is None:
-            raise ValueError("This network normalizes each experimental batch by itself; give `batch_ids_B`.")
+            raise ValueError("This network has a batch norm for each experimental batch. Pass `batch_ids_B`.")
         output_TD = torch.empty_like(hidden_TD)
         for domain, norm in enumerate(self.norms):
             rows = (batch_ids_T == domain).nonzero().squeeze(1)

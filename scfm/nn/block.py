@@ -24,17 +24,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def add_linear(residual_TD: Tensor, layer: nn.Module, input_TD: Tensor, p: float, training: bool) -> Tensor:
-    """Compute `residual + dropout(layer(input))`, in one pass where nothing is dropped."""
+    """Compute `residual + dropout(layer(input))`, in one pass if there is no dropout."""
     if isinstance(layer, Linear) and (p == 0 or not training):
         return layer(input_TD, residual=residual_TD)
     return add_dropped(residual_TD, layer(input_TD), p, training)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention inside each cell; one projection makes queries, keys and values.
+    """Multi-head self-attention within each cell, with one projection to queries, keys and values.
 
-    With linear attention the softmax is replaced by random features (FAVOR+), whose projection is saved with the
-    weights.
+    Linear attention replaces the softmax by random features (FAVOR+), whose projection is saved with the weights.
     """
 
     projection_MK: Tensor | None
@@ -55,9 +54,9 @@ class Attention(nn.Module):
     def forward(
         self, residual_TD: Tensor, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None
     ) -> Tensor:
-        """`residual_TD` plus the attention output of each token, shape (T, D).
+        """Return `residual_TD` plus the attention output of each token, shape (T, D).
 
-        With `at_N` for the tokens at these indices alone, shape (N, D), as is then `residual_TD`.
+        With `at_N`, only the output for the tokens at these indices, shape (N, D); `residual_TD` has this shape too.
         """
         query_THK, key_THK, value_THK = self.project(hidden_TD)
         if at_N is not None:
@@ -65,16 +64,16 @@ class Attention(nn.Module):
         return self.add_output(residual_TD, self.attend(query_THK, key_THK, value_THK, plan), plan)
 
     def project(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each token, (T, H, K) each."""
+        """Return queries, keys and values of each token, each of shape (T, H, K)."""
         return self.split(self.qkv(hidden_TD))
 
     def split(self, projected_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of the output of `qkv` as queries, keys and values, (T, H, K) each."""
+        """Return views of the output of `qkv` as queries, keys and values, each of shape (T, H, K)."""
         query_THK, key_THK, value_THK = projected_TX.view(-1, 3, self.n_heads, self.d_head).unbind(1)
         return query_THK, key_THK, value_THK
 
     def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, plan: ops.AttentionPlan) -> Tensor:
-        """What each query takes from the keys of its cell, shape (T, H, K)."""
+        """Return the attention output of each query over the keys of its cell, shape (T, H, K)."""
         if self.projection_MK is not None:
             return ops.linear_attention(
                 query_THK,
@@ -98,17 +97,17 @@ class Attention(nn.Module):
         )
 
     def add_output(self, residual_TD: Tensor, attended_THK: Tensor, plan: ops.AttentionPlan | None = None) -> Tensor:
-        """`residual_TD` plus the output projection of all heads, shape (T, D)."""
+        """Return `residual_TD` plus the output projection of all heads, shape (T, D)."""
         attended_TD = attended_THK.flatten(1)
         if not self.skip_target_projection or plan is None or plan.n_known is None:
             return add_linear(residual_TD, self.out, attended_TD, self.dropout, self.training)
-        is_unknown_TD = unknown_tokens(plan).to(residual_TD.device)[:, None]
-        taken_TD = torch.where(is_unknown_TD, attended_TD, self.out(attended_TD))
+        is_target_TD = target_tokens(plan).to(residual_TD.device)[:, None]
+        taken_TD = torch.where(is_target_TD, attended_TD, self.out(attended_TD))
         return add_dropped(residual_TD, taken_TD, self.dropout, self.training)
 
     @torch.no_grad()
     def redraw_projection(self) -> None:
-        """Draw other random features (linear attention only), which follow from the present ones on every process of a run."""
+        """Resample the random features (linear attention only); every process of a run gets the same ones."""
         assert self.projection_MK is not None
         seed = int(self.projection_MK.double().cpu().sum().view(torch.int64))
         with torch.random.fork_rng(devices=[]):
@@ -116,12 +115,12 @@ class Attention(nn.Module):
             self.projection_MK.copy_(ops.random_projection(*self.projection_MK.shape))
 
 
-def unknown_tokens(plan: ops.AttentionPlan) -> Tensor:
-    """Which tokens the generative mask calls unknown, shape (T,), bool, on the host."""
+def target_tokens(plan: ops.AttentionPlan) -> Tensor:
+    """Return which tokens are targets of the generative mask, shape (T,), bool, on the CPU."""
     assert plan.n_known is not None
     lengths_B, n_tokens = plan.cu_seqlens.diff(), int(plan.cu_seqlens[-1])
-    first_unknown_T = torch.repeat_interleave(plan.cu_seqlens[:-1] + plan.n_known, lengths_B, output_size=n_tokens)
-    return torch.arange(n_tokens) >= first_unknown_T
+    first_target_T = torch.repeat_interleave(plan.cu_seqlens[:-1] + plan.n_known, lengths_B, output_size=n_tokens)
+    return torch.arange(n_tokens) >= first_target_T
 
 
 class FeedForward(nn.Module):
@@ -134,7 +133,7 @@ class FeedForward(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, residual_TD: Tensor, hidden_TD: Tensor) -> Tensor:
-        """`residual_TD` plus two layers over `hidden_TD`, shape (T, D)."""
+        """Return `residual_TD` plus two layers applied to `hidden_TD`, shape (T, D)."""
         if self.activation is F.relu and isinstance(self.up, Linear):
             inner = self.up(hidden_TD, relu=True)
         else:
@@ -144,7 +143,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with a residual and a layer norm before ("pre") or after ("post") it."""
+    """Attention and feed-forward, each with a residual connection and a layer norm before ("pre") or after ("post") it."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -155,29 +154,29 @@ class Block(nn.Module):
         self.norm_first = config.norm == "pre"
 
     def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan, at_N: Tensor | None = None) -> Tensor:
-        """States of all tokens, shape (T, D); or of those at the indices `at_N` alone, shape (N, D).
+        """Return the states of all tokens, shape (T, D), or only of those at the ascending indices `at_N`, shape (N, D).
 
-        `plan` has the boundaries of `at_N`, ascending, as queries, and those of the cells as keys.
+        With `at_N`, the queries of `plan` are the tokens at `at_N`, and its keys are all tokens.
         """
         residual_TD = hidden_TD if at_N is None else hidden_TD.index_select(0, at_N)
         return self._feed_forward(self.attention(residual_TD, self._attention_input(hidden_TD), plan, at_N))
 
     def project(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the block's input, (T, H, K) each."""
+        """Return queries, keys and values for the input of the block, each of shape (T, H, K)."""
         return self.attention.project(self._attention_input(hidden_TD))
 
     def after_attention(self, hidden_TD: Tensor, attended_THK: Tensor) -> Tensor:
-        """Output of the block, given its input and what its heads took, shape (T, D)."""
+        """Return the output of the block for its input and the attention output of its heads, shape (T, D)."""
         return self._feed_forward(self.attention.add_output(hidden_TD, attended_THK))
 
     def with_keys(self, hidden_TD: Tensor, key_THK: Tensor, value_THK: Tensor, plan: ops.AttentionPlan) -> Tensor:
-        """Output of the block if its tokens attend to the given keys and values instead of their own, shape (T, D)."""
+        """Return the output of the block if tokens attend to the given keys and values instead of theirs, shape (T, D)."""
         query_THK = self.project(hidden_TD)[0]
         return self.after_attention(hidden_TD, self.attention.attend(query_THK, key_THK, value_THK, plan))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the states that the block reads."""
+        """Dtype of the input of the block."""
         return self.attention_norm.weight.dtype
 
     def _attention_input(self, hidden_TD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Classes of cells, and of genes: our own head, and those of published classifiers."""
+"""Heads that classify cells or genes: scfm's, and those of published models."""
 
 # Axes: B cells, N rows, V tokens of the vocabulary, T packed tokens, P positions of a fixed panel, D model width, C classes.
 
@@ -19,14 +19,14 @@ from scfm.ops.linear import linear
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-MAX_SCALED = 10.0  # standard deviations at which the gene classifier cuts off a gene
+MAX_SCALED = 10.0  # maximum value of a gene in the gene classifier, in standard deviations
 
 
 class ClassHead(nn.Module):
-    """Class of a cell from its embedding: batch norm without a gain, dropout, one linear layer.
+    """scfm's head for the class of a cell: batch norm of the embedding without scale and shift, dropout, one linear layer.
 
-    The mean of many token states varies little between cells compared with what all cells share. Without the norm a
-    small step of the network moves that shared part, and with it every logit.
+    The mean over many token states differs little between cells compared with its mean over all cells. Without the batch
+    norm, a small training step changes this common part, and thereby the logits of all cells.
     """
 
     def __init__(self, d_input: int, config: ClassHeadConfig) -> None:
@@ -36,18 +36,18 @@ class ClassHead(nn.Module):
         self.linear = Linear(d_input, config.n_classes)
 
     def forward(self, cell_BD: Tensor) -> Tensor:
-        """Logits, shape (B, C). In evaluation a cell's logits do not depend on the batch."""
+        """Return logits, shape (B, C). In evaluation they are independent of the rest of the batch."""
         return self.linear(F.dropout(self._normalized(cell_BD), self.dropout, self.training))
 
     def _normalized(self, cell_BD: Tensor) -> Tensor:
         if cell_BD.shape[0] > 1:
             return self.norm(cell_BD)
-        # One cell has no variance: the last batch of an epoch may hold a single one.
+        # The last batch of an epoch may hold one cell, which has no variance.
         return F.batch_norm(cell_BD, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
 
     @torch.no_grad()
     def set_statistics(self, cell_BD: Tensor) -> None:
-        """Take mean and variance for evaluation from all training cells, shape (B, D)."""
+        """Compute mean and variance for evaluation from all training cells, shape (B, D)."""
         mean_D, variance_D = self.norm.running_mean, self.norm.running_var
         assert mean_D is not None
         assert variance_D is not None
@@ -56,7 +56,7 @@ class ClassHead(nn.Module):
 
     @torch.no_grad()
     def set_linear_probe(self, weight_CD: Tensor, bias_C: Tensor) -> None:
-        """Start from a linear classifier fitted on the normalized embeddings of a frozen network."""
+        """Initialize with a linear classifier that was fitted on the normalized embeddings of a frozen network."""
         self.linear.weight.copy_(weight_CD)
         self.linear.bias.copy_(bias_C)
 
@@ -64,8 +64,8 @@ class ClassHead(nn.Module):
 class GeneClassifier(nn.Module):
     """A linear classifier of scaled log1p counts per 10,000, the second member of the ensemble.
 
-    Each gene is multiplied by its scale and cut off at `MAX_SCALED`, so that no gene decides alone. What is saved are
-    buffers: they are fitted once, by logistic regression, and no optimizer touches them.
+    Each gene is multiplied by its scale and clipped at `MAX_SCALED`, so that no single gene dominates. The weights are
+    buffers because they are fitted by logistic regression, and no optimizer changes them.
     """
 
     scale_V: Tensor
@@ -81,25 +81,25 @@ class GeneClassifier(nn.Module):
         self.register_buffer("ensemble_weights", torch.ones(2))  # of the network, of this classifier
 
     def scaled(self, expression_BV: csr_matrix) -> csr_matrix:
-        """Scale and cut off log1p counts per 10,000 by token id, shape (B, V)."""
+        """Scale and clip log1p counts per 10,000 by token id, shape (B, V)."""
         scaled_BV = expression_BV.astype(np.float32, copy=True)
         scaled_BV.data *= self.scale_V.cpu().numpy()[scaled_BV.indices]
         np.minimum(scaled_BV.data, MAX_SCALED, out=scaled_BV.data)
         return scaled_BV
 
     def logits(self, expression_BV: csr_matrix) -> NDArray[np.float32]:
-        """Logits, shape (B, C), from log1p counts per 10,000 by token id, shape (B, V)."""
+        """Return logits, shape (B, C), from log1p counts per 10,000 by token id, shape (B, V)."""
         return self.scaled(expression_BV) @ self.weight_VC.cpu().numpy() + self.bias_C.cpu().numpy()
 
     def joined_with(self, network_logits_BC: Tensor, expression_BV: csr_matrix) -> Tensor:
-        """Logits of the ensemble: the weighted sum of the members' log-probabilities, shape (B, C)."""
+        """Return logits of the ensemble, the weighted sum of the log-probabilities of its members, shape (B, C)."""
         members = (network_logits_BC, torch.from_numpy(self.logits(expression_BV)))
         weights = self.ensemble_weights.tolist()
         return sum(w * F.log_softmax(logits_BC, -1) for w, logits_BC in zip(weights, members))
 
 
 class PoolerClassHead(nn.Module):
-    """BERT's: tanh of a linear layer on the first token's state, dropout, one linear layer (Geneformer)."""
+    """BERT's head for a cell: linear layer and tanh on the state of the first token, dropout, one linear layer (Geneformer)."""
 
     def __init__(self, d_model: int, config: ClassHeadConfig) -> None:
         super().__init__()
@@ -108,12 +108,12 @@ class PoolerClassHead(nn.Module):
         self.linear = Linear(d_model, config.n_classes)
 
     def forward(self, cell_BD: Tensor) -> Tensor:
-        """Logits from the states of first tokens, shape (B, C)."""
+        """Return logits from the states of the first tokens, shape (B, C)."""
         return self.linear(F.dropout(torch.tanh(self.pooler(cell_BD)), self.dropout, self.training))
 
 
 class TokenClassHead(nn.Module):
-    """Class of a gene from its token's state: dropout, one linear layer (Geneformer's gene classifier)."""
+    """BERT's head for a token: dropout, one linear layer (Geneformer's gene classifier)."""
 
     def __init__(self, d_model: int, config: ClassHeadConfig) -> None:
         super().__init__()
@@ -121,14 +121,14 @@ class TokenClassHead(nn.Module):
         self.linear = Linear(d_model, config.n_classes)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        """Logits of each token, shape (N, C)."""
+        """Return the logits of each token, shape (N, C)."""
         return self.linear(F.dropout(hidden_ND, self.dropout, self.training))
 
 
 class MLPClassHead(nn.Module):
-    """scGPT's: `n_layers - 1` times (linear, activation, layer norm), then a linear layer.
+    """scGPT's head for a cell: `n_layers - 1` times (linear, activation, layer norm), then a linear layer.
 
-    With leaky ReLU and batches for classes it is the discriminator that gradient reversal trains against.
+    With leaky ReLU and experimental batches as classes it is the discriminator for gradient reversal.
     """
 
     def __init__(self, d_model: int, n_classes: int, n_layers: int, activation: type[nn.Module] = nn.ReLU) -> None:
@@ -140,14 +140,14 @@ class MLPClassHead(nn.Module):
         self.linear = Linear(d_model, n_classes)
 
     def forward(self, cell_BD: Tensor) -> Tensor:
-        """Logits, shape (B, C)."""
+        """Return logits, shape (B, C)."""
         return self.linear(self.layers(cell_BD))
 
 
 class PanelClassHead(nn.Module):
-    """scBERT's: a 1 x D convolution over each position's state, then three linear layers with ReLU and dropout.
+    """scBERT's head for a cell: a 1 x D convolution of each position's state, then three linear layers with ReLU and dropout.
 
-    Every cell has the same number of positions. Widths 512 and 128 are those of the published code.
+    Every cell has the same number of positions. The widths 512 and 128 are those of the published code.
     """
 
     def __init__(self, d_model: int, n_positions: int, config: ClassHeadConfig) -> None:
@@ -159,7 +159,7 @@ class PanelClassHead(nn.Module):
         self.linear3 = Linear(128, config.n_classes)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        """Logits from all token states, shape (B, C)."""
+        """Return logits from all token states, shape (B, C)."""
         weight_1D, bias_1 = self.convolution.weight.view(1, -1), self.convolution.bias
         panel_BP = F.relu(linear(hidden_TD, weight_1D, bias_1)).view(-1, self.n_positions)
         hidden_BD = F.dropout(F.relu(self.linear1(panel_BP)), self.dropout, self.training)
@@ -167,7 +167,7 @@ class PanelClassHead(nn.Module):
 
 
 def make_class_head(config: ClassHeadConfig, *, d_model: int, d_embedding: int, context_length: int) -> nn.Module:
-    """Build the head that `config.kind` names, for `config.n_classes`."""
+    """Build a head of kind `config.kind` for `config.n_classes` classes."""
     match config.kind:
         case "mlp":
             return MLPClassHead(d_model, config.n_classes, config.n_layers)

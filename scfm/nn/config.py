@@ -1,4 +1,4 @@
-"""Settings of the parts of a network, one frozen group for each part that reads them."""
+"""Settings of a network, with one configuration class for each of its parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scfm._config import Config
 
 
 def require_between(config: Config, name: str, smallest: int, largest: int) -> None:
-    """Raise `ValueError` unless a field lies in a range, so that absurd sizes are refused before anything is built."""
+    """Raise `ValueError` unless a field is in a range, so that invalid sizes are refused before a network is built."""
     value = getattr(config, name)
     if not smallest <= value <= largest:
         limit = f"at least {smallest}" if value < smallest else f"at most {largest:,}"
@@ -58,13 +58,13 @@ class BlockConfig(Config):
     Attributes
     ----------
     d_model, n_heads, d_ff
-        Width, number of attention heads, width of the feed-forward.
+        Model width, number of attention heads, width of the feed-forward layer.
     dropout, dropout_in_feed_forward
-        Probability of dropout, and whether it is also applied inside the feed-forward.
+        Dropout probability, and whether dropout is also applied within the feed-forward layer.
     activation, norm, norm_eps
-        Activation of the feed-forward; position of the layer norms ("pre" or "post") and their epsilon.
+        Activation of the feed-forward layer; position of the layer norms ("pre" or "post") and their epsilon.
     attention
-        Settings of its attention.
+        Settings of the attention.
     """
 
     d_model: int = 128
@@ -82,7 +82,7 @@ class BlockConfig(Config):
             require_between(self, name, 1, 1_000_000)
         if self.attention.head_width is None and self.d_model % self.n_heads:
             raise ValueError(
-                f"{type(self).__name__}.d_model is {self.d_model}, which {self.n_heads} heads do not divide. "
+                f"{type(self).__name__}.d_model is {self.d_model}, which is not a multiple of n_heads ({self.n_heads}). "
                 "Change one of them, or set `attention.head_width`."
             )
         if not 0.0 <= self.dropout < 1.0:
@@ -99,7 +99,7 @@ class BlockConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(BlockConfig):
-    """A Performer over all genes that follows the encoder of the expressed ones (scFoundation)."""
+    """Settings of a decoder: a Performer over all genes that follows the encoder of the expressed genes (scFoundation)."""
 
     n_layers: int = 6
     d_model: int = 512
@@ -123,26 +123,26 @@ class EmbeddingConfig(Config):
     Attributes
     ----------
     positions
-        "rank": a learned embedding of each token's position in its cell (Geneformer). "none": cells are sets.
+        "rank": a learned embedding of each token's position in its cell (Geneformer). "none": the order is ignored.
     values
-        "continuous": values pass through a small network (scGPT). "bucket": one vector per bucket (scBERT). "soft_bins":
-        a mixture of vectors (scFoundation). "none": tokens are genes only.
+        "continuous": a small network of the value (scGPT). "bucket": one vector per bucket (scBERT). "soft_bins": a
+        mixture of vectors (scFoundation). "none": tokens have no values.
     n_value_bins
-        Number of vectors of "bucket" (the last one means masked) and of "soft_bins".
+        Number of vectors of "bucket" (the last one is for masked values) and of "soft_bins".
     bin_alpha
-        Weight of the direct path in "soft_bins".
+        Weight of the skip connection in "soft_bins".
     target_input
-        What a target token gets: its masked "value", or a "flag" in place of the value (scGPT's pretraining).
+        Input of target tokens: "value" for the mask value, or "flag" for a flag instead of the value (scGPT's pretraining).
     n_token_types
         Number of rows of a token-type embedding, of which only the first is used (Geneformer's BERT stores two).
     gene_norm
-        Layer norm of the gene embedding alone (scGPT).
+        Whether the gene embedding has a layer norm (scGPT).
     train_genes
         Whether the gene embedding is trained; scBERT's gene2vec is not.
     norm
-        Layer norm and dropout of the summed embedding (BERT).
+        Whether the summed embedding has layer norm and dropout (BERT).
     batch_norm
-        Batch norm of the summed embedding: "shared", or a "domain" for each experimental batch (scGPT).
+        Batch norm of the summed embedding: "shared" by all cells, "domain" for one per experimental batch (scGPT), or "none".
     """
 
     positions: Literal["none", "rank"] = "rank"
@@ -163,20 +163,20 @@ class EmbeddingConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(Config):
-    """Settings of the heads for pretraining.
+    """Settings of the pretraining heads.
 
     Attributes
     ----------
     genes
         Whether masked genes are predicted.
     values
-        How values are predicted: "mlp" (scGPT), "linear" (scFoundation), "bucket" (scBERT), or not ("none").
+        Head for values: "mlp" (scGPT), "linear" (scFoundation), "bucket" (scBERT) or "none".
     zeros
-        Whether the "mlp" heads also predict if a value is 0.
+        Whether the "mlp" heads also predict the probability that a value is 0.
     values_from_cells
         Whether values are also predicted from the embedding of the cell (scGPT's MVC).
     batch_labels
-        Whether the value heads read the experimental batch along with the state (scGPT).
+        Whether the experimental batch is an input of the value heads (scGPT).
     batches
         Whether a discriminator predicts the experimental batch, for gradient reversal.
     """
@@ -191,7 +191,7 @@ class HeadConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassHeadConfig(Config):
-    """Settings of the classification of cells, or of genes.
+    """Settings of the classification of cells or genes.
 
     Attributes
     ----------
@@ -200,11 +200,11 @@ class ClassHeadConfig(Config):
     n_classes
         Number of classes; 0 for no head.
     n_layers
-        Number of layers of "mlp", and of the discriminator of batches.
+        Number of layers of "mlp" and of the batch discriminator.
     dropout
-        Probability of dropout in the head.
+        Dropout probability in the head.
     gene_classifier
-        Whether a linear classifier of log-expression forms an ensemble with the head.
+        Whether predictions are those of an ensemble of the head and a linear classifier of log-expression.
     """
 
     kind: Literal["batch_norm", "pooler", "token", "mlp", "panel"] = "batch_norm"
@@ -222,16 +222,16 @@ class ClassHeadConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingConfig(Config):
-    """How the embedding of a cell is made of the states of its tokens.
+    """Settings of the pooling of token states to the embedding of a cell.
 
     Attributes
     ----------
     how
-        "mean" or "max" over gene tokens, "cls" for the first token, "concat" (scFoundation) for four parts in a row.
+        "mean" or "max" over gene tokens, "cls" for the first token, or "concat" for four concatenated parts (scFoundation).
     hidden_layer
-        Hidden state to pool, counted as Python counts: -1 is the last, 0 the input of the first block.
+        Index of the hidden state to pool: 0 is the input of the first block, and -1 the last hidden state.
     normalize
-        Whether embeddings are divided by their length (scGPT).
+        Whether embeddings are divided by their norm (scGPT).
     """
 
     how: Literal["mean", "max", "cls", "concat"] = "mean"

@@ -1,8 +1,9 @@
-"""One block on all single deletions of a cell, with what they share computed once.
+"""The first block of a network for all single deletions of a cell, with shared parts computed once.
 
-Deleting gene g leaves the genes before it as they were, and moves those after it up one rank at most. The first block
-therefore reads two versions of each token, not N: their queries, keys and values are computed once. Its softmax splits by
-keys: those outside a run of neighboring deletions are the same for the whole run, and are attended to once.
+After deletion of a gene, genes before it are unchanged, and genes after it move by one rank at most. The first block
+therefore has two versions of each token as input, not N, and their queries, keys and values are computed once. For a run
+of consecutive deletions, the keys outside the run are the same, so attention over them is computed once per run, and
+then merged with attention over the keys of the run.
 """
 
 # Axes: N tokens of the cell, C deletions of a run, Q queries, J keys of a run in both versions, H heads, K head width,
@@ -25,9 +26,9 @@ class DeletionBlock:
     block
         The first block of the network.
     stays_ND
-        Its input for the whole cell, shape (N, D).
+        Input of the block for the complete cell, shape (N, D).
     moved_ND
-        Its input with every token one rank higher; `stays_ND` itself where ranks do not move.
+        Input with all tokens moved by one rank, shape (N, D); `stays_ND` if ranks do not change.
     """
 
     def __init__(self, block: Block, stays_ND: Tensor, moved_ND: Tensor) -> None:
@@ -37,17 +38,17 @@ class DeletionBlock:
         self._projected = stays, stays if moved_ND is stays_ND else block.project(moved_ND)
 
     def run(self, deleted: range) -> Tensor:
-        """Output of the block for the deletion of each token of a run in turn, shape (C (N - 1), D)."""
+        """Return the output of the block for the deletion of each token of a run, one after another, shape (C (N - 1), D)."""
         stays_ND, moved_ND = self._hidden
         parts = [part for index in deleted for part in (stays_ND[:index], moved_ND[index + 1 :])]
         return self._block.after_attention(torch.cat(parts), self._attend(deleted))
 
     def _attend(self, run: range) -> Tensor:
-        """What the heads take in each deletion in turn, shape (C (N - 1), H, K)."""
+        """Return the attention output for each deletion, one after another, shape (C (N - 1), H, K)."""
         (q0, k0, v0), (q1, k1, v1) = self._projected
         first, stop, n_tokens, n_run = run.start, run.stop, len(q0), len(run)
-        # Tokens before a deleted one stay and those after it move, so one version of each query and key outside the
-        # run serves the whole run.
+        # Outside the run, tokens before it keep their rank and tokens after it move, so each query and key has the same
+        # version for all deletions of the run.
         q_QHK = torch.cat([q0[:stop], q1[first:]])
         outside_QHK, lse_QH = ops.attention(
             q_QHK,
@@ -57,7 +58,7 @@ class DeletionBlock:
             cu_seqlens_k=torch.tensor([0, n_tokens - n_run], dtype=torch.int32),
             return_lse=True,
         )
-        # The keys of the run itself, in both versions, are few.
+        # Keys of the run, in both versions.
         k_HKJ = torch.cat([k0[first:stop], k1[first:stop]]).permute(1, 2, 0)
         v_HJK = torch.cat([v0[first:stop], v1[first:stop]]).transpose(0, 1)
         scores_HQJ = torch.matmul(q_QHK.transpose(0, 1), k_HKJ).float() * q_QHK.shape[-1] ** -0.5
@@ -76,7 +77,7 @@ class DeletionBlock:
 
 
 def _merge(scores_HQJ: Tensor, outside_HQK: Tensor, v_HJK: Tensor, seen_J: Tensor, into_QHK: Tensor) -> None:
-    """Join the result outside the run, whose log-sum-exp is the first score, with the seen keys of the run."""
+    """Merge attention outside the run, whose log-sum-exp is the first score, with attention to the visible keys of the run."""
     hidden_J = torch.cat([seen_J.new_zeros(1), ~seen_J])
     probs_HQJ = torch.softmax(scores_HQJ.masked_fill(hidden_J, -torch.inf), -1).to(v_HJK.dtype)
     joined_HQK = torch.matmul(probs_HQJ[..., 1:], v_HJK)

@@ -1,4 +1,4 @@
-"""From token ids and values to the states that enter the first block."""
+"""The embedding of tokens: token ids and values are mapped to the input of the first block."""
 
 # Axes: B cells, T packed tokens, D model width.
 
@@ -12,11 +12,11 @@ from scfm.nn.config import EmbeddingConfig
 from scfm.nn.dropout import dropout
 from scfm.nn.values import VALUE_EMBEDDINGS
 
-UNKNOWN_FLAG = 1  # row of the flag embedding that stands for "to be generated"; scGPT never uses row 0
+TARGET_FLAG = 1  # row of the flag embedding for target tokens; scGPT never uses row 0
 
 
 class TokenEmbedding(nn.Module):
-    """Sum of the embeddings of gene, rank, token type and value, as far as the family has them."""
+    """The sum of the embeddings of gene, rank, token type and value; which of them exist depends on the family."""
 
     def __init__(
         self,
@@ -52,19 +52,19 @@ class TokenEmbedding(nn.Module):
         values_T: Tensor | None,
         position_T: Tensor,
         *,
-        unknown_T: Tensor | None = None,
+        is_target_T: Tensor | None = None,
         batch_ids_T: Tensor | None = None,
     ) -> Tensor:
-        """States that enter the first block, shape (T, D).
+        """Return the input of the first block, shape (T, D).
 
         Parameters
         ----------
         gene_ids_T, values_T, position_T
-            Token ids, values (None without), places in the cell; shape (T,).
-        unknown_T
-            Tokens to be generated, shape (T,), bool; with a flag embedding they get that in place of their value.
+            Token ids, values (None if the encoding has none) and positions in the cell, each of shape (T,).
+        is_target_T
+            Target tokens, shape (T,), bool; with a flag embedding they get the flag instead of their value.
         batch_ids_T
-            Experimental batch of each token, shape (T,), for domain-specific batch norm.
+            Experimental batch of each token, shape (T,), for the batch norm of each experimental batch.
         """
         hidden_TD = self.genes(gene_ids_T)
         if self.token_type is not None:
@@ -73,10 +73,13 @@ class TokenEmbedding(nn.Module):
             hidden_TD = hidden_TD + self.rank(position_T)
         if self.value is not None:
             if values_T is None:
-                raise ValueError("This network embeds values, but the batch has none (`values_T` is None).")
+                raise ValueError(
+                    "This network embeds values, but the batch has none (`values_T` is None). Encode the cells with the "
+                    "encoding of the model."
+                )
             value_TD = self.value(values_T)
-            if self.flag is not None and unknown_T is not None:
-                value_TD = torch.where(unknown_T[:, None], self.flag.weight[UNKNOWN_FLAG], value_TD)
+            if self.flag is not None and is_target_T is not None:
+                value_TD = torch.where(is_target_T[:, None], self.flag.weight[TARGET_FLAG], value_TD)
             hidden_TD = hidden_TD + value_TD
         if self.batch_norm is not None:
             hidden_TD = self.batch_norm(hidden_TD, batch_ids_T)
@@ -85,14 +88,14 @@ class TokenEmbedding(nn.Module):
         return dropout(hidden_TD, self.dropout, self.training)
 
     def genes(self, gene_ids_T: Tensor) -> Tensor:
-        """Embeddings of genes alone, without rank or value, shape (T, D)."""
+        """Return the embeddings of genes, without rank and value, shape (T, D)."""
         hidden_TD = self.gene(gene_ids_T.long())
         return hidden_TD if self.gene_norm is None else self.gene_norm(hidden_TD)
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """BERT's initialization: normal weights of the given deviation, zero biases, zero padding row."""
+    """Initialize as BERT does: weights from a normal distribution, biases and the padding row 0."""
     if isinstance(module, nn.Linear):
         module.weight.normal_(0.0, std)
         if module.bias is not None:

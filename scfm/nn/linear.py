@@ -1,4 +1,4 @@
-"""A linear layer whose rows do not depend on each other."""
+"""A linear layer whose output rows are independent of each other."""
 
 # Axes: N rows, D inputs, E outputs.
 
@@ -10,10 +10,10 @@ from scfm.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` whose rows are bitwise independent of each other, at inference on the CPU.
+    """A `torch.nn.Linear` whose output rows are bitwise independent of each other, at inference on the CPU.
 
-    A cell's embedding is then independent of the rest of the batch; see `scfm.ops.linear`. A ReLU or a residual can be
-    computed in the same pass.
+    The embedding of a cell is then independent of the rest of the batch; see `scfm.ops.linear`. A ReLU and a residual can
+    be computed in the same pass.
     """
 
     def forward(

@@ -1,4 +1,4 @@
-"""From token states to one vector a cell."""
+"""Pooling of token states to one vector per cell."""
 
 # Axes: B cells, T packed tokens, D model width.
 
@@ -18,14 +18,15 @@ def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = No
     cu_seqlens
         Cell boundaries, shape (B + 1,).
     keep_T
-        Tokens that count, shape (T,), bool; None for all. Ignored by `"cls"`.
+        Tokens to pool, shape (T,), bool; None for all. Ignored by `"cls"`.
     how
-        `"mean"` or `"max"` over the kept tokens, `"cls"` for the state of each cell's first token, `"concat"` for
-        scFoundation's four in a row: last token (source depth), last but one (target depth), max, mean; width 4 D.
+        `"mean"` or `"max"` over the tokens to pool; `"cls"` for the state of each cell's first token; `"concat"` for four
+        concatenated vectors as in scFoundation: last token (source depth), second last (target depth), max and mean.
 
     Returns
     -------
-    Cell vectors, shape (B, D), float32 for means. A cell without a kept token gets zeros.
+    Vectors of the cells, shape (B, D), or (B, 4 D) for `"concat"`; means are float32. A cell without tokens to pool has
+    zeros.
     """
     if how == "cls":
         return states_TD.index_select(0, cu_seqlens[:-1].long())

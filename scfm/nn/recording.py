@@ -1,4 +1,4 @@
-"""What a forward pass computes on its way, kept for tools that explain it."""
+"""Record intermediate results of a forward pass, for functions that explain a model."""
 
 # Axes: T packed tokens, H heads, D model width, K head width, X all heads end to end.
 
@@ -15,7 +15,7 @@ from scfm.nn.block import Block
 
 
 class AttentionStates(NamedTuple):
-    """Queries, keys and values of one block, and what its heads took; gradients can be taken at `attended_TX`."""
+    """Queries, keys, values and attention output of one block; `attended_TX` can be used to compute gradients."""
 
     query_THK: Tensor
     key_THK: Tensor
@@ -25,7 +25,7 @@ class AttentionStates(NamedTuple):
 
 @dataclass
 class Recording:
-    """States of every block in the order of their computation, and the rank embeddings of the tokens, (T, D)."""
+    """States of all blocks in the order of computation, and rank embeddings of the tokens, shape (T, D)."""
 
     attention: list[AttentionStates] = field(default_factory=list)
     ranks_TD: Tensor | None = None
@@ -33,14 +33,14 @@ class Recording:
 
 @contextmanager
 def record(blocks: Iterable[nn.Module], rank: nn.Module | None = None) -> Iterator[Recording]:
-    """Keep what the forward passes inside the `with` statement compute.
+    """Record the forward passes within the `with` statement.
 
     Parameters
     ----------
     blocks
         Instances of `Block`.
     rank
-        Embedding of the ranks, if there is one.
+        Embedding of ranks, if the network has one.
     """
     recording = Recording()
 

@@ -1,4 +1,4 @@
-"""Embeddings of the values of tokens: one module for each kind."""
+"""Embeddings of the values of tokens, one module per kind."""
 
 # Axes: T packed tokens, D model width, S soft bins.
 
@@ -12,8 +12,8 @@ from scfm.nn.config import EmbeddingConfig
 from scfm.nn.dropout import dropout
 from scfm.nn.linear import Linear
 
-MAX_VALUE = 512.0  # scGPT clamps values here before the first linear layer
-MASK_VALUE = -1.0  # of a hidden value, in every encoding but buckets, where it is the last bucket
+MAX_VALUE = 512.0  # scGPT clips values here before the first linear layer
+MASK_VALUE = -1.0  # replaces a masked value in every encoding except bucket, which has a bucket for it
 
 
 class ContinuousValueEmbedding(nn.Module):
@@ -35,7 +35,7 @@ class ContinuousValueEmbedding(nn.Module):
 
 
 class BucketValueEmbedding(nn.Embedding):
-    """One vector a bucket (scBERT); the last bucket means "masked"."""
+    """One vector per bucket (scBERT); the last bucket is for masked values."""
 
     def __init__(self, d_model: int, config: EmbeddingConfig, *, dropout: float) -> None:
         super().__init__(config.n_value_bins, d_model)
@@ -45,10 +45,10 @@ class BucketValueEmbedding(nn.Embedding):
 
 
 class SoftBinValueEmbedding(nn.Module):
-    """scFoundation's soft look-up: a value is a learned mixture of `n_value_bins` vectors.
+    """scFoundation's soft binning: the embedding of a value is a learned mixture of `n_value_bins` vectors.
 
-    h = LeakyReLU_0.1(W1 v + b1), g = softmax(alpha h + W2 h + b2), embedding = g^T E. The mask value (-1) has a vector of
-    its own. `pad` is kept for the published format alone: padding is never computed.
+    h = LeakyReLU_0.1(W1 v + b1), g = softmax(alpha h + W2 h + b2), embedding = g^T E. The mask value (-1) has a separate
+    vector. `pad` exists only because published checkpoints contain it; scfm has no padding.
     """
 
     def __init__(self, d_model: int, config: EmbeddingConfig, *, dropout: float) -> None:

@@ -60,9 +60,9 @@ class Generative:
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
         values_of(cells)
         share = self.unknown_shares[int(torch.randint(len(self.unknown_shares), (), generator=generator))]
-        unknown_T = draw_unknown(self.is_gene_V[cells.gene_ids_T.long()], cells, share, generator)
-        inputs, order_T = known_first(cells, unknown_T)
-        token_N = unknown_T[order_T].nonzero().squeeze(1)
+        is_target_T = draw_targets(self.is_gene_V[cells.gene_ids_T.long()], cells, share, generator)
+        inputs, order_T = context_first(cells, is_target_T)
+        token_N = is_target_T[order_T].nonzero().squeeze(1)
         values_T = values_of(inputs)
         hidden = inputs.replace(values_T=values_T.index_fill(0, token_N, MASK_VALUE))
         return hidden, {"token_N": token_N, "values_N": values_T[token_N]}
@@ -83,19 +83,19 @@ class Generative:
         return squared_error(network.values(state_ND, batch_ids_N), targets["values_N"])
 
 
-def draw_unknown(is_gene_T: Tensor, cells: CellBatch, share: float, generator: torch.Generator) -> Tensor:
+def draw_targets(is_gene_T: Tensor, cells: CellBatch, share: float, generator: torch.Generator) -> Tensor:
     """Draw `round(share * genes)` genes of each cell, all but one at most, shape (T,), bool."""
     cell_T = cells.cell_of_token_T()
     genes_B = torch.zeros(len(cells), dtype=torch.int64).index_add(0, cell_T, is_gene_T.long())
     wanted_B = torch.minimum((share * genes_B).round().long(), (genes_B - 1).clamp(min=0))
     draw_T = torch.rand(cells.n_tokens, generator=generator).double().masked_fill(~is_gene_T, 2.0)
     order_T = torch.argsort(cell_T + draw_T / 4)  # within each cell: genes by their draw, then specials
-    unknown_T = torch.zeros(cells.n_tokens, dtype=torch.bool)
-    unknown_T[order_T] = cells.position_T() < wanted_B[cell_T]
-    return unknown_T
+    is_target_T = torch.zeros(cells.n_tokens, dtype=torch.bool)
+    is_target_T[order_T] = cells.position_T() < wanted_B[cell_T]
+    return is_target_T
 
 
-def known_first(cells: CellBatch, unknown_T: Tensor) -> tuple[CellBatch, Tensor]:
+def context_first(cells: CellBatch, is_target_T: Tensor) -> tuple[CellBatch, Tensor]:
     """Move unknown tokens behind the known ones of their cell, each in their order, and count the known.
 
     Returns
@@ -103,8 +103,10 @@ def known_first(cells: CellBatch, unknown_T: Tensor) -> tuple[CellBatch, Tensor]
     The reordered cells, and the old place of each token, shape (T,).
     """
     cell_T = cells.cell_of_token_T()
-    order_T = torch.argsort(2 * cell_T + unknown_T, stable=True)
-    known_B = torch.zeros(len(cells), dtype=torch.int64, device=cells.device).index_add(0, cell_T, (~unknown_T).long())
+    order_T = torch.argsort(2 * cell_T + is_target_T, stable=True)
+    known_B = torch.zeros(len(cells), dtype=torch.int64, device=cells.device).index_add(
+        0, cell_T, (~is_target_T).long()
+    )
     reordered = cells.replace(
         gene_ids_T=cells.gene_ids_T[order_T], values_T=values_of(cells)[order_T], n_known=known_B.to(torch.int32)
     )

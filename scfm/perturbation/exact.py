@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from scfm.data.ranks import gather, share_of, torchrun_rank
+from scfm.data.ranks import gather, range_of_rank, torchrun_rank
 from scfm.errors import EmptyCellError, VocabularyMismatchError
 from scfm.models.model import Model, Precision
 from scfm.perturbation.absent import explain_absent, none_or_some, with_absent
@@ -171,7 +171,7 @@ def run(
             f"No perturbation can be done in these {len(states.cells)} cells: each expresses one gene only."
         )
     rank, world_size = torchrun_rank()
-    part = share_of(len(n_of_cell_B), rank, world_size)
+    part = range_of_rank(len(n_of_cell_B), rank, world_size)
     n_of_cell_B = n_of_cell_B[: part.stop]
     checkpoint = None if checkpoint is None else checkpoint.of_rank(rank, world_size)
     first = max(part.start, 0 if checkpoint is None else checkpoint.load_into(shifts))

@@ -156,11 +156,11 @@ def check(
         report = DataCheck(n_cells=getattr(adata, "n_obs", 0), n_genes=getattr(adata, "n_vars", 0))
         report.add("counts", str(error), "problem")
         return report
-    report = DataCheck(n_cells=counts.n_obs, n_genes=counts.n_vars, other_features=counts.left_out)
+    report = DataCheck(n_cells=counts.n_obs, n_genes=counts.n_vars, other_features=counts.omitted)
     size = f"{counts.n_obs:,} cells x {counts.n_vars:,} genes in {counts.name}"
     report.add("data", size, "ok" if counts.n_obs and counts.n_vars else "problem")
-    if counts.left_out:
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in counts.left_out.items())
+    if counts.omitted:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in counts.omitted.items())
         report.add(
             "features left out", f"{kinds}: not genes, so they count neither as tokens nor for the depth", "note"
         )
@@ -199,7 +199,7 @@ def _check_cells(
     report: DataCheck, counts: CountSource, encoding: Encoding, genes: GeneMap | None
 ) -> NDArray[np.float64] | None:
     """Read all cells and report on them; the total counts of each gene, shape (G,), or None without raw counts."""
-    report.counts_elsewhere = counts.places_with_counts()
+    report.counts_elsewhere = counts.matrices_with_counts()
     total_G, depths, empty, lengths = np.zeros(counts.n_vars), [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0, int)]
     encoded, seconds, dtype = [np.zeros(0, int)], 0.0, None
     n_encoded = -(-_ENCODED_CELLS * BLOCK_ROWS // max(counts.n_obs, BLOCK_ROWS))  # of each block

@@ -14,7 +14,8 @@ from scipy import sparse
 
 from scfm._docs import document
 from scfm.data.batch import CellBatch
-from scfm.data.source import BLOCK_ROWS, CountSource, require_adata
+from scfm.data.matrices import require_adata
+from scfm.data.source import BLOCK_ROWS, CountSource
 from scfm.encoding.base import Backend, Encoding
 from scfm.encoding.genes import GeneMap
 from scfm.errors import EmptyCellError

@@ -9,7 +9,7 @@ from scipy import sparse
 from scfm._docs import document
 from scfm.data import CountSource
 from scfm.data.counts import log_normalize
-from scfm.data.source import sum_columns
+from scfm.data.matrices import sum_columns
 from scfm.encoding import GeneMap
 from scfm.pp._encode import encoding_of
 

@@ -24,7 +24,7 @@ from scfm._docs import document
 from scfm._files import atomic_write, disk_full_as, output_lock, require_writable
 from scfm.data import CellBatch, CountSource
 from scfm.data.files import count_rows
-from scfm.data.ranks import gather, share_of, torchrun_rank
+from scfm.data.ranks import gather, range_of_rank, torchrun_rank
 from scfm.encoding import GeneMap
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
@@ -127,7 +127,7 @@ def embed_files(
     )
     rank, world_size = torchrun_rank()
     with output_lock(out if rank == 0 else job.part_folder(rank, world_size)):
-        share, part = share_of(job.n_cells, rank, world_size), _Part(job, rank, world_size)
+        share, part = range_of_rank(job.n_cells, rank, world_size), _Part(job, rank, world_size)
         try:
             blocks = _Blocks(files, rows, share, model, where)
             with tqdm(total=len(share), desc="embedding", unit="cell", disable=not progress or rank > 0) as bar:
@@ -173,7 +173,7 @@ class _Job:
             _write_header(file, (self.n_cells, self.width))
             for rank in range(world_size):
                 part_path = self.part_folder(rank, world_size) / "embedding.npy"
-                if len(share_of(self.n_cells, rank, world_size)):
+                if len(range_of_rank(self.n_cells, rank, world_size)):
                     np.load(part_path, mmap_mode="r").tofile(file)
         return _read(path, (self.n_cells, self.width))
 
@@ -195,7 +195,7 @@ class _Part:
     def __init__(self, job: _Job, rank: int, world_size: int) -> None:
         self.folder, self._job = job.part_folder(rank, world_size), job
         self._path = self.folder / "embedding.npy"
-        self._shape = len(share_of(job.n_cells, rank, world_size)), job.width
+        self._shape = len(range_of_rank(job.n_cells, rank, world_size)), job.width
         self.done, self.digest = self._read_state()
         if self.done:
             self._file = self._path.open("r+b")

@@ -18,7 +18,7 @@ from scipy import sparse
 from scfm._files import atomic_write
 from scfm.data import CountSource
 from scfm.data.counts import log_normalize
-from scfm.data.source import sum_columns
+from scfm.data.matrices import sum_columns
 from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary
 from scfm.encoding.registry import ENCODINGS
 from scfm.errors import CountsError, VocabularyMismatchError

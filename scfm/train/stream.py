@@ -23,8 +23,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from scfm._docs import document
 from scfm.data.batch import CellBatch
+from scfm.data.compiled_encoder import encoder_threads, limit_to_one_thread
 from scfm.data.files import count_rows
-from scfm.data.host import host_threads, keep_to_one_thread
 from scfm.data.sampler import pack
 from scfm.data.source import CountSource
 from scfm.encoding import Encoding, GeneMap
@@ -247,7 +247,7 @@ class CellStream(IterableDataset[CellBatch]):
         blocks = _in_file_order(buffer)
         opened = [self._open(block.source) for block in blocks]
         rngs = [self._rng(2, self.rank, place, number) if self.shuffle else None for number in range(len(blocks))]
-        with ThreadPoolExecutor(host_threads(), initializer=keep_to_one_thread) as pool:
+        with ThreadPoolExecutor(encoder_threads(), initializer=limit_to_one_thread) as pool:
             return CellBatch.concat(list(pool.map(self._encode, blocks, opened, rngs)))
 
     def _encode(self, block: _Block, opened: tuple[CountSource, GeneMap], rng: np.random.Generator | None) -> CellBatch:

@@ -28,7 +28,7 @@ def test_doctor_names_the_active_backend_and_why(result):
     assert facts["packages"]["torch"] == torch.__version__
     assert facts["attention"]["available"] == scfm.ops.extension_info()["available"]
     assert facts["attention"]["reason"]
-    assert facts["encoder"]["available"] == scfm.data.host_info()["available"]
+    assert facts["encoder"]["available"] == scfm.data.encoder_info()["available"]
     for dtype in ("float32", "bfloat16", "float16"):
         path = facts["attention_paths"][dtype]
         assert path["backend"] == choose_backend("auto", torch.empty(1, 1, 64, dtype=getattr(torch, dtype)))

@@ -37,7 +37,7 @@ def test_log_normalized_counts_name_the_cure_and_leave_no_file(command, folder, 
     normalized.write_h5ad(tmp_path / "log.h5ad")
     code, _, err = command("embed", tmp_path / "log.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
     assert code == 1
-    assert "Raw counts seem to be in --layer counts: pass that" in err  # as an option, which it is here
+    assert "seem to hold raw counts: pass --layer counts" in err  # as an option, which it is here
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["log.h5ad"]
 
@@ -71,7 +71,7 @@ SPOILED = {
     "nan": (lambda adata: with_value(adata, float("nan")), "holds NaN"),
     "negative": (lambda adata: with_value(adata, -1), "holds negative values"),
     "no-matrix": (lambda adata: anndata.AnnData(obs=adata.obs, var=adata.var), "has no X, where counts were expected"),
-    "no-genes": (lambda adata: adata[:, :0].copy(), "hold no genes"),
+    "no-genes": (lambda adata: adata[:, :0].copy(), "have no genes"),
     "empty-cell": (without_counts_in_a_cell, "1 of 60 cells express no gene"),
     "duplicated": (lambda adata: setattr(adata, "var_names", ["CST3", *adata.var_names[:-1]]), "several columns each"),
     "numbered": (lambda adata: setattr(adata, "var_names", [f"gene{n}" for n in range(765)]), "None of the 765 genes"),
@@ -206,7 +206,7 @@ def test_cells_are_no_model(command, folder):
 def test_outputs_that_would_destroy_or_fail_are_refused_before_work(command, folder, bad, command_name, name):
     code, out, err = command(command_name, folder / "cells.h5ad", bad / name, "--model", folder / "model")
     assert (code, out) == (1, "")
-    assert "Name another output" in err
+    assert "Choose another output" in err
     assert (bad / name).is_dir() == ("folder" in name)
 
 
@@ -243,7 +243,7 @@ def test_fit_does_not_train_for_a_place_it_may_not_save_to(command, folder, bad,
 def test_a_measurement_is_no_label(command, folder, tmp_path, column):
     code, _, err = command("fit", folder / "cells.h5ad", tmp_path / "m", "--labels-key", column, "--no-progress")
     assert code == 1
-    assert "is a measurement" in err
+    assert "looks like a measurement" in err
 
 
 def test_too_few_cells_to_hold_one_out_are_told(command, folder, cells, tmp_path):
@@ -264,7 +264,7 @@ def test_a_confidence_is_a_probability(command, folder, tmp_path):
 def test_a_run_is_no_file(command, folder, bad):
     code, _, err = command("pretrain", folder / "cells.h5ad", bad / "file", "--n-steps", "1", "--no-progress")
     assert code == 1
-    assert "Name another output" in err
+    assert "Choose another output" in err
     assert (bad / "file").read_text() == "mine"
 
 

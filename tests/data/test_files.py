@@ -25,7 +25,7 @@ def test_files_open_by_layer_raw_and_depth(tmp_path):
     adata.uns["scfm"] = {"depth_key": "depth"}
     adata.write_h5ad(tmp_path / "b.h5ad")
     assert CountSource.of(tmp_path / "b.h5ad").depth().tolist() == [7] * 4
-    with pytest.raises(CountsError, match=r"`layer` is .none., which is not there"):
+    with pytest.raises(CountsError, match=r"`layer` is .none., which does not exist"):
         CountSource.of(tmp_path / "a.h5ad", layer="none")
     with pytest.raises(CountsError, match="'none', which is not a column"):
         CountSource.of(tmp_path / "a.h5ad", depth_key="none")

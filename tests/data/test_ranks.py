@@ -2,13 +2,13 @@
 
 import pytest
 
-from scfm.data.ranks import gather, share_of, torchrun_rank
+from scfm.data.ranks import gather, range_of_rank, torchrun_rank
 
 
 @pytest.mark.parametrize("n_items", [0, 1, 7, 64, 1001])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_shares_cover_everything_once_and_evenly(n_items, world_size):
-    shares = [share_of(n_items, rank, world_size) for rank in range(world_size)]
+    shares = [range_of_rank(n_items, rank, world_size) for rank in range(world_size)]
     assert [item for share in shares for item in share] == list(range(n_items))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -131,24 +131,24 @@ def test_the_error_says_where_counts_hide(counts, with_host, monkeypatch):
     monkeypatch.setenv("SCFM_DISABLE_EXT", "0" if with_host else "1")
     logged = sp.csr_matrix(np.log1p(counts))
     adata = make(logged, spliced=sp.csr_matrix(counts), scaled=logged.copy())
-    with pytest.raises(CountsError, match=r'Raw counts seem to be in layer="spliced": pass that'):
+    with pytest.raises(CountsError, match=r'seem to hold raw counts: pass layer="spliced"'):
         joined(CountSource.of(adata))
     adata = make(sp.csr_matrix(counts))
     adata.raw = adata.copy()
     adata.X = logged
-    with pytest.raises(CountsError, match=r'in layer="raw" \(adata.raw\)'):
+    with pytest.raises(CountsError, match=r'pass layer="raw" \(adata.raw\)'):
         joined(CountSource.of(adata))
     with pytest.raises(CountsError, match="No raw counts were found elsewhere"):
         joined(CountSource.of(make(logged)))
     adata = make(sp.csr_matrix(counts), logged=logged)
-    with pytest.raises(CountsError, match=r"in layer=None \(adata.X\)"):
+    with pytest.raises(CountsError, match=r"pass layer=None \(adata.X\)"):
         joined(CountSource.of(adata, layer="logged"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer": "nowhere"}, r"'nowhere', which is not there. Layers: \['counts'\]"),
+        ({"layer": "nowhere"}, r"'nowhere', which does not exist. Layers: \['counts'\]"),
         ({"layer": "raw"}, "`adata.raw`: none"),
         ({"depth_key": "depth"}, "'depth', which is not a column of `adata.obs`. Columns: total"),
     ],

@@ -65,18 +65,18 @@ def test_a_store_refuses_another_encoding_and_damage(adata, encoding, tmp_path):
     path = tmp_path / "store"
     TokenStore.write(path, batches_of(adata, encoding), encoding)
     TokenStore(path).require_encoding(encoding)
-    with pytest.raises(VocabularyMismatchError, match="anew"):
+    with pytest.raises(VocabularyMismatchError, match="again"):
         TokenStore(path).require_encoding(encoding.replace(n_bins=7))
     with pytest.raises(FileExistsError, match="overwrite=True"):
         TokenStore.write(path, [], encoding)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(FileExistsError, match="no token store"):
+    with pytest.raises(FileExistsError, match="not a token store"):
         TokenStore.write(tmp_path / "mine", [], encoding, overwrite=True)
     content = (path / "values.npy").read_bytes()
     (path / "values.npy").write_bytes(content[:-8])
     with pytest.raises(ModelFileError, match=r"values\.npy"):
         TokenStore(path)
-    with pytest.raises(ModelFileError, match="no token store"):
+    with pytest.raises(ModelFileError, match="not a token store"):
         TokenStore(tmp_path / "mine")
     TokenStore.write(path, [], encoding, overwrite=True)
     assert len(TokenStore(path)) == 0

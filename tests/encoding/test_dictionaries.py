@@ -83,7 +83,7 @@ def test_tables_are_read(tmp_path):
     np.testing.assert_array_equal(read_medians(path, vocabulary), [np.nan, np.nan, 1.5, np.nan])
     (tmp_path / "names.csv").write_text("A,alpha\nB,A\nC,gamma\n")
     assert read_aliases(tmp_path / "names.csv", vocabulary) == {"alpha": "A"}
-    with pytest.raises(ModelFileError, match="no known form"):
+    with pytest.raises(ModelFileError, match="not supported"):
         read_vocabulary(tmp_path / "genes.xlsx")
     (tmp_path / "none.tsv").write_text("gene\tid\nA\t0\n")
     with pytest.raises(ModelFileError, match="no column 'median'"):

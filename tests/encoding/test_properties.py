@@ -259,7 +259,7 @@ def test_a_map_of_another_vocabulary_is_refused(backend):
     encoding = make_encoding("bin", vocabulary=VOCABULARY)
     for other in (VOCABULARY.genes[::-1], VOCABULARY.genes[:5], [*VOCABULARY.genes, *(f"X{i}" for i in range(99))]):
         genes = GeneMap.from_names(NAMES, Vocabulary.from_genes(other), min_coverage=0)
-        with pytest.raises(VocabularyMismatchError, match="another vocabulary"):
+        with pytest.raises(VocabularyMismatchError, match="was made for Vocabulary"):
             encoding.encode(np.ones((1, N_GENES)), genes, backend=backend)
     equal = Vocabulary.from_dict(VOCABULARY.to_dict())
     encoding.encode(np.ones((1, N_GENES)), GeneMap.from_names(NAMES, equal), backend=backend)

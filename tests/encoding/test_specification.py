@@ -140,7 +140,7 @@ def test_continuous_is_scfoundations(scfm_data, file, oracle, tokens_of):
 def test_a_mouse_is_refused_by_a_human_vocabulary(scfm_data, human_ensembl, human_symbols):
     adata = anndata.read_h5ad(scfm_data / "mouse_endocrinogenesis_spliced_3696x2000.h5ad")
     for vocabulary in (human_ensembl[0], human_symbols):
-        with pytest.raises(VocabularyMismatchError, match=r"look like mouse, the vocabulary is human"):
+        with pytest.raises(VocabularyMismatchError, match=r"look like mouse, but the vocabulary is human"):
             scfm.pp.encode(adata, make_encoding("bin", vocabulary=vocabulary))
 
 

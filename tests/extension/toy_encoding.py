@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from scfm.encoding.base import Encoding, add_specials, cls_and_eos
+from scfm.encoding.base import Encoding, add_special_tokens, cls_and_eos
 from scfm.encoding.ragged import expressed
 
 
@@ -14,4 +14,4 @@ class BitLengthEncoding(Encoding):
         cells = expressed(block, genes)
         value_T = np.ceil(np.log2(1 + cells.count_T)).astype(np.float32)
         front, back = cls_and_eos(self, cells.n_cells)
-        return add_specials(cells.cu_seqlens, cells.token_T, value_T, front=front, back=back)
+        return add_special_tokens(cells.cu_seqlens, cells.token_T, value_T, front=front, back=back)

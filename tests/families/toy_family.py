@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import scfm
-from scfm.encoding.base import Encoding, add_specials
+from scfm.encoding.base import Encoding, add_special_tokens
 from scfm.encoding.ragged import expressed
 from scfm.families import FAMILIES, Family, Preset
 from scfm.models import CellTransformer, Model
@@ -29,7 +29,7 @@ class SetEncoding(Encoding):
 
     def _encode_numpy(self, block, genes, depth_B, draw):
         cells = expressed(block, genes)
-        return add_specials(cells.cu_seqlens, cells.token_T, None, front={}, back={})
+        return add_special_tokens(cells.cu_seqlens, cells.token_T, None, front={}, back={})
 
 
 @dataclass(frozen=True)

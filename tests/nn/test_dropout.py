@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from scfm.nn.dropout import add_dropped, dropout, dropped_places
+from scfm.nn.dropout import add_dropped, dropout, dropped_indices
 
 N = 200_000
 
@@ -14,10 +14,10 @@ N = 200_000
 def test_elements_are_dropped_independently_with_probability_p(p):
     """Oracles: the binomial distribution of the number dropped, and the geometric one of gaps, by chi-square."""
     torch.manual_seed(0)
-    counts = np.array([len(dropped_places(1000, p)) for _ in range(400)])
+    counts = np.array([len(dropped_indices(1000, p)) for _ in range(400)])
     assert abs(counts.mean() - 1000 * p) < 4 * np.sqrt(1000 * p * (1 - p) / 400)
     assert counts.var() == pytest.approx(1000 * p * (1 - p), rel=0.3)
-    gaps = np.diff(dropped_places(N, p).numpy())
+    gaps = np.diff(dropped_indices(N, p).numpy())
     largest = max(2, int(stats.geom.ppf(0.999, p)))
     edges = np.unique(stats.geom.ppf(np.linspace(0, 1, 12)[1:-1], p).clip(1, largest))
     cdf = np.concatenate([[0], stats.geom.cdf(edges, p), [1]])
@@ -30,7 +30,7 @@ def test_every_place_is_as_likely_also_the_first_and_the_last():
     torch.manual_seed(0)
     hits = np.zeros(7)
     for _ in range(6000):
-        np.add.at(hits, dropped_places(7, 0.3).numpy(), 1)
+        np.add.at(hits, dropped_indices(7, 0.3).numpy(), 1)
     assert stats.chisquare(hits).pvalue > 1e-3
     assert abs(hits.mean() / 6000 - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 42000)
 

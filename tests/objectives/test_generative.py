@@ -35,11 +35,11 @@ def test_each_unknown_gene_is_predicted_as_if_it_were_the_only_one(cells, is_gen
     # Known tokens never see unknown ones, and unknown ones not each other: taking all others away changes nothing.
     network = make_network(embedding={"target_input": target_input}).eval()
     inputs, targets = Generative(is_gene_V=is_gene_V).corrupt(cells, torch.Generator().manual_seed(1))
-    is_unknown_T = torch.zeros(cells.n_tokens, dtype=torch.bool).index_fill(0, targets["token_N"], True)
+    is_target_T = torch.zeros(cells.n_tokens, dtype=torch.bool).index_fill(0, targets["token_N"], True)
     with torch.no_grad():
         together_N = network.values(network(inputs)[targets["token_N"]])
         for n, token in enumerate(targets["token_N"].tolist()):
-            keep_T = ~is_unknown_T
+            keep_T = ~is_target_T
             keep_T[token] = True
             alone = visible_tokens(inputs, keep_T).replace(n_known=inputs.n_known)
             value = network.values(network(alone)[int(keep_T[:token].sum())][None])

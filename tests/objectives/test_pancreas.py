@@ -68,8 +68,8 @@ def test_generated_cells_correlate_better_than_the_gene_means(trained):
     network, objective, train_cells, test_cells = trained
     mean_V = gene_means(train_cells, network.config.n_tokens)
     inputs, targets = objective.corrupt(test_cells, torch.Generator().manual_seed(1))
-    is_unknown_T = torch.zeros(inputs.n_tokens, dtype=torch.bool).index_fill(0, targets["token_N"], True)
-    prompt, wanted = visible_tokens(inputs, ~is_unknown_T), visible_tokens(inputs, is_unknown_T)
+    is_target_T = torch.zeros(inputs.n_tokens, dtype=torch.bool).index_fill(0, targets["token_N"], True)
+    prompt, wanted = visible_tokens(inputs, ~is_target_T), visible_tokens(inputs, is_target_T)
     lengths = wanted.lengths_B.tolist()
     truth, usual = targets["values_N"].split(lengths), mean_V[wanted.gene_ids_T.long()].split(lengths)
 
