@@ -125,7 +125,7 @@ def screen() -> pd.DataFrame:
     for positions, n_cells in N_CELLS.items():
         started = clock()
         directions = projections(model, scfm.pp.encode(train[:100], model), positions=positions, n_projections=8)
-        print(f"calibration, {positions}: {clock() - started:.0f} s, once for a model", flush=True)
+        print(f"calibration, {positions}: {clock() - started:.0f} s for each call", flush=True)
         for number in range(n_cells):
             lines += one_cell(model, networks, cells.select([number]), positions, directions, goal_D)
             print(f"{positions}, cell {number + 1} of {n_cells}: {lines[-1]['genes']} genes", flush=True)

@@ -44,8 +44,6 @@ class Model(ModelState):
         Temperatures of its probabilities; None if they were not calibrated.
     scores
         Rows of `report`; None if the model was fitted without labels.
-    screen
-        Directions that `scfm.tl.screen` projects on, by kind of measure.
     checkpoint
         The published checkpoint that the model was read from, if any.
     history
@@ -73,7 +71,10 @@ class Model(ModelState):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write a directory: `config.json`, `vocabulary.json`, `weights.safetensors`; never a pickle.
+        """Write a directory of JSON and safetensors files; no pickle is written.
+
+        The files are `config.json`, `vocabulary.json`, `weights.safetensors`, and, if the encoding has medians,
+        `encoding.safetensors`.
 
         It is written under a temporary name and renamed, so an interrupted call leaves what was there before.
 
@@ -85,7 +86,9 @@ class Model(ModelState):
         Raises
         ------
         ModelFileError
-            If `path` exists and is no saved model.
+            If `path` exists and is not a saved model, or a weight is not finite.
+        OSError
+            If the directory cannot be written.
 
         Examples
         --------

@@ -1,7 +1,5 @@
 """What a model consists of: network, encoding, and the typed state that its predictions depend on."""
 
-# Axes: D model width, R directions.
-
 from __future__ import annotations
 
 import hashlib
@@ -12,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from scfm._config import Config
 from scfm.encoding import Encoding
@@ -81,8 +78,6 @@ class ModelState:
         Temperatures of its probabilities; None if they were not calibrated.
     scores
         Rows of `Model.report`; None if the model was fitted without labels.
-    screen
-        Directions that `scfm.tl.screen` projects on, by kind of measure, shape (D, R), float32.
     objective
         Name of the objective that the network was pretrained with, in `scfm.objectives`; None if it was not pretrained.
     checkpoint
@@ -96,7 +91,6 @@ class ModelState:
     labels: tuple[str, ...] = field(default=(), kw_only=True)
     calibration: Calibration | None = field(default=None, kw_only=True)
     scores: list[dict[str, Any]] | None = field(default=None, kw_only=True)
-    screen: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     objective: str | None = field(default=None, kw_only=True)
     checkpoint: Checkpoint | None = field(default=None, kw_only=True)
     history: dict[str, Any] = field(default_factory=dict, kw_only=True)
@@ -104,7 +98,7 @@ class ModelState:
     def __post_init__(self) -> None:
         self.network.eval()
         self.labels = tuple(self.labels)
-        self.screen, self.history = dict(self.screen or {}), self.history or {}
+        self.history = self.history or {}
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +113,7 @@ class ModelState:
         """Twelve hexadecimal digits that change with everything that changes an output.
 
         These are the weights, the settings of network and encoding, the vocabulary with its aliases, medians, labels and
-        calibration. Scores, history and the directions of the screen are not part of it.
+        calibration. Scores and history are not part of it.
         """
         settings = {
             "network": self.network.config.to_dict(),

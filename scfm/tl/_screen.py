@@ -52,7 +52,7 @@ def screen(
     {positions}
     measure
         What is measured: the "shift" of the embedding, the movement toward the "goal", or the log-odds of each cell's own
-        "label". None for "goal" if there is a `goal`, else "shift".
+        "label". None for "goal" if there is a `goal`, else "shift"; "shift" cannot be combined with a `goal`.
     center
         Subtract the mean embedding of all cells before cosines are computed.
     n_verify
@@ -60,8 +60,8 @@ def screen(
     n_check
         Number of random other genes to delete exactly, for the estimate of the recall.
     n_projections
-        Number of directions in which the estimate resolves the effect on other genes, for "shift" only. They are computed
-        once per model, by 640 exact deletions in ten of these cells, and saved with it.
+        Number of directions in which the estimate resolves the effect on other genes, for "shift" only. Each call computes
+        them by at most 640 exact deletions, in ten of the cells that `seed` draws.
     min_cells
         Genes that fewer cells express are not verified.
     {n_bootstrap}
@@ -78,8 +78,9 @@ def screen(
     -------
     One row per gene, in the order and with the columns of `scfm.tl.perturb`, of the chosen measure only, and
 
-    - `exact`: whether mean, standard deviation and interval of the row are exact; else they are those of the estimate
-    - `estimate_mean`: the estimate, also if the row is exact; tests and effect sizes compare estimates with estimates
+    - `exact`: whether mean, standard deviation, standard error and interval of the row are exact; otherwise they are those
+      of the estimate. `null_mean`, `effect_size`, `p_value` and `fdr` compare estimates with estimates in every row.
+    - `estimate_mean`: the estimate, also if the row is exact
     - `rank_only`: the gene's mean rank in its cells, from 0 (first by position, or largest value) to 1, as a control
 
     `attrs` has `recall_estimate`, the expected fraction of the exact best 50 that was verified; `rank_only_recall`, the
@@ -88,9 +89,14 @@ def screen(
     Raises
     ------
     ValueError
-        If the estimate does not apply to the model; use `scfm.tl.perturb`.
+        If the estimate does not apply to the model (use `scfm.tl.perturb`), or arguments contradict each other.
     LabelsError
         If `groupby`, `start` or `goal` does not fit `adata.obs`, or a label is not one of the model's.
+    ModelTaskError
+        If `measure` is "label" and the model has no classifier of cells.
+    CountsError, VocabularyMismatchError, EmptyCellError
+        If the matrix holds no raw counts, its genes are not those of the model, there are no cells, or no cell has a gene
+        that can be deleted.
 
     Notes
     -----

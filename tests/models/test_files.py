@@ -36,7 +36,7 @@ def make_model(seed=0, **changes):
     config = ModelConfig(n_tokens=len(vocabulary), classes=ClassHeadConfig(n_classes=3, gene_classifier=True), **sizes)
     network = CellTransformer.for_vocabulary(config, vocabulary)
     state = {"calibration": Calibration(n_cells=9, transformer_temperature=1.5), "labels": LABELS}
-    return Model(network, encoding, **{**state, "screen": {"shift": torch.ones(16, 2)}, **changes})
+    return Model(network, encoding, **{**state, **changes})
 
 
 @pytest.fixture
@@ -69,7 +69,6 @@ def test_everything_that_is_saved_comes_back(folder):
     model, loaded = make_model(), scfm.load(folder)
     assert loaded.id == model.id
     assert (loaded.labels, loaded.calibration) == (model.labels, model.calibration)
-    torch.testing.assert_close(loaded.screen, model.screen, rtol=0, atol=0)
     for name, tensor in model.network.state_dict().items():
         assert torch.equal(loaded.network.state_dict()[name], tensor), name
     assert loaded.network.config == model.network.config
@@ -77,7 +76,7 @@ def test_everything_that_is_saved_comes_back(folder):
 
 def of_another(name):
     def change(folder):
-        make_model(seed=1, screen={"shift": torch.zeros(16, 2)}).save(folder.with_name("other"))
+        make_model(seed=1).save(folder.with_name("other"))
         shutil.copy(folder.with_name("other") / name, folder)
 
     return change
@@ -99,7 +98,6 @@ def another_vocabulary(folder):
     [
         (lambda folder: edit_bytes(folder / "weights.safetensors", flip_bit), "weights.safetensors is not the file"),
         (of_another("weights.safetensors"), "weights.safetensors is not the file"),
-        (of_another("screen.safetensors"), "screen.safetensors is not the file"),
         (reverse_medians, "encoding.safetensors is not the file"),
         (another_vocabulary, "vocabulary.json is not the file"),
         (lambda folder: edit_config(folder, lambda c: c["labels"].reverse()), "config.json is not the file"),
@@ -110,7 +108,7 @@ def another_vocabulary(folder):
         ),
         (lambda folder: edit_config(folder, lambda c: c["encoding"].update(seed=5)), "config.json is not the file"),
         (lambda folder: edit_bytes(folder / "weights.safetensors", fill_with_nan), "not finite"),
-        (lambda folder: (folder / "screen.safetensors").unlink(), "screen.safetensors is missing"),
+        (lambda folder: (folder / "encoding.safetensors").unlink(), "encoding.safetensors is missing"),
         (lambda folder: (folder / "weights.safetensors").unlink(), "weights.safetensors"),
         (lambda folder: edit_config(folder, lambda c: c.pop("files")), "does not list the files"),
         (lambda folder: edit_config(folder, lambda c: c.pop("network")), "no entry 'network'"),
@@ -126,9 +124,7 @@ def test_files_that_do_not_belong_together_are_refused(folder, damage, words):
         scfm.load(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["weights.safetensors", "vocabulary.json", "encoding.safetensors", "screen.safetensors"]
-)
+@pytest.mark.parametrize("name", ["weights.safetensors", "vocabulary.json", "encoding.safetensors"])
 @pytest.mark.parametrize(
     "content",
     [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 41183536\n"],

@@ -50,7 +50,6 @@ def test_format_2_is_read_and_gives_the_same_numbers(adata):
     )
     assert model.scores == [{"method": "scfm", "accuracy": 0.75, "macro_f1": 0.5}]
     assert model.encoding.vocabulary.aliases == {"OLD0": "GENE0"}
-    torch.testing.assert_close(model.screen, {"shift": torch.linspace(0, 1, 32).view(16, 2)})
     cells = scfm.pp.encode(adata, model)
     np.testing.assert_allclose(model.embed(cells)[:, :3], EMBEDDING, atol=2e-5)
     np.testing.assert_allclose(model.predict_proba(cells)[:, 0], CALIBRATED, atol=2e-5)

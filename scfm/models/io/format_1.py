@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 # Names of tensors in files of format 1, and what they are called now.
 RENAMED_TENSORS = {"gene_classifier.vote_weights": "gene_classifier.ensemble_weights"}
@@ -73,17 +70,8 @@ def network_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def screen_directions(history: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Directions of the screen, which format 1 keeps as base64 of little-endian float32."""
-    directions = {}
-    for measure, saved in history.get("screen", {}).items():
-        flat = torch.frombuffer(bytearray(base64.b64decode(saved["directions"])), dtype=torch.float32)
-        directions[measure] = flat.view(-1, saved["n_projections"])
-    return directions
-
-
 def content(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of a config.json of format 1 as format 2 has it; the directions of the screen are files there."""
+    """Content of a config.json of format 1 as format 2 has it; directions of the screen are not kept."""
     history = dict(config["history"])
     fitted, published = history.pop("calibration", None), history.pop("published", None)
     history.pop("screen", None)

@@ -5,4 +5,4 @@ from __future__ import annotations
 FORMAT = "scfm"
 FORMAT_VERSION = 2
 CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocabulary.json", "weights.safetensors"
-ARRAYS, SCREEN = "encoding.safetensors", "screen.safetensors"
+ARRAYS = "encoding.safetensors"

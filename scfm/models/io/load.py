@@ -18,7 +18,7 @@ from scfm.encoding import encoding_from_dict
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
 from scfm.models.io import format_1
-from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, SCREEN, VOCABULARY, WEIGHTS
+from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, VOCABULARY, WEIGHTS
 from scfm.models.network import CellTransformer
 from scfm.models.state import Calibration, Checkpoint, ModelState
 from scfm.vocab import Vocabulary
@@ -79,7 +79,7 @@ def _require_files(config: Mapping[str, Any], path: Path) -> None:
         raise ModelFileError(
             f"{path / CONFIG} does not list the files of the model. It is damaged; save the model again."
         )
-    for name in (VOCABULARY, ARRAYS, SCREEN):
+    for name in (VOCABULARY, ARRAYS):
         file, expected = path / name, digests.get(name)
         if expected is not None and not file.is_file():
             raise ModelFileError(f"{file} is missing. Put back the file of this model, or save the model again.")
@@ -91,9 +91,8 @@ def _require_files(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _state_of(config: Mapping[str, Any], path: Path) -> ModelState:
-    screen = read_weights(path / SCREEN) if (path / SCREEN).is_file() else {}
     if config["format_version"] == 1:
-        screen, config = format_1.screen_directions(config["history"]), format_1.content(config)
+        config = format_1.content(config)
     network_config = ModelConfig.from_dict(config["network"])
     vocabulary = Vocabulary.from_json(path / VOCABULARY)
     if config.get("vocabulary", vocabulary.fingerprint) != vocabulary.fingerprint:  # format 1
@@ -112,7 +111,6 @@ def _state_of(config: Mapping[str, Any], path: Path) -> ModelState:
         calibration=None if config["calibration"] is None else Calibration.from_dict(config["calibration"]),
         checkpoint=None if config["checkpoint"] is None else Checkpoint.from_dict(config["checkpoint"]),
         scores=config["scores"],
-        screen=screen,
         objective=config.get("objective"),
         history=dict(config["history"]),
     )

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from scfm._files import atomic_write, require_folder
 from scfm.errors import ModelFileError
-from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, SCREEN, VOCABULARY, WEIGHTS
+from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, VOCABULARY, WEIGHTS
 from scfm.models.io.load import digest, is_saved, require_finite
 from scfm.models.state import ModelState
 
@@ -40,9 +40,7 @@ def write_files(model: ModelState, folder: Path) -> None:
     model.encoding.vocabulary.to_json(folder / VOCABULARY)
     if arrays := model.encoding.arrays():
         save_arrays(arrays, folder / ARRAYS)
-    for tensors, name in ((model.network.state_dict(), WEIGHTS), (model.screen, SCREEN)):
-        if tensors:
-            save_file(_on_host(tensors), folder / name, metadata={"format": "pt"})
+    save_file(_on_host(model.network.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
     for file in folder.glob("*.safetensors"):  # the library lets nobody else read what it writes
         file.chmod((folder / VOCABULARY).stat().st_mode)
     config = {

@@ -1,4 +1,4 @@
-"""The directions in which deletions move a model's cells: found once, saved with the model."""
+"""The directions in which deletions move cells, found by exact deletions in a few of them."""
 
 # Axes: B cells, V variants, D model width, R directions.
 
@@ -25,18 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 def projections(model: Model, cells: CellBatch, *, positions: str, n_projections: int, seed: int = 0) -> Tensor:
-    """Directions of a model, shape (D, n_projections), float32; from `model.screen`, or found now and put there."""
-    directions_DR = model.screen.get(positions)
-    if directions_DR is None or directions_DR.shape[1] < n_projections:
-        found = principal_directions(model, cells, positions=positions, n_projections=n_projections, seed=seed)
-        directions_DR = model.screen[positions] = torch.from_numpy(found.astype(np.float32))
-    return directions_DR[:, :n_projections].to(model.device)
+    """Main axes of the part of exact deletions that needs directions, shape (D, n_projections), float32.
 
-
-def principal_directions(
-    model: Model, cells: CellBatch, *, positions: str, n_projections: int, seed: int
-) -> NDArray[np.float64]:
-    """Main axes of the part of exact deletions that needs directions, in a few cells, shape (D, n_projections)."""
+    They are computed from at most `GENES_PER_CELL` genes in each of at most `CALIBRATION_CELLS` of the given cells, which
+    `seed` draws; nothing is kept.
+    """
     rng = np.random.default_rng(seed)
     long_enough = np.flatnonzero(np.diff(cells.cu_seqlens.numpy()) > model.encoding.config.n_special_tokens + 1)
     chosen = np.sort(rng.choice(long_enough, min(CALIBRATION_CELLS, len(long_enough)), replace=False))
@@ -44,7 +37,8 @@ def principal_directions(
     moved_VD = np.concatenate(parts)
     _log.info("calibrated screen directions on %d deletions in %d cells", len(moved_VD), len(chosen))
     values, vectors = np.linalg.eigh(moved_VD.T @ moved_VD)
-    return vectors[:, np.argsort(-values)[:n_projections]]
+    directions_DR = vectors[:, np.argsort(-values)[:n_projections]]
+    return torch.from_numpy(directions_DR.astype(np.float32)).to(model.device)
 
 
 def _remainder(

@@ -41,7 +41,6 @@ model = Model(
     labels=("A", "B"),
     calibration=Calibration(n_cells=20, transformer_temperature=0.5, ensemble_temperature=2.0, typical_distance=1.5),
     scores=[{"method": "scfm", "accuracy": 0.75, "macro_f1": 0.5}],
-    screen={"shift": torch.linspace(0, 1, 32).view(16, 2)},
     objective="masked_genes",
     history={"preset": "golden"},
 )
