@@ -100,6 +100,11 @@ def output_lock(path: str | Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def as_paths(paths: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """Return paths as a tuple; a single path is a list of one."""
+    return (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
+
+
 def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Path] = ()) -> None:
     """Raise unless `out` can be written at the end of the work.
 

@@ -54,6 +54,9 @@ def guess_id_type(names: Sequence[str | None]) -> IdType:
 class Vocabulary:
     """A list of tokens, whose positions are their ids. It is immutable.
 
+    ``name in vocabulary`` asks for a token that is written so. `token_ids`, `find` and `require` know aliases too, and ignore
+    the versions of Ensembl ids.
+
     Parameters
     ----------
     tokens
@@ -62,14 +65,14 @@ class Vocabulary:
         Special tokens by role, such as ``{"pad": "<pad>", "mask": "<mask>"}``; each must be in `tokens`. All other tokens
         are genes.
     id_type
-        Kind of the gene names. None to guess it from the names.
+        Kind of the gene names: "symbol", "ensembl" or "other". None to guess it from the names.
     aliases
         Other names of genes, as a mapping of alias to token. Used only for names that are not tokens.
 
     Raises
     ------
     ValueError
-        If a token occurs twice, or a special token or the token of an alias is not in `tokens`.
+        If a token occurs twice, a special token or the token of an alias is not among the tokens, or `id_type` is unknown.
 
     Examples
     --------
@@ -176,15 +179,26 @@ class Vocabulary:
         return self.special_id("eos")
 
     def token_ids(self, names: Iterable[str]) -> NDArray[np.int32]:
-        """Return the ids of names, looked up as they are written, then as aliases; -1 if not found. Shape (n,), int32."""
+        """Look up tokens: as written, as an alias, or without the version of an Ensembl id; -1 for what is not found.
+
+        Versions are ignored on both sides: ENSG00000019582.14 finds ENSG00000019582, and the reverse. A token that is written
+        as the name comes first. Shape (n,), int32.
+        """
+        names = list(names)
+        ids = self._as_written(names)
+        rest = np.flatnonzero(ids < 0)
+        bare = [strip_version(names[index]) for index in rest.tolist()]
+        found = self._as_written(bare)
+        ids[rest] = np.where(found >= 0, found, [self._unversioned.get(name, -1) for name in bare])
+        return ids
+
+    def _as_written(self, names: Sequence[str]) -> NDArray[np.int32]:
         ids, aliases = self._ids, self.aliases
         found = (ids.get(name, -1) if name in ids else ids.get(aliases.get(name, ""), -1) for name in names)
         return np.fromiter(found, dtype=np.int32)
 
     def find(self, names: Sequence[str | None]) -> tuple[NDArray[np.int32], int]:
-        """Look up genes of a data set: as written, as an alias, and without the version of an Ensembl id.
-
-        Versions are ignored on both sides: ENSG00000019582.14 matches ENSG00000019582, and the reverse.
+        """Look up genes as `token_ids` looks up tokens; special tokens are not genes.
 
         Parameters
         ----------
@@ -196,17 +210,11 @@ class Vocabulary:
         Token ids, shape (n,), int32, -1 for genes that are not in the vocabulary; and the number of names that were found
         only without their version.
         """
-        ids = self.token_ids("" if name is None else name for name in names)
-        ids[np.array([name is None for name in names], dtype=bool)] = -1
-        rest = np.flatnonzero(ids < 0)
-        bare = [strip_version(names[place] or "") for place in rest.tolist()]
-        found = self.token_ids(bare)
-        found = np.where(found >= 0, found, [self._unversioned.get(name, -1) for name in bare]).astype(np.int32)
-        found[[not name for name in bare]] = -1
-        ids[rest] = found
+        given = ["" if name is None else name for name in names]
+        ids = self.token_ids(given)
         special = np.setdiff1d(np.arange(len(self)), self.gene_ids)
-        ids[np.isin(ids, special)] = -1
-        return ids, int((found >= 0).sum())
+        ids[np.array([not name for name in given], dtype=bool) | np.isin(ids, special)] = -1
+        return ids, int(((ids >= 0) & (self._as_written(given) < 0)).sum())
 
     @cached_property
     def _unversioned(self) -> dict[str, int]:
@@ -221,14 +229,14 @@ class Vocabulary:
         return {bare: position for bare, position in ids.items() if bare not in twice}
 
     def require(self, names: Sequence[str]) -> NDArray[np.int32]:
-        """Look up genes that must be in the vocabulary.
+        """Look up genes that must be in the vocabulary, as `find` does. Token ids, shape (n,), int32.
 
         Raises
         ------
         VocabularyMismatchError
-            If a name is not in the vocabulary. The message has the missing names and an example from the vocabulary.
+            If a name is missing or a special token; says which, and how the names of the vocabulary are written.
         """
-        ids = self.token_ids(names)
+        ids, _ = self.find(names)
         if (ids < 0).any():
             missing = [name for name, token_id in zip(names, ids) if token_id < 0]
             raise VocabularyMismatchError(

@@ -96,3 +96,23 @@ def test_kind_of_names():
     assert guess_id_type(["TP53", "MT-CO1"]) == "symbol"
     assert guess_id_type(["7157", "1", "2"]) == "other"
     assert guess_id_type([]) == "other"
+
+
+def test_every_lookup_ignores_the_versions_of_ensembl_ids():
+    bare, versioned, dotted = "ENSG00000019582", "ENSG00000019582.14", "RP11-34P13.7"
+    for token in (bare, versioned):
+        vocabulary = Vocabulary([token, dotted])
+        names = [bare, versioned, "ENSG00000019582.3", dotted, "RP11-34P13"]
+        assert vocabulary.token_ids(names).tolist() == [0, 0, 0, 1, -1]
+        assert vocabulary.find(names)[0].tolist() == [0, 0, 0, 1, -1]
+        assert vocabulary.find(names)[1] == 2
+        assert vocabulary.require([versioned, bare]).tolist() == [0, 0]
+    both = Vocabulary([versioned, bare])
+    assert both.token_ids([versioned, bare]).tolist() == [0, 1]
+
+
+def test_a_special_token_is_not_a_gene(vocabulary):
+    assert vocabulary.token_ids(["<pad>"]).tolist() == [0]
+    assert vocabulary.find(["<pad>", None, ""])[0].tolist() == [-1, -1, -1]
+    with pytest.raises(VocabularyMismatchError, match="'<pad>'"):
+        vocabulary.require(["<pad>"])

@@ -87,9 +87,9 @@ def stage_config(config: FitConfig | None, network: CellTransformer, cells: Cell
     """Complete the settings of fine-tuning: steps by the number of cells, weights and learning rate by the network."""
     labels_B = cells.train_labels_B
     if config is None:
-        config = FitConfig.for_cells(len(labels_B), seed=seed)
+        config = FitConfig.for_cells(len(labels_B))
         config = config.replace(n_steps=max(15, config.n_steps // 2))
-    config = config.with_defaults(trainable=default_trainable(network, labels_B))
+    config = config.with_defaults(trainable=default_trainable(network, labels_B), seed=seed)
     assert config.trainable is not None
     return config.with_defaults(learning_rate=LEARNING_RATES[config.trainable.partition(":")[0]])
 
@@ -172,7 +172,8 @@ def class_outputs(model: Model, cells: Cells, precision: Precision) -> Outputs:
 
 def score_from_scratch(model: Model, cells: Cells, config: FitConfig, *, progress: bool) -> Row:
     """Train the architecture of `model` from random weights with the same budget, and score it on the test cells."""
-    config = config.replace(**STAGE_DEFAULTS)
+    assert config.seed is not None
+    config = config.replace(**{**STAGE_DEFAULTS, "seed": config.seed})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         shape = model.network.config.replace(embedding={"train_genes": True})

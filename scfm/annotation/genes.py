@@ -34,6 +34,7 @@ def cross_validate_genes(
     folds: Folds,
     *,
     config: FitConfig | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> NDArray[np.int64]:
     """Predict the class of every gene by models that were fine-tuned on the genes of the other folds.
@@ -56,6 +57,8 @@ def cross_validate_genes(
         Training and test positions in `gene_ids_G`, as scikit-learn's splitters yield them.
     config
         Settings of the training in each fold; None for `DEFAULT_CONFIG`.
+    seed
+        Seed of the training, unless `config` has one.
     progress
         Whether to show a progress bar for each fold.
 
@@ -64,7 +67,8 @@ def cross_validate_genes(
     Predicted classes, shape (G,), int64; -1 for a gene that no fold tests.
     """
     default = _default_config(model)
-    config = (config or default).with_defaults(learning_rate=default.learning_rate, trainable=default.trainable)
+    config = config or default
+    config = config.with_defaults(learning_rate=default.learning_rate, trainable=default.trainable, seed=seed)
     states_VD = _mean_over_cells(model.batches(cells), model.network, model.network.forward)
     predicted_G = np.full(len(gene_ids_G), -1, dtype=np.int64)
     for train_G, test_G in folds:

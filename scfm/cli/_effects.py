@@ -23,13 +23,12 @@ def rank_genes(
     table: Path,
     *,
     model: Path,
-    depth_key: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Apply `ranking` to the cells of `data`, write its table to `table`, and print the first rows."""
     require_writable(table, SUFFIXES)
-    effects = ranking(_files.read(data, depth_key=depth_key), scfm.load(model), **options)
+    effects = ranking(_files.read(data), scfm.load(model), **options)
     _files.write_table(effects, table)
     top = effects.head(SHOWN_ROWS)
     facts = {"output": table, "n_genes": len(effects), "top": _files.records(top)}

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def read(path: Path, *, depth_key: str | None = None) -> anndata.AnnData:
-    """Read a `.h5ad` file or a `.zarr` folder, and record in it which column of `obs` holds the depth of the cells."""
+def read(path: Path) -> anndata.AnnData:
+    """Read a `.h5ad` file or a `.zarr` folder."""
     import anndata
 
     from scfm.data.files import open_group
@@ -26,10 +26,7 @@ def read(path: Path, *, depth_key: str | None = None) -> anndata.AnnData:
     open_group(path)  # raises errors that say what is wrong with the file
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* names are not unique")  # where it matters, an error of ours says so
-        adata = anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
-    if depth_key is not None:
-        adata.uns["scfm"] = {**adata.uns.get("scfm", {}), "depth_key": depth_key}
-    return adata
+        return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
 
 
 def read_names(path: Path) -> list[str]:

@@ -14,9 +14,7 @@ from scfm.cli._registry import command
 @command(
     example="scfm annotate new.h5ad labeled.h5ad --model pbmc_model", options_of="scfm.tl.annotate", leave_out={"copy"}
 )
-def annotate(
-    data: Path, output: Path, /, *, model: Path, depth_key: str | None = None, json: bool = False, **options: Any
-) -> None:
+def annotate(data: Path, output: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
     """Predict the label of every cell.
 
     Parameters
@@ -27,13 +25,11 @@ def annotate(
         .h5ad or .zarr to write: the input with labels, confidences and probabilities.
     model
         Directory of a model that was fitted with labels.
-    depth_key
-        Column of obs with each cell's total counts over all measured genes, for data that hold only some of the genes.
     json
         Print the result as one JSON object instead of words.
     """
     require_writable(output, (".h5ad", ".zarr"), inputs=[data])
-    adata = _files.read(data, depth_key=depth_key)
+    adata = _files.read(data)
     scfm.tl.annotate(adata, scfm.load(model), **options)
     _files.write(adata, output)
     counts = adata.obs[f"{options.get('key_added', 'scfm')}_label"].value_counts()

@@ -11,7 +11,7 @@ from scfm.cli._registry import command
 
 
 @command(example="scfm fit pbmc.h5ad pbmc_model --labels-key cell_type", options_of="scfm.fit", leave_out={"key_added"})
-def fit(data: Path, output: Path, /, *, depth_key: str | None = None, json: bool = False, **options: Any) -> None:
+def fit(data: Path, output: Path, /, *, json: bool = False, **options: Any) -> None:
     """Train a model on raw counts and save it; with labels, compare it with simple baselines.
 
     Parameters
@@ -20,15 +20,13 @@ def fit(data: Path, output: Path, /, *, depth_key: str | None = None, json: bool
         .h5ad or .zarr with raw counts.
     output
         Directory to save the model in; an existing model is replaced.
-    depth_key
-        Column of obs with each cell's total counts over all measured genes, for data that hold only some of the genes.
     json
         Print the result as one JSON object instead of words.
     """
     from scfm.models.io.save import require_replaceable
 
     require_replaceable(output)
-    model = scfm.fit(_files.read(data, depth_key=depth_key), **options)
+    model = scfm.fit(_files.read(data), **options)
     model.save(output)
     report = model.report() if model.scores is not None else None
     facts: dict[str, Any] = {"model": output, "model_id": model.id, "n_parameters": model.n_parameters}

@@ -25,7 +25,6 @@ def perturb(
     genes: list[str] | None = None,
     genes_file: Path | None = None,
     null_genes: list[str] | None = None,
-    depth_key: str | None = None,
     json: bool = False,
     **options: Any,
 ) -> None:
@@ -45,8 +44,6 @@ def perturb(
         Text file with one gene per line, in place of --genes.
     null_genes
         Genes to perturb in the same way, as the null of the tests. By default, about 100 genes that as many cells express, if --genes names fewer than 100; else all other genes.
-    depth_key
-        Column of obs with each cell's total counts over all measured genes, for data that hold only some of the genes.
     json
         Print the result as one JSON object instead of words.
     """
@@ -55,4 +52,4 @@ def perturb(
             raise ValueError("`genes` and `genes_file` both name genes; give one of them.")
         genes = _files.read_names(genes_file)
     options |= {"genes": genes, "null_genes": null_genes}
-    rank_genes(scfm.tl.perturb, data, table, model=model, depth_key=depth_key, as_json=json, **options)
+    rank_genes(scfm.tl.perturb, data, table, model=model, as_json=json, **options)

@@ -15,9 +15,7 @@ from scfm.cli._registry import command
     options_of="scfm.tl.screen",
     leave_out={"key_added"},
 )
-def screen(
-    data: Path, table: Path, /, *, model: Path, depth_key: str | None = None, json: bool = False, **options: Any
-) -> None:
+def screen(data: Path, table: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
     """Estimate the effect of deleting every gene of every cell, and verify the largest exactly.
 
     Parameters
@@ -28,9 +26,7 @@ def screen(
         .csv or .parquet to write: one row per gene.
     model
         Directory of the model.
-    depth_key
-        Column of obs with each cell's total counts over all measured genes, for data that hold only some of the genes.
     json
         Print the result as one JSON object instead of words.
     """
-    rank_genes(scfm.tl.screen, data, table, model=model, depth_key=depth_key, as_json=json, **options)
+    rank_genes(scfm.tl.screen, data, table, model=model, as_json=json, **options)

@@ -24,7 +24,8 @@ class CellBatch:
     gene_ids_T
         Token ids, shape (T,), int32.
     cu_seqlens
-        Cell boundaries, shape (B + 1,), first 0, last T; int32 in a batch, int64 for a whole data set.
+        Cell boundaries, shape (B + 1,), first 0, last T; int32, or int64 from `scfm.pp.encode` and where int32 cannot count
+        the tokens.
     values_T
         Value of each token (bin, bucket or log-expression), shape (T,), float32; None for rank encodings.
     n_known
@@ -87,10 +88,25 @@ class CellBatch:
     def replace(self, **changes: Any) -> CellBatch:
         return dataclasses.replace(self, **changes)
 
-    def select(self, cells: Sequence[int] | NDArray[np.integer] | Tensor) -> CellBatch:
-        """Return the given cells, in the given order, as a new batch with int32 boundaries."""
-        cells_B = torch.as_tensor(cells, dtype=torch.int64, device=self.device)
-        cells_B = torch.where(cells_B < 0, cells_B + self.n_cells, cells_B)
+    def select(self, cells: Sequence[int] | NDArray[np.integer | np.bool_] | Tensor) -> CellBatch:
+        """Take the given cells as a new batch with int32 boundaries.
+
+        Parameters
+        ----------
+        cells
+            Indices of cells, in the order in which they are taken, negative ones counted from the end; or a boolean mask,
+            shape (B,).
+
+        Raises
+        ------
+        IndexError
+            If there is no such cell, or a mask has another shape.
+        TypeError
+            If indices are not whole numbers.
+        ValueError
+            If the cells hold more tokens than int32 can count.
+        """
+        cells_B = self._indices(cells)
         starts_B, stops_B = self.cu_seqlens[cells_B].long(), self.cu_seqlens[cells_B + 1].long()
         lengths_B = stops_B - starts_B
         cu_seqlens = torch.zeros(len(cells_B) + 1, dtype=torch.int64, device=self.device)
@@ -110,6 +126,21 @@ class CellBatch:
                 for name in ("n_known", "cell_index_B", "labels_B", "batch_ids_B", "depth_B")
             },
         )
+
+    def _indices(self, cells: Sequence[int] | NDArray[np.integer | np.bool_] | Tensor) -> Tensor:
+        """Indices of cells from 0, int64, of indices or a mask."""
+        cells_B = torch.as_tensor(cells, device=self.device)
+        if cells_B.dtype == torch.bool:
+            if cells_B.shape != (self.n_cells,):
+                raise IndexError(f"The mask has the shape {tuple(cells_B.shape)}; the batch has {self.n_cells} cells.")
+            return cells_B.nonzero()[:, 0]
+        if cells_B.numel() and (cells_B.is_floating_point() or cells_B.is_complex()):
+            raise TypeError(f"`cells` holds numbers of type {cells_B.dtype}; indices are whole numbers.")
+        cells_B = cells_B.long()
+        wrong_B = (cells_B < -self.n_cells) | (cells_B >= self.n_cells)
+        if bool(wrong_B.any()):
+            raise IndexError(f"There is no cell {int(cells_B[wrong_B][0])}; the batch has {self.n_cells} cells.")
+        return torch.where(cells_B < 0, cells_B + self.n_cells, cells_B)
 
     def _taker(self, starts_B: Tensor, stops_B: Tensor, cu_seqlens: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a function that copies the tokens of some cells; on the CPU it copies whole cells, five times as fast."""

@@ -25,6 +25,8 @@ class Preset:
 
     Attributes
     ----------
+    name
+        Name of the preset.
     family
         Name of its family.
     encoding
@@ -113,7 +115,8 @@ class Reader(Protocol):
 class Family:
     """A family of models: how its cells become tokens, what its network is like, and how its checkpoints are stored.
 
-    To add one, define it in a file of its own in `scfm/families` (or anywhere else) and call `FAMILIES.add`.
+    To add one, define it in a file of its own in `scfm/families` (or anywhere else) and pass it to
+    `scfm.families.add_family`.
 
     Attributes
     ----------
@@ -132,9 +135,9 @@ class Family:
     files, shared_files
         Patterns of its files in a repository of the model hub: in the folder of the model, and elsewhere.
     recognize
-        Whether files are a checkpoint of this family.
+        Function of the files of a checkpoint: whether they are of this family.
     read, write
-        From its files to a model, and back.
+        Functions that make a model of the files of a checkpoint, and that write a model as such files.
 
     Examples
     --------

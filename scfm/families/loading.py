@@ -51,6 +51,10 @@ def load(
     revision, token
         Branch, tag or commit of the repository, and the token that gives access to a private one.
 
+    Returns
+    -------
+    The model, on `device`.
+
     Raises
     ------
     ModelFileError
@@ -66,11 +70,8 @@ def load(
     >>> model = scfm.load("ctheodoris/Geneformer", subfolder="Geneformer-V2-104M")  # doctest: +SKIP
     >>> model = scfm.load("Geneformer-V1-10M", vocabulary="tokens.pkl", medians="medians.pkl")  # doctest: +SKIP
     """
-    family, files = _opened(_fetched(path, subfolder=subfolder, revision=revision, token=token))
-    model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
-    if model.checkpoint is not None and model.objective is None:
-        model.objective = family.presets[0].objective
-    return model.to(_device(device))
+    found = _fetched(path, subfolder=subfolder, revision=revision, token=token)
+    return _read(found, vocabulary=vocabulary, medians=medians, strict=strict)[0].to(_device(device))
 
 
 def recognize(path: str | Path) -> Family:
@@ -115,19 +116,24 @@ def convert(
     vocabulary: Source | None = None,
     medians: Source | None = None,
     strict: bool = True,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Model:
     """Read a model in one format and write it in another.
 
     Parameters
     ----------
     source
-        Saved model or published checkpoint, as for `scfm.load`.
+        Saved model or published checkpoint: a path, or "owner/name" of a repository on the model hub.
     target
-        Directory or file to write; must not exist, unless it is a saved scfm model.
+        Directory or file to write. It must not exist; only with ``to="scfm"`` a saved scfm model is replaced.
     to
         Name of the family whose format to write. None for "scfm", or, for a model that is saved in that format already,
         for the published family that has its encoding.
     {checkpoint}
+    subfolder, revision, token
+        As in `scfm.load`.
 
     Returns
     -------
@@ -136,7 +142,10 @@ def convert(
     Raises
     ------
     ModelFileError
-        If `source` cannot be read, `target` exists, or the model has settings that the target's code does not know.
+        If `source` cannot be read, `target` exists, or the model has an encoding or settings that the target's code does not
+        know.
+    ValueError
+        If `to` is not the name of a family.
 
     Examples
     --------
@@ -148,11 +157,9 @@ def convert(
     >>> scfm.load("theirs", vocabulary=model.encoding.vocabulary, medians=model.encoding.medians).network.config.n_layers
     3
     """
-    path, target = fetched(source), Path(target)
-    family, files = _opened(path)
-    model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
-    if model.checkpoint is not None and model.objective is None:
-        model.objective = family.presets[0].objective
+    target = Path(target)
+    path = _fetched(source, subfolder=subfolder, revision=revision, token=token)
+    model, family = _read(path, vocabulary=vocabulary, medians=medians, strict=strict)
     kind = model.encoding.config.kind
     fitting = [each.name for each in FAMILIES.values() if each.encoding.get("kind") == kind]
     if to is None:
@@ -167,6 +174,15 @@ def convert(
         raise ModelFileError(f"{target} exists and is not overwritten. Choose another path, or remove it.")
     FAMILIES[to].write(model, target)
     return model
+
+
+def _read(path: Path, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> tuple[Model, Family]:
+    """Read a model from local files, and the family that it belongs to."""
+    family, files = _opened(path)
+    model = family.read(files, vocabulary=vocabulary, medians=medians, strict=strict)
+    if model.checkpoint is not None and model.objective is None:
+        model.objective = family.presets[0].objective
+    return model, family
 
 
 def _opened(path: Path) -> tuple[Family, CheckpointFiles]:

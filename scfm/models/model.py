@@ -41,13 +41,20 @@ class Model(ModelState):
     labels
         Names of the classes that the network predicts; empty if it was not trained to classify.
     calibration
-        Temperatures of its probabilities; None if they were not calibrated.
+        Temperatures of its probabilities, and the typical distance to its training cells; None if it was not calibrated.
     scores
         Rows of `report`; None if the model was fitted without labels.
+    objective
+        Name of the objective that the network was pretrained with, in `scfm.objectives`; None if it was not pretrained.
     checkpoint
         The published checkpoint that the model was read from, if any.
     history
         How the model was made: settings and losses of each stage. No prediction depends on it.
+    id
+        Twelve hexadecimal digits, the same for models with the same weights, settings, vocabulary, medians, labels and
+        calibration.
+    device, n_parameters
+        Device and number of parameters of the network.
 
     Examples
     --------
@@ -197,9 +204,17 @@ class Model(ModelState):
         return push(self, repository, data=data, license=license, private=private, revision=revision, token=token)
 
     def report(self) -> pd.DataFrame:
-        """Scores of the model and of the baselines on the same held-out cells, one row per method.
+        """Scores of the model and of the baselines on the same held-out cells.
 
-        `above_scfm` says plainly which methods have a higher macro-F1 than the model.
+        Returns
+        -------
+        One row per method (index `method`), first "scfm", the ensemble that `scfm.tl.annotate` uses. Columns:
+
+        - `setting`: "inductive" if nothing of the method was fitted on test cells, "transductive" if it saw them without
+          their labels
+        - `accuracy`, `macro_f1` (mean of the F1 scores of the classes), `balanced_accuracy` (mean of their recalls)
+        - `ece`: expected calibration error of the probabilities
+        - `above_scfm`: True if the method has a higher macro-F1 than the row "scfm"
 
         Raises
         ------

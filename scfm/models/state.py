@@ -75,7 +75,7 @@ class ModelState:
     labels
         Names of the classes that the network predicts; empty if it was not trained to classify.
     calibration
-        Temperatures of its probabilities; None if they were not calibrated.
+        Temperatures of its probabilities, and the typical distance to its training cells; None if it was not calibrated.
     scores
         Rows of `Model.report`; None if the model was fitted without labels.
     objective

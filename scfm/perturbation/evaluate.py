@@ -30,12 +30,13 @@ def evaluate_perturbation(
     n_permutations: int = 1000,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Scores of a ranking and of simple rankings; `scfm.tl.evaluate_perturbation` explains them."""
     scores = pd.DataFrame({MODEL: _importance(table)})
     if adata is not None:
-        expression_BG, names, _ = log_expression(adata, layer=layer, gene_key=gene_key)
+        expression_BG, names, _ = log_expression(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
         shared = [gene for gene in scores.index if gene in set(names)]
         columns = pd.Index(names).get_indexer_for(shared)
         in_group_B = _members(adata, groupby, group)
@@ -89,6 +90,11 @@ def simple_rankings(
 
 def _importance(table: pd.DataFrame) -> pd.Series:
     """What each gene of a table of `perturb` or `screen` is worth, the largest first in the table."""
+    if "affected" in table:
+        raise ValueError(
+            '`table` has a row for each pair of genes (`effect_on="genes"`), so it does not rank genes; pass one of '
+            '`effect_on="cell"`.'
+        )
     for measure, sign in (("label_shift", -1), ("goal_shift", 1), ("shift", 1)):
         if f"{measure}_mean" in table:
             return sign * table[f"{measure}_mean"].dropna()

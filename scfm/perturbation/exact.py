@@ -51,6 +51,7 @@ def perturb(
     checkpoint: str | Path | None = None,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -71,6 +72,7 @@ def perturb(
         goal=goal,
         layer=layer,
         gene_key=gene_key,
+        depth_key=depth_key,
         precision=precision,
         measure=by,
         center=center,

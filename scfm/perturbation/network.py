@@ -37,6 +37,7 @@ def gene_network(
     min_cells: int = 5,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -45,7 +46,7 @@ def gene_network(
         raise ValueError(f"`kind` is {kind!r}; choose 'attention' or 'deletion'.")
     if n_shuffles < 2:
         raise ValueError(f"`n_shuffles` is {n_shuffles}; a null needs at least 2.")
-    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, empty="keep")
+    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key, empty="keep")
     tokens = _tokens(genes, cells, model)
     measure = attention_edges if kind == "attention" else deletion_edges
     rng = np.random.default_rng(seed)
@@ -54,7 +55,8 @@ def gene_network(
         bar.update()
         null = Edges.none(len(tokens))
         for _ in range(n_shuffles):
-            shuffled = pp.encode(shuffle_counts(adata, rng, layer), model.encoding, gene_key=gene_key, empty="keep")
+            copied = shuffle_counts(adata, rng, layer, depth_key)
+            shuffled = pp.encode(copied, model.encoding, gene_key=gene_key, empty="keep")
             null += measure(model, shuffled, tokens, hidden_layer)
             bar.update()
     table = edge_table(found, null, [model.encoding.vocabulary.tokens[token] for token in tokens], min_cells)
@@ -71,9 +73,14 @@ def _tokens(genes: list[str] | None, cells: CellBatch, model: Model) -> NDArray[
     return np.sort(common[:N_GENES]).astype(np.int64)
 
 
-def shuffle_counts(adata: anndata.AnnData, rng: np.random.Generator, layer: str | None) -> anndata.AnnData:
-    """Shuffle each gene's counts among the cells: genes keep their distributions and lose their dependence."""
-    source = CountSource.of(adata, layer=layer)
+def shuffle_counts(
+    adata: anndata.AnnData, rng: np.random.Generator, layer: str | None, depth_key: str | None = None
+) -> anndata.AnnData:
+    """Shuffle each gene's counts among the cells: genes keep their distributions and lose their dependence.
+
+    A named depth stays with its cell.
+    """
+    source = CountSource.of(adata, layer=layer, depth_key=depth_key)
     counts = sparse.vstack([block for _, block, _ in source.blocks()]).tocsc().copy()
     for column in range(counts.shape[1]):
         span = slice(counts.indptr[column], counts.indptr[column + 1])
@@ -233,6 +240,7 @@ def attention(
     hidden_layer: int = -1,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
 ) -> pd.DataFrame:
     """Table of the attention between chosen genes; `scfm.tl.attention` explains it."""
     genes = list(genes)
@@ -240,7 +248,7 @@ def attention(
         raise ValueError(f"`genes` is {genes}; name at least two genes, each once.")
     token_G = np.asarray(model.encoding.vocabulary.require(genes), dtype=np.int64)
     order_G = np.argsort(token_G)
-    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, empty="keep")
+    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key, empty="keep")
     edges = attention_edges(model, cells, token_G[order_G], hidden_layer)
     back_G = np.argsort(order_G)
     attention_GG = np.where(edges.n_GG > 0, edges.mean_GG, np.nan)[np.ix_(back_G, back_G)]

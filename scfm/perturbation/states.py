@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import anndata
 import numpy as np
@@ -83,6 +83,7 @@ def read_states(
     goal: str | None,
     layer: str | None,
     gene_key: str | None,
+    depth_key: str | None,
     precision: Precision = "fp32",
     measure: Measure = "shift",
     center: bool = False,
@@ -100,10 +101,11 @@ def read_states(
         chosen = group_B != goal
     if not chosen.any():
         raise LabelsError(f"All cells are of the goal state {goal!r}; there are none to start from.")
-    cells = pp.encode(adata[chosen], model.encoding, layer=layer, gene_key=gene_key)
+    source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
+    cells = pp.encode(adata[chosen], model.encoding, **source)
 
     def n_expressing() -> NDArray[np.int64]:
-        expression_BV = pp.log_expression(adata[chosen], model.encoding, layer=layer, gene_key=gene_key)
+        expression_BV = pp.log_expression(adata[chosen], model.encoding, **source)
         return np.bincount(expression_BV.indices, minlength=expression_BV.shape[1])
 
     if measure == "label":
@@ -114,7 +116,7 @@ def read_states(
     goal_D, original_BD = None, model.embed(cells, precision=precision)
     embedded = [original_BD]
     if group_B is not None and goal is not None:
-        goal_cells = pp.encode(adata[group_B == goal], model.encoding, layer=layer, gene_key=gene_key)
+        goal_cells = pp.encode(adata[group_B == goal], model.encoding, **source)
         embedded.append(model.embed(goal_cells, precision=precision))
         goal_D = embedded[1].mean(0, dtype=np.float64)
     center_D = np.concatenate(embedded).mean(0, dtype=np.float64) if center else None

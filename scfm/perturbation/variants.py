@@ -135,9 +135,8 @@ def name_groups(genes: Genes) -> list[tuple[str, ...]]:
 def lookup(names: Sequence[str], vocabulary: Vocabulary) -> tuple[dict[str, int], dict[str, str]]:
     """Token of each name that is a gene of the vocabulary, and for each other name what is wrong with it."""
     tokens, faults = {}, {}
-    is_gene = set(vocabulary.gene_ids.tolist())
-    for name, token in zip(names, vocabulary.token_ids(names).tolist()):
-        if token in is_gene:
+    for name, token in zip(names, vocabulary.find(names)[0].tolist()):
+        if token >= 0:
             tokens[name] = token
         elif name not in faults:
             faults[name] = f"{name!r} is not a gene of the model's vocabulary.{similar_gene(name, vocabulary.genes)}"

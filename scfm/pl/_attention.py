@@ -30,7 +30,7 @@ def attention(
 
     Returns
     -------
-    The axes. Pairs of genes without a value are gray.
+    The axes. Pairs of genes without a value, or with an attention of 0, are gray.
 
     Raises
     ------

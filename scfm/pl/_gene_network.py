@@ -43,7 +43,8 @@ def gene_network(
 
     Returns
     -------
-    The axes. Arrows point from `source` to `target`. Blue edges are stronger than in shuffled cells, orange edges are
+    The axes. Arrows point from `source` to `target`; two edges of one sign between the same genes are one line with two heads,
+    as wide as the stronger one. Blue edges are stronger than in shuffled cells, orange edges are
     weaker; the line width grows with |z|.
 
     Raises

@@ -30,7 +30,7 @@ def training(
     Parameters
     ----------
     model
-        A model from `scfm.fit`.
+        A model from `scfm.fit` or `scfm.pretrain`, or a saved one. Losses of validation cells are not drawn.
     smoothing
         Span of the exponential average, in steps. 1 for no average.
     {figure}

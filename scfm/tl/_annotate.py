@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -31,6 +32,7 @@ def annotate(
     *,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     min_confidence: float = 0.0,
     max_distance: float | None = None,
     majority_key: str | None = None,
@@ -46,12 +48,13 @@ def annotate(
         A model that was fitted with `labels_key`, or the path of one.
     {layer}
     {gene_key}
+    {depth_key}
     min_confidence
         Cells whose predicted label has a lower probability become "unassigned".
     max_distance
         Cells at a larger distance from the training cells become "unassigned". Distances are in standard deviations of
-        the training cells; 99 of 100 held-out cells are within `model.calibration.typical_distance`. None rejects no
-        cell.
+        the training cells; 99 of 100 calibration cells are within `model.calibration.typical_distance`, if the model has
+        one. None rejects no cell.
     majority_key
         Column of `adata.obs` with clusters. Every cell then gets the label that is predicted most often in its cluster,
         before cells are rejected. Cells without a cluster (NaN) keep their own label.
@@ -68,6 +71,8 @@ def annotate(
     ------
     ModelTaskError
         If the model was fitted without labels, or its class head has no distances and `max_distance` is given.
+    CountsError, VocabularyMismatchError
+        If the matrix holds no raw counts, or its genes are not those of the model.
     LabelsError
         If `majority_key` is missing.
     EmptyCellError
@@ -99,8 +104,9 @@ def annotate(
             "cells, so distances do not exist. Use `min_confidence`, or fine-tune the model with `scfm.fit(model=...)`."
         )
     adata = adata.copy() if copy else adata
-    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key)
-    proba_BC = model.predict_proba(cells, pp.log_expression(adata, model.encoding, layer=layer, gene_key=gene_key))
+    source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
+    cells = pp.encode(adata, model.encoding, **source)
+    proba_BC = model.predict_proba(cells, pp.log_expression(adata, model.encoding, **source))
     code_B = proba_BC.argmax(1)
     if clusters_B is not None:
         code_B = _majority(code_B, clusters_B)
@@ -120,8 +126,7 @@ def annotate(
         adata,
         model,
         f"{key_added}_label",
-        layer=layer,
-        gene_key=gene_key,
+        **source,
         labels=list(model.labels),
         min_confidence=min_confidence,
         max_distance=max_distance,

@@ -23,6 +23,7 @@ def attention(
     hidden_layer: int = -1,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
 ) -> pd.DataFrame:
     """Attention between chosen genes, averaged over heads and over the cells that express both.
 
@@ -38,6 +39,7 @@ def attention(
         Layer whose attention is used; -1 for the last.
     {layer}
     {gene_key}
+    {depth_key}
 
     Returns
     -------
@@ -74,4 +76,5 @@ def attention(
         hidden_layer=hidden_layer,
         layer=layer,
         gene_key=gene_key,
+        depth_key=depth_key,
     )

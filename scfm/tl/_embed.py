@@ -49,12 +49,19 @@ def embed(
 
     Returns
     -------
-    None, or the copy. Writes `obsm[key_added]`, shape (n_obs, d_model) (4 d_model for "concat"), float32, and a record under `uns["scfm"]`.
+    None, or the copy. Writes `obsm[key_added]`, shape (n_obs, d_model) (4 d_model for "concat"), float32, and a record under
+    `uns["scfm"]`.
 
     Raises
     ------
     CountsError, VocabularyMismatchError, EmptyCellError
         If the matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
+    ModelFileError
+        If `model` is a path or a name that cannot be opened.
+    ValueError, IndexError
+        If `pooling` or `precision` is unknown, or the network has no `hidden_layer` of this number.
+    TypeError
+        If `adata` is not an AnnData.
 
     Examples
     --------

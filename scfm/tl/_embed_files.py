@@ -21,7 +21,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from scfm._docs import document
-from scfm._files import atomic_write, disk_full_as, output_lock, require_writable
+from scfm._files import as_paths, atomic_write, disk_full_as, output_lock, require_writable
 from scfm.data import CellBatch, CountSource
 from scfm.data.files import count_rows
 from scfm.data.ranks import gather, range_of_rank, torchrun_rank
@@ -39,7 +39,7 @@ BLOCK_CELLS = 1024  # cells between two records of the progress; seconds of work
 
 @document
 def embed_files(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     out: str | Path,
     model: Model | str | Path,
     *,
@@ -56,13 +56,16 @@ def embed_files(
     """Embed every cell of one or many files, with one block of cells in memory at a time.
 
     Progress is kept in the folder `<out>.part`. After an interruption, the same call continues from there, unless the counts
-    that were embedded have changed since. The embeddings are those of `scfm.tl.embed`. Under torchrun each process embeds a part of the cells, and the first one writes `out`; all
-    processes must be able to read and write the same folder.
+    that were embedded have changed since. The embeddings are those of `scfm.tl.embed`. Under torchrun each process embeds a
+    part of the cells, and the first one writes `out`; all processes must be able to read and write the same folder.
+
+    Some outputs need more memory at the end: `.csv` and `.parquet` a table of all embeddings, and a single `.h5ad` that is
+    written as `.zarr`, or the reverse, all of the input.
 
     Parameters
     ----------
     paths
-        `.h5ad` files and `.zarr` folders with raw counts.
+        `.h5ad` files and `.zarr` folders with raw counts, or one of them.
     out
         File to write; its suffix names the format. `.h5ad` or `.zarr`: a copy of the input with the embedding, or, for several
         inputs, their `obs` with a column `file` and the embedding, without counts. `.parquet` or `.csv`: one row per cell.
@@ -70,18 +73,19 @@ def embed_files(
     {model}
     {layer}
     {gene_key}
+    {depth_key}
     {hidden_layer}
     {pooling}
     {normalize}
     {precision}
     key_added
         Name of the embedding: its key in `obsm`.
-    {depth_key}
     {progress}
 
     Returns
     -------
-    Number of cells. Writes `out` atomically: an array of shape (N, D), float32, with cells in the order of the files.
+    Number of cells. Writes `out` atomically; the embedding has shape (n_cells, d_embedding), float32, and the order of the
+    files and of their cells.
 
     Raises
     ------
@@ -89,6 +93,8 @@ def embed_files(
         If a matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
     ValueError
         If `out` has another suffix, is one of the inputs, or is a folder that is not a .zarr.
+    ModelFileError
+        If `model` is a path or a name that cannot be opened.
     OSError
         If an input is missing, cut short or of another kind, or `out` cannot be written (`OutputError` if the disk is full or
         another process is writing `out`).
@@ -106,9 +112,7 @@ def embed_files(
     (700, 128)
     """
     model = opened(model)
-    if isinstance(paths, str | Path):
-        raise TypeError(f"`paths` is one path; pass a list of paths: [{str(paths)!r}].")
-    files, out = [Path(path) for path in paths], Path(out)
+    files, out = list(as_paths(paths)), Path(out)
     require_writable(out, SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     how: dict[str, Any] = {

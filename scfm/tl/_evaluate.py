@@ -46,13 +46,22 @@ def evaluate_annotation(
     test_fraction
         Fraction of the labeled cells that are test cells.
     variants
-        False leaves out the two variants, and two thirds of the time.
+        False leaves out the two variants. A variant that `settings` ask for anyway is not fitted twice.
     settings
-        Further arguments of `scfm.fit`.
+        Further arguments of `scfm.fit`, except those that are set here: `seed` and `test_key`. A `config` with a seed of its
+        own trains all models by that seed.
 
     Returns
     -------
-    One row per seed and method, with setting, scores and numbers of cells; `summarize_scores` averages over seeds.
+    One row per seed and method, with `setting`, `accuracy`, `macro_f1`, `balanced_accuracy`, `ece` (expected calibration
+    error), `seed`, `n_labels` (training and calibration cells) and `label_fraction`; `summarize_scores` averages over seeds.
+
+    Raises
+    ------
+    LabelsError
+        If `labels_key` is missing, or there are too few classes or cells.
+    ValueError
+        If `settings` name an argument that is set here.
 
     Examples
     --------
@@ -66,16 +75,21 @@ def evaluate_annotation(
     >>> rows["method"].iloc[0], sorted(rows["setting"].unique())
     ('scfm', ['inductive', 'transductive'])
     """
+    if given := sorted({"seed", "test_key"} & settings.keys()):
+        raise ValueError(f"`{given[0]}` is set for each model by `seeds` and `test_fraction`; leave it out.")
     labels = columns.labels(adata.obs, labels_key)
+    pretrains = settings.get("model") is None if settings.get("pretrain") is None else settings["pretrain"]
     tables = []
     for seed in seeds:
         chosen = hide_labels(adata, labels, labels_key, label_fraction, test_fraction, seed)
         common = {"labels_key": labels_key, "test_key": "is_test", "seed": seed, **settings}
         table = _report(chosen, **common)
-        if variants:
-            seen = _report(chosen, transductive=True, baselines=False, **common)
-            bare = _report(chosen, pretrain=False, baselines=False, **common)
-            table = pd.concat([table, seen, bare.assign(method=bare["method"] + WITHOUT_PRETRAINING)])
+        of_variant = {**common, "baselines": False}
+        if variants and not settings.get("transductive"):
+            table = pd.concat([table, _report(chosen, **{**of_variant, "transductive": True})])
+        if variants and pretrains:
+            bare = _report(chosen, **{**of_variant, "pretrain": False, "pretrain_config": None})
+            table = pd.concat([table, bare.assign(method=bare["method"] + WITHOUT_PRETRAINING)])
         n_labels = int(chosen.obs["scfm_split"].isin(["train", "calibration"]).sum())
         tables.append(table.assign(seed=seed, n_labels=n_labels))
     return pd.concat(tables, ignore_index=True).assign(label_fraction=label_fraction)

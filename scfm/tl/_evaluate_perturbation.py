@@ -23,6 +23,7 @@ def evaluate_perturbation(
     n_permutations: int = 1000,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Score the ranking of a table of perturbations, and of simple methods, against what is known of the genes.
@@ -30,7 +31,7 @@ def evaluate_perturbation(
     Parameters
     ----------
     table
-        Returned by `scfm.tl.perturb` or `scfm.tl.screen`. Its order is scored: by `label_shift_mean` (the lowest first),
+        Returned by `scfm.tl.perturb` (not with ``effect_on="genes"``) or `scfm.tl.screen`. Its order is scored: by `label_shift_mean` (the lowest first),
         `goal_shift_mean` or `shift_mean`, the first of these that it has.
     truth
         Marker genes, or the measured effect of each gene, large where a gene should come first.
@@ -46,6 +47,7 @@ def evaluate_perturbation(
         Number of random permutations of the truth among the genes.
     {layer}
     {gene_key}
+    {depth_key}
     {seed}
 
     Returns
@@ -56,10 +58,21 @@ def evaluate_perturbation(
 
     - `auc`, the probability that a marker is ranked above another gene; or `spearman`, the rank correlation with effects
     - `null_low`, `null_high`: the central 95 % of the permutations
-    - `p_value`: the fraction of permutations that score at least as high, one-sided
+    - `p_value`: (1 + number of permutations that score at least as high) / (1 + `n_permutations`), one-sided
     - `n_genes`, `n_truth`: genes that were ranked, and markers or effects among them
 
     All methods rank the same genes.
+
+    Raises
+    ------
+    ValueError
+        If `table` does not rank genes, or `truth` is a text.
+    VocabularyMismatchError
+        If all or none of the ranked genes are markers, or fewer than three have a measured effect.
+    LabelsError
+        If one of `groupby` and `group` is given without the other, or does not fit `adata.obs`.
+    CountsError
+        If `adata` holds no raw counts.
 
     Examples
     --------
@@ -84,5 +97,6 @@ def evaluate_perturbation(
         n_permutations=n_permutations,
         layer=layer,
         gene_key=gene_key,
+        depth_key=depth_key,
         seed=seed,
     )

@@ -56,6 +56,7 @@ def fit(
     compare_from_scratch: bool = False,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     test_fraction: float = 0.2,
     baselines: bool = True,
     seed: int = 0,
@@ -94,19 +95,19 @@ def fit(
     encoding
         "rank": genes in the order of their expression relative to their median expression (Geneformer). "bin": genes
         with binned values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind, which is taken as it is. None for
-        "rank", or the encoding of `model`.
+        "rank". Not with `model`, whose encoding is kept.
     context_length
-        Maximum number of tokens of a cell. None for 1,024, or that of the given configuration or model. The cost of
-        attention grows with its square.
+        Maximum number of tokens of a cell. None for 1,024, or that of the given configuration. The cost of attention grows
+        with its square. Not with `model`.
     objective
         "masked": predict hidden genes (rank) or hidden values (bin). "generative": predict the values of all other
-        genes from some genes (bin; scGPT). None for "masked", or the objective of `model`.
+        genes from some genes (bin; scGPT). None for "masked". Not with `model`, whose objective is kept.
     pretrain
         Whether to train without labels first. With `model`, this continues its own pretraining objective on the new
-        cells. None for yes without `model`, and no with it.
+        cells. None for yes, except with both `model` and `labels_key`, which fine-tunes only.
     preset
         Size of a new network: "small" (the default), "medium" or "large"; or the name of any preset of
-        `scfm.families.table()`, with its encoding, trained from scratch.
+        `scfm.families.table()`, with its encoding, trained from scratch. Not with `model`.
     extend_vocabulary
         Whether genes of the data that `model` lacks are added to its vocabulary. Their embeddings are predicted from
         their loadings on principal components. By default they are ignored, and a message gives their number.
@@ -114,18 +115,19 @@ def fit(
         Whether the report also has a row for the same architecture, trained from random weights for as many steps.
     {layer}
     {gene_key}
+    {depth_key}
     test_fraction
         Fraction of the labeled cells to hold out. A class of one cell is never held out.
     baselines
         Whether to fit the simple methods of the report; they read up to 20,000 cells.
     seed
-        Seed of the split, the initialization, the order of cells, masks and dropout. The same seed gives the same model
-        on one machine.
+        Seed of the split and the initialization; also of the order of cells, masks and dropout, unless `config` has a
+        seed. The same seed gives the same model on one machine.
     config
         Settings of fine-tuning, or of the only stage without labels. None chooses them by the numbers of cells and
         parameters. Its `trainable` says which weights are fine-tuned: "all", "head", "last:N" or "lora:R".
     pretrain_config
-        Settings of pretraining if labels are given. None chooses them by the number of cells.
+        Settings of pretraining if labels are given and the fit pretrains. None chooses them by the number of cells.
     {obsm_key_added}
     progress
         Whether to show a progress bar with loss, cells per second and time left.
@@ -147,6 +149,14 @@ def fit(
         If the genes of the data are not those of `model`.
     ModelFileError
         If `model` is a path or a name that cannot be opened.
+    ModelTaskError
+        If `model` is trained without labels, and does not name the objective of its pretraining; or genes are to be added to
+        a fixed panel.
+    ValueError
+        If `preset`, `encoding` or `objective` is unknown, `test_fraction` is not between 0 and 1, or arguments contradict
+        each other; the message says which.
+    TypeError
+        If `adata` is not an AnnData.
 
     Examples
     --------
@@ -163,6 +173,9 @@ def fit(
     True
     """
     require_cells(adata)
+    if pretrain is None:
+        pretrain = model is None or labels_key is None
+    _refuse_unused(labels_key is not None, model is not None, pretrain, config, pretrain_config)
     split = split_for_fit(
         adata.obs,
         labels_key=labels_key,
@@ -172,7 +185,7 @@ def fit(
         transductive=transductive,
         seed=seed,
     )
-    counts = _Counts(adata, layer, gene_key)
+    counts = _Counts(adata, layer, gene_key, depth_key)
     if model is None:
         chosen = choose_preset(preset or "small", encoding=_kind(encoding), objective=objective)
         settings = encoding if isinstance(encoding, EncodingConfig) else EncodingConfig(**chosen.encoding)
@@ -181,9 +194,9 @@ def fit(
     else:
         _refuse_with_model(encoding=encoding, preset=preset, objective=objective, context_length=context_length)
         fitted, cells = _copied_model(counts, opened(model), split, seed, extend_vocabulary=extend_vocabulary)
-    if pretrain or (pretrain is None and model is None):
-        stage = config if labels_key is None else pretrain_config
-        _pretrain(fitted, cells, stage or FitConfig.for_cells(len(split.fitted), seed=seed), progress)
+    if pretrain:
+        stage = (config if labels_key is None else pretrain_config) or FitConfig.for_cells(len(split.fitted))
+        _pretrain(fitted, cells, stage.with_defaults(seed=seed), progress)
     if labels_key is None:
         adata.obsm[key_added] = fitted.embed(cells.tokens)
     else:
@@ -209,10 +222,11 @@ class _Counts:
     adata: anndata.AnnData
     layer: str | None
     gene_key: str | None
+    depth_key: str | None
 
     @property
     def source(self) -> dict[str, Any]:
-        return {"layer": self.layer, "gene_key": self.gene_key}
+        return {"layer": self.layer, "gene_key": self.gene_key, "depth_key": self.depth_key}
 
     def make_encoding(self, settings: EncodingConfig, rows: NDArray[np.int64], vocabulary: Any = None) -> Encoding:
         return make_encoding(settings, adata=self.adata[rows], vocabulary=vocabulary, **self.source)
@@ -306,7 +320,7 @@ def _pretrain(model: Model, cells: Cells, config: FitConfig, progress: bool) -> 
     if model.objective is None:
         raise ModelTaskError(
             "This model does not say which objective it was pretrained with, so pretraining cannot be continued. "
-            "Leave `pretrain` out, or continue it with `scfm.pretrain(files, out, init=model)`."
+            "Fine-tune it with `labels_key`, without `pretrain`, or continue with `scfm.pretrain(files, out, init=model)`."
         )
     objective = make_objective(model.objective, model.network, model.encoding)
     run_stage(model, "pretraining", objective, cells.tokens.select(cells.split.fitted), config, progress=progress)
@@ -319,6 +333,22 @@ def _frozen_features(model: Model, cells: Cells, config: FitConfig) -> NDArray[n
 
 def _kind(encoding: str | EncodingConfig | None) -> str | None:
     return encoding.kind if isinstance(encoding, EncodingConfig) else encoding
+
+
+def _refuse_unused(
+    has_labels: bool, has_model: bool, pretrain: bool, config: FitConfig | None, pretrain_config: FitConfig | None
+) -> None:
+    """Raise `ValueError` if settings are given for a stage that does not take place, or a given model is not trained."""
+    if not has_labels and not pretrain and (has_model or config is not None):
+        raise ValueError(
+            "`pretrain` is False and `labels_key` is None, so nothing would be trained. Pass `labels_key` to fine-tune, or "
+            "leave `pretrain` out to train without labels; `scfm.tl.embed` embeds cells with a model as it is."
+        )
+    if pretrain_config is not None and not (has_labels and pretrain):
+        reason = "the fit does not pretrain" if has_labels else "without labels, `config` holds the settings of the fit"
+        raise ValueError(
+            f"`pretrain_config` is given, but {reason}. Leave it out{'' if has_labels else ', or pass it as `config`'}."
+        )
 
 
 def _refuse_with_model(**options: object) -> None:

@@ -44,12 +44,19 @@ def gene_embeddings(
         Hidden state to average, counted as Python counts: -1 is the last. None for the default of the model's family: -2
         for Geneformer, the states of the decoder for scFoundation.
     min_cells
-        Leave out genes that are tokens of fewer cells.
+        Leave out genes that are tokens of fewer cells. A gene that is a token of no cell has no embedding.
     {precision}
 
     Returns
     -------
     One row per gene, named as in the vocabulary, and one column per dimension, float32.
+
+    Raises
+    ------
+    CountsError, VocabularyMismatchError, EmptyCellError
+        If the matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
+    IndexError
+        If the network has no `hidden_layer` of this number.
 
     Examples
     --------

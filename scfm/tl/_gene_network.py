@@ -26,6 +26,7 @@ def gene_network(
     min_cells: int = 5,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     key_added: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -45,11 +46,13 @@ def gene_network(
     hidden_layer
         Layer whose attention, or whose states, are used; -1 for the last.
     n_shuffles
-        Number of shuffled copies of the cells for the null: each gene's counts are shuffled among the cells.
+        Number of shuffled copies of the cells for the null, at least 2: each gene's counts are shuffled among the cells. A
+        depth from `depth_key` stays with its cell; otherwise the shuffled counts are summed.
     min_cells
         Edges between genes that fewer cells express together are left out.
     {layer}
     {gene_key}
+    {depth_key}
     {uns_key_added}
     {seed}
     {progress}
@@ -59,6 +62,13 @@ def gene_network(
     One row per edge, the largest `z` first: `source`, `target`, `n_cells`, `weight` (mean over cells), `null` in words,
     `null_mean`, `null_std` (between cells), `z` (the difference in standard errors), `p_value` (Student's, two-sided), `fdr`
     (Benjamini-Hochberg).
+
+    Raises
+    ------
+    ValueError
+        If `kind` is unknown, `n_shuffles` is below 2, or `kind` is "attention" and the model has linear attention.
+    CountsError, VocabularyMismatchError
+        If the matrix holds no raw counts, or a gene is not in the vocabulary.
 
     Notes
     -----
@@ -88,6 +98,7 @@ def gene_network(
         min_cells=min_cells,
         layer=layer,
         gene_key=gene_key,
+        depth_key=depth_key,
         seed=seed,
         progress=progress,
     )

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anndata
@@ -23,6 +24,7 @@ from scfm import pp
 from scfm._docs import document
 from scfm.data import CellBatch, CountSource
 from scfm.errors import LabelsError, VocabularyMismatchError
+from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.tl._gene_embeddings import gene_embeddings
 from scfm.vocab import strip_version
@@ -39,7 +41,7 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
     embeddings
         One row per gene, from `scfm.tl.gene_embeddings`.
     genes
-        Genes to search for.
+        List of the genes to search for.
     n_genes
         Number of similar genes to return for each gene.
 
@@ -52,6 +54,8 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
     ------
     VocabularyMismatchError
         If a gene has no embedding.
+    ValueError
+        If `genes` is a text, not a list.
 
     Examples
     --------
@@ -62,6 +66,8 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
     >>> scfm.tl.similar_genes(embeddings, ["CD79A"], n_genes=3).shape
     (3, 4)
     """
+    if isinstance(genes, str):
+        raise ValueError(f"`genes` is the text {genes!r}; pass a list of names, such as [{genes!r}].")
     if missing := [gene for gene in genes if gene not in embeddings.index]:
         raise VocabularyMismatchError(
             f"{len(missing)} of {len(genes)} genes have no embedding: {', '.join(map(repr, missing[:5]))}. Names are "
@@ -96,7 +102,7 @@ def classify_genes(
     labels: Mapping[str, str],
     adata: anndata.AnnData,
     *,
-    model: Model | None = None,
+    model: Model | str | Path | None = None,
     finetune: bool = False,
     config: FitConfig | None = None,
     n_folds: int = 5,
@@ -113,23 +119,25 @@ def classify_genes(
     embeddings
         One row per gene, as from `scfm.tl.gene_embeddings`; None to compute them from `adata` and `model`.
     labels
-        Class of each gene; genes without an embedding are left out.
+        Class of each gene. Genes that have no embedding, or no column in `adata`, are left out; with `finetune` also genes
+        that are a token of no cell.
     adata
         Raw counts, for the baselines and for fine-tuning.
     model
-        Model to fine-tune, or to embed genes with. It is left unchanged.
+        Model to fine-tune, or to embed genes with, or the path of one. It is left unchanged.
     finetune
         Whether a copy of the model is also fine-tuned in each fold, to classify the tokens of the training genes
         (Geneformer's gene classification). Genes of the test fold have no label in training.
     config
-        Settings of fine-tuning; None for 60 steps on all weights, or for "lora:8" if the model is large.
+        Settings of fine-tuning. None for 60 steps on all weights; of a model with more than 20 million parameters, on
+        low-rank updates ("lora:8").
     n_folds
         Folds, stratified by class; the same for all methods.
     {layer}
     {gene_key}
     {depth_key}
     seed
-        Seed of the folds.
+        Seed of the folds; also of fine-tuning, unless `config` has a seed.
     {progress}
 
     Returns
@@ -144,6 +152,8 @@ def classify_genes(
         If there are fewer than two classes, or a class has fewer genes than there are folds.
     ValueError
         If `model` is needed and is None.
+    CountsError, VocabularyMismatchError, EmptyCellError
+        If the matrix holds no raw counts, its genes are not those of `model`, or a cell has none of them.
 
     Examples
     --------
@@ -159,9 +169,10 @@ def classify_genes(
     """
     if model is None and (finetune or embeddings is None):
         raise ValueError("`model` is None; pass the model to fine-tune or to embed genes with.")
+    model = None if model is None else opened(model)
     if embeddings is None:
         assert model is not None
-        embeddings = gene_embeddings(adata, model, layer=layer, gene_key=gene_key)
+        embeddings = gene_embeddings(adata, model, layer=layer, gene_key=gene_key, depth_key=depth_key)
     expression_BG, names = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key).log_normalized()
     column_of = {name: column for column, name in enumerate(names)}
     usable, cells = {gene for gene in embeddings.index if strip_version(gene) in column_of}, None
@@ -179,7 +190,9 @@ def classify_genes(
 
         kinds, codes_G = np.unique(classes, return_inverse=True)
         gene_ids_G, splits = model.encoding.vocabulary.require(genes).astype(np.int64), folds.split(level_G3, classes)
-        predicted_G = cross_validate_genes(model, cells, gene_ids_G, codes_G, splits, config=config, progress=progress)
+        predicted_G = cross_validate_genes(
+            model, cells, gene_ids_G, codes_G, splits, config=config, seed=seed, progress=progress
+        )
         rows["scfm fine-tuned"] = _scores(classes, kinds[predicted_G])
     logistic = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000, C=0.1))
     methods = {

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata
 import pandas as pd
@@ -31,6 +32,7 @@ def integrate(
     batch_key: str,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     config: FitConfig | None = None,
     seed: int = 0,
     key_added: str = "X_scfm_integrated",
@@ -52,6 +54,7 @@ def integrate(
         Column of `adata.obs` with experimental batches: at least two, and one for every cell.
     {layer}
     {gene_key}
+    {depth_key}
     config
         Settings of training. None for 200 steps with a learning rate of 3e-4.
     seed
@@ -94,14 +97,15 @@ def integrate(
         )
     batches = _batches(adata.obs, batch_key)
     adata = adata.copy() if copy else adata
-    cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key)
+    source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
+    cells = pp.encode(adata, model.encoding, **source)
     network = _with_integration_heads(model, len(batches.names), seed)
     objective = Integration(is_gene_V=network.is_gene_V.cpu())
-    stage = config or FitConfig(n_steps=200, learning_rate=3e-4, seed=seed)
+    stage = (config or FitConfig(n_steps=200, learning_rate=3e-4)).with_defaults(seed=seed)
     labeled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
     train(network, objective, labeled, stage, title="integration", progress=progress)
     adata.obsm[key_added] = Model(network, model.encoding).embed(cells)
-    record(adata, model, key_added, layer=layer, gene_key=gene_key, batch_key=batch_key, seed=seed)
+    record(adata, model, key_added, **source, batch_key=batch_key, seed=seed)
     return adata if copy else None
 
 

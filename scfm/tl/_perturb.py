@@ -38,6 +38,7 @@ def perturb(
     checkpoint: str | Path | None = None,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     key_added: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -87,6 +88,7 @@ def perturb(
         File to save to after every few thousand variants, and to resume from if it exists.
     {layer}
     {gene_key}
+    {depth_key}
     {uns_key_added}
     {seed}
     {progress}
@@ -98,7 +100,7 @@ def perturb(
 
     - `n_cells`: number of cells in which it was done
     - `shift_mean`, `shift_std`, `shift_sem`, `shift_low`, `shift_high`: mean over cells, standard deviation, standard error,
-      and 95 % bootstrap interval of the shift, from 0 (no effect) to 2
+      and 95 % bootstrap interval (not with `n_bootstrap` 0) of the shift, from 0 (no effect) to 2
     - `goal_shift_...`: the same for the change of the cosine similarity to the goal
     - `label_shift_...`: the same for the change of the log-odds, in place of the others
     - `excess_...`, `goal_excess_...`, `label_excess_...`: for combinations, the effect minus the sum of the effects of the
@@ -119,6 +121,9 @@ def perturb(
         If `groupby`, `start` or `goal` does not fit `adata.obs`, or a label is not one of the model's.
     ModelTaskError
         If `measure` is "label" and the model has no classifier of cells.
+    CountsError, EmptyCellError
+        If the matrix holds no raw counts, there are no cells, a cell expresses no gene of the model, or each expresses one gene
+        only.
     ValueError
         If arguments contradict each other; the message says which.
 
@@ -158,6 +163,7 @@ def perturb(
         checkpoint=checkpoint,
         layer=layer,
         gene_key=gene_key,
+        depth_key=depth_key,
         seed=seed,
         progress=progress,
     )

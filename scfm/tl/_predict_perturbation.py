@@ -25,6 +25,7 @@ def predict_perturbation(
     separator: str = "+",
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Predict the change of mean expression after perturbations of single genes or combinations.
@@ -47,6 +48,7 @@ def predict_perturbation(
     {layer}
     gene_key
         Column of `adata.var` with the names that perturbations use. None for `var_names`.
+    {depth_key}
     seed
         Seed of the choice of control cells.
 
@@ -64,6 +66,8 @@ def predict_perturbation(
         If a gene to predict is in neither the data nor the model.
     ValueError
         If `predict` is a text or empty.
+    CountsError, EmptyCellError
+        If the matrix holds no raw counts, or a control cell expresses no gene of the model.
 
     Warns
     -----
@@ -72,10 +76,12 @@ def predict_perturbation(
 
     Notes
     -----
-    Each gene is described by the shift of control cells when it is deleted; it is inserted first if it is not expressed. A
-    ridge regression predicts the measured changes from these shifts, and, for combinations, a second one predicts the
-    difference from the sum of single changes, from products of features. The simple methods are hard to beat: see
-    `scfm.tl.score_perturbation_prediction`.
+    For a gene that was measured alone, "scfm" returns its measured change. For other genes, each gene is described by the
+    shift of control cells when it is deleted (it is inserted first if it is not expressed), and a ridge regression predicts
+    the changes from these shifts; with fewer than three genes that were measured alone, it is the mean of all measured
+    changes. A combination is the sum of its genes, and, if three combinations or more were measured, a second ridge
+    regression adds the difference from that sum, predicted from products of the shifts. The simple methods are hard to beat:
+    see `scfm.tl.score_perturbation_prediction`.
 
     Examples
     --------
@@ -101,5 +107,6 @@ def predict_perturbation(
         separator=separator,
         layer=layer,
         gene_key=gene_key,
+        depth_key=depth_key,
         seed=seed,
     )

@@ -24,6 +24,7 @@ def score_perturbation_prediction(
     n_top: int = 20,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Leave each measured perturbation out in turn, predict it, and compare the prediction with those of the baselines.
@@ -45,6 +46,7 @@ def score_perturbation_prediction(
     {layer}
     gene_key
         Column of `adata.var` with the names that perturbations use. None for `var_names`.
+    {depth_key}
     seed
         Seed of the choice of control cells.
 
@@ -55,7 +57,7 @@ def score_perturbation_prediction(
     - `pearson_top`: correlation of predicted and measured change over the `n_top` genes; NaN if a prediction is constant
     - `rmse`: root mean squared error over all genes
     - `rank`: fraction of the other measured perturbations whose change correlates better with the prediction than the right
-      one does; 0 is best, 0.5 is chance
+      one does, ties counted half; 0 is best, 0.5 is chance, NaN if a prediction is constant ("no change")
 
     The perturbed genes themselves are left out of all scores, because everybody knows that they change.
     `attrs["left_out"]` names measured perturbations that were not used, with the reason.
@@ -64,6 +66,8 @@ def score_perturbation_prediction(
     ------
     LabelsError
         If the column or the control is missing, or fewer than three perturbations have five cells or more.
+    CountsError, VocabularyMismatchError, EmptyCellError
+        If the matrix holds no raw counts, its genes are not those of the model, or a control cell has none of them.
 
     Warns
     -----
@@ -90,5 +94,6 @@ def score_perturbation_prediction(
         n_top=n_top,
         layer=layer,
         gene_key=gene_key,
+        depth_key=depth_key,
         seed=seed,
     )

@@ -33,6 +33,7 @@ def screen(
     precision: Precision = "fp32",
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     key_added: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -70,6 +71,7 @@ def screen(
         support it. The best genes are always verified in fp32.
     {layer}
     {gene_key}
+    {depth_key}
     {uns_key_added}
     {seed}
     {progress}
@@ -131,6 +133,7 @@ def screen(
         precision=precision,
         layer=layer,
         gene_key=gene_key,
+        depth_key=depth_key,
         seed=seed,
         progress=progress,
     )

@@ -11,7 +11,12 @@ Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 # Of a stage that is not told otherwise; `scfm.pretrain` and fine-tuning have defaults of their own.
-STAGE_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "embedding_learning_rate_scale": 1.0, "trainable": "all"}
+STAGE_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "embedding_learning_rate_scale": 1.0,
+    "trainable": "all",
+    "seed": 0,
+}
 CPU_TOKENS_PER_STEP = 8192
 
 
@@ -30,9 +35,12 @@ class FitConfig(Config):
         Batches on each device in a step. The loss of a step is the mean of the losses of its batches on all devices, so that
         2 devices with 1 batch each do the same as 1 device with 2.
     learning_rate
-        Peak learning rate of AdamW. None: 1e-3 for pretraining; for fine-tuning the default of `trainable`.
+        Peak learning rate of AdamW. None: 1e-3; in `scfm.pretrain` 3e-4; in the fine-tuning of `scfm.fit` 1e-4 for
+        `trainable` "all" and "last:N", 5e-4 for "lora:R" and 1e-3 for "head"; in `scfm.tl.classify_genes` 2e-4, and 5e-4
+        for models of more than 20 million parameters.
     embedding_learning_rate_scale
-        Factor of the learning rate of the gene embedding; 0 keeps it as it starts.
+        Factor of the learning rate of the gene embedding; 0 keeps it as it starts. None: 1; in `scfm.pretrain` 0.1 for
+        embeddings that start from a decomposition or a model.
     weight_decay, warmup_fraction, schedule
         AdamW's decay (matrices only); linear warm-up over a fraction of the steps, then the schedule to 0.
     clip_norm
@@ -61,7 +69,7 @@ class FitConfig(Config):
     checkpoint_minutes
         Minutes after which a checkpoint is written too; None for none.
     seed
-        Of the initialization, the order of cells, the masks and dropout.
+        Seed of the order of cells, masks and dropout. None: the `seed` of the function that trains.
 
     Examples
     --------
@@ -96,7 +104,7 @@ class FitConfig(Config):
     patience: int | None = None
     checkpoint_every: int = 100
     checkpoint_minutes: float | None = None
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_steps", "accumulate", "n_nodes", "checkpoint_every"):
@@ -120,10 +128,16 @@ class FitConfig(Config):
         for name, allowed in (*((n, get_args(t)) for n, t in choices), ("strategy", ("auto", "ddp", "fsdp"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
+        if self.trainable is not None:
+            kind_and_number(self.trainable)
 
     @classmethod
-    def for_cells(cls, n_cells: int, *, seed: int = 0) -> FitConfig:
-        """Return settings for a number of cells: steps grow with its square root, 53 for 700 and 2,000 for a million."""
+    def for_cells(cls, n_cells: int, *, seed: int | None = None) -> FitConfig:
+        """Return settings for a number of cells.
+
+        The number of steps is twice the square root of the number of cells, rounded down, at least 30 and at most 4,000: 52
+        for 700 cells, 2,000 for a million.
+        """
         return cls(n_steps=int(min(max(2 * n_cells**0.5, 30), 4000)), seed=seed)
 
     @property
@@ -133,3 +147,17 @@ class FitConfig(Config):
     def with_defaults(self, **defaults: Any) -> FitConfig:
         """Fill in the fields that are None, such as the learning rate that suits a stage."""
         return self.replace(**{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+
+def kind_and_number(trainable: str) -> tuple[str, int]:
+    """Split `trainable`, such as "lora:8", into "lora" and 8; the number of "all" and "head" is 0.
+
+    Raises
+    ------
+    ValueError
+        If it is none of "all", "head", "last:N" and "lora:R".
+    """
+    kind, _, number = trainable.partition(":")
+    if kind not in ("all", "head", "last", "lora") or (kind in ("last", "lora")) != number.isdigit():
+        raise ValueError(f"`trainable` is {trainable!r}; choose 'all', 'head', 'last:N' (blocks) or 'lora:R' (rank).")
+    return kind, int(number or 0)

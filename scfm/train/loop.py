@@ -210,6 +210,7 @@ def _loader(
     cells: CellBatch | Sequence[Source], objective: objectives.Objective, config: FitConfig, start: int
 ) -> DataLoader:
     lanes, n_lanes = lanes_of(config)
+    assert config.seed is not None
     if isinstance(cells, CellBatch):
         assert config.tokens_per_step is not None
         lengths_B = cells.lengths_B.numpy()

@@ -49,6 +49,7 @@ class TrainingModule(lightning.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # Dropout of a batch depends on its number, not on what was drawn before: a resumed run draws the same.
         lane = self.lanes[batch_index % len(self.lanes)]
+        assert self.config.seed is not None
         torch.manual_seed(step_seed(self.config.seed, self.trainer.global_step * self.n_lanes + lane))
 
     def training_step(self, batch: tuple[CellBatch, objectives.Targets], batch_index: int) -> Tensor:

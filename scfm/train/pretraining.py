@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from scfm._docs import document
+from scfm._files import as_paths
 from scfm.data import CellBatch
 from scfm.data.files import count_rows
 from scfm.encoding import Encoding, EncodingConfig, Vocabulary, read_medians, read_vocabulary
@@ -41,16 +42,16 @@ LEARNING_RATE, EMBEDDING_SCALE = 3e-4, 0.1  # at 1e-3, embeddings of PBMC 3k got
 
 @document
 def pretrain(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     init: str | Path | Model | None = "svd",
-    preset: str = "small",
+    preset: str | None = None,
     encoding: str | EncodingConfig | None = None,
     objective: str | None = None,
     vocabulary: Vocabulary | str | Path | None = None,
     medians: ArrayLike | str | Path | None = None,
-    validation: float | Sequence[str | Path] | None = None,
+    validation: float | str | Path | Sequence[str | Path] | None = None,
     layer: str | None = None,
     gene_key: str | None = None,
     depth_key: str | None = None,
@@ -67,7 +68,7 @@ def pretrain(
     Parameters
     ----------
     paths
-        `.h5ad` files and `.zarr` folders with raw counts. If some name genes by symbols and others by Ensembl ids, `var` columns
+        `.h5ad` files and `.zarr` folders with raw counts, or one of them. If some name genes by symbols and others by Ensembl ids, `var` columns
         that hold both bring them together.
     out
         Folder to write: `model/`, `config.json`, `losses.csv`, `losses.png`, `README.md` (the model card), `checkpoints/`.
@@ -77,27 +78,31 @@ def pretrain(
         vocabulary; its pretraining is continued on the new files.
     preset
         Size of the network ("small", "medium" or "large"), or the shape and encoding of a published one, trained from
-        scratch: "geneformer-v1-10m", "scgpt-human" and others that `scfm.families.table()` lists.
+        scratch: "geneformer-v1-10m", "scgpt-human" and others that `scfm.families.table()` lists. None for "small". Not with a
+        model as `init`.
     encoding
         "rank" or "bin" for one of the sizes (None: rank), or all settings of the encoding. A published preset has its own.
+        Not with a model as `init`.
     objective
         "masked": predict hidden genes (rank) or hidden values. "generative": predict from some genes the values of all
         others (bin; scGPT). None: that of the preset, or of the model that is continued.
     vocabulary
         Token ids, or a file of them: a published dictionary or one that scfm wrote. None: the genes that any file expresses.
+        Not with a model as `init`.
     medians
-        For rank encodings, medians by token id or a file of published ones. None: learned from the files.
+        For rank encodings, medians by token id or a file of published ones, together with their `vocabulary`. None: learned
+        from the files.
     validation
-        Fraction of the cells to hold out, at most 1,000 cells, or files to take up to 1,000 cells from. Their loss is measured
+        Fraction of the cells to hold out, at most 1,000 cells, or files to take up to 1,000 cells from, none of which is in
+        `paths`. Their loss is measured
         in the course of training, and the weights with the lowest one are kept.
     {layer}
     {gene_key}
     {depth_key}
     config
-        Settings of training; None for steps that grow with the square root of the number of cells. A learning rate of None is
-        3e-4, and a tenth of it for gene embeddings that start from a decomposition or a model.
+        Settings of training. None for those of `scfm.FitConfig.for_cells`.
     seed
-        Of the initialization, the choice of validation cells, and of the default `config`.
+        Seed of the initialization and the choice of validation cells; also of training, unless `config` has a seed.
     progress
         Whether to show a progress bar.
 
@@ -111,8 +116,13 @@ def pretrain(
         If a file holds no raw counts.
     VocabularyMismatchError
         If the genes of the files do not fit each other, the vocabulary or the model.
+    ModelFileError
+        If `init`, `vocabulary` or `medians` cannot be read.
     ValueError
-        If `out` holds a run with other settings or data.
+        If `out` holds a run with other settings or data, `paths` is empty, `validation` is not between 0 and 1 or names a file
+        of `paths`, or arguments contradict each other; the message says which.
+    OSError
+        If a file is missing or cut short, or `out` cannot be written.
 
     Notes
     -----
@@ -127,14 +137,14 @@ def pretrain(
     >>> scfm.load("run/model").id == model.id
     True
     """
-    data = Data(paths=tuple(map(Path, paths)), layer=layer, gene_key=gene_key, depth_key=depth_key)
+    data = Data(paths=as_paths(paths), layer=layer, gene_key=gene_key, depth_key=depth_key)
     if not data.paths:
         raise ValueError("`paths` is empty; name at least one .h5ad file or .zarr folder.")
     if init is not None and init != "svd" and not isinstance(init, Model):
         init = load(init)
     start = _start(init, preset, encoding, objective, vocabulary, medians)
     n_obs = sum(map(count_rows, data.paths))
-    config = (config or FitConfig.for_cells(n_obs, seed=seed)).with_defaults(**start.stage_defaults)
+    config = (config or FitConfig.for_cells(n_obs)).with_defaults(**{**start.stage_defaults, "seed": seed})
     start_process_group(config, training_device(config))
     held_out = _HeldOut.choose(validation, data, n_obs, seed)
     with Run.open(Path(out), config) as run:
@@ -236,16 +246,16 @@ class _Start:
 
 def _start(
     init: Model | str | None,
-    preset: str,
+    preset: str | None,
     encoding: str | EncodingConfig | None,
     objective: str | None,
     vocabulary: Vocabulary | str | Path | None,
     medians: ArrayLike | str | Path | None,
 ) -> _Start:
     if isinstance(init, Model):
-        return _continued(init, objective, encoding=encoding, vocabulary=vocabulary, medians=medians)
+        return _continued(init, objective, preset=preset, encoding=encoding, vocabulary=vocabulary, medians=medians)
     kind = encoding.kind if isinstance(encoding, EncodingConfig) else encoding
-    chosen = choose_preset(preset, encoding=kind, objective=objective)
+    chosen = choose_preset(preset or "small", encoding=kind, objective=objective)
     if vocabulary is not None and not isinstance(vocabulary, Vocabulary):
         vocabulary = read_vocabulary(vocabulary)
     if medians is not None and vocabulary is None:
@@ -292,7 +302,9 @@ class _HeldOut:
     rows: NDArray[np.bool_]  # of the files that they are taken from
 
     @classmethod
-    def choose(cls, validation: float | Sequence[str | Path] | None, data: Data, n_obs: int, seed: int) -> _HeldOut:
+    def choose(
+        cls, validation: float | str | Path | Sequence[str | Path] | None, data: Data, n_obs: int, seed: int
+    ) -> _HeldOut:
         none = np.zeros(n_obs, dtype=bool)
         rng = np.random.default_rng(seed)
         if validation is None:
@@ -303,7 +315,7 @@ class _HeldOut:
             n_cells = min(MAX_VALIDATION_CELLS, max(1, round(validation * n_obs)), n_obs - 1)
             chosen = _drawn(n_obs, n_cells, rng)
             return cls((), chosen, float(validation), chosen)
-        paths = tuple(map(Path, [validation] if isinstance(validation, str | Path) else validation))
+        paths = as_paths(validation)
         if twice := sorted({path.name for path in paths if path.resolve() in {each.resolve() for each in data.paths}}):
             raise ValueError(f"{', '.join(twice)} is in `paths` and in `validation`; leave it out of one of them.")
         n_cells = sum(map(count_rows, paths))
@@ -351,6 +363,7 @@ def _first_cells(data: Data, encoding: Encoding, statistics: Statistics) -> Cell
 def _streams(data: Data, encoding: Encoding, statistics: Statistics, config: FitConfig) -> list[CellStream]:
     """One stream for each batch that this process contributes to a step."""
     lanes, n_lanes = lanes_of(config)
+    assert config.seed is not None
     return [
         CellStream(
             data.paths,

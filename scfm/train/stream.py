@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from scfm._docs import document
+from scfm._files import as_paths
 from scfm.data.batch import CellBatch
 from scfm.data.compiled_encoder import encoder_threads, limit_to_one_thread
 from scfm.data.files import count_rows
@@ -59,7 +60,7 @@ class CellStream(IterableDataset[CellBatch]):
     Parameters
     ----------
     paths
-        `.h5ad` files and `.zarr` folders.
+        `.h5ad` files and `.zarr` folders, or one of them.
     encoding
         Encoding of the cells.
     batch_cells
@@ -99,7 +100,7 @@ class CellStream(IterableDataset[CellBatch]):
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        paths: str | Path | Sequence[str | Path],
         encoding: Encoding,
         *,
         batch_cells: int | None = None,
@@ -124,7 +125,7 @@ class CellStream(IterableDataset[CellBatch]):
             raise ValueError("`batch_cells`, `max_tokens`, `buffer_cells` and `block_cells` must be positive.")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` is {rank}; with `world_size` {world_size} it must be in 0..{world_size - 1}.")
-        self.paths = [Path(path) for path in paths]
+        self.paths = as_paths(paths)
         self.encoding = encoding
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size

@@ -15,6 +15,7 @@ from scfm.models.network import CellTransformer
 from scfm.nn.linear import Linear
 from scfm.objectives import Objective, total
 from scfm.ops.linear import linear
+from scfm.train.config import kind_and_number
 
 COMPILE_BACKEND: Any = "inductor"
 HEADS = ("class_head", "gene_head", "value_head", "value_from_cell_head", "batch_head", "batch_labels")
@@ -65,23 +66,21 @@ def set_trainable(network: CellTransformer, how: str) -> int:
     >>> head < everything / 10
     True
     """
-    kind, _, number = how.partition(":")
-    if kind not in ("all", "head", "last", "lora") or (kind in ("last", "lora")) != number.isdigit():
-        raise ValueError(f"`trainable` is {how!r}; choose 'all', 'head', 'last:N' (blocks) or 'lora:R' (rank).")
+    kind, number = kind_and_number(how)
     read = _blocks_read(network)
-    if kind == "last" and not 1 <= int(number) <= len(read):
+    if kind == "last" and not 1 <= number <= len(read):
         raise ValueError(f"`trainable` is {how!r}; {len(read)} blocks of the network are used.")
     for parameter in network.parameters():
         parameter.requires_grad_(kind == "all")
     heads = [head for name in HEADS if (head := getattr(network, name, None)) is not None]
     free: list[nn.Module] = list(heads) if kind != "all" else []
     if kind == "last":
-        free += read[-int(number) :]
+        free += read[-number:]
     for module in free:
         module.requires_grad_(True)
     _freeze_as_configured(network)
     if kind == "lora":
-        _add_low_rank(network, int(number))
+        _add_low_rank(network, number)
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 

@@ -36,3 +36,24 @@ def test_a_selection_is_a_copy():
     cells = batch()
     cells.select([0]).gene_ids_T.fill_(99)
     assert cells.gene_ids_T[0] == 0
+
+
+def test_a_mask_takes_the_cells_that_are_true():
+    mask = np.array([False, True, True, False, True])
+    for given in (mask, mask.tolist(), torch.from_numpy(mask)):
+        assert batch().select(given).labels_B.tolist() == [1, 2, 4]
+    assert batch().select(np.zeros(5, dtype=bool)).n_cells == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        ([True, False], IndexError, r"mask has the shape \(2,\); the batch has 5"),
+        ([5], IndexError, "no cell 5; the batch has 5"),
+        ([-6], IndexError, "no cell -6"),
+        ([0.5], TypeError, "whole numbers"),
+    ],
+)
+def test_what_names_no_cells_is_refused(rows, error, words):
+    with pytest.raises(error, match=words):
+        batch().select(rows)

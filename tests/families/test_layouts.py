@@ -182,6 +182,15 @@ def test_scgpts_folder_is_read_from_disk_and_from_the_hub(scgpt_folder, download
             assert torch.equal(loaded.network.state_dict()[name], tensor), name
 
 
+def test_a_model_of_the_hub_is_converted(scgpt_folder, downloads, repository, tmp_path):
+    folder, _ = scgpt_folder
+    shutil.copytree(folder, repository.parent / "scGPT")
+    assert scfm.families.convert("lab/scGPT", tmp_path / "whole").id == scfm.load(folder).id
+    converted = scfm.families.convert("lab/Geneformer", tmp_path / "part", subfolder=FOLDERS["V2"])
+    assert same_weights(converted, "V2")
+    assert scfm.load(tmp_path / "part").id == converted.id
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_wrappers_are_removed_with_a_word(scgpt_folder, repository, prefix):
     folder, model = scgpt_folder

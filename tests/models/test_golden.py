@@ -6,7 +6,6 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy import sparse
 
 import scfm

@@ -94,3 +94,9 @@ def test_bad_arguments_are_named(cells, table, arguments, error, message):
         scfm.tl.evaluate_perturbation(table, arguments.pop("truth"), cells, **arguments)
     with pytest.raises(ValueError, match="none of the columns"):
         scfm.tl.evaluate_perturbation(table[["n_cells"]], MARKERS)
+
+
+def test_a_table_of_pairs_of_genes_is_refused(table):
+    pairs = table.reset_index(names="gene").assign(affected="G0")
+    with pytest.raises(ValueError, match="does not rank genes"):
+        scfm.tl.evaluate_perturbation(pairs, MARKERS)

@@ -1,5 +1,7 @@
 """`scfm.tl.evaluate_annotation`: splits, hidden labels, and intervals over seeds."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -47,3 +49,28 @@ def test_every_seed_is_scored_beside_baselines():
     assert (of_ours == {"inductive", "transductive"}).all()
     assert {"scfm, without pretraining", "scfm, transformer alone, without pretraining"} <= set(rows["method"])
     assert "is_test" not in adata.obs
+
+
+def test_settings_may_name_what_the_variants_change(monkeypatch):
+    calls = []
+
+    def report(adata, **settings):
+        calls.append(settings)
+        adata.obs["scfm_split"] = "train"
+        return pd.DataFrame({"method": ["scfm"], "setting": ["inductive"], "accuracy": [1.0]})
+
+    monkeypatch.setattr(sys.modules["scfm.tl._evaluate"], "_report", report)
+    adata, options = scfm.datasets.pbmc(), {"labels_key": "bulk_labels", "seeds": [7]}
+
+    def fits(**settings):
+        calls.clear()
+        scfm.tl.evaluate_annotation(adata, **options, **settings)
+        return [(call.get("transductive"), call.get("pretrain"), call.get("baselines")) for call in calls]
+
+    assert fits() == [(None, None, None), (True, None, False), (None, False, False)]
+    assert fits(baselines=True) == [(None, None, True), (True, None, False), (None, False, False)]
+    assert fits(baselines=False, variants=False) == [(None, None, False)]
+    assert fits(pretrain=False, transductive=True) == [(True, False, None)]  # both variants are what is asked for
+    assert all(call["seed"] == 7 for call in calls)
+    with pytest.raises(ValueError, match="`seed` is set"):
+        fits(seed=1)

@@ -168,9 +168,7 @@ def test_rows_of_a_transductive_fit_say_so_and_test_labels_are_not_read(blood):
         adata.obs["held"] = np.arange(adata.n_obs) % 5 == 0
         adata.obs["bulk_labels"] = labels
         settings = {"test_key": "held", "transductive": True, "baselines": False, "pretrain": False}
-        return scfm.fit(
-            adata, labels_key="bulk_labels", config=SHORT, pretrain_config=SHORT, progress=False, **settings
-        )
+        return scfm.fit(adata, labels_key="bulk_labels", config=SHORT, progress=False, **settings)
 
     labels = blood.obs["bulk_labels"].astype(str).to_numpy()
     turned = np.where(np.arange(len(labels)) % 5 == 0, np.roll(labels, 1), labels)
@@ -188,3 +186,36 @@ def test_training_randomness_leaves_the_global_generator_alone(blood):
     torch.manual_seed(5)
     scfm.fit(blood[:60].copy(), config=SHORT, progress=False)
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def losses(model):
+    return [stage["losses"] for stage in model.history["stages"]]
+
+
+def test_the_seed_of_a_config_governs_training_and_without_one_that_of_the_call(blood):
+    def fit(seed, **config):
+        return scfm.fit(blood[:40].copy(), config=SHORT.replace(**config), seed=seed, progress=False)
+
+    assert fit(3).id == fit(3, seed=3).id
+    assert losses(fit(3)) != losses(fit(3, seed=4))
+    assert fit(3).history["stages"][0]["config"]["seed"] == 3
+
+
+def test_a_model_is_trained_without_labels_too(blood, fitted):
+    before = scfm.fit(blood[:40].copy(), config=SHORT, progress=False)
+    after = scfm.fit(blood[:40].copy(), model=before, config=SHORT, progress=False)
+    assert after.id != before.id
+    assert [stage["name"] for stage in after.history["stages"]] == ["pretraining", "pretraining"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pretrain": False, "config": SHORT}, "nothing would be trained"),
+        ({"pretrain_config": SHORT}, "without labels, `config` holds the settings"),
+        ({"labels_key": "bulk_labels", "pretrain": False, "pretrain_config": SHORT}, "the fit does not pretrain"),
+    ],
+)
+def test_settings_of_a_stage_that_does_not_take_place_are_refused(blood, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        scfm.fit(blood.copy(), progress=False, **arguments)

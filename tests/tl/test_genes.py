@@ -52,3 +52,29 @@ def test_classes_that_are_expression_levels_are_found_by_the_baseline(adata, emb
 def test_too_few_labeled_genes_are_an_error(adata, embeddings):
     with pytest.raises(LabelsError, match="5 folds"):
         scfm.tl.classify_genes(embeddings, {embeddings.index[0]: "a", embeddings.index[1]: "b"}, adata)
+
+
+def test_genes_are_embedded_by_the_depth_that_is_named_and_by_a_path(adata, tmp_path):
+    settings = scfm.EncodingConfig(kind="bucket", depth_over="matrix")  # values depend on depth
+    encoding = scfm.encoding.make_encoding(settings, adata=adata)
+    vocabulary = encoding.vocabulary
+    config = scfm.families.preset("scbert").model_config(
+        n_tokens=len(vocabulary), pad_id=vocabulary.pad_id, context_length=len(vocabulary), d_model=16, n_heads=2, n_layers=1,
+        d_ff=16, attention={"head_width": 8, "n_random_features": 8},
+    )  # fmt: skip
+    model = scfm.Model(scfm.models.CellTransformer.for_vocabulary(config, vocabulary), encoding)
+    deep = adata.copy()
+    deep.obs["deep"] = np.asarray(deep.X.sum(1)).ravel() * np.linspace(1, 50, deep.n_obs)
+    labels = {gene: "yes" if place % 2 else "no" for place, gene in enumerate(adata.var_names)}
+    embeddings = scfm.tl.gene_embeddings(deep, model, depth_key="deep")
+    assert not embeddings.equals(scfm.tl.gene_embeddings(deep, model))
+    expected = scfm.tl.classify_genes(embeddings, labels, deep, depth_key="deep")
+    model.save(tmp_path / "model")
+    for given in (model, tmp_path / "model"):
+        found = scfm.tl.classify_genes(None, labels, deep, model=given, depth_key="deep")
+        pd.testing.assert_frame_equal(found, expected)
+
+
+def test_a_text_in_place_of_a_list_of_genes_is_named(embeddings):
+    with pytest.raises(ValueError, match=r"pass a list of names, such as \['CD74'\]"):
+        scfm.tl.similar_genes(embeddings, "CD74")

@@ -35,6 +35,8 @@ def test_what_is_not_a_model_is_named(adata, call):
         call(adata, adata)
 
 
-def test_one_path_in_place_of_a_list_is_named(path, tmp_path):
-    with pytest.raises(TypeError, match=r"pass a list of paths: \['cells.h5ad'\]"):
-        scfm.tl.embed_files("cells.h5ad", tmp_path / "out.npy", path)
+def test_one_path_is_a_list_of_one(adata, path, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    assert scfm.tl.embed_files(str(tmp_path / "cells.h5ad"), tmp_path / "out.npy", path, progress=False) == adata.n_obs
+    expected = scfm.tl.embed(adata, path, copy=True).obsm["X_scfm"]
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)

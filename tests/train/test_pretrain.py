@@ -369,3 +369,20 @@ def test_a_published_shape_is_pretrained_in_its_own_way(files, tmp_path, monkeyp
 def test_settings_that_do_not_go_together_are_refused(files, tmp_path, wrong, match):
     with pytest.raises(ValueError, match=match):
         run(files, tmp_path / "run", **wrong)
+
+
+def test_one_path_is_a_list_of_one(files, tmp_path):
+    short = CONFIG.replace(n_steps=1)
+    one, many = run(str(files[0]), tmp_path / "one", short), run(files[:1], tmp_path / "many", short)
+    assert one.id == many.id
+    one, many = (
+        run(files[0], tmp_path / name, short, validation=validation)
+        for name, validation in (("x", files[1]), ("y", [files[1]]))
+    )
+    assert one.history["stages"] == many.history["stages"]
+
+
+def test_what_a_model_to_continue_has_already_is_refused(files, tmp_path):
+    model = run(files, tmp_path / "first", CONFIG.replace(n_steps=1))
+    with pytest.raises(ValueError, match="leave `preset` out"):
+        run(files, tmp_path / "second", init=model, preset="small")

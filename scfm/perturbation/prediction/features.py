@@ -22,7 +22,7 @@ def target_features(model: Model, cells: CellBatch, genes: Sequence[str]) -> dic
     A gene that a cell does not express is inserted first, as its weakest gene, so that the perturbed gene is always in the
     input. Genes that are not in the vocabulary get zeros, the mean.
     """
-    tokens = model.encoding.vocabulary.token_ids(genes)
+    tokens = model.encoding.vocabulary.find(genes)[0]
     in_vocabulary = [gene for gene, token in zip(genes, tokens) if token >= 0]
     raw = [_features(model, cells, int(token)) for token in tokens if token >= 0]
     if not raw:

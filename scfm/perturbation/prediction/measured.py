@@ -69,6 +69,7 @@ def read_measured(
     separator: str,
     layer: str | None,
     gene_key: str | None,
+    depth_key: str | None,
 ) -> Measured:
     """Average the cells of each perturbation; all spellings of one set of genes are one perturbation.
 
@@ -107,7 +108,7 @@ def read_measured(
             f"{', '.join(list(left_out)[:5])}.",
             stacklevel=4,
         )
-    expression_BG, genes, columns = log_expression(adata, layer=layer, gene_key=gene_key)
+    expression_BG, genes, columns = log_expression(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
     control_G = np.asarray(expression_BG[control_B].mean(0), dtype=np.float64).ravel()
     means = [np.asarray(expression_BG[rows[target]].mean(0), dtype=np.float64).ravel() for target in kept]
     return Measured(
@@ -128,10 +129,10 @@ def _shown(name: str, control: str, separator: str) -> str:
 
 
 def log_expression(
-    adata: anndata.AnnData, *, layer: str | None, gene_key: str | None
+    adata: anndata.AnnData, *, layer: str | None, gene_key: str | None, depth_key: str | None
 ) -> tuple[sparse.csr_matrix, tuple[str, ...], tuple[str, ...]]:
     """log1p counts per 10,000 by gene, the names of the genes, and their `var_names` (of the first column of each)."""
-    source = CountSource.of(adata, layer=layer, gene_key=gene_key)
+    source = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
     expression_BG, genes = source.log_normalized()
     pairs = [(strip_version(name), str(column)) for name, column in zip(source.names()[0], source.var.index) if name]
     column_of = dict(reversed(pairs))

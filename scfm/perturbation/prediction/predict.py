@@ -32,16 +32,23 @@ def predict_perturbation(
     separator: str = "+",
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Predicted changes of mean expression; `scfm.tl.predict_perturbation` explains them."""
     measured = read_measured(
-        adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer, gene_key=gene_key
+        adata,
+        perturbation_key=perturbation_key,
+        control=control,
+        separator=separator,
+        layer=layer,
+        gene_key=gene_key,
+        depth_key=depth_key,
     )
     known = {*measured.genes, *model.encoding.vocabulary.genes, *model.encoding.vocabulary.aliases}
     known |= {gene for target in measured.targets for gene in target}
     targets = read_targets(predict, known, control=control, separator=separator)
-    methods = _methods(adata, model, measured, targets, layer=layer, gene_key=gene_key, seed=seed)
+    methods = _methods(adata, model, measured, targets, layer=layer, gene_key=gene_key, depth_key=depth_key, seed=seed)
     parts = {
         name: pd.DataFrame(method(measured, targets), list(predict), list(measured.columns))
         for name, method in methods.items()
@@ -61,13 +68,22 @@ def score_perturbation_prediction(
     n_top: int = 20,
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Scores of predictions with each perturbation left out; `scfm.tl.score_perturbation_prediction` explains them."""
     measured = read_measured(
-        adata, perturbation_key=perturbation_key, control=control, separator=separator, layer=layer, gene_key=gene_key
+        adata,
+        perturbation_key=perturbation_key,
+        control=control,
+        separator=separator,
+        layer=layer,
+        gene_key=gene_key,
+        depth_key=depth_key,
     )
-    methods = _methods(adata, model, measured, measured.targets, layer=layer, gene_key=gene_key, seed=seed)
+    methods = _methods(
+        adata, model, measured, measured.targets, layer=layer, gene_key=gene_key, depth_key=depth_key, seed=seed
+    )
     lines = []
     for row, (name, target) in enumerate(zip(measured.names, measured.targets)):
         rest = measured.without(row)
@@ -89,11 +105,12 @@ def _methods(
     *,
     layer: str | None,
     gene_key: str | None,
+    depth_key: str | None,
     seed: int,
 ) -> dict[str, Predictor]:
     rows = measured.control_rows
     rows = np.sort(np.random.default_rng(seed).choice(rows, min(CONTROL_CELLS, len(rows)), replace=False))
-    cells = pp.encode(adata[rows], model.encoding, layer=layer, gene_key=gene_key)
+    cells = pp.encode(adata[rows], model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
     genes = sorted({gene for target in (*measured.targets, *targets) for gene in target})
     return {OURS: ridge_on_features(target_features(model, cells, genes)), **BASELINES}
 

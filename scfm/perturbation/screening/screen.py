@@ -50,6 +50,7 @@ def screen(
     precision: Precision = "fp32",
     layer: str | None = None,
     gene_key: str | None = None,
+    depth_key: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -60,7 +61,16 @@ def screen(
     readout = model.network.class_readout if by == "label" else model.network.embedding_readout
     require_screenable(model, readout)
     states = read_states(
-        adata, model, groupby=groupby, start=start, goal=goal, layer=layer, gene_key=gene_key, measure=by, center=center
+        adata,
+        model,
+        groupby=groupby,
+        start=start,
+        goal=goal,
+        layer=layer,
+        gene_key=gene_key,
+        depth_key=depth_key,
+        measure=by,
+        center=center,
     )
     measured = states.measured
     estimates = ShiftRecord([measured, "rank_only"], n_rows=len(model.encoding.vocabulary), seed=seed)
