@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
+import scfm
 from scfm._config import Config
 
 
@@ -77,3 +78,32 @@ def test_numbers_of_numpy_become_plain():
     wheel = Wheel.from_dict({"size": np.int64(3)})
     assert type(wheel.size) is int
     assert json.dumps(wheel.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("rank", "n_bins", 7),
+        ("continuous", "n_bins", 7),
+        ("rank", "log1p", True),
+        ("bucket", "log1p", False),
+        ("continuous", "log1p", False),
+        ("rank", "target_depth", 1e4),
+        ("bin", "target_depth", 1e4),
+    ],
+)
+def test_settings_that_a_kind_of_encoding_does_not_read_are_refused(kind, field, value):
+    with pytest.raises(ValueError, match=f"`{field}` is {value}; for kind '{kind}' it (has no effect|is always)"):
+        scfm.EncodingConfig(kind=kind, **{field: value})
+    assert scfm.EncodingConfig.from_dict(scfm.EncodingConfig(kind=kind).to_dict()) == scfm.EncodingConfig(kind=kind)
+
+
+@pytest.mark.parametrize("trainable", ["nonsense", "lora", "last:", "all:3", "lora:x"])
+def test_weights_to_train_are_checked_at_once(trainable):
+    with pytest.raises(ValueError, match="`trainable`"):
+        scfm.FitConfig(trainable=trainable)
+
+
+@pytest.mark.parametrize(("n_cells", "n_steps"), [(1, 30), (225, 30), (700, 52), (1_000_000, 2000), (10**8, 4000)])
+def test_steps_grow_with_the_square_root_of_the_cells(n_cells, n_steps):
+    assert scfm.FitConfig.for_cells(n_cells).n_steps == n_steps

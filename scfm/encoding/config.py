@@ -12,6 +12,7 @@ DuplicatePolicy = Literal["error", "sum"]
 DepthOver = Literal["matrix", "vocabulary"]
 
 
+LOG1P = {"rank": False, "bucket": True, "continuous": True}  # of the kinds that leave no choice
 # Defaults of all encodings, unless their class has others.
 COMMON_DEFAULTS = {"add_cls": False, "add_eos": False, "depth_over": "matrix", "log1p": False, "include_zeros": False}
 
@@ -31,12 +32,14 @@ class EncodingConfig(Config):
         Whether each cell starts with the `cls` token of the vocabulary, and whether it ends with the `eos` token. The last
         position of scBERT is an `eos` token.
     target_sum
-        Total to which counts are normalized. None (bin only) leaves counts unchanged.
+        Total to which counts are normalized. The default is None for bin, which leaves counts unchanged, and 10,000 for the
+        others.
     depth_over
         Genes whose counts make up a cell's total: "matrix" for all genes of the matrix (or the depth that the data give),
         "vocabulary" for those in the vocabulary.
     log1p
-        Bin only: whether to take log1p of the (normalized) counts before binning.
+        Whether to take log1p of the (normalized) counts before binning: a choice for bin only (default False). Rank never
+        does; bucket and continuous always do.
     n_bins
         Bin and bucket only: number of values, 0..n_bins - 1, where 0 means "not expressed". The mask value of scBERT is
         n_bins.
@@ -89,7 +92,10 @@ class EncodingConfig(Config):
              f"must exceed the number of special tokens, {self.n_special_tokens}"),
             ("target_sum", self.target_sum is None or self.target_sum > 0, "must be positive"),
             ("n_bins", self.n_bins is None or self.n_bins >= 2, "must be at least 2"),
+            ("n_bins", self.n_bins is None or "n_bins" in self._class.defaults, "has no effect; leave it out"),
+            ("log1p", self.log1p == LOG1P.get(self.kind, self.log1p), f"is always {LOG1P.get(self.kind)}; leave it out"),
             ("target_depth", self.target_depth is None or self.target_depth > 0, "must be positive"),
+            ("target_depth", self.target_depth is None or "target_depth" in self.special_roles, "has no effect; leave it out"),
             ("duplicates", self.duplicates in get_args(DuplicatePolicy), "must be 'error' or 'sum'"),
             ("depth_over", self.depth_over in get_args(DepthOver), "must be 'matrix' or 'vocabulary'"),
             ("seed", 0 <= self.seed < 2**63, "must be in 0..2^63 - 1"),

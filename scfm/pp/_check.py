@@ -63,7 +63,7 @@ class DataCheck:
     truncated_fraction
         Fraction of cells that express more genes than fit the context.
     memory_bytes, encode_seconds
-        Estimates for encoding all cells.
+        Estimates of the size of the tokens of all cells, and of the time to encode them.
     findings
         The lines of the table.
     """
@@ -85,7 +85,7 @@ class DataCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether `scfm.pp.encode` will succeed."""
+        """Whether there are cells and `scfm.pp.encode`, with its default arguments, will encode all of them."""
         return all(finding.verdict != "problem" for finding in self.findings)
 
     @property
@@ -126,21 +126,31 @@ def check(
 ) -> DataCheck:
     """Check whether a model can use a data set: counts, genes, empty and long cells, memory and time.
 
-    Nothing is raised for bad data; it is reported. Every cell is read once, and about 2,000 are encoded.
+    Bad counts, genes and cells are reported, not raised. Every cell is read once, and about 2,000 are encoded.
 
     Parameters
     ----------
     adata
         Data in any form. It is left unchanged.
     model_or_encoding
-        A model or an encoding.
+        A model, the path of one, or an encoding.
     {layer}
     {gene_key}
     {depth_key}
 
     Returns
     -------
-    A `DataCheck`: print it, or read its attributes. `ok` says whether `scfm.pp.encode` will succeed.
+    A `DataCheck`: print it, or read its attributes. `ok` says whether there are cells and `scfm.pp.encode` will encode all of
+    them.
+
+    Raises
+    ------
+    TypeError
+        If `adata` or `model_or_encoding` is of another type.
+    OSError
+        If `adata` is a file that is missing or damaged.
+    ModelFileError
+        If `model_or_encoding` is a path that holds no model.
 
     Examples
     --------

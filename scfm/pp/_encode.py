@@ -42,7 +42,7 @@ def encode(
         Raw counts, n_obs cells by n_vars genes, in any form that `scfm.data.CountSource.of` takes: AnnData in memory,
         backed, lazy or a view, dense or sparse; the path of a file. It is left unchanged.
     model_or_encoding
-        An encoding, or a model whose encoding is used.
+        An encoding, or a model (or the path of one) whose encoding is used.
     {layer}
     {gene_key}
     {depth_key}
@@ -65,6 +65,12 @@ def encode(
         If the genes do not match the vocabulary.
     EmptyCellError
         If a cell expresses no gene of the vocabulary and `empty` is "error".
+    ValueError
+        If `empty` or `backend` is unknown.
+    TypeError
+        If `adata` or `model_or_encoding` is of another type.
+    OSError
+        If `adata` is a file that is missing or damaged.
 
     Examples
     --------

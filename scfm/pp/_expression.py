@@ -23,20 +23,32 @@ def log_expression(
     gene_key: str | None = None,
     depth_key: str | None = None,
 ) -> sparse.csr_matrix:
-    """Matrix of log1p counts per 10,000 by token id, shape (n_obs, length of the vocabulary), CSR float32.
+    """Matrix of log1p counts per 10,000 by token id.
 
-    Totals are over all genes of the matrix. Genes that are not in the vocabulary are left out. Several columns of one
-    gene are summed first.
+    A cell's total is the sum over all genes of the matrix, or the depth that `depth_key` or the data name. Genes that are not
+    in the vocabulary are left out.
 
     Parameters
     ----------
     adata
-        Raw counts.
+        Raw counts: an AnnData, or anything else that `scfm.pp.encode` takes.
     model_or_encoding
-        Model or encoding whose vocabulary gives the columns.
+        A model, the path of one, or an encoding, whose vocabulary gives the columns.
     {layer}
     {gene_key}
     {depth_key}
+
+    Returns
+    -------
+    CSR matrix, shape (n_obs, n_tokens), float32, with a column for each token; those of special tokens are 0. Several columns
+    of one gene are summed if the encoding says so (``duplicates="sum"``), and an error otherwise.
+
+    Raises
+    ------
+    CountsError
+        If the matrix holds no raw counts.
+    VocabularyMismatchError
+        If no gene is in the vocabulary, or several columns have the same gene and the encoding does not sum them.
 
     Examples
     --------
