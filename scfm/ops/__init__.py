@@ -3,6 +3,7 @@
 from scfm.ops.attention import attention
 from scfm.ops.extension import extension_info
 from scfm.ops.keys import attention_scores, deletion_effects
+from scfm.ops.linear import linear
 from scfm.ops.linear_attention import linear_attention, random_projection
 from scfm.ops.plan import AttentionPlan, make_plan
 
@@ -12,6 +13,7 @@ __all__ = [
     "attention_scores",
     "deletion_effects",
     "extension_info",
+    "linear",
     "linear_attention",
     "make_plan",
     "random_projection",

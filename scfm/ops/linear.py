@@ -34,15 +34,22 @@ def linear(
     Parameters
     ----------
     input_ND, weight_ED, bias_E
-        As for `torch.nn.functional.linear`. Under autocast they are cast as torch casts them.
+        As for `torch.nn.functional.linear`: shapes (N, D), (E, D) and (E,), of one dtype. Under autocast they are cast as
+        torch casts them.
     relu
         Whether negative products become 0 before the residual is added.
     residual_NE
-        Added to the result; nothing by default.
+        Added to the result, shape (N, E); nothing by default.
 
     Returns
     -------
-    Tensor of shape (N, E).
+    Tensor of shape (N, E), in the dtype of the input. An input with another number of dimensions, (..., D), or of a dtype that
+    is not real floating point, is multiplied by torch, and its rows are then not independent.
+
+    Raises
+    ------
+    RuntimeError
+        If shapes or dtypes do not fit, as torch raises it.
 
     Notes
     -----
@@ -54,14 +61,14 @@ def linear(
 
     Examples
     --------
-    >>> import torch
-    >>> from scfm.ops.linear import linear
+    >>> import torch, scfm
     >>> rows_ND, weight_ED = torch.randn(300, 64), torch.randn(32, 64)
     >>> with torch.inference_mode():
-    ...     torch.equal(linear(rows_ND, weight_ED)[:1], linear(rows_ND[:1], weight_ED))
+    ...     torch.equal(scfm.ops.linear(rows_ND, weight_ED)[:1], scfm.ops.linear(rows_ND[:1], weight_ED))
     True
     """
-    if input_ND.device.type != "cpu" or torch.is_grad_enabled() or input_ND.dim() != 2:
+    by_rows = input_ND.device.type == "cpu" and input_ND.dim() == 2 and input_ND.dtype in ROW_BLOCK
+    if not by_rows or torch.is_grad_enabled():
         return _finished(_product(input_ND, weight_ED, bias_E), relu, residual_NE)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -87,8 +94,8 @@ def has_slow_bfloat16() -> bool:
 def _product(input_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     """Torch's product; a bfloat16 one by way of float32 if the CPU has no bfloat16 instructions.
 
-    torch emulates them: on AVX2 its product of (2,048, 768) and (768, 3,072) with gradients takes 15 s, and 0.3 s by way of float32. The result is that of sums
-    in float32, rounded once, and so are the gradients.
+    torch emulates them: on AVX2 its product of (2,048, 768) and (768, 3,072) with gradients takes 15 s, and 0.3 s by way of
+    float32. The result is that of sums in float32, rounded once, and so are the gradients.
     """
     if input_ND.device.type != "cpu" or not has_slow_bfloat16():
         return F.linear(input_ND, weight_ED, bias_E)

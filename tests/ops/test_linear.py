@@ -207,6 +207,12 @@ def test_float64_uses_torch():
     check_accuracy(30, 20, 12, dtype=torch.float64, relu=True, with_bias=True, with_residual=True)
 
 
+def test_dtypes_without_a_kernel_are_multiplied_by_torch():
+    rows_ND, weight_ED = torch.arange(6).view(2, 3), torch.arange(12).view(4, 3)
+    with torch.inference_mode():
+        assert ops.linear(rows_ND, weight_ED).equal(F.linear(rows_ND, weight_ED))
+
+
 if __name__ == "__main__":
     check_every_shape()
     sys.stdout.write(ops.extension_info()["isa"])
