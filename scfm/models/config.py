@@ -42,6 +42,11 @@ class ModelConfig(BlockConfig):
     decoder
         Settings of a decoder over all genes (scFoundation); None for none.
 
+    Raises
+    ------
+    ValueError
+        If a size is out of range, or `d_model` cannot be divided among the heads.
+
     Examples
     --------
     >>> import scfm

@@ -65,7 +65,7 @@ def annotate(
     -------
     None, or the copy. Writes `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (calibrated probability of
     the label, 0 to 1), with `max_distance` also `obs["<key>_distance"]`, and `obsm["<key>_proba"]`, shape
-    (n_obs, n_labels), float32, with columns in the order of `model.labels`.
+    (n_obs, n_labels), float32, with columns in the order of `model.labels`; and a record under `uns["scfm"]`.
 
     Raises
     ------

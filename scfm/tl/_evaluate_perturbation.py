@@ -31,8 +31,8 @@ def evaluate_perturbation(
     Parameters
     ----------
     table
-        Returned by `scfm.tl.perturb` (not with ``effect_on="genes"``) or `scfm.tl.screen`. Its order is scored: by `label_shift_mean` (the lowest first),
-        `goal_shift_mean` or `shift_mean`, the first of these that it has.
+        Returned by `scfm.tl.perturb` (not with ``effect_on="genes"``) or `scfm.tl.screen`. Its order is scored: by
+        `label_shift_mean` (the lowest first), `goal_shift_mean` or `shift_mean`, the first of these that it has.
     truth
         Marker genes, or the measured effect of each gene, large where a gene should come first.
     adata

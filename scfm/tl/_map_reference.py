@@ -39,7 +39,8 @@ def map_reference(
     """Transfer labels to query cells from their nearest reference cells in the model's embedding.
 
     Embeddings are scaled by the mean and standard deviation of the reference, and compared by Euclidean distance d; the
-    distances that are written are divided by the square root of the width of the embedding. A neighbor has the weight exp(-d^2 / 2s^2), where s is the median distance of the cell's neighbors.
+    distances that are written are divided by the square root of the width of the embedding. A neighbor has the weight
+    exp(-d^2 / 2s^2), where s is the median distance of the cell's neighbors.
 
     Parameters
     ----------
@@ -65,7 +66,8 @@ def map_reference(
     None, or the copy. Writes to `query`: `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (weighted fraction
     of the neighbors with that label, 0 to 1), `obs["<key>_distance"]` (mean distance to the neighbors, in standard deviations
     of the reference), `obsm["<key>_neighbors"]` (rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64) and
-    `obsm["<key>_neighbor_distances"]` (in the same unit, shape (n_obs, n_neighbors), float32).
+    `obsm["<key>_neighbor_distances"]` (in the same unit, shape (n_obs, n_neighbors), float32); and a record under
+    `uns["scfm"]`.
 
     Raises
     ------

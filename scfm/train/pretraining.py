@@ -68,14 +68,14 @@ def pretrain(
     Parameters
     ----------
     paths
-        `.h5ad` files and `.zarr` folders with raw counts, or one of them. If some name genes by symbols and others by Ensembl ids, `var` columns
-        that hold both bring them together.
+        `.h5ad` files and `.zarr` folders with raw counts, or one of them. If some name genes by symbols and others by Ensembl
+        ids, `var` columns that hold both bring them together.
     out
         Folder to write: `model/`, `config.json`, `losses.csv`, `losses.png`, `README.md` (the model card), `checkpoints/`.
     init
         What training starts from. "svd": gene embeddings from the leading singular vectors of log-normalized expression, so that
-        similar genes start close to each other. None: random numbers. A model, or the path of one: its weights, encoding and
-        vocabulary; its pretraining is continued on the new files.
+        similar genes start close to each other. None: random numbers. A model, or any other text as the path of one: its
+        weights, encoding and vocabulary; its pretraining is continued on the new files.
     preset
         Size of the network ("small", "medium" or "large"), or the shape and encoding of a published one, trained from
         scratch: "geneformer-v1-10m", "scgpt-human" and others that `scfm.families.table()` lists. None for "small". Not with a
