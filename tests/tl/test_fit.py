@@ -193,8 +193,8 @@ def losses(model):
 
 
 def test_the_seed_of_a_config_governs_training_and_without_one_that_of_the_call(blood):
-    def fit(seed, **config):
-        return scfm.fit(blood[:40].copy(), config=SHORT.replace(**config), seed=seed, progress=False)
+    def fit(of_call, **config):
+        return scfm.fit(blood[:40].copy(), config=SHORT.replace(**config), seed=of_call, progress=False)
 
     assert fit(3).id == fit(3, seed=3).id
     assert losses(fit(3)) != losses(fit(3, seed=4))

@@ -70,6 +70,7 @@ def test_it_leaves_a_model_and_a_record(files, tmp_path):
         "learning_rate": 3e-4,
         "embedding_learning_rate_scale": 0.1,
         "trainable": "all",
+        "seed": 0,
     }
     assert model.id in (out / "README.md").read_text()
     assert scfm.load(out / "model").id == model.id
