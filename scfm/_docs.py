@@ -13,43 +13,46 @@ F = TypeVar("F", bound=Callable[..., object])
 SHARED = {
     "adata": """
 adata
-    Raw counts, n_obs cells by n_vars genes, in `X` or in `layer`.
+    AnnData with raw counts of n_obs cells by n_vars genes, in `adata.X` or in `layer`.
 """,
     "model": """
 model
-    A model from `scfm.fit` or `scfm.load`, or the path of one.
+    A model, or the path or the repository name of one (see `scfm.load`).
 """,
     "layer": """
 layer
-    Layer that holds the counts, or "raw" for `adata.raw`. None for `adata.X`.
+    Key of `adata.layers` with the counts, or "raw" for `adata.raw`. None for `adata.X`.
 """,
     "gene_key": """
 gene_key
-    Column of `adata.var` with gene names or ids of the kind that the vocabulary uses. None for `var_names`, or for
-    `feature_name` and similar columns of CELLxGENE if `var_names` are of another kind.
+    Column of `adata.var` with the names of the genes: symbols (CD74) or Ensembl ids (ENSG00000019582), as in the
+    vocabulary. None for `var_names`, or, if these are of the other kind, for a common column with the right kind, such as
+    `feature_name`.
 """,
     "depth_key": """
 depth_key
     Column of `adata.obs` with each cell's total counts over all measured genes, for data that hold only some of the
-    genes. None for the column named in `adata.uns["scfm"]["depth_key"]`, or, without one, for the sum of each row.
+    genes. None for the sum of each row, or, if `adata.uns["scfm"]["depth_key"]` is set, for the column that it names.
 """,
     "hidden_layer": """
 hidden_layer
-    Hidden state to pool, counted as Python counts: -1 is the last. None for the default of the model's family
-    (-2 for Geneformer).
+    Index of the layer whose output is pooled: 0 is the input of the first block, -1 the output of the last block. None
+    for the default of the model's family (-2 for Geneformer, -1 for others).
 """,
     "pooling": """
 pooling
-    "mean" or "max" over the gene tokens, "cls", or "concat" (scFoundation: source depth, target depth, maximum and
-    mean). None for the default of the model's family.
+    "mean" or "max" over the gene tokens, "cls" for the vector of the `<cls>` token, or "concat" for four concatenated
+    vectors, as in scFoundation: those of the two read-depth tokens, the maximum and the mean. None for the default of the
+    model's family.
 """,
     "normalize": """
 normalize
-    Whether to divide each embedding by its length. None for the default of the model's family (scGPT does).
+    Whether to divide each embedding by its Euclidean norm. None for the default of the model's family (True for scGPT).
 """,
     "precision": """
 precision
-    "fp32", or "bf16" for several times the speed, with a cosine similarity above 0.999 to the embeddings in fp32.
+    "fp32" or "bf16". On processors with bfloat16 instructions "bf16" is faster; in the tests, embeddings have a cosine
+    similarity above 0.999 to those in fp32.
 """,
     "obsm_key_added": """
 key_added
@@ -61,17 +64,18 @@ key_added
 """,
     "prefix_key_added": """
 key_added
-    Prefix of the names of all results.
+    Prefix of the names of all results, written `<key>` below.
 """,
     "checkpoint": """
 vocabulary
-    Vocabulary of a published checkpoint, if its folder has none: a path (published pickle, JSON or TSV), a mapping of token
-    to id, or a `Vocabulary`.
+    Vocabulary of a published checkpoint, if its folder has none: a path (see `scfm.encoding.read_vocabulary`), a mapping of
+    token to id, or a `Vocabulary`.
 medians
-    Medians of the genes, which a Geneformer checkpoint needs: a path, a mapping of gene to median, or an array by token id.
+    Median expression of each gene, which a Geneformer checkpoint needs: a path, a mapping of gene to median, or an array by
+    token id.
 strict
-    Whether to refuse a checkpoint with missing, unknown or misshapen tensors. False loads the tensors that fit, and warns
-    with the list of the others.
+    Whether to refuse a checkpoint with tensors that are missing, unknown or of the wrong shape. False loads the tensors
+    that match, and warns with a list of the others.
 """,
     "copy": """
 copy
@@ -91,20 +95,20 @@ batch_key
 """,
     "start_and_goal": """
 groupby
-    Column of `adata.obs` with the states of the cells.
+    Column of `adata.obs` with groups of cells, such as cell types or conditions.
 start
-    State whose cells are perturbed. None for all cells except those of `goal`.
+    Group of cells to perturb. None for all cells except those of `goal`.
 goal
-    State whose mean embedding the perturbed cells should approach.
+    Group of cells to whose mean embedding the perturbed cells are compared.
 """,
     "positions": """
 positions
-    What a rank encoding does after a deletion: with "shift", later genes move up by one rank, as published; with
-    "held", they keep their positions.
+    For rank encodings, the positions of the genes after a deleted one: "shift" moves them up by one, as in Geneformer,
+    "held" leaves them unchanged. This is unrelated to the measure "shift".
 """,
     "n_bootstrap": """
 n_bootstrap
-    Number of resamples of the cells for the confidence intervals. 0 for no intervals.
+    Number of bootstrap samples of the cells for the confidence intervals. 0 for no intervals.
 """,
     "figure": """
 ax
@@ -112,7 +116,7 @@ ax
 show
     Whether to show the figure. None to show it unless `save` is given.
 save
-    File to write the figure to; its suffix names the format.
+    File to write the figure to, whose suffix determines the format. None to write no file.
 """,
 }
 

@@ -36,13 +36,13 @@ class Preset:
     objective
         Name of the pretraining objective.
     objectives
-        What the user's words "masked" and "generative" stand for here.
+        Names in `scfm.objectives.OBJECTIVES` of the objectives that "masked" and "generative" select.
     size
         "small", "medium" or "large" for a size that exists with several encodings.
     n_tokens
         Length of the published vocabulary; None if it is built from the data.
     pad_id
-        Row of the gene embedding that stays zero.
+        Id of the padding token, whose embedding stays zero.
     source
         Where the numbers come from.
 
@@ -104,7 +104,7 @@ class Preset:
 
 
 class Reader(Protocol):
-    """Builds a model from the files of a checkpoint; arguments as in `scfm.load`."""
+    """Builds a model from the files of a checkpoint; the arguments are described in `scfm.load`."""
 
     def __call__(
         self, files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool
@@ -113,17 +113,16 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of models: how its cells become tokens, what its network is like, and how its checkpoints are stored.
+    """A family of models: its encoding, the architecture of its network, and the format of its checkpoints.
 
-    To add one, define it in a file of its own in `scfm/families` (or anywhere else) and pass it to
-    `scfm.families.add_family`.
+    To add a family, define it in a new file in `scfm/families` (or elsewhere) and call `scfm.families.add_family`.
 
     Attributes
     ----------
     name
         Name under which it is registered.
     layout
-        What its checkpoints look like, in a few words: "an scGPT directory (args.json)".
+        Short description of its checkpoints, such as "an scGPT directory (args.json)".
     encoding
         Fields of `EncodingConfig` that all its models share.
     architecture
@@ -131,13 +130,17 @@ class Family:
     presets
         Named sizes.
     objectives
-        What "masked", and if it has that "generative", stand for: names in `scfm.objectives.OBJECTIVES`.
-    files, shared_files
-        Patterns of its files in a repository of the model hub: in the folder of the model, and elsewhere.
+        Names in `scfm.objectives.OBJECTIVES` of the objectives that "masked" and, if supported, "generative" select.
+    files
+        Patterns of the files of a model in its folder of a hub repository.
+    shared_files
+        Patterns of files that all models of a hub repository share, such as vocabularies.
     recognize
-        Function of the files of a checkpoint: whether they are of this family.
-    read, write
-        Functions that make a model of the files of a checkpoint, and that write a model as such files.
+        Function that takes the files of a checkpoint, and returns whether they belong to this family.
+    read
+        Function that takes the files of a checkpoint and returns a `Model`.
+    write
+        Function that takes a `Model` and a path, and writes a checkpoint of this family.
 
     Examples
     --------
@@ -170,12 +173,12 @@ def add_family(family: Family) -> Family:
 
 
 def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge fields of `ModelConfig`; of a group of fields, later settings replace those that they name.
+    """Merge fields of `ModelConfig`. Later settings replace earlier ones; in a group, only the fields that they contain.
 
     Parameters
     ----------
     settings
-        Mappings of fields, a group as a mapping of its fields.
+        Mappings of field names to values; a group of fields is a mapping itself.
 
     Examples
     --------
@@ -194,4 +197,4 @@ def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_medians(files: CheckpointFiles, medians: Source | None) -> None:
     """Raise `ModelFileError` if medians are given for a checkpoint of a family without them."""
     if medians is not None:
-        raise ModelFileError(f"{files} is a checkpoint of a family that has no medians; leave `medians` out.")
+        raise ModelFileError(f"{files} is a checkpoint of a family without medians. Do not pass `medians`.")

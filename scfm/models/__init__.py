@@ -1,4 +1,4 @@
-"""The network, its configuration, and the models that users hold."""
+"""The network, its configuration, and `Model`, which combines a network with an encoding."""
 
 from scfm.models.config import ModelConfig
 from scfm.models.generation import generate

@@ -1,4 +1,4 @@
-"""`ModelConfig`: every family is a setting of one network."""
+"""`ModelConfig`: the settings of the network; each model family has other settings of the same network."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from scfm.nn.config import (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(BlockConfig):
-    """Shape and architecture of the network; JSON-able, saved with every model.
+    """Settings of the network, which are saved as JSON with every model.
 
-    Sizes are fields of their own; what distinguishes families is grouped by the part of the network that reads it. The
-    settings of `scfm.nn.config.BlockConfig` (`d_model`, `n_heads`, `d_ff`, `dropout`, `norm`, `attention`, ...) are those
-    of its blocks.
+    Settings that differ between families are in groups, one for each part of the network. The fields of
+    `scfm.nn.config.BlockConfig` (`d_model`, `n_heads`, `d_ff`, `dropout`, `norm`, `attention`, ...) are the settings of the
+    blocks.
 
     Attributes
     ----------
     n_tokens
         Number of rows of the gene embedding: the length of the vocabulary.
     pad_id
-        Row of the gene embedding that stays zero; None if the vocabulary has no padding token.
+        Id of the padding token, whose embedding stays zero (published vocabularies have one); None if there is none.
     context_length
-        Largest number of tokens of a cell; the length of the rank embedding if there is one.
+        Maximum number of tokens of a cell, and number of learned positions if the network embeds ranks.
     n_layers
         Number of blocks.
     n_batches
-        Number of experimental batches that batch norm, batch labels and the discriminator distinguish.
+        Number of experimental batches, for the parts of the network that depend on them (`EmbeddingConfig.batch_norm`,
+        `HeadConfig.batch_labels` and `HeadConfig.batches`).
     final_norm
-        Layer norm of the last block's output.
+        Whether the output of the last block has a layer norm.
     embedding, heads, classes, pooling
-        Settings of the embedding of tokens, the heads for pretraining, the class head, the embedding of cells.
+        Settings of the token embedding, the pretraining heads, the class head, and the pooling to cell embeddings.
     decoder
-        Settings of a decoder over all genes (scFoundation); None for none.
+        Settings of a decoder over all genes (scFoundation); None if there is no decoder.
 
     Raises
     ------
@@ -81,7 +82,7 @@ class ModelConfig(BlockConfig):
 
     @property
     def d_value_input(self) -> int:
-        """Width of the input of scGPT's value heads: the state, and the batch embedding if there is one."""
+        """Width of the input of scGPT's value heads: the token state, and the batch embedding if there is one."""
         return 2 * self.d_model if self.heads.batch_labels else self.d_model
 
     @property

@@ -1,4 +1,4 @@
-"""scFoundation's decoder: a light Performer over every gene of the panel, expressed or not."""
+"""scFoundation's decoder: a small Performer over all genes of the vocabulary, including those that are not expressed."""
 
 # Axes: T packed tokens, D width of the encoder, E width of the decoder.
 
@@ -14,7 +14,7 @@ from scfm.nn.config import DecoderConfig
 class Decoder(nn.Module):
     """A linear layer to the decoder's width, pre-norm blocks with linear attention, and two layer norms.
 
-    Published code normalizes twice, once at the end of the Performer and once more before the value head.
+    The published code has two layer norms, one at the end of the Performer and one before the value head.
     """
 
     def __init__(self, d_input: int, config: DecoderConfig) -> None:
@@ -25,7 +25,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
     def forward(self, hidden_TD: Tensor, plan: ops.AttentionPlan) -> Tensor:
-        """States of all tokens, shape (T, E)."""
+        """Return the states of all tokens, shape (T, E)."""
         hidden_TE = self.project(hidden_TD)
         for block in self.blocks:
             hidden_TE = block(hidden_TE, plan)

@@ -1,4 +1,4 @@
-"""Adding genes to the vocabulary of a trained model."""
+"""Add genes to the vocabulary of a trained model."""
 
 # Axes: B cells, V tokens of the new vocabulary, G genes in both, R components, D model width.
 
@@ -24,7 +24,7 @@ RIDGE_PENALTY = 10.0
 
 
 def extended_vocabulary(vocabulary: Vocabulary, genes: Sequence[str]) -> Vocabulary:
-    """Append genes to a vocabulary; all existing tokens keep their ids."""
+    """Return a vocabulary with further genes at its end; existing tokens keep their ids."""
     return Vocabulary(
         [*vocabulary.tokens, *genes],
         special=dict(vocabulary.special),
@@ -41,20 +41,20 @@ def extended_encoding(encoding: Encoding, vocabulary: Vocabulary, learned: Encod
     encoding
         The encoding of the model; its medians are kept.
     vocabulary
-        From `extended_vocabulary`.
+        Result of `extended_vocabulary`.
     learned
-        The same settings, learned from the new data with the longer vocabulary. Only the medians of the new genes are
-        taken, multiplied by the typical ratio of published to learned medians over the genes in both.
+        An encoding with the same settings, learned from the new data with the longer vocabulary. Only the medians of the new
+        genes are used, multiplied by the typical ratio of the model's medians to the learned ones over the common genes.
 
     Raises
     ------
     ModelTaskError
-        If the encoding reads a fixed panel of genes.
+        If the encoding needs a fixed set of genes.
     """
     if encoding.config.include_zeros:
         raise ModelTaskError(
-            "The vocabulary of this model is a fixed panel of genes, which cannot be extended. "
-            "Leave `extend_vocabulary` out; genes outside the panel are then ignored."
+            "The vocabulary of this model is a fixed set of genes, which cannot be extended. "
+            "Omit `extend_vocabulary`; other genes are then ignored."
         )
     if encoding.medians is None:
         return type(encoding)(encoding.config, vocabulary)
@@ -74,16 +74,16 @@ def extend_network(
     """Return a copy of the network for a longer vocabulary.
 
     The embedding of a new gene is predicted from its loadings on principal components of the new data, by a ridge
-    regression fitted on the genes that the network knows.
+    regression that is fitted on the genes of the old vocabulary.
 
     Parameters
     ----------
     network
-        Left unchanged.
+        The network, which is not changed.
     vocabulary
-        From `extended_vocabulary`.
+        Result of `extended_vocabulary`.
     expression_BV
-        log1p counts per 10,000 of the new data by token id of `vocabulary`, shape (B, V).
+        log1p of counts per 10,000 of the new data by token id of `vocabulary`, shape (B, V).
     seed
         Seed of the decomposition.
     """
@@ -108,14 +108,15 @@ def extend_network(
 def _predicted_embeddings(
     old_VD: NDArray[np.float32], is_gene_V: NDArray[np.bool_], expression_BV: sparse.csr_matrix, seed: int
 ) -> NDArray[np.float32]:
-    """Embeddings of the tokens after the first `len(old_VD)`, shape (new tokens, D), float32."""
+    """Return the embeddings of the new tokens, which follow the first `len(old_VD)`, float32."""
     n_old = len(old_VD)
     loadings_VR = gene_loadings(expression_BV, N_COMPONENTS, seed).numpy().astype(np.float64)
     expressed_V = np.asarray((expression_BV > 0).sum(0)).ravel() > 0
     shared = np.flatnonzero(expressed_V[:n_old] & is_gene_V)
     if not len(shared):
         raise ModelTaskError(
-            "The data and the model have no gene in common, so embeddings of new genes cannot be predicted."
+            "The data and the model have no gene in common, so embeddings of new genes cannot be predicted. Check the names "
+            "of the genes with `scfm.pp.check`."
         )
     scaler = StandardScaler().fit(loadings_VR[shared])
     regression = Ridge(alpha=RIDGE_PENALTY).fit(scaler.transform(loadings_VR[shared]), old_VD[shared])

@@ -1,4 +1,4 @@
-"""Starting points of a network: gene embeddings from a singular value decomposition of expression."""
+"""Initialize the gene embedding of a network with a singular value decomposition of expression."""
 
 # Axes: B cells, V tokens of the vocabulary, D model width, R components.
 
@@ -18,20 +18,20 @@ MAX_CELLS_FOR_SVD = 20_000
 
 
 def start_from_loadings(network: CellTransformer, expression_BV: sparse.csr_matrix, *, seed: int = 0) -> None:
-    """Start the gene embedding of a network from the loadings of log1p counts per 10,000, shape (B, V)."""
+    """Initialize the gene embedding of a network with loadings of log1p counts per 10,000, shape (B, V)."""
     set_gene_embeddings(network, gene_loadings(expression_BV, N_COMPONENTS, seed), scale=GENE_SCALE)
 
 
 def gene_loadings(expression_BV: sparse.csr_matrix, n_components: int, seed: int = 0) -> torch.Tensor:
-    """Right singular vectors of the cells-by-genes matrix, scaled by `compressed_loadings`, shape (V, R), float32."""
+    """Return right singular vectors of the cells-by-genes matrix, scaled by `compressed_loadings`, shape (V, R), float32."""
     n_components = min(n_components, *(size - 1 for size in expression_BV.shape))
     return compressed_loadings(TruncatedSVD(n_components, random_state=seed).fit(expression_BV).components_.T)
 
 
 def compressed_loadings(loadings_VR: NDArray[np.floating]) -> torch.Tensor:
-    """Signed square root of loadings whose columns are scaled to a root mean square of 1, shape (V, R), float32.
+    """Return the signed square root of loadings with columns scaled to a root mean square of 1, shape (V, R), float32.
 
-    The square root keeps a few marker genes with large loadings from dominating the scale.
+    Without the square root, a few marker genes with large loadings would dominate the scale.
     """
     scaled_VR = loadings_VR / np.sqrt((loadings_VR**2).mean(0, keepdims=True) + 1e-12)
     return torch.from_numpy(np.sign(scaled_VR) * np.sqrt(np.abs(scaled_VR))).float()

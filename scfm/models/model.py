@@ -1,4 +1,4 @@
-"""`Model`: what a user holds. A network, the encoding that feeds it, and typed state."""
+"""`Model`: a network with its encoding, labels, calibration and scores."""
 
 # Axes: B cells, T packed tokens, D model width, C classes.
 
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 Precision = Literal["fp32", "bf16"]
-TOKENS_PER_BATCH = 16_384  # of inference: large enough to fill the cores, small enough for a laptop's memory
+TOKENS_PER_BATCH = 16_384  # for inference; more tokens are not faster, and need more memory
 
 
 class Model(ModelState):
-    """A trained model, ready for `scfm.tl` and `scfm.pl`: a network, the encoding that feeds it, and typed state.
+    """A trained network with its encoding, its labels and its scores, as the functions of `scfm.tl` and `scfm.pl` need it.
 
     Attributes
     ----------
     network
         The transformer, a `torch.nn.Module`.
     encoding
-        How cells become tokens: configuration, vocabulary, medians.
+        The encoding: settings, vocabulary, medians.
     labels
         Names of the classes that the network predicts; empty if it was not trained to classify.
     calibration
-        Temperatures of its probabilities, and the typical distance to its training cells; None if it was not calibrated.
+        Temperatures for calibrated probabilities, and the typical distance to the training cells; None if the model was
+        not calibrated.
     scores
         Rows of `report`; None if the model was fitted without labels.
     objective
@@ -49,10 +50,10 @@ class Model(ModelState):
     checkpoint
         The published checkpoint that the model was read from, if any.
     history
-        How the model was made: settings and losses of each stage. No prediction depends on it.
+        Record of the settings and losses of each training stage. It does not affect predictions.
     id
-        Twelve hexadecimal digits, the same for models with the same weights, settings, vocabulary, medians, labels and
-        calibration.
+        Twelve hexadecimal digits, which are the same for models with the same weights, settings, vocabulary, medians, labels
+        and calibration.
     device, n_parameters
         Device and number of parameters of the network.
 
@@ -73,7 +74,7 @@ class Model(ModelState):
     """
 
     def to(self, device: torch.device | str) -> Model:
-        """Move the network, in place, and return the model."""
+        """Move the network to a device, in place, and return the model."""
         self.network.to(device)
         return self
 
@@ -83,17 +84,17 @@ class Model(ModelState):
         The files are `config.json`, `vocabulary.json`, `weights.safetensors`, and, if the encoding has medians,
         `encoding.safetensors`.
 
-        It is written under a temporary name and renamed, so an interrupted call leaves what was there before.
+        It is written under a temporary name and renamed at the end, so an interrupted call changes nothing.
 
         Parameters
         ----------
         path
-            The directory; a saved model that is there is replaced, anything else is not.
+            The directory. An existing saved model is replaced; other files and directories are never replaced.
 
         Raises
         ------
         ModelFileError
-            If `path` exists and is not a saved model, or a weight is not finite.
+            If `path` exists and is not a saved model, or if a weight is not finite.
         OSError
             If the directory cannot be written.
 
@@ -110,7 +111,7 @@ class Model(ModelState):
     def save_pretrained(
         self, path: str | Path, *, name: str | None = None, data: str | None = None, license: str | None = None
     ) -> None:
-        """Write the directory that `save` writes, with a model card (`README.md`): training, scores, intended use, limits.
+        """Save the model with a model card (`README.md`) that states training, scores, intended use and limits.
 
         Parameters
         ----------
@@ -119,8 +120,8 @@ class Model(ModelState):
         name
             Title of the card; None for the directory's name.
         data, license
-            For the card: the cells that the model was trained on, in words, and the license of its weights
-            ("bsd-3-clause"). The card says where they are not stated.
+            For the card: a description of the training cells, and the license of the weights ("bsd-3-clause"). If they are
+            None, the card says that they are not stated.
 
         Examples
         --------
@@ -141,25 +142,25 @@ class Model(ModelState):
         token: str | None = None,
         subfolder: str | None = None,
     ) -> Model:
-        """Open a model in scfm's format: a directory, or a repository on the model hub. Nothing in either is executed.
+        """Load a model in scfm's format from a directory or a repository on the Hugging Face Hub. No code in it is executed.
 
-        `scfm.load` also opens published checkpoints of other packages.
+        `scfm.load` also loads published checkpoints of other packages.
 
         Parameters
         ----------
         path
-            Directory, or "owner/name" of a repository, whose JSON, safetensors and TSV files are fetched.
+            Directory, or "owner/name" of a repository, whose JSON, safetensors and TSV files are downloaded.
         revision, token
             Branch, tag or commit of the repository, and the token that gives access to a private one.
         subfolder
-            Folder of the model inside `path`.
+            Folder of the model within `path`.
 
         Raises
         ------
         ModelFileError
             If there is no such directory or repository, or it does not hold a saved model.
         ImportError
-            If a repository is named and huggingface_hub is not installed (extra `hub`).
+            If `path` is a repository and huggingface_hub is not installed (extra `hub`).
 
         Examples
         --------
@@ -185,13 +186,13 @@ class Model(ModelState):
         repository
             "owner/name".
         data, license
-            Training data in a sentence, and the license of the model, for the model card.
+            Description of the training data, and license of the model, for the model card.
         private
             Whether a new repository is private.
         revision
             Branch. None for the main branch.
         token
-            Access token. None for the one that `hf auth login` stored.
+            Access token. None for the token that `hf auth login` has stored.
 
         Returns
         -------
@@ -204,14 +205,13 @@ class Model(ModelState):
         return push(self, repository, data=data, license=license, private=private, revision=revision, token=token)
 
     def report(self) -> pd.DataFrame:
-        """Scores of the model and of the baselines on the same held-out cells.
+        """Return the scores of the model and of the baselines on the same test cells.
 
         Returns
         -------
-        One row per method (index `method`), first "scfm", the ensemble that `scfm.tl.annotate` uses. Columns:
+        One row per method (index `method`). The first, "scfm", is the ensemble that `scfm.tl.annotate` uses. Columns:
 
-        - `setting`: "inductive" if nothing of the method was fitted on test cells, "transductive" if it saw them without
-          their labels
+        - `setting`: "inductive" if nothing was fitted on test cells, "transductive" if they were used without their labels
         - `accuracy`, `macro_f1` (mean of the F1 scores of the classes), `balanced_accuracy` (mean of their recalls)
         - `ece`: expected calibration error of the probabilities
         - `above_scfm`: True if the method has a higher macro-F1 than the row "scfm"
@@ -219,7 +219,7 @@ class Model(ModelState):
         Raises
         ------
         ModelTaskError
-            If the model was fitted without labels, so that there is nothing to score.
+            If the model was fitted without labels.
 
         Examples
         --------
@@ -252,9 +252,9 @@ class Model(ModelState):
         normalize: bool | None = None,
         precision: Precision = "fp32",
     ) -> NDArray[np.float32]:
-        """Embedding of each encoded cell, shape (B, D), float32. The result for a cell does not depend on the other cells.
+        """Return the embedding of each encoded cell, shape (B, D), float32, independent of the other cells.
 
-        Arguments as in `scfm.tl.embed`; None for the model's own choice.
+        Arguments are described in `scfm.tl.embed`. None for the default of the model.
         """
         network, config = self.network_in(precision), self.network.config
         parts = [
@@ -271,19 +271,19 @@ class Model(ModelState):
         )
 
     def embedding_of_features(self, features_BX: NDArray[np.float32], cells: CellBatch) -> NDArray[np.float32]:
-        """Return what `embed` returns; class features that are the embedding already are not computed again."""
+        """Return the same as `embed`, without computing it again if the class features are the embedding."""
         if not self.network.class_head_reads_embedding:
             return self.embed(cells)
         return unit_length(features_BX) if self.network.config.pooling.normalize else features_BX
 
     def class_features(self, cells: CellBatch, *, precision: Precision = "fp32") -> NDArray[np.float32]:
-        """Return what the class head reads of each encoded cell, shape (B, X), float32."""
+        """Return the input of the class head for each encoded cell, shape (B, X), float32."""
         network = self.network_in(precision)
         parts = [network.class_features(batch).float().cpu() for batch in self.batches(cells)]
         return torch.cat(parts).numpy()
 
     def logits_of_features(self, features_BX: NDArray[np.float32], cells: CellBatch) -> torch.Tensor:
-        """Return the transformer's logits, shape (B, C), from class features; a head that reads all tokens gets `cells`."""
+        """Return logits of the transformer, shape (B, C), from class features, or from `cells` if the head needs all tokens."""
         self.require_labels()
         if self.network.config.classes.kind == "panel":
             return torch.cat([self.network.class_logits(batch).float().cpu() for batch in self.batches(cells)])
@@ -294,17 +294,17 @@ class Model(ModelState):
     def predict_proba(
         self, cells: CellBatch, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
     ) -> NDArray[np.float32]:
-        """Probability of each class for each encoded cell, shape (B, C), float32, in the order of `labels`.
+        """Return the probability of each class for each encoded cell, shape (B, C), float32, in the order of `labels`.
 
         Parameters
         ----------
         cells
-            Encoded by the model's encoding.
+            Cells encoded with the encoding of the model.
         expression_BV
-            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). With it, the ensemble of the
-            transformer and of the model's linear gene classifier together; without, the transformer's alone.
+            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). If given, and the model has a
+            linear gene classifier, the result is that of the ensemble. None for the transformer alone.
         calibrated
-            Whether probabilities are sharpened or softened by the temperature that fits the calibration cells.
+            Whether to divide logits by the temperature that was fitted on the calibration cells.
         """
         self.require_labels()
         parts = [self.network.class_logits(batch).float().cpu() for batch in self.batches(cells)]
@@ -314,7 +314,7 @@ class Model(ModelState):
     def proba_of_logits(
         self, logits_BC: torch.Tensor, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
     ) -> NDArray[np.float32]:
-        """`predict_proba` from the transformer's logits, shape (B, C), where these are at hand."""
+        """Return the same as `predict_proba` for given logits of the transformer, shape (B, C)."""
         fitted, classifier = self.calibration or Calibration(n_cells=0), self.network.gene_classifier
         temperature = fitted.transformer_temperature
         if expression_BV is not None and classifier is not None:
@@ -325,7 +325,7 @@ class Model(ModelState):
         return torch.softmax(logits_BC, -1).numpy()
 
     def network_in(self, precision: Precision) -> CellTransformer:
-        """Return the network, for inference: itself ("fp32"), or a copy with its blocks in bfloat16 ("bf16")."""
+        """Return the network for inference: the network itself ("fp32"), or a copy with blocks in bfloat16 ("bf16")."""
         if precision not in get_args(Precision):
             raise ValueError(f"`precision` is {precision!r}; choose one of {', '.join(get_args(Precision))}.")
         return self.network if precision == "fp32" else self.network.in_bfloat16()
@@ -334,7 +334,8 @@ class Model(ModelState):
         """Raise `ModelTaskError` unless the model predicts classes of cells."""
         if self.labels and self.network.config.classes.kind == "token":
             raise ModelTaskError(
-                "This model predicts classes of genes, not of cells. Its logits are `network.class_logits(cells)`, one row per token."
+                "This model predicts classes of genes, not of cells. `model.network.class_logits(cells)` returns its logits, "
+                "one row per token."
             )
         if not self.labels:
             raise ModelTaskError(
@@ -342,7 +343,7 @@ class Model(ModelState):
             )
 
     def batches(self, cells: CellBatch) -> Iterator[CellBatch]:
-        """Cut cells into runs of at most `TOKENS_PER_BATCH` tokens, on the network's device, without gradients."""
+        """Yield batches of at most `TOKENS_PER_BATCH` tokens on the device of the network, without gradients."""
         self.network.eval()
         with torch.inference_mode():
             for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
@@ -357,12 +358,12 @@ class Model(ModelState):
 
 
 def unit_length(embedding_BD: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Divide each row by its length."""
+    """Divide each row by its Euclidean norm."""
     return embedding_BD / np.maximum(np.linalg.norm(embedding_BD, axis=1, keepdims=True), 1e-12)
 
 
 def runs_of_tokens(cu_seqlens: NDArray[np.integer], budget: int) -> Iterator[slice]:
-    """Cut consecutive cells into slices of at most `budget` tokens, each of at least one cell."""
+    """Divide consecutive cells into slices of at most `budget` tokens, with at least one cell each."""
     start, n_cells = 0, len(cu_seqlens) - 1
     while start < n_cells:
         stop = int(np.searchsorted(cu_seqlens, cu_seqlens[start] + budget, side="right")) - 1

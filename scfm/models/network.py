@@ -1,4 +1,4 @@
-"""The one network behind every family: embedding, blocks, heads, on packed cells."""
+"""`CellTransformer`: the network of all model families, with embedding, blocks and heads on packed cells."""
 
 # Axes: B cells, T packed tokens, N chosen tokens, D model width, V tokens of the vocabulary, C classes, S value buckets.
 
@@ -39,14 +39,14 @@ from scfm.vocab import Vocabulary
 
 @dataclass(frozen=True)
 class Readout:
-    """How the states of tokens become one vector per cell.
+    """Settings for computing one vector per cell from the states of its tokens.
 
     Attributes
     ----------
     n_blocks
-        Number of blocks that the states pass through first; 0 for the input of the first block.
+        Number of blocks to apply; 0 for the input of the first block.
     pooling
-        As in `scfm.nn.pool_cells`.
+        Argument `how` of `scfm.nn.pool_cells`.
     """
 
     n_blocks: int
@@ -54,16 +54,16 @@ class Readout:
 
 
 class CellTransformer(nn.Module):
-    """Transformer over the expressed genes of a cell.
+    """Transformer over the tokens of a cell.
 
-    Cells travel packed end to end, so padding is never computed. The state of a token depends on its own cell only.
+    Cells are packed end to end, without padding. The state of a token depends only on tokens of the same cell.
 
     Parameters
     ----------
     config
-        Shape and architecture; `scfm.families` has those of the published families.
+        Settings; `scfm.families` has those of the published families.
     special_ids
-        Token ids that are not genes (padding, mask, cls, eos); they are left out of mean pooling.
+        Token ids that are not genes (padding, mask, cls, eos); mean pooling ignores them.
 
     Examples
     --------
@@ -77,7 +77,7 @@ class CellTransformer(nn.Module):
 
     is_gene_V: Tensor
     calls_since_redraw: Tensor
-    class_head: Any  # None, or the kind of head that the configuration names
+    class_head: Any  # None, or a head of the kind in the configuration
 
     def __init__(self, config: ModelConfig, special_ids: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class CellTransformer(nn.Module):
 
     @classmethod
     def for_vocabulary(cls, config: ModelConfig, vocabulary: Vocabulary) -> CellTransformer:
-        """Build the network that reads the tokens of `vocabulary`."""
+        """Build a network for the tokens of `vocabulary`."""
         if config.n_tokens != len(vocabulary):
             raise ValueError(
                 f"ModelConfig.n_tokens is {config.n_tokens}, but the vocabulary has {len(vocabulary)} tokens."
@@ -136,10 +136,10 @@ class CellTransformer(nn.Module):
         return cls(config, tuple(token for token in range(len(vocabulary)) if token not in genes))
 
     def forward(self, cells: CellBatch, *, hidden_layer: int = -1, first_BD: Tensor | None = None) -> Tensor:
-        """States of all tokens after one layer, shape (T, D).
+        """Return the states of all tokens at one layer, shape (T, D).
 
-        `hidden_layer` indexes [input of the first block, output of block 1, ..., output of the last block] as Python
-        does. Blocks after the one asked for are not computed. `first_BD` replaces the input of each cell's first token.
+        `hidden_layer` is an index of the list [input of the first block, output of block 1, ..., output of the last block].
+        Later blocks are not computed. `first_BD` replaces the input of each cell's first token.
         """
         n_states = self.config.n_layers + 1
         if not -n_states <= hidden_layer < n_states:
@@ -150,13 +150,13 @@ class CellTransformer(nn.Module):
         return next(islice(self.hidden_states(cells, first_BD), hidden_layer % n_states, None))
 
     def hidden_states(self, cells: CellBatch, first_BD: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield the input of the first block, then the output of each, every one of shape (T, D)."""
+        """Yield the input of the first block, then the output of each block, all of shape (T, D)."""
         self._redraw_when_due()
         plan = self.plan(cells)
         hidden_TD = self.embed_tokens(cells, plan)
         if first_BD is not None:
             hidden_TD = hidden_TD.index_copy(0, cells.cu_seqlens[:-1].long(), first_BD.to(hidden_TD.dtype))
-        # The embedding may be kept in more digits than the blocks: values would lose theirs in bfloat16.
+        # The embedding may have a higher precision than the blocks, because bfloat16 would round values too much.
         hidden_TD = hidden_TD.to(self.blocks[0].dtype)  # type: ignore[arg-type]
         yield hidden_TD
         for block in self.blocks:
@@ -164,9 +164,9 @@ class CellTransformer(nn.Module):
             yield self.norm(hidden_TD) if block is self.blocks[-1] else hidden_TD
 
     def states_at(self, cells: CellBatch, token_N: Tensor) -> Tensor:
-        """States of the last block at chosen tokens, shape (N, D); `token_N` holds their places, ascending.
+        """Return states of the last block at the ascending token indices `token_N`, shape (N, D).
 
-        The same as `network(cells)[token_N]`; the last block is worked out for these tokens alone.
+        The result equals `network(cells)[token_N]`, but the last block is computed for these tokens only.
         """
         if cells.n_known is not None:
             return self(cells).index_select(0, token_N)
@@ -176,7 +176,7 @@ class CellTransformer(nn.Module):
         return self.norm(self.blocks[-1](hidden_TD, plan, token_N))
 
     def embed_tokens(self, cells: CellBatch, plan: ops.AttentionPlan) -> Tensor:
-        """Input of the first block, shape (T, D)."""
+        """Return the input of the first block, shape (T, D)."""
         is_target_T = None if plan.n_known is None else target_tokens(plan).to(cells.device)
         batch_ids_T = None if cells.batch_ids_B is None else cells.batch_ids_B[cells.cell_of_token_T()]
         return self.embedding(
@@ -184,38 +184,38 @@ class CellTransformer(nn.Module):
         )
 
     def input_states(self, cells: CellBatch) -> Tensor:
-        """Input of the first block in its precision, shape (T, D)."""
+        """Return the input of the first block in the precision of the block, shape (T, D)."""
         return self.embed_tokens(cells, self.plan(cells)).to(self.blocks[0].dtype)  # type: ignore[arg-type]
 
     @property
     def embedding_readout(self) -> Readout:
-        """What the embedding of a cell is made of."""
+        """Readout for the embedding of a cell."""
         return Readout(self.config.pooling.hidden_layer % (self.config.n_layers + 1), self.config.pooling.how)
 
     @property
     def class_readout(self) -> Readout:
-        """What the class head reads of a cell."""
+        """Readout for the class head."""
         return self.embedding_readout if self.class_head_reads_embedding else Readout(self.config.n_layers, "cls")
 
     def states_for(self, readout: Readout, cells: CellBatch) -> Tensor:
-        """States of the tokens that a readout pools, shape (T, D)."""
+        """Return the token states that a readout pools, shape (T, D)."""
         return self(cells, hidden_layer=readout.n_blocks)
 
     def read_out(self, readout: Readout, cells: CellBatch) -> Tensor:
-        """One vector per cell, shape (B, D)."""
+        """Return one vector per cell, shape (B, D)."""
         return self.pool(self.states_for(readout, cells), cells, readout.pooling)
 
     def read_out_from(self, readout: Readout, hidden_TD: Tensor, cells: CellBatch, *, n_done: int) -> Tensor:
-        """The same from the states of the tokens after the first `n_done` blocks."""
+        """Return the same as `read_out`, from token states after the first `n_done` blocks."""
         plan = self.plan(cells)
         for block in self.blocks[n_done : readout.n_blocks]:
             hidden_TD = block(hidden_TD, plan)
         return self.pool(self._normed(hidden_TD, readout), cells, readout.pooling)
 
     def states_with_keys(self, readout: Readout, cells: CellBatch, keys: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """States that a readout pools, shape (T, D), if the tokens attend to the given keys and values.
+        """Return the token states that a readout pools, shape (T, D), if tokens attend to the given keys and values.
 
-        `keys` has those of each block that the readout needs, (T, H, K) each; none depends on the tokens of `cells`.
+        `keys` holds keys and values for each block of the readout, each of shape (T, H, K), instead of those of `cells`.
         """
         hidden_TD, plan = self.input_states(cells), self.plan(cells)
         for block, (key_THK, value_THK) in zip(self.blocks[: readout.n_blocks], keys):
@@ -226,28 +226,31 @@ class CellTransformer(nn.Module):
         return self.norm(hidden_TD) if readout.n_blocks == self.config.n_layers else hidden_TD
 
     def record(self) -> AbstractContextManager[Recording]:
-        """Keep queries, keys, values and rank embeddings of the forward passes inside a `with` statement."""
+        """Record queries, keys, values and rank embeddings of the forward passes within a `with` statement."""
         return record(self.blocks, self.embedding.rank)
 
     def plan(self, cells: CellBatch) -> ops.AttentionPlan:
-        """Lay out the attention of a batch once, for all layers."""
+        """Return the attention plan of a batch, which all layers share."""
         return ops.make_plan(cells.cu_seqlens, n_known=cells.n_known)
 
     def set_attention_backend(self, backend: Backend) -> None:
-        """Force the attention kernel of every block: "auto", "fused" or "torch"."""
+        """Set the attention backend of every block: "auto", "fused" or "torch"."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
 
     def value_states(self, cells: CellBatch) -> Tensor:
-        """States that the value head reads, shape (T, D): those of the last block, or the decoder's where there is one.
+        """Return the input of the value head, shape (T, D): states of the last block, or of the decoder if there is one.
 
-        The encoder then sees the tokens with a value above 0 only, and the decoder every token of `cells`.
+        With a decoder, the input of the encoder is the tokens with a value above 0, and that of the decoder all tokens.
         """
         if self.decoder is None:
             return self(cells)
         if cells.values_T is None:
-            raise ValueError("This network embeds values, but the batch has none (`values_T` is None).")
+            raise ValueError(
+                "This network embeds values, but the batch has none (`values_T` is None). Encode the cells with the encoding "
+                "of the model."
+            )
         visible_T = cells.values_T > 0
         encoded_ND = self(visible_tokens(cells, visible_T))
         hidden_TD = self.embedding.value(cells.values_T)  # type: ignore[misc]
@@ -255,59 +258,59 @@ class CellTransformer(nn.Module):
         return self.decoder(hidden_TD + self.embedding.genes(cells.gene_ids_T), self.plan(cells))
 
     def embed_cells(self, cells: CellBatch, *, hidden_layer: int | None = None, pooling: str | None = None) -> Tensor:
-        """One vector per cell, shape (B, D), pooled as the configuration says by default."""
+        """Return one vector per cell, shape (B, D). None for the settings of the configuration."""
         layer = self.config.pooling.hidden_layer if hidden_layer is None else hidden_layer
         return self.pool(self(cells, hidden_layer=layer), cells, pooling)
 
     def pool(self, hidden_TD: Tensor, cells: CellBatch, pooling: str | None = None) -> Tensor:
-        """Pool token states to cells; the mean leaves special tokens out."""
+        """Pool token states to one vector per cell; the mean ignores special tokens."""
         how = self.config.pooling.how if pooling is None else pooling
         keep_T = self.is_gene_T(cells) if how != "cls" else None
         return pool_cells(hidden_TD, cells.cu_seqlens, keep_T, how=how)
 
     def is_gene_T(self, cells: CellBatch) -> Tensor:
-        """Which tokens are genes, shape (T,), bool."""
+        """Return whether each token is a gene, shape (T,), bool."""
         return self.is_gene_V[cells.gene_ids_T.long()]
 
     def gene_logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits of the gene at each chosen token, shape (N, V); the decoder is the gene embedding."""
+        """Return logits over genes for each chosen token, shape (N, V); the decoder is the gene embedding."""
         return self._head("gene_head")(hidden_ND, self.embedding.gene.weight)
 
     def values(self, hidden_ND: Tensor, batch_ids_N: Tensor | None = None) -> Tensor:
-        """Value at each chosen token, shape (N,); with a bucket head the logits of its buckets, shape (N, S)."""
+        """Return the value of each chosen token, shape (N,); with a bucket head logits over buckets, shape (N, S)."""
         return self._head("value_head")(self.with_batch(hidden_ND, batch_ids_N))
 
     def values_from_cells(self, cell_ND: Tensor, gene_ids_N: Tensor, batch_ids_N: Tensor | None = None) -> Tensor:
-        """Value of each chosen gene from the embedding of its cell, shape (N,)."""
+        """Return the value of each chosen gene, predicted from the embedding of its cell, shape (N,)."""
         genes_ND = self.embedding.genes(gene_ids_N)
         return self._head("value_from_cell_head")(self.with_batch(cell_ND, batch_ids_N), genes_ND)
 
     def with_batch(self, hidden_ND: Tensor, batch_ids_N: Tensor | None) -> Tensor:
-        """Append the embedding of the experimental batch to each row if the value heads read it."""
+        """Append the embedding of the experimental batch to each row if the value heads need it."""
         if self.batch_labels is None:
             return hidden_ND
         if batch_ids_N is None:
-            raise ValueError("The value heads of this network read the experimental batch; give `batch_ids_B`.")
+            raise ValueError("The value heads of this network need the experimental batch. Pass `batch_ids_B`.")
         return torch.cat([hidden_ND, self.batch_labels(batch_ids_N).to(hidden_ND.dtype)], -1)
 
     def class_logits(self, cells: CellBatch) -> Tensor:
-        """Logits of each cell's class, shape (B, C); of each token's, shape (T, C), with a "token" head."""
+        """Return class logits of each cell, shape (B, C), or, with a "token" head, of each token, shape (T, C)."""
         head, kind = self._head("class_head"), self.config.classes.kind
         if kind in ("token", "panel"):
             return head(self(cells))
         return head(self.class_features(cells))
 
     def class_features(self, cells: CellBatch) -> Tensor:
-        """Return what the class head reads of each cell: its embedding, or the state of its first token."""
+        """Return the input of the class head: the embedding of each cell, or the state of its first token."""
         return self.read_out(self.class_readout, cells)
 
     @property
     def class_head_reads_embedding(self) -> bool:
-        """Whether class features are the cell embedding; heads of BERT and scGPT read the first token's last state."""
+        """Whether class features are the cell embedding; heads of BERT and scGPT use the last state of the first token."""
         return self.config.classes.kind not in ("pooler", "mlp")
 
     def add_class_head(self, n_classes: int, *, kind: str = "batch_norm", gene_classifier: bool = True) -> None:
-        """Replace the class head by a new one, by default one that reads the cell embedding, and the gene classifier too."""
+        """Replace the class head, by default by one on the cell embedding, and add a gene classifier."""
         classes = {"kind": kind, "n_classes": n_classes, "gene_classifier": gene_classifier}
         self.config = self.config.replace(classes=classes)
         self._add_classes()
@@ -323,36 +326,36 @@ class CellTransformer(nn.Module):
         self.gene_classifier = classifier.to(self.embedding.gene.weight.device)
 
     def remove_class_head(self) -> None:
-        """Take the classification head and the gene classifier off the network, if it has them."""
+        """Remove the class head and the gene classifier, if the network has them."""
         self.config = self.config.replace(classes={"n_classes": 0, "gene_classifier": False})
         self.class_head = self.gene_classifier = None
 
     def in_bfloat16(self) -> CellTransformer:
-        """Copy for inference with the blocks in bfloat16. Embedding and heads keep their digits: values would lose theirs."""
+        """Return a copy for inference with blocks in bfloat16; embedding and heads stay in float32."""
         copied = copy.deepcopy(self).eval()
         copied.blocks.bfloat16()
         copied.norm.bfloat16()
         return copied
 
     def train(self, mode: bool = True) -> CellTransformer:
-        """Set training mode; the statistics of a frozen body do not follow the data."""
+        """Set training mode; batch norm statistics of frozen parts are not updated."""
         super().train(mode)
         if self.embedding.batch_norm is not None and self._has_frozen_embedding():
             self.embedding.batch_norm.eval()
         return self
 
     def _has_frozen_embedding(self) -> bool:
-        """Whether only a part of the network is trained: its blocks then rely on fixed statistics and random features."""
+        """Whether only a part of the network is trained; statistics and random features of its blocks are then fixed."""
         return not any(parameter.requires_grad for parameter in self.embedding.parameters())
 
     def _head(self, name: str) -> nn.Module:
         head = getattr(self, name)
         if head is None:
-            raise ValueError(f"This network has no {name.replace('_', ' ')}; set it in its ModelConfig.")
+            raise ValueError(f"This network has no {name.replace('_', ' ')}. Set it in `ModelConfig.heads`.")
         return head
 
     def _redraw_when_due(self) -> None:
-        """Count training steps, and draw random features anew after every `redraw_interval` (Performer)."""
+        """Count training steps, and resample the random features after every `redraw_interval` steps (Performer)."""
         linear = [
             module for module in self.modules() if isinstance(module, Attention) and module.projection_MK is not None
         ]
@@ -378,7 +381,7 @@ def _value_head(config: ModelConfig) -> nn.Module | None:
 
 
 def visible_tokens(cells: CellBatch, keep_T: Tensor) -> CellBatch:
-    """Leave tokens out of every cell; shape of `keep_T` (T,), bool."""
+    """Return the cells with only the tokens of the mask `keep_T`, shape (T,), bool."""
     kept = torch.cat([keep_T.new_zeros(1, dtype=torch.int64), keep_T.long().cumsum(0)])
     return cells.replace(
         gene_ids_T=cells.gene_ids_T[keep_T],

@@ -1,4 +1,4 @@
-"""What a model consists of: network, encoding, and the typed state that its predictions depend on."""
+"""The saved parts of a model: network, encoding, labels, calibration, scores and history."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from scfm.models.network import CellTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Config):
-    """What was learned from cells that took no part in training.
+    """Values that were fitted on the calibration cells, which are not used for training.
 
     Attributes
     ----------
     n_cells
         Number of calibration cells.
     transformer_temperature, ensemble_temperature
-        Divisors of the log-probabilities of the transformer alone, and of its ensemble with the gene classifier.
+        Divisors of the log-probabilities of the transformer alone, and of the ensemble with the gene classifier.
     typical_distance
-        Distance to the training cells below which 99 of 100 calibration cells lie; None if it was not measured.
+        Distance to the training cells that 99 % of the calibration cells do not exceed; None if it was not measured.
     """
 
     n_cells: int
@@ -54,7 +54,7 @@ class Checkpoint(Config):
     unused
         Tensors of the checkpoint that the network does not use, by name, with the reason.
     settings
-        What the family needs to write the checkpoint as it was: names of tensors, settings without a use here. JSON-able.
+        Further content of the checkpoint that the family needs to write it again, as JSON values.
     """
 
     family: str
@@ -64,18 +64,18 @@ class Checkpoint(Config):
 
 @dataclass(eq=False, repr=False)
 class ModelState:
-    """Everything that is saved of a model; `scfm.Model` adds what can be done with it.
+    """The saved parts of a model; `scfm.Model` adds the methods.
 
     Attributes
     ----------
     network
         The transformer, a `torch.nn.Module`.
     encoding
-        How cells become tokens: configuration, vocabulary, medians.
+        The encoding: settings, vocabulary, medians.
     labels
         Names of the classes that the network predicts; empty if it was not trained to classify.
     calibration
-        Temperatures of its probabilities, and the typical distance to its training cells; None if it was not calibrated.
+        Temperatures for calibrated probabilities, and the typical distance; None if the model was not calibrated.
     scores
         Rows of `Model.report`; None if the model was fitted without labels.
     objective
@@ -83,7 +83,7 @@ class ModelState:
     checkpoint
         The published checkpoint that the model was read from, if any.
     history
-        How the model was made, JSON-able: settings and losses of each stage. A record only: no prediction depends on it.
+        Record of the settings and losses of each training stage, as JSON values. It does not affect predictions.
     """
 
     network: CellTransformer
@@ -110,10 +110,10 @@ class ModelState:
 
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits that change with everything that changes an output.
+        """Twelve hexadecimal digits of a hash of everything that affects predictions.
 
-        These are the weights, the settings of network and encoding, the vocabulary with its aliases, medians, labels and
-        calibration. Scores and history are not part of it.
+        The hash covers weights, settings of network and encoding, vocabulary with aliases, medians, labels and calibration.
+        It does not cover scores and history.
         """
         settings = {
             "network": self.network.config.to_dict(),

@@ -1,4 +1,4 @@
-"""Training objectives: each corrupts a batch and scores the network's answer."""
+"""Training objectives: each hides a part of a batch, and computes the loss of the network's prediction."""
 
 from scfm.objectives.base import (
     OBJECTIVES,

@@ -1,4 +1,4 @@
-"""What an objective is: how it corrupts a batch, how it computes its loss, and how it is made for a network."""
+"""The protocol of training objectives, and their registry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ Targets = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Term:
-    """One addend of a loss: a sum over `count` targets, kept apart so that the mean can be weighted."""
+    """One term of a loss: a sum over `count` targets, and its weight. Sum and count are separate so that means over several
+    batches are exact.
+    """
 
     sum: Tensor
     count: Tensor
@@ -36,7 +38,7 @@ Loss = dict[str, Term]
 
 
 def total(loss: Loss) -> Tensor:
-    """Weighted sum of the means of all terms, a scalar.
+    """Return the weighted sum of the means of all terms, a scalar.
 
     Parameters
     ----------
@@ -54,25 +56,25 @@ def total(loss: Loss) -> Tensor:
 
 
 class Objective(Protocol):
-    """A training objective. To add one, write these two methods in a file of its own.
+    """A training objective. A new objective is a class with these two methods, in a new file.
 
-    One that changes in the course of a run also has `at_step(step)`, which returns it as it is at an optimizer step.
+    An objective that changes during training also has a method `at_step(step)`, which returns the objective for a step.
     """
 
     @property
     def name(self) -> str: ...
 
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
-        """Make the network's input and its targets; runs on the host, all randomness comes from `generator`."""
+        """Return the input of the network and the targets. It runs on the CPU; all random numbers are from `generator`."""
         ...
 
     def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
-        """Run the network and score its answer."""
+        """Run the network, and return the terms of the loss."""
         ...
 
 
 def at_step(objective: Objective, step: int) -> Objective:
-    """Return the objective as it is at an optimizer step: itself, unless it has an `at_step` that says otherwise.
+    """Return the objective for an optimizer step: the result of its method `at_step`, or itself if it has none.
 
     Parameters
     ----------
@@ -94,16 +96,16 @@ def at_step(objective: Objective, step: int) -> Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingObjective:
-    """How an objective is made by name; the file of each pretraining objective adds one to `OBJECTIVES`.
+    """An entry of `OBJECTIVES`: a function that makes an objective, and the settings that it needs.
 
     Attributes
     ----------
     make
-        Makes it for a network and the encoding of its input.
+        Function that returns the objective for a network and its encoding.
     network_settings
-        Fields of `ModelConfig` that the network needs for it.
+        Fields of `ModelConfig` that the objective needs.
     encoding_settings
-        Fields of `EncodingConfig` that the cells need during training only.
+        Fields of `EncodingConfig` that the objective needs during training only.
     """
 
     make: Callable[[CellTransformer, Encoding], Objective]
@@ -120,9 +122,9 @@ def make_objective(name: str, network: CellTransformer, encoding: Encoding) -> O
     Parameters
     ----------
     name
-        A name in `scfm.objectives.OBJECTIVES`, as `Preset.objective` has it.
+        A name in `scfm.objectives.OBJECTIVES`, such as `Preset.objective`.
     network
-        The network to train. If it also predicts values from cells, the loss of masked values includes that (MVC).
+        The network to train. If it also predicts values from cell embeddings, the loss includes this term (MVC).
     encoding
         The encoding of its input: rank for masked genes, bucket for masked buckets, continuous for read depth.
 
@@ -134,7 +136,7 @@ def make_objective(name: str, network: CellTransformer, encoding: Encoding) -> O
     >>> network = scfm.models.CellTransformer.for_vocabulary(
     ...     preset.model_config(n_tokens=len(encoding.vocabulary)), encoding.vocabulary
     ... )
-    >>> scfm.objectives.make_objective(preset.objective, network, encoding).unknown_shares
+    >>> scfm.objectives.make_objective(preset.objective, network, encoding).target_fractions
     (0.25, 0.5, 0.75)
     """
     if name not in OBJECTIVES:
@@ -143,16 +145,16 @@ def make_objective(name: str, network: CellTransformer, encoding: Encoding) -> O
 
 
 def special_token(encoding: Encoding, role: str) -> int:
-    """Id of the special token of this role, which the objective needs."""
+    """Return the id of a special token that the objective needs."""
     token = encoding.vocabulary.special_id(role)
     if token is None:
         raise ValueError(
             f"The vocabulary has no {role!r} token (special: {dict(encoding.vocabulary.special)}), which this objective "
-            "needs. Build it with one: `Vocabulary.from_genes(names, special=[...])`."
+            "needs. Build a vocabulary with this token: `Vocabulary.from_genes(names, special=[...])`."
         )
     return token
 
 
 def count_of(tensor: Tensor) -> Tensor:
-    """Number of elements as a tensor on the same device, without a synchronization."""
+    """Return the number of elements as a tensor on the same device, without synchronizing with the device."""
     return torch.full((), tensor.numel(), dtype=torch.float32, device=tensor.device)

@@ -17,9 +17,9 @@ from scfm.objectives.base import Loss, Targets, Term
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy of each labeled cell's class, sum of w_c CE / sum of w_c over the batch.
+    """Cross-entropy of the class of each cell, weighted by class: sum of w_c CE / sum of w_c over the batch.
 
-    `class_weights_C` weighs the classes; None weighs all alike. Every cell of a batch must be labeled.
+    `class_weights_C` holds the weights of the classes; None for equal weights. Every cell of a batch must have a label.
 
     Examples
     --------
@@ -35,7 +35,7 @@ class Classification:
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
         labels_B = cells.labels_B
         if labels_B is None or bool((labels_B < 0).any()):
-            raise ValueError("Classification needs a label for every cell of the batch; leave unlabeled cells out.")
+            raise ValueError("Classification needs a label for every cell of the batch. Remove unlabeled cells.")
         weights_B = torch.ones(len(cells)) if self.class_weights_C is None else self.class_weights_C[labels_B]
         return cells, {"labels_B": labels_B, "weights_B": weights_B}
 
@@ -46,16 +46,16 @@ class Classification:
 
 
 def class_weights(labels_B: Tensor, n_classes: int, power: float = 0.5) -> Tensor:
-    """Weights proportional to 1 / n_c^power, mean 1 over the cells: 0 for none, 1 for fully balanced. Shape (C,).
+    """Return class weights proportional to 1 / n_c^power, with mean 1 over the cells, shape (C,).
 
     Parameters
     ----------
     labels_B
-        Class of each cell, shape (B,), int64; -1 where unlabeled, which does not count.
+        Class of each cell, shape (B,), int64; -1 for an unlabeled cell, which is ignored.
     n_classes
         Number of classes C.
     power
-        How strongly rare classes are favored.
+        0 for equal weights of all cells, 1 for equal weights of all classes.
 
     Examples
     --------

@@ -17,10 +17,10 @@ from scfm.objectives.base import Loss, Targets, Term
 
 @dataclass(frozen=True)
 class GeneClassification:
-    """Cross-entropy of the class of each labeled gene's token, sum of w_c CE / sum of w_c over the batch.
+    """Cross-entropy of the class of each labeled gene token, weighted by class: sum of w_c CE / sum of w_c over the batch.
 
-    Geneformer's second task (Theodoris et al. 2023): every gene has one class, whatever the cell, and its token is
-    classified in the context of each cell. The network needs a class head of kind "token".
+    This is the gene classification of Geneformer (Theodoris et al. 2023): every gene has one class in all cells, and its
+    token is classified in the context of each cell. The network needs a class head of kind "token".
 
     Attributes
     ----------

@@ -1,6 +1,6 @@
-"""Generative pretraining: from the genes that are known, all others at once (scGPT)."""
+"""Generative pretraining: predict the values of target genes from context genes (scGPT)."""
 
-# Axes: B cells, T packed tokens, N unknown tokens, D model width.
+# Axes: B cells, T packed tokens, N target tokens, D model width.
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from scfm.objectives.values import squared_error, value_terms
 if TYPE_CHECKING:
     from scfm.encoding import Encoding
 
-SECOND_PASS_STEPS = 1000  # published training of scGPT adds the second pass from here on
+SECOND_PASS_STEPS = 1000  # the published training of scGPT adds the second pass after these steps
 
 
 @dataclass(frozen=True)
 class Generative:
-    """Known and unknown genes under the generative mask, with GEP and MVC losses on the unknown ones.
+    """Prediction of the values of target genes under the generative mask, with the losses GEP and MVC.
 
-    A share of each cell's genes, drawn for the batch from `unknown_shares`, becomes unknown: it moves behind the known
-    ones, its value is hidden, and no token but itself attends to it. Loss = GEP + `cell_weight` MVC (formulas in
-    `scfm.objectives.values`). With `second_pass` the network runs once more with the detached cell embedding as
-    the input of each cell's first token, and its GEP is added; in training also without it from the step
-    `second_pass_from` on (published: after 1,000 steps), where the loss of a run therefore rises.
+    For each batch a fraction is drawn from `target_fractions`. This fraction of each cell's genes becomes targets: they
+    are moved behind the context genes, their values are hidden, and no other token attends to them. The loss is GEP +
+    `cell_weight` MVC (see `scfm.objectives.values`). With `second_pass`, the network is applied a second time with the
+    detached cell embedding as the input of each cell's first token, and the GEP of this pass is added. In training, the
+    second pass starts at step `second_pass_from` (1,000 in the published code), so the loss increases there.
 
     Examples
     --------
@@ -39,28 +39,28 @@ class Generative:
     >>> cells = scfm.CellBatch(
     ...     gene_ids_T=torch.arange(2, 10, dtype=torch.int32), values_T=torch.arange(8.0), cu_seqlens=torch.tensor([0, 8])
     ... )
-    >>> objective = scfm.objectives.Generative(is_gene_V=torch.arange(20) > 1, unknown_shares=(0.25,))
+    >>> objective = scfm.objectives.Generative(is_gene_V=torch.arange(20) > 1, target_fractions=(0.25,))
     >>> inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
-    >>> inputs.n_known.tolist(), targets["token_N"].tolist()  # unknown genes come last
+    >>> inputs.n_known.tolist(), targets["token_N"].tolist()  # target genes come last
     ([6], [6, 7])
     """
 
     is_gene_V: Tensor
-    unknown_shares: tuple[float, ...] = (0.25, 0.5, 0.75)
+    target_fractions: tuple[float, ...] = (0.25, 0.5, 0.75)
     cell_weight: float = 1.0
     second_pass: bool = False
     second_pass_from: int | None = None
     name: str = "generative"
 
     def at_step(self, step: int) -> Generative:
-        """Turn the second pass on once its step has come."""
+        """Return the objective with the second pass if `step` is at least `second_pass_from`."""
         due = self.second_pass_from is not None and step >= self.second_pass_from
         return replace(self, second_pass=True) if due else self
 
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
         values_of(cells)
-        share = self.unknown_shares[int(torch.randint(len(self.unknown_shares), (), generator=generator))]
-        is_target_T = draw_targets(self.is_gene_V[cells.gene_ids_T.long()], cells, share, generator)
+        fraction = self.target_fractions[int(torch.randint(len(self.target_fractions), (), generator=generator))]
+        is_target_T = draw_targets(self.is_gene_V[cells.gene_ids_T.long()], cells, fraction, generator)
         inputs, order_T = context_first(cells, is_target_T)
         token_N = is_target_T[order_T].nonzero().squeeze(1)
         values_T = values_of(inputs)
@@ -83,24 +83,24 @@ class Generative:
         return squared_error(network.values(state_ND, batch_ids_N), targets["values_N"])
 
 
-def draw_targets(is_gene_T: Tensor, cells: CellBatch, share: float, generator: torch.Generator) -> Tensor:
-    """Draw `round(share * genes)` genes of each cell, all but one at most, shape (T,), bool."""
+def draw_targets(is_gene_T: Tensor, cells: CellBatch, fraction: float, generator: torch.Generator) -> Tensor:
+    """Draw `round(fraction * genes)` genes of each cell, but never all of them, shape (T,), bool."""
     cell_T = cells.cell_of_token_T()
     genes_B = torch.zeros(len(cells), dtype=torch.int64).index_add(0, cell_T, is_gene_T.long())
-    wanted_B = torch.minimum((share * genes_B).round().long(), (genes_B - 1).clamp(min=0))
+    wanted_B = torch.minimum((fraction * genes_B).round().long(), (genes_B - 1).clamp(min=0))
     draw_T = torch.rand(cells.n_tokens, generator=generator).double().masked_fill(~is_gene_T, 2.0)
-    order_T = torch.argsort(cell_T + draw_T / 4)  # within each cell: genes by their draw, then specials
+    order_T = torch.argsort(cell_T + draw_T / 4)  # within each cell: genes in random order, then special tokens
     is_target_T = torch.zeros(cells.n_tokens, dtype=torch.bool)
     is_target_T[order_T] = cells.position_T() < wanted_B[cell_T]
     return is_target_T
 
 
 def context_first(cells: CellBatch, is_target_T: Tensor) -> tuple[CellBatch, Tensor]:
-    """Move unknown tokens behind the known ones of their cell, each in their order, and count the known.
+    """Move target tokens behind the context tokens of their cell, in their order, and count the context tokens.
 
     Returns
     -------
-    The reordered cells, and the old place of each token, shape (T,).
+    The reordered cells, and the previous index of each token, shape (T,).
     """
     cell_T = cells.cell_of_token_T()
     order_T = torch.argsort(2 * cell_T + is_target_T, stable=True)

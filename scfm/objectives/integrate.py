@@ -1,4 +1,4 @@
-"""Integration of experimental batches: values, and cell embeddings that forget their batch (scGPT)."""
+"""Integration of experimental batches: cell embeddings that do not reveal the batch (scGPT)."""
 
 # Axes: B cells, T packed tokens, D model width.
 
@@ -20,11 +20,12 @@ from scfm.objectives.values import value_terms
 
 @dataclass(frozen=True)
 class Integration:
-    """GEP + MVC + zero probabilities on masked values, ECS and DAR on cell embeddings.
+    """Losses on masked values (GEP, MVC and zero probabilities) and on cell embeddings (ECS and DAR).
 
-    ECS = mean over pairs of 1 - (relu(cos_ij) - beta)^2, cos_ii set to 0: similar cells are drawn together, others apart. DAR
-    = cross-entropy of each cell's batch by a discriminator that reads the embedding through gradient reversal. A term
-    with weight 0 is not computed. GEP and MVC are those of `MaskedValues`.
+    ECS (elastic cell similarity) is the mean over pairs of cells of 1 - (relu(cos_ij) - beta)^2, with cos_ii set to 0; it
+    makes similar cells more similar, and others less. DAR (domain adaptation by reverse backpropagation) is the
+    cross-entropy of a discriminator that predicts the batch from the embedding, with its gradient reversed. GEP and MVC are
+    those of `MaskedValues`. A term with weight 0 is not computed.
 
     Examples
     --------
@@ -84,7 +85,7 @@ def elastic_similarity(cell_BD: Tensor, threshold: float, weight: float = 1.0) -
 
 
 def reverse_gradient(tensor: Tensor) -> Tensor:
-    """Pass a tensor through, and its gradient back with the sign turned (Ganin et al. 2016)."""
+    """Return a tensor unchanged, and reverse the sign of its gradient (Ganin et al. 2016)."""
     return _ReverseGradient.apply(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Masked objectives: guess the hidden gene (rank encodings) or its hidden value (value encodings)."""
+"""Masked objectives: predict hidden genes (rank encodings) or hidden values (other encodings)."""
 
 # Axes: T packed tokens, N masked tokens, S buckets.
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def choose_tokens(eligible_T: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Draw each eligible token with probability `fraction`; at least one where any is eligible. Indices, (N,), int64."""
+    """Draw each eligible token with probability `fraction`, and at least one; return indices, shape (N,), int64."""
     draw_T = torch.rand(eligible_T.shape[0], generator=generator).masked_fill(~eligible_T, 2.0)
     chosen_N = (draw_T < fraction).nonzero().squeeze(1)
     if chosen_N.numel() == 0 and bool(eligible_T.any()):
@@ -33,9 +33,10 @@ def choose_tokens(eligible_T: Tensor, fraction: float, generator: torch.Generato
 
 @dataclass(frozen=True)
 class MaskedGenes:
-    """BERT's masked language modeling over gene ids, as Geneformer pretrains (Theodoris et al. 2023).
+    """BERT's masked language modeling over gene ids, the pretraining of Geneformer (Theodoris et al. 2023).
 
-    `mask_fraction` of the gene tokens are targets; of these 80 % become the mask token, 10 % a random gene, 10 % stay.
+    A fraction `mask_fraction` of the gene tokens are targets. Of these, 80 % are replaced by the mask token, 10 % by a
+    random gene, and 10 % are unchanged.
     The loss is the cross-entropy over the whole vocabulary, averaged over the targets of the batch. Special tokens
     are neither masked nor drawn as random genes.
 
@@ -70,7 +71,7 @@ class MaskedGenes:
         hidden_ND = network.states_at(inputs, targets["token_N"])
         head, genes = network.gene_head, network.embedding.gene
         if head is None:
-            raise ValueError("This network has no gene head; set `gene_head=True` in its ModelConfig.")
+            raise ValueError("This network has no gene head. Set `heads.genes` in its ModelConfig.")
         cross_entropy = linear_cross_entropy(
             head.transformed(hidden_ND), genes.weight, head.bias, targets["gene_ids_N"]
         )
@@ -79,10 +80,10 @@ class MaskedGenes:
 
 @dataclass(frozen=True)
 class MaskedValues:
-    """Masked value regression (scGPT's GEP): the gene stays visible, its value becomes -1 and is to be guessed.
+    """Masked value regression (scGPT's GEP): the values of target genes are replaced by -1 and predicted.
 
-    The loss is sum (pred - value)^2 / N over the N targets of the batch; `cell_weight` adds MVC, `zero_weight` the zero
-    probabilities, as `scfm.objectives.values.value_terms` says.
+    The loss is sum (pred - value)^2 / N over the N targets of the batch. `cell_weight` adds MVC, and `zero_weight` the zero
+    probabilities; see `scfm.objectives.values.value_terms`.
 
     Examples
     --------
@@ -119,10 +120,10 @@ class MaskedValues:
 
 @dataclass(frozen=True)
 class MaskedBuckets:
-    """Masked bucket prediction (scBERT): guess the bucket of hidden genes among those that are expressed.
+    """Masked bucket prediction (scBERT): predict the buckets of hidden genes.
 
-    `mask_fraction` of the genes with a bucket above 0 are targets; of these 90 % become the mask bucket, 10 % stay. The loss is
-    the cross-entropy over buckets, averaged over the targets of the batch.
+    A fraction `mask_fraction` of the genes with a bucket above 0 are targets. The buckets of 90 % of them are replaced by
+    the mask bucket, 10 % are unchanged. The loss is the cross-entropy over buckets, averaged over the targets of the batch.
 
     Examples
     --------
@@ -134,7 +135,7 @@ class MaskedBuckets:
     ... )
     >>> objective = scfm.objectives.MaskedBuckets(is_gene_V=torch.arange(10) > 1, mask_fraction=0.5)
     >>> inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
-    >>> inputs.values_T.tolist(), targets["buckets_N"].tolist()  # bucket 6 hides; genes in bucket 0 are not asked for
+    >>> inputs.values_T.tolist(), targets["buckets_N"].tolist()  # bucket 6 is the mask; genes in bucket 0 are not targets
     ([0.0, 3.0, 6.0, 0.0, 6.0], [1, 5])
     """
 
@@ -158,7 +159,7 @@ class MaskedBuckets:
 
 
 def values_of(cells: CellBatch) -> Tensor:
-    """Values of a batch that must have them, shape (T,)."""
+    """Return the values of a batch, shape (T,); raise `ValueError` if it has none."""
     if cells.values_T is None:
         raise ValueError(
             "This objective needs an encoding with values (bin, bucket or continuous); a rank encoding has none."

@@ -1,4 +1,4 @@
-"""Read-depth-aware masked regression: from a shallow cell, the values of the deep one (scFoundation)."""
+"""Read-depth-aware masked regression: predict the values of a cell from a downsampled copy (scFoundation)."""
 
 # Axes: B cells, T packed tokens, N masked tokens.
 
@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReadDepth:
-    """Regress the original values of masked genes from a binomial down-sample of the cell.
+    """Predicts the original values of masked genes from a binomial downsample of the cell.
 
-    With probability `downsample_probability` a cell's counts are thinned: count' ~ Binomial(count, r), r uniform in
-    [`lowest_rate`, 1], values' = log1p(count' / total' x target_sum), S = log10 total', T = log10 total. Of the genes with a
-    value above 0 a share `mask_fraction` are targets, of those at 0 a share `mask_fraction_zero`; of these 80 % become
-    the mask value, 10 % the value of a random gene of the batch, 10 % stay. Loss = sum (pred - original)^2 / N.
+    With probability `downsample_probability` the counts of a cell are downsampled: count' ~ Binomial(count, r) with r
+    uniform in [`lowest_rate`, 1], values' = log1p(count' / total' x target_sum), S = log10 total', T = log10 total. A
+    fraction `mask_fraction` of the genes with a value above 0 and a fraction `mask_fraction_zero` of the others are targets.
+    The values of 80 % of the targets are replaced by the mask value, those of 10 % by the value of a random gene of the
+    batch, and 10 % are unchanged. The loss is sum (pred - original)^2 / N over the N targets.
 
-    With ``masked=False`` nothing is masked and every gene is a target: the network sees in training what `scfm.tl.denoise`
-    will give it. Asking for 30 % of the expressed genes and 3 % of the others instead makes it expect far too much where nothing was
-    counted.
+    With ``masked=False`` nothing is masked and every gene is a target, which is the situation of `scfm.tl.denoise`. A
+    network trained with masking predicts too much expression for genes without counts, because 30 % of the expressed genes
+    but only 3 % of the others are targets.
 
-    The cells must hold every gene of the panel (`include_zeros=True`). The published code draws r from another distribution.
+    The cells must contain all genes of the vocabulary (`include_zeros=True`). The published code draws r from another
+    distribution.
 
     Examples
     --------
@@ -50,7 +52,7 @@ class ReadDepth:
     ... )
     >>> thinned, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
     >>> target, source = thinned.values_T[-2:].tolist()
-    >>> round(target, 2), source < target  # log10 of the depth asked for, and of what is left
+    >>> round(target, 2), source < target  # log10 of the target depth and of the remaining total
     (3.0, True)
     """
 
@@ -86,7 +88,7 @@ class ReadDepth:
         return {"read_depth": squared_error(predicted_N, targets["values_N"])}
 
     def _downsample(self, cells: CellBatch, values_T: Tensor, is_gene_T: Tensor, generator: torch.Generator) -> Tensor:
-        """Values of the thinned cells, and of their depth tokens, shape (T,)."""
+        """Return the values of the downsampled cells and of their depth tokens, shape (T,)."""
         cell_T = cells.cell_of_token_T()
         is_source_T = cells.gene_ids_T == self.source_id
         total_B = torch.ones(len(cells), dtype=torch.float64)
@@ -114,5 +116,5 @@ def _read_depth(network: CellTransformer, encoding: Encoding) -> ReadDepth:
     )
 
 
-# The decoder reads every gene of the panel in training; afterward the encoder alone reads the expressed ones.
+# In training the decoder needs all genes of the vocabulary; later the encoder is used alone, on the expressed genes.
 OBJECTIVES.add("read_depth", PretrainingObjective(make=_read_depth, encoding_settings={"include_zeros": True}))

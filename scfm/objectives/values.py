@@ -1,4 +1,4 @@
-"""Terms that several objectives share: values predicted from token states and from cells."""
+"""Loss terms that several objectives share: values predicted from token states and from cell embeddings."""
 
 # Axes: B cells, N target tokens, D model width.
 
@@ -21,18 +21,18 @@ def value_terms(
     cell_weight: float = 0.0,
     zero_weight: float = 0.0,
 ) -> Loss:
-    """Score the values of target tokens.
+    """Return the loss terms of the values of target tokens.
 
-    GEP: sum (pred - value)^2 / N, pred from the token's state. With `cell_weight` also MVC: the same error with
-    pred = (W sigmoid(A e_gene + a)) . h_cell. With `zero_weight`, for each of them the Bernoulli negative
-    log-likelihood of "value > 0".
+    GEP (gene expression prediction) is sum (pred - value)^2 / N with values predicted from token states. `cell_weight` adds
+    MVC (masked value prediction for cell modeling), the same error for pred = (W sigmoid(A e_gene + a)) . h_cell.
+    `zero_weight` adds, for each of them, the Bernoulli negative log-likelihood of "value > 0".
 
     Parameters
     ----------
     hidden_TD
         Token states of `inputs`, shape (T, D).
     targets
-        "token_N", places of the targets, and "values_N", what should stand there.
+        "token_N", indices of the targets, and "values_N", their values.
 
     Notes
     -----
@@ -41,7 +41,7 @@ def value_terms(
     token_N, values_N = targets["token_N"], targets["values_N"]
     cell_N = inputs.cell_of_token_T()[token_N]
     batch_ids_N = None if inputs.batch_ids_B is None else inputs.batch_ids_B[cell_N]
-    # Not by `[...]`: its gradient adds up in no fixed order on several threads.
+    # Not by `[...]`, whose gradient is summed in no fixed order with several threads.
     state_ND = hidden_TD.index_select(0, token_N)
     loss = {"gep": squared_error(network.values(state_ND, batch_ids_N), values_N)}
     if zero_weight:
@@ -59,7 +59,7 @@ def value_terms(
 
 
 def squared_error(predicted_N: Tensor, values_N: Tensor, weight: float = 1.0) -> Term:
-    """Sum of squared errors over all targets."""
+    """Return the sum of squared errors over all targets as a loss term."""
     return Term(F.mse_loss(predicted_N.float(), values_N, reduction="sum"), count_of(values_N), weight)
 
 

@@ -49,23 +49,23 @@ class DataCheck:
     counts_elsewhere
         Other matrices of the AnnData that seem to hold raw counts.
     other_features
-        Number of features that are not genes, by feature type; they are left out.
+        Number of features that are not genes, by feature type; they are omitted.
     genes
-        How genes and vocabulary match; None if they do not.
+        Report on how genes and vocabulary match; None if too few genes match.
     depth
         Quartiles of the total counts per cell; None without raw counts.
     duplicated_names
-        Number of columns whose gene has another column before.
+        Number of columns that repeat the gene of an earlier column.
     empty_fraction
         Fraction of cells that express no gene of the vocabulary.
     tokens_per_cell
         Median number of tokens.
     truncated_fraction
-        Fraction of cells that express more genes than fit the context.
+        Fraction of cells that express more genes than the context length allows.
     memory_bytes, encode_seconds
-        Estimates of the size of the tokens of all cells, and of the time to encode them.
+        Estimated size of the tokens of all cells, and time to encode them.
     findings
-        The lines of the table.
+        The rows of `table`.
     """
 
     n_cells: int
@@ -85,12 +85,12 @@ class DataCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether there are cells and `scfm.pp.encode`, with its default arguments, will encode all of them."""
+        """Whether there are cells, and `scfm.pp.encode` with default arguments will encode all of them."""
         return all(finding.verdict != "problem" for finding in self.findings)
 
     @property
     def table(self) -> pd.DataFrame:
-        """The findings as a data frame: what, found, verdict."""
+        """The findings as a data frame with columns `what`, `found` and `verdict`."""
         return pd.DataFrame([vars(finding) for finding in self.findings], columns=["what", "found", "verdict"])
 
     def __str__(self) -> str:
@@ -124,33 +124,33 @@ def check(
     gene_key: str | None = None,
     depth_key: str | None = None,
 ) -> DataCheck:
-    """Check whether a model can use a data set: counts, genes, empty and long cells, memory and time.
+    """Check whether a model can use a data set: counts, genes, cells without genes or with too many, memory and time.
 
-    Bad counts, genes and cells are reported, not raised. Every cell is read once, and about 2,000 are encoded.
+    Problems of the data are reported, not raised. Every cell is read once, and about 2,000 cells are encoded.
 
     Parameters
     ----------
     adata
-        Data in any form. It is left unchanged.
+        An AnnData, the path of a file, or any other form that `scfm.data.CountSource.of` accepts. It is not changed.
     model_or_encoding
-        A model, the path of one, or an encoding.
+        A model (or its path) or an encoding.
     {layer}
     {gene_key}
     {depth_key}
 
     Returns
     -------
-    A `DataCheck`: print it, or read its attributes. `ok` says whether there are cells and `scfm.pp.encode` will encode all of
+    A `DataCheck`, which can be printed. Its attribute `ok` is True if there are cells and `scfm.pp.encode` will encode all of
     them.
 
     Raises
     ------
     TypeError
-        If `adata` or `model_or_encoding` is of another type.
+        If `adata` or `model_or_encoding` has another type.
     OSError
         If `adata` is a file that is missing or damaged.
     ModelFileError
-        If `model_or_encoding` is a path that holds no model.
+        If `model_or_encoding` is a path without a model.
 
     Examples
     --------

@@ -34,33 +34,36 @@ def encode(
     rng: np.random.Generator | None = None,
     backend: Backend = "auto",
 ) -> CellBatch:
-    """Encode every cell as tokens.
+    """Convert every cell to tokens.
 
     Parameters
     ----------
     adata
-        Raw counts, n_obs cells by n_vars genes, in any form that `scfm.data.CountSource.of` takes: AnnData in memory,
-        backed, lazy or a view, dense or sparse; the path of a file. It is left unchanged.
+        Raw counts of n_obs cells by n_vars genes: an AnnData (in memory, backed, lazy, or a view), the path of a file, or
+        any other form that `scfm.data.CountSource.of` accepts. It is not changed.
     model_or_encoding
-        An encoding, or a model (or the path of one) whose encoding is used.
+        An encoding, or a model (or its path) whose encoding is used.
     {layer}
     {gene_key}
     {depth_key}
     empty
-        What to do with cells that express no gene of the vocabulary: "error", or "keep" them without gene tokens.
+        What to do with cells that express no gene of the vocabulary: "error" to raise, or "keep" to return them without
+        gene tokens.
     rng
-        Source of the randomness that some encodings use in training. None for deterministic tokens.
+        Random generator for training: the bin encoding uses it for ties and for the choice of genes in long cells. None for
+        deterministic tokens.
     backend
         "auto", "compiled" or "numpy"; their results are bitwise identical.
 
     Returns
     -------
-    CellBatch of n_obs cells in their order: `gene_ids_T`, `values_T`, int64 `cu_seqlens`, `cell_index_B`, `depth_B`.
+    A `CellBatch` of n_obs cells in their order, with `gene_ids_T`, `values_T`, `cu_seqlens` (int64), `cell_index_B` and
+    `depth_B`.
 
     Raises
     ------
     CountsError
-        If the numbers are not raw counts.
+        If the matrix does not hold raw counts.
     VocabularyMismatchError
         If the genes do not match the vocabulary.
     EmptyCellError

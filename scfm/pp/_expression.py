@@ -23,30 +23,29 @@ def log_expression(
     gene_key: str | None = None,
     depth_key: str | None = None,
 ) -> sparse.csr_matrix:
-    """Matrix of log1p counts per 10,000 by token id.
+    """Return log1p of counts per 10,000 with one column per token of the vocabulary.
 
-    A cell's total is the sum over all genes of the matrix, or the depth that `depth_key` or the data name. Genes that are not
-    in the vocabulary are left out.
+    Each cell is scaled by its total over all genes of the matrix, or by the depth of `depth_key`. Genes that are not in the
+    vocabulary are omitted.
 
     Parameters
     ----------
     adata
-        Raw counts: an AnnData, or anything else that `scfm.pp.encode` takes.
+        AnnData with raw counts, the path of a file, or any other form that `scfm.pp.encode` accepts.
     model_or_encoding
-        A model, the path of one, or an encoding, whose vocabulary gives the columns.
+        A model (or its path) or an encoding, whose vocabulary determines the columns.
     {layer}
     {gene_key}
     {depth_key}
 
     Returns
     -------
-    CSR matrix, shape (n_obs, n_tokens), float32, with a column for each token; those of special tokens are 0. Several columns
-    of one gene are summed if the encoding says so (``duplicates="sum"``), and an error otherwise.
+    CSR matrix, shape (n_obs, length of the vocabulary), float32. Columns of special tokens are zero.
 
     Raises
     ------
     CountsError
-        If the matrix holds no raw counts.
+        If the matrix does not hold raw counts.
     VocabularyMismatchError
         If no gene is in the vocabulary, or several columns have the same gene and the encoding does not sum them.
 
@@ -70,5 +69,5 @@ def log_expression(
 def log_normalized_counts(
     adata: Any, *, layer: str | None = None, gene_key: str | None = None, depth_key: str | None = None
 ) -> sparse.csr_matrix:
-    """log1p of counts per 10,000 by gene of the data, shape (n_obs, G), CSR float32; see `CountSource.log_normalized`."""
+    """Return log1p of counts per 10,000 by gene of the data, CSR float32; see `CountSource.log_normalized`."""
     return CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key).log_normalized()[0]

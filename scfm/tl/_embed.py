@@ -31,7 +31,8 @@ def embed(
 ) -> anndata.AnnData | None:
     """Embed every cell.
 
-    The embedding of a cell does not depend on the order, the batch size or the other cells (bitwise on a CPU).
+    The embedding of a cell does not depend on the other cells, their order or the batch size. On one type of CPU it is
+    identical to the last bit.
 
     Parameters
     ----------
@@ -49,17 +50,17 @@ def embed(
 
     Returns
     -------
-    None, or the copy. Writes `obsm[key_added]`, shape (n_obs, d_model) (4 d_model for "concat"), float32, and a record under
-    `uns["scfm"]`.
+    None, or the copy. Writes `obsm[key_added]`, shape (n_obs, d_model), float32 (four times as wide for pooling "concat"),
+    and a record of model and settings to `uns["scfm"]`.
 
     Raises
     ------
     CountsError, VocabularyMismatchError, EmptyCellError
-        If the matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
+        If the matrix does not hold raw counts, its genes do not match the model, or a cell expresses no gene of the model.
     ModelFileError
         If `model` is a path or a name that cannot be opened.
     ValueError, IndexError
-        If `pooling` or `precision` is unknown, or the network has no `hidden_layer` of this number.
+        If `pooling` or `precision` is unknown, or `hidden_layer` is out of range.
     TypeError
         If `adata` is not an AnnData.
 

@@ -38,9 +38,9 @@ def map_reference(
 ) -> anndata.AnnData | None:
     """Transfer labels to query cells from their nearest reference cells in the model's embedding.
 
-    Embeddings are scaled by the mean and standard deviation of the reference, and compared by Euclidean distance d; the
-    distances that are written are divided by the square root of the width of the embedding. A neighbor has the weight
-    exp(-d^2 / 2s^2), where s is the median distance of the cell's neighbors.
+    Embeddings are standardized with mean and standard deviation of the reference. The distance d of two cells is their
+    Euclidean distance divided by the square root of the number of dimensions. A neighbor has the weight
+    exp(-d^2 / 2s^2), where s is the median distance from the cell to its neighbors.
 
     Parameters
     ----------
@@ -63,18 +63,20 @@ def map_reference(
 
     Returns
     -------
-    None, or the copy. Writes to `query`: `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (weighted fraction
-    of the neighbors with that label, 0 to 1), `obs["<key>_distance"]` (mean distance to the neighbors, in standard deviations
-    of the reference), `obsm["<key>_neighbors"]` (rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64) and
-    `obsm["<key>_neighbor_distances"]` (in the same unit, shape (n_obs, n_neighbors), float32); and a record under
-    `uns["scfm"]`.
+    None, or the copy. Writes a record of model and settings to `uns["scfm"]`, and to `query`:
+
+    - `obs["<key>_label"]`, categorical
+    - `obs["<key>_confidence"]`: weighted fraction of the neighbors with this label, from 0 to 1
+    - `obs["<key>_distance"]`: mean of the distances d to the neighbors
+    - `obsm["<key>_neighbors"]`: rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64
+    - `obsm["<key>_neighbor_distances"]`: distances d to them, shape (n_obs, n_neighbors), float32
 
     Raises
     ------
     LabelsError
-        If `labels_key` is missing, or fewer reference cells than neighbors have a label.
+        If `labels_key` does not exist, or fewer than `n_neighbors` reference cells have a label.
     EmptyCellError
-        If there are no cells in `query`, or a cell has no known gene.
+        If `query` has no cells, or a cell expresses no gene of the model.
 
     Examples
     --------

@@ -89,7 +89,7 @@ def test_symbols_work_with_a_model_of_ensembl_ids(repository):
 
 def test_a_folder_serves_as_vocabulary_and_medians(repository, tmp_path):
     shutil.move(repository / FOLDERS["V1"], tmp_path / "alone")
-    with pytest.raises(ModelFileError, match="holds no vocabulary"):
+    with pytest.raises(ModelFileError, match="has no vocabulary"):
         scfm.load(tmp_path / "alone")
     dictionaries = repository / "geneformer"
     for options in ({"vocabulary": dictionaries}, {"vocabulary": dictionaries, "medians": dictionaries}):

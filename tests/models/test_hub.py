@@ -118,13 +118,13 @@ def test_the_card_says_what_the_model_knows_and_what_nobody_said(model, tmp_path
     model.save_pretrained(tmp_path / "m")
     silent = (tmp_path / "m" / "README.md").read_text()
     assert "license:" not in silent
-    assert silent.count("Not stated by who saved the model.") == 2  # data and license
+    assert silent.count("Not stated.") == 2  # data and license
 
 
 def test_a_model_without_labels_has_a_card_without_scores(tmp_path):
     bare = scfm.fit(scfm.datasets.pbmc()[:30].copy(), config=scfm.FitConfig(n_steps=1), progress=False)
     bare.save_pretrained(tmp_path / "m")
-    assert "nothing to score it on" in (tmp_path / "m" / "README.md").read_text()
+    assert "fitted without labels" in (tmp_path / "m" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

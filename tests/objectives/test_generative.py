@@ -104,7 +104,7 @@ def test_generation_in_one_step_is_one_forward_pass(cells, is_gene_V, make_netwo
     torch.testing.assert_close(generate(network, prompt, wanted), expected)
 
 
-def test_generation_step_by_step_feeds_the_surest_genes_back(make_network):
+def test_generation_step_by_step_feeds_the_least_uncertain_genes_back(make_network):
     network = make_network().eval()
     prompt = CellBatch(
         gene_ids_T=torch.tensor([2, 5, 6], dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""The model card: what a stranger has to know before using a model, as far as the model itself knows it."""
+"""The model card: training data, scores, intended use and limits of a model."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any
 from scfm.models.state import ModelState
 
 TAGS = ["scfm", "single-cell", "transcriptomics", "anndata"]
-UNSTATED = "Not stated by who saved the model."
+UNSTATED = "Not stated."
 LIMITS = """\
-Research on single-cell expression: embedding, annotation, in-silico perturbation. Not for diagnosis or any clinical decision.
+This model is for research on single-cell expression: embedding, annotation, in-silico perturbation. It is not for diagnosis
+or any clinical decision.
 
-- Input is raw counts of genes under the names of the vocabulary; `scfm.pp.check(adata, model)` says what is missing.
-- If a simple baseline in the table above scores higher, prefer it.
-- Labels are those the model was trained on: a cell of another kind gets the nearest of them unless it is rejected.
-- In-silico perturbation ranks genes by how they move the model's embedding: a hypothesis, not a measurement."""
+- The input must be raw counts, with genes named as in the vocabulary; `scfm.pp.check(adata, model)` reports problems.
+- If a simple baseline in the table above has a higher score, use the baseline.
+- The model can only predict labels that it was trained on. A cell of another type gets the most similar label or is rejected.
+- In-silico perturbation ranks genes by the change of the model's embedding. This is a hypothesis, not a measurement."""
 
 
 def model_card(model: ModelState, *, name: str, data: str | None = None, license: str | None = None) -> str:
-    """Write the model card of `model`, in Markdown with the head that model hubs read.
+    """Return the model card of `model` as Markdown, with the YAML header that model hubs read.
 
     Parameters
     ----------
     model
-        Its history gives training and scores.
+        The model; training and scores are read from its history.
     name
-        Title, and what `from_pretrained` opens in the card's example.
+        Title of the card, and the name that its example opens.
     data, license
-        Cells it was trained on, in words; license of the weights, by its short name ("bsd-3-clause"). None writes that
-        they are not stated.
+        Description of the training cells, and short name of the license of the weights ("bsd-3-clause"). None if they are
+        not stated.
     """
     sections = {
         "Use": _use(name),
@@ -46,11 +47,11 @@ def model_card(model: ModelState, *, name: str, data: str | None = None, license
 
 
 def _head(license: str | None) -> str:
-    """YAML that model hubs read; by huggingface_hub, which knows its fields, if it is installed."""
+    """Return the YAML header for model hubs; huggingface_hub writes it if it is installed."""
     facts: dict[str, Any] = {"library_name": "scfm", "license": license, "tags": TAGS}
     try:
         from huggingface_hub import ModelCardData
-    except ImportError:  # JSON strings are YAML strings, whatever the name of the license holds
+    except ImportError:  # a JSON string is a valid YAML string
         return "\n".join(f"{name}: {json.dumps(value)}" for name, value in facts.items() if value is not None)
     return ModelCardData(**facts).to_yaml()
 
@@ -58,7 +59,7 @@ def _head(license: str | None) -> str:
 def _use(name: str) -> str:
     return (
         f'```python\nimport scfm\n\nmodel = scfm.Model.from_pretrained("{name}")\nscfm.tl.embed(adata, model)  # raw counts in '
-        'adata.X; writes obsm["X_scfm"]\n```\n\nNothing in these files is executed: JSON and safetensors, no pickle.'
+        'adata.X; writes obsm["X_scfm"]\n```\n\nThe files are JSON and safetensors. They contain no code.'
     )
 
 
@@ -92,7 +93,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _scores(model: ModelState) -> str:
     if model.scores is None:
-        return "None: the model was not fitted with labels, so there is nothing to score it on."
+        return "The model has no scores, because it was fitted without labels."
     rows = model.scores
     columns = [name for name in ("accuracy", "macro_f1", "balanced_accuracy") if name in rows[0]]
     lines = ["| method | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]

@@ -1,4 +1,4 @@
-"""The dictionaries that a checkpoint needs, from an argument or from the folders in which its publishers keep them."""
+"""Find the vocabulary and the medians of a checkpoint, from an argument or in the usual folders."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from scfm.encoding import Encoding, read_aliases, read_medians, read_vocabulary
 from scfm.errors import ModelFileError, VocabularyMismatchError
 from scfm.vocab import Vocabulary
 
-# A path to a pickle, JSON, table or folder, or the content itself.
+# A path to a pickle, JSON file, table or folder, or the content itself.
 Source = str | Path | Mapping[str, Any] | Vocabulary | NDArray[np.float64]
 
 VOCABULARY_FILES = ("vocab.json", "vocabulary.json", "*token_dictionary*", "*tokens*.tsv")
 MEDIAN_FILES = ("*median_dictionary*", "*median*.json", "*medians*.tsv")
 ALIAS_FILES = ("*ensembl_mapping*", "*gene_name_id*")
-# Folders that repositories of several models share; each family adds those of its repository.
+# Folders that several models of a repository share; each family adds its own.
 SHARED_FOLDERS: list[str] = []
-MAX_GENES_WITHOUT_MEDIAN = 0.01  # fraction of the vocabulary, in dictionaries that belong together it is 0
+MAX_GENES_WITHOUT_MEDIAN = 0.01  # fraction of the vocabulary; it is 0 if both belong to the same model
 
 
 def find_vocabulary(
     path: Path, given: Source | None, *, n_tokens: int | None = None, add_special: Sequence[str] = ()
 ) -> Vocabulary:
-    """Read the vocabulary that was given, or the one in the folders of the checkpoint `path`.
+    """Read the given vocabulary, or the one in the folders of the checkpoint `path`.
 
-    Names of genes are read too where a dictionary of them lies next to Ensembl ids, so that symbols are understood.
+    If the vocabulary has Ensembl ids and a dictionary of gene names is in the same folder, the names become aliases.
 
     Parameters
     ----------
     path
         File or folder of the checkpoint.
     given
-        A vocabulary, a mapping of token to id, a file, or a folder to look in; None to look in the usual folders.
+        A vocabulary, a mapping of token to id, a file, or a folder to search. None to search the usual folders.
     n_tokens
-        Number of tokens of the checkpoint, which decides between several dictionaries.
+        Number of tokens of the checkpoint. If several dictionaries are found, the one of this size is read.
     add_special
-        Roles of special tokens to add, as for `scfm.encoding.read_vocabulary`.
+        Roles of special tokens to add; see `scfm.encoding.read_vocabulary`.
 
     Raises
     ------
     ModelFileError
-        If there is none of this size, or it cannot be read.
+        If no vocabulary of this size is found, or it cannot be read.
     """
     if isinstance(given, Vocabulary):
         return given
@@ -61,24 +61,24 @@ def find_vocabulary(
     if found:
         listing = ", ".join(f"{file} has {size:,}" for file, size in found.items())
         raise ModelFileError(
-            f"{path} was trained with {n_tokens:,} tokens, but {listing}. Pass as `vocabulary=` the dictionary of this model; "
-            "of Geneformer, V1 goes with gc30M (25,426 tokens) and V2 with gc104M (20,275)."
+            f"{path} was trained with {n_tokens:,} tokens, but {listing}. Pass the dictionary of this model as `vocabulary=`. "
+            "For Geneformer, V1 uses gc30M (25,426 tokens), and V2 uses gc104M (20,275 tokens)."
         )
     raise ModelFileError(
-        f"{path} holds no vocabulary. Pass `vocabulary=`: a path to the published token dictionary (pickle, JSON or "
-        "TSV) or to its folder, or a mapping of token to id."
+        f"{path} has no vocabulary. Pass `vocabulary=`: the path of the published token dictionary (pickle, JSON or "
+        "TSV) or of its folder, or a mapping of token to id."
     )
 
 
 def find_medians(
     path: Path, given: Source | None, vocabulary: Vocabulary, *, vocabulary_source: Source | None = None
 ) -> NDArray[np.float64]:
-    """Read the medians that were given (by gene, or an array by token id), or those in the folders of the checkpoint.
+    """Read the given medians (by gene, or an array by token id), or those in the folders of the checkpoint.
 
     Raises
     ------
     ModelFileError
-        If there are none, or if they lack many genes of the vocabulary: then they belong to another version of the model.
+        If none are found, or if many genes of the vocabulary have no median, because they belong to another model version.
     """
     if isinstance(given, np.ndarray):
         return given
@@ -97,13 +97,13 @@ def find_medians(
             if number == len(files):
                 raise
     raise ModelFileError(
-        f"{path} holds no medians, without which genes cannot be ranked. Pass `medians=`: a path to the published "
-        "median dictionary (pickle, JSON or TSV) or to its folder, or a mapping of gene to median."
+        f"{path} has no medians, which are needed to rank genes. Pass `medians=`: the path of the published "
+        "median dictionary (pickle, JSON or TSV) or of its folder, or a mapping of gene to median."
     )
 
 
 def write_dictionaries(encoding: Encoding, path: Path) -> None:
-    """Write token ids, and medians where there are any, as JSON next to the weights."""
+    """Write token ids, and medians if there are any, as JSON files in the folder of the weights."""
     tokens = encoding.vocabulary.tokens
     (path / "token_dictionary.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     if encoding.medians is not None:
@@ -132,7 +132,7 @@ def _covering(medians_V: NDArray[np.float64], vocabulary: Vocabulary, source: st
 
 
 def _with_aliases(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
-    """Add the names of genes that a dictionary in `folder` gives for the Ensembl ids of the vocabulary."""
+    """Add gene names from a dictionary in `folder` as aliases of the Ensembl ids of the vocabulary."""
     files = list(_matching([folder], ALIAS_FILES))
     if vocabulary.id_type != "ensembl" or not files:
         return vocabulary
@@ -143,7 +143,7 @@ def _with_aliases(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
 
 
 def _files(path: Path, given: Source | None, patterns: Sequence[str], argument: str) -> Iterator[Path]:
-    """Files to try: the one that was given, those in a folder that was given, or those in the usual folders."""
+    """Yield the given file, the matching files of the given folder, or those of the usual folders."""
     if given is not None and not isinstance(given, (str, Path)):
         raise TypeError(f"`{argument}` is a {type(given).__name__}; pass a path, a mapping or the content itself.")
     if given is None:

@@ -1,13 +1,13 @@
-"""Content of format 1, in which settings were one flat list and typed state lay in the history, as format 2 has it."""
+"""Convert format 1, which had flat settings and kept labels, calibration and scores in the history, to format 2."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# Names of tensors in files of format 1, and what they are called now.
+# Names of tensors in format 1, and their names now.
 RENAMED_TENSORS = {"gene_classifier.vote_weights": "gene_classifier.ensemble_weights"}
-# Group and field of each setting that is not a field of ModelConfig any more.
+# Group and field of each setting that is no longer a field of ModelConfig.
 _GROUPED = {
     "head_width": ("attention", "head_width"),
     "qkv_bias": ("attention", "qkv_bias"),
@@ -43,7 +43,7 @@ _GROUPED = {
 
 
 def network_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `ModelConfig` from the flat list of format 1."""
+    """Return the settings of `ModelConfig` for the flat settings of format 1."""
     settings: dict[str, Any] = {}
     for name, value in flat.items():
         if name in _GROUPED:
@@ -71,7 +71,7 @@ def network_settings(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of a config.json of format 1 as format 2 has it; directions of the screen are not kept."""
+    """Return the content of a format 1 config.json in format 2; directions of the screen are not kept."""
     history = dict(config["history"])
     fitted, published = history.pop("calibration", None), history.pop("published", None)
     history.pop("screen", None)

@@ -1,4 +1,4 @@
-"""Models on a model hub: fetching files by name, and uploading scfm's own format with a model card."""
+"""Download models from the Hugging Face Hub, and upload models in scfm's format with a model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scfm.models.io.save import save
 from scfm.models.state import ModelState
 
 CARD = "README.md"
-PATTERNS = ("*.json", "*.safetensors", "*.tsv", CARD)  # files of scfm's own format; pickles are not fetched
+PATTERNS = ("*.json", "*.safetensors", "*.tsv", CARD)  # files of scfm's format; pickles are not downloaded
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -33,7 +33,7 @@ def fetched(
     patterns: Sequence[str] = PATTERNS,
     shared: Sequence[str] = (),
 ) -> Path:
-    """Return a file or directory, or, for the name of a repository on the hub, its directory once the files are here.
+    """Return a local file or directory; for the name of a hub repository, the directory to which its files are downloaded.
 
     Parameters
     ----------
@@ -42,33 +42,33 @@ def fetched(
     revision, token
         Branch, tag or commit of the repository, and the token that gives access to a private one.
     subfolder
-        Folder, or file, inside `path`.
+        Folder or file within `path`.
     patterns
-        Files to fetch from the repository, or from the subfolder; of others nothing is fetched.
+        Patterns of the files to download from the repository, or from the subfolder.
     shared
-        Files to fetch from elsewhere in the repository.
+        Patterns of files to download from other folders of the repository.
 
     Raises
     ------
     ModelFileError
-        If there is no such path and no such repository.
+        If neither such a path nor such a repository exists.
     ImportError
-        If a repository is named and huggingface_hub is not installed (extra `hub`).
+        If `path` is a repository and huggingface_hub is not installed (extra `hub`).
     """
     local = Path(path) if subfolder is None else Path(path) / subfolder
     if local.exists():
         return local
     name = str(path)
     if Path(path).exists():
-        raise ModelFileError(f"{path} has no {subfolder}; it holds {_content_of(Path(path))}.")
+        raise ModelFileError(f"{path} has no {subfolder}; it contains {_content_of(Path(path))}.")
     if not REPOSITORY.fullmatch(name) or Path(path).parent.exists():
         raise ModelFileError(
-            f"There is no {path}. Give a directory that `model.save` wrote, a published checkpoint, or a repository on the "
+            f"There is no {path}. Pass a directory that `model.save` wrote, a published checkpoint, or a repository on the "
             "hub as 'owner/name'."
         )
     folder = "" if subfolder is None else f"{subfolder.strip('/')}/"
     wanted = [*(folder + pattern for pattern in patterns), *shared]
-    deeper = [f"{folder}*/{pattern}" for pattern in patterns]  # a star matches folders too
+    deeper = [f"{folder}*/{pattern}" for pattern in patterns]  # the star also matches slashes
     root = _snapshot(name, revision, token, allow_patterns=wanted, ignore_patterns=deeper)
     found = root if subfolder is None else root / subfolder
     if not found.exists():
@@ -80,11 +80,11 @@ def _snapshot(repository: str, revision: str | None, token: str | None, **patter
     hub = _client()
     try:
         return Path(hub.snapshot_download(repository, revision=revision, token=token, **patterns))
-    except (OSError, ValueError) as error:  # what every error of the client is
+    except (OSError, ValueError) as error:  # base classes of all errors of the client
         reason = str(error).strip().partition("\n")[0]
         raise ModelFileError(
-            f"There is no {repository} here, and it could not be fetched from the hub: {reason} "
-            "Check the name and the network, or give a directory that `model.save` wrote."
+            f"There is no local {repository}, and it could not be downloaded from the hub: {reason} "
+            "Check the name and the network, or pass a directory that `model.save` wrote."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Names of the files in a directory of scfm's own format, and the version of the format."""
+"""Names of the files of a saved model, and the version of the format."""
 
 from __future__ import annotations
 

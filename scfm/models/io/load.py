@@ -1,4 +1,4 @@
-"""Reading scfm's own format: a directory of JSON and safetensors, of any past version."""
+"""Read saved models of all format versions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from scfm.models.network import CellTransformer
 from scfm.models.state import Calibration, Checkpoint, ModelState
 from scfm.vocab import Vocabulary
 
-MAX_FAULTS = 40  # that an error lists
+MAX_FAULTS = 40  # number of tensors that an error lists
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `path` holds a model in scfm's own format, of any version."""
+    """Whether `path` is a saved model of any format version."""
     config = path / CONFIG
     return config.is_file() and read_json(config).get("format") == FORMAT
 
@@ -38,7 +38,7 @@ def load_saved(path: Path) -> ModelState:
     Raises
     ------
     ModelFileError
-        If a file is missing, cut short, of a later format, or does not belong to the others, or if weights are not finite.
+        If a file is missing, cut short, of a later format version, or of another model, or if weights are not finite.
     """
     config = read_json(path / CONFIG)
     _require_known_version(config, path)
@@ -56,7 +56,7 @@ def load_saved(path: Path) -> ModelState:
         changed = digest(path / WEIGHTS) != config["files"].get(WEIGHTS)
         raise ModelFileError(
             f"{path / (WEIGHTS if changed else CONFIG)} is not the file that this model was saved with: the id of the model is "
-            f"{model.id}, not {config.get('model_id')!r}. Put back the files of one model, or save the model again."
+            f"{model.id}, not {config.get('model_id')!r}. Restore the files of one model, or save the model again."
         )
     return model
 
@@ -73,7 +73,7 @@ def _require_known_version(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _require_files(config: Mapping[str, Any], path: Path) -> None:
-    """Compare all files but the weights, which the id of the model covers, with the digests of format 2."""
+    """Compare files with their digests in `config.json`, except the weights, which the id of the model covers."""
     digests = config.get("files", {} if config["format_version"] == 1 else None)
     if not isinstance(digests, dict) or (config["format_version"] > 1 and not {WEIGHTS, VOCABULARY} <= set(digests)):
         raise ModelFileError(
@@ -82,11 +82,10 @@ def _require_files(config: Mapping[str, Any], path: Path) -> None:
     for name in (VOCABULARY, ARRAYS):
         file, expected = path / name, digests.get(name)
         if expected is not None and not file.is_file():
-            raise ModelFileError(f"{file} is missing. Put back the file of this model, or save the model again.")
+            raise ModelFileError(f"{file} is missing. Restore the file, or save the model again.")
         if file.is_file() and config["format_version"] > 1 and digest(file) != expected:
             raise ModelFileError(
-                f"{file} is not the file that this model was saved with. Put back the file of this model, or save the "
-                "model again."
+                f"{file} is not the file that this model was saved with. Restore the file, or save the model again."
             )
 
 
@@ -97,13 +96,15 @@ def _state_of(config: Mapping[str, Any], path: Path) -> ModelState:
     vocabulary = Vocabulary.from_json(path / VOCABULARY)
     if config.get("vocabulary", vocabulary.fingerprint) != vocabulary.fingerprint:  # format 1
         raise ModelFileError(
-            f"{path / VOCABULARY} is not the vocabulary that this model was saved with, so its genes would be mistaken for "
-            "others. Put back the file of this model, or save the model again."
+            f"{path / VOCABULARY} is not the vocabulary that this model was saved with, so genes would be confused. "
+            "Restore the file, or save the model again."
         )
     arrays = load_arrays(path / ARRAYS) if (path / ARRAYS).is_file() else {}
     labels, n_classes = tuple(config["labels"]), network_config.classes.n_classes
     if labels and len(labels) != n_classes:
-        raise ModelFileError(f"{path / CONFIG} names {len(labels)} labels for {n_classes} classes. It is damaged.")
+        raise ModelFileError(
+            f"{path / CONFIG} has {len(labels)} labels for {n_classes} classes. It is damaged; save the model again."
+        )
     return ModelState(
         read_network(network_config, vocabulary, path / WEIGHTS),
         encoding_from_dict(config["encoding"], vocabulary, arrays),
@@ -117,11 +118,14 @@ def _state_of(config: Mapping[str, Any], path: Path) -> ModelState:
 
 
 def read_network(config: ModelConfig, vocabulary: Vocabulary, path: Path) -> CellTransformer:
-    """Build a network from a file of its weights; shapes are compared before memory is allocated for them."""
+    """Build a network from a file of weights; shapes are compared before memory is allocated."""
     shapes = shapes_in(path)
     n_blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if n_blocks != config.n_layers:
-        raise ModelFileError(f"{path} has {n_blocks} blocks, but the settings of the network name {config.n_layers}.")
+        raise ModelFileError(
+            f"{path} has {n_blocks} blocks, but the network has {config.n_layers} according to its settings. Restore the files "
+            "of one model."
+        )
     with torch.device("meta"):
         expected = CellTransformer.for_vocabulary(config, vocabulary).state_dict()
     require_fitting(expected, shapes, str(path.parent))
@@ -133,7 +137,7 @@ def read_network(config: ModelConfig, vocabulary: Vocabulary, path: Path) -> Cel
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, from its header."""
+    """Return the shapes of the tensors in a safetensors file, read from its header."""
     require_downloaded(path)
     try:
         with safe_open(path, "pt") as file:
@@ -146,7 +150,7 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def require_fitting(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raise `ModelFileError` with every tensor that is missing, unknown or of another shape than a network needs."""
+    """Raise `ModelFileError` that lists all tensors that are missing, unknown or of the wrong shape."""
     faults = [f"missing: {name}" for name in expected if name not in found]
     faults += [f"unknown: {name}" for name in found if name not in expected]
     faults += [
@@ -158,7 +162,7 @@ def require_fitting(expected: Mapping[str, torch.Tensor], found: Mapping[str, tu
         listing = "\n  ".join(
             [*faults[:MAX_FAULTS], *([f"and {len(faults) - MAX_FAULTS} more"] * (len(faults) > MAX_FAULTS))]
         )
-        raise ModelFileError(f"The weights of {source} do not fit the network that its settings describe:\n  {listing}")
+        raise ModelFileError(f"The weights of {source} do not match the network of its settings:\n  {listing}")
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
@@ -169,25 +173,25 @@ def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     if broken:
         raise ModelFileError(
             f"{source} holds values that are not finite, in {len(broken)} of {len(tensors)} tensors (first: {broken[0]}). "
-            "The file is damaged, or its training diverged."
+            "The file is damaged, or training diverged."
         )
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file; a truncated one is an error that says so."""
+    """Read a safetensors file; raise `ModelFileError` if it is truncated."""
     if path.is_file():
         require_downloaded(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelFileError(
-            f"{path} cannot be read as safetensors ({error}). The file is missing or cut short; copy or save it again."
+            f"{path} cannot be read as safetensors ({error}). It is missing or cut short; copy or save it again."
         ) from error
 
 
@@ -198,9 +202,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelFileError(f"{path} is missing. Give the directory that `model.save` wrote.") from error
+        raise ModelFileError(f"{path} is missing. Pass the directory that `model.save` wrote.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelFileError(f"{path} is not valid JSON ({error}). It is damaged; save the model again.") from error
     if not isinstance(content, dict):
-        raise ModelFileError(f"{path} holds a {type(content).__name__}, not an object; it is no model configuration.")
+        raise ModelFileError(
+            f"{path} holds a {type(content).__name__}, not an object, so it is not a model configuration."
+        )
     return content

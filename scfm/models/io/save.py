@@ -1,4 +1,4 @@
-"""Writing scfm's own format: a directory of JSON and safetensors, written under another name and renamed."""
+"""Save models: a directory of JSON and safetensors, written under a temporary name and renamed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scfm.models.state import ModelState
 
 
 def save(model: ModelState, path: Path) -> None:
-    """Write `model` as the directory `path`, replacing a model that is there; see `Model.save`."""
+    """Write `model` as the directory `path`, replacing an existing model; see `Model.save`."""
     require_replaceable(path)
     require_finite(model.network.state_dict(), "The model to save")
     with atomic_write(path) as temporary_path:
@@ -27,7 +27,7 @@ def save(model: ModelState, path: Path) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raise `ModelFileError` if a model cannot, or should not, be saved as `path`: ask before the training, not after."""
+    """Raise `ModelFileError` if a model cannot be saved as `path`; call it before the training."""
     if path.exists() and not is_saved(path):
         raise ModelFileError(
             f"{path} exists and is not a saved scfm model, so it is not overwritten. Choose another path, or remove it."
@@ -36,12 +36,12 @@ def require_replaceable(path: Path) -> None:
 
 
 def write_files(model: ModelState, folder: Path) -> None:
-    """Write the files of a model into an empty folder, `config.json` with their digests last."""
+    """Write the files of a model to an empty folder; `config.json`, which has their digests, is written last."""
     model.encoding.vocabulary.to_json(folder / VOCABULARY)
     if arrays := model.encoding.arrays():
         save_arrays(arrays, folder / ARRAYS)
     save_file(_on_host(model.network.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
-    for file in folder.glob("*.safetensors"):  # the library lets nobody else read what it writes
+    for file in folder.glob("*.safetensors"):  # safetensors makes files readable by their owner only
         file.chmod((folder / VOCABULARY).stat().st_mode)
     config = {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""Tensors under published names and under ours: every one is accounted for, in both directions."""
+"""Convert between the tensor names of published checkpoints and those of scfm; every tensor must be mapped or explained."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from scfm.vocab import Vocabulary
 State = dict[str, Tensor]
 log = logging.getLogger(__name__)
 
-MIN_FITTING = 0.5  # fraction of the tensors without which a checkpoint is that of another model
+MIN_FITTING = 0.5  # if a smaller fraction of the tensors matches, the checkpoint is of another model
 WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """One tensor of ours, and the published tensors that make it when stacked along their rows."""
+    """One tensor of scfm, and the published tensors that form it when stacked along their rows."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -41,7 +41,7 @@ def weight(ours: str, *theirs: str) -> WeightMapping:
 
 
 def weight_and_bias(ours: str, theirs: str) -> list[WeightMapping]:
-    """Weight and bias of one module."""
+    """Return the mappings of weight and bias of one module."""
     return [weight(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
 
 
@@ -55,24 +55,24 @@ def build_network(
     unused: Mapping[str, str] | None = None,
     strict: bool = True,
 ) -> tuple[CellTransformer, dict[str, str]]:
-    """Build a network from published tensors, all or none.
+    """Build a network from published tensors.
 
     Parameters
     ----------
     config
-        Settings that the checkpoint names.
+        Settings of the network.
     vocabulary
-        Its tokens.
+        Vocabulary of the network.
     state
         Published tensors by name.
     mappings
         The published names of each tensor of the network; together they must cover all of them.
     source
-        Name of the checkpoint in errors.
+        Name of the checkpoint in error messages.
     unused
-        Published tensors that are rightly left out, and why.
+        Published tensors that the network does not need, with the reason.
     strict
-        False to load the tensors that fit, and warn with the list of the others.
+        Whether all tensors must match. False loads those that match, and warns with a list of the others.
 
     Returns
     -------
@@ -81,8 +81,8 @@ def build_network(
     Raises
     ------
     ModelFileError
-        With every missing, unknown and misshapen tensor; also with `strict=False` if most tensors do not fit, or if values
-        are not finite. No memory is allocated for the network until everything was compared.
+        If tensors are missing, unknown or of the wrong shape; the message lists them. With `strict=False`, if most tensors do
+        not match, or values are not finite. Memory for the network is allocated only after all tensors were compared.
     """
     unused, mappings = dict(unused or {}), list(mappings)
     named = {name for entry in mappings for name in entry.theirs}
@@ -99,8 +99,8 @@ def build_network(
         raise _nothing_fits(source, state, named)
     if faults and strict:
         raise ModelFileError(
-            f"{source} does not fit the network that its configuration names, and nothing was loaded:\n  {_listed(faults)}\n"
-            f"Check that the files belong together, or load the {len(fitting)} of {len(mappings)} tensors that fit with "
+            f"{source} does not match the network of its configuration, and nothing was loaded:\n  {_listed(faults)}\n"
+            f"Check that the files belong together, or load the {len(fitting)} of {len(mappings)} matching tensors with "
             "`strict=False`; the others get random values."
         )
     require_finite({name: state[name] for entry in fitting for name in entry.theirs}, source)
@@ -115,12 +115,12 @@ def build_network(
 
 
 def without_wrapper(state: Any, source: str) -> State:
-    """Remove the prefix that `DataParallel`, `DistributedDataParallel` or `torch.compile` put on every name, with a warning.
+    """Remove the prefix of `DataParallel`, `DistributedDataParallel` or `torch.compile` from all names, with a warning.
 
     Raises
     ------
     ModelFileError
-        If this is not a dictionary of tensors.
+        If `state` is not a dictionary of tensors.
     """
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ModelFileError(f"{source} holds a {type(state).__name__}, not a dictionary of tensors by name.")
@@ -134,8 +134,8 @@ def without_wrapper(state: Any, source: str) -> State:
 
 def _nothing_fits(source: str, state: Mapping[str, Tensor], named: Collection[str]) -> ModelFileError:
     return ModelFileError(
-        f"{source} holds other tensors than the network that its configuration names: {len(set(named) & set(state))} of "
-        f"{len(named)} names are there, and fewer than half fit (in the file: {', '.join(list(state)[:3])}, ...; expected: "
+        f"{source} does not hold the tensors of the network of its configuration: {len(set(named) & set(state))} of "
+        f"{len(named)} names exist, and fewer than half match (in the file: {', '.join(list(state)[:3])}, ...; expected: "
         f"{', '.join(sorted(named)[:3])}, ...). It belongs to another model or another version of its package."
     )
 
@@ -166,7 +166,7 @@ def _faults_of(entry: WeightMapping, state: Mapping[str, Tensor], wanted: Tensor
 
 
 def read_network(network: CellTransformer, mappings: Iterable[WeightMapping]) -> State:
-    """Give a network's tensors their published names: the inverse of `build_network`, bitwise."""
+    """Return the tensors of a network under their published names; this is the exact inverse of `build_network`."""
     state = network.state_dict()
     published: State = {}
     for entry in mappings:
@@ -178,59 +178,60 @@ def read_network(network: CellTransformer, mappings: Iterable[WeightMapping]) ->
 
 
 def tied(state: Mapping[str, Tensor], copies: Mapping[str, str], source: str) -> dict[str, str]:
-    """Account for tensors that are stored twice: each copy must equal its original.
+    """Check tensors that are stored twice, of which each copy must equal its original.
 
     Parameters
     ----------
     copies
-        Name of the copy to name of the original; those not in `state` are skipped.
+        Name of each copy to the name of its original. Copies that are not in `state` are skipped.
 
     Returns
     -------
-    Reasons for `build_network`.
+    Reason for each copy, for the argument `unused` of `build_network`.
     """
     for copy, original in copies.items():
         if copy in state and (original not in state or not torch.equal(state[copy], state[original])):
             raise ModelFileError(
-                f"{source}: {copy} should be the same tensor as {original}, and is not. "
-                "The model was changed after it was tied, or the file is damaged; save it again from its framework."
+                f"{source}: {copy} must be equal to {original}, but is not. The model was changed after these weights were "
+                "tied, or the file is damaged. Save it again with the package that wrote it."
             )
     return {copy: f"a copy of {original}" for copy, original in copies.items() if copy in state}
 
 
 def read_torch(path: Path) -> Any:
-    """Read a `torch.save` file with nothing but tensors and plain containers in it; code in it is never run.
+    """Read a `torch.save` file that holds only tensors and plain containers, without executing code in it.
 
     Raises
     ------
     ModelFileError
-        If the file asks for anything else, or is damaged.
+        If the file holds other objects, or is damaged.
     """
     require_downloaded(path)
     check_torch_file(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's protocol: the file is opened, or it is not
+            warnings.simplefilter("ignore")  # warnings about the pickle protocol do not help the user
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive or pickle can raise nearly anything
-        # torch's own words advise to switch its guard off.
+    except Exception as error:  # a damaged archive or pickle can raise almost any exception
+        # The message of torch is not shown, because it recommends disabling the protection.
         first_line = str(error).strip().partition("\n")[0]
         reason = "" if isinstance(error, UnpicklingError) or not first_line else f" ({first_line})"
         raise ModelFileError(
-            f"{path} was not opened{reason}. Either it is damaged or cut short, or it "
-            "holds more than tensors and plain containers, which could run code and is refused. Copy it again, or save its "
-            "`state_dict()` alone."
+            f"{path} was not opened{reason}. It is damaged or cut short, or it "
+            "holds other objects than tensors and plain containers, which could run code and are refused. Copy it again, or "
+            "save only its `state_dict()`."
         ) from None
 
 
 def require(config: ModelConfig, settings: Mapping[str, Any], family: str) -> None:
-    """Raise `ModelFileError` unless the network has the architecture of the family's published code.
+    """Raise `ModelFileError` unless the network has the architecture of the published code of a family.
 
-    Settings are named with dots: "embedding.positions".
+    Names of settings have dots, such as "embedding.positions".
     """
     found = {name: reduce(getattr, name.split("."), config) for name in settings}
     faults = [f"{name} is {found[name]!r}, not {value!r}" for name, value in settings.items() if found[name] != value]
     if faults:
         raise ModelFileError(
-            f"This model cannot be written as {family}, whose code has no such settings:\n  " + "\n  ".join(faults)
+            f"This model cannot be written as {family}, whose code does not support these settings:\n  "
+            + "\n  ".join(faults)
         )
