@@ -1,4 +1,4 @@
-"""The families of models: one file for each, with its encoding, architecture, presets, objectives and checkpoints."""
+"""Model families, one per file, each with its encoding, architecture, presets, objectives and checkpoint format."""
 
 from scfm.families._presets import choose_preset, preset, presets, sizes, table
 from scfm.families.base import FAMILIES, Family, Preset, add_family, merged

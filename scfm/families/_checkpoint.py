@@ -1,4 +1,4 @@
-"""The files of a checkpoint, opened once: what recognizes them and what reads them see the same content."""
+"""The files of a checkpoint, each of which is read once, for recognition and for loading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scfm.models.io.tensors import read_torch
 
 
 class CheckpointFiles:
-    """A file or a directory on disk, of which every JSON or torch file is read at most once.
+    """A file or directory on disk, whose JSON and torch files are read at most once each.
 
     Parameters
     ----------
@@ -33,16 +33,16 @@ class CheckpointFiles:
         return (self.path / name).is_file()
 
     def json(self, name: str) -> dict[str, Any]:
-        """Content of a JSON file of the directory."""
+        """Return the content of a JSON file of the directory."""
         return self._once(self.path / name, read_json)
 
     def torch(self, name: str | None = None) -> Any:
-        """Content of the `torch.save` file of this name, or of the file itself."""
+        """Return the content of the `torch.save` file of this name, or of the checkpoint if it is a file."""
         return self._once(self.path if name is None else self.path / name, read_torch)
 
     @property
     def content(self) -> dict[str, Any]:
-        """Content of a single `torch.save` file; empty for a directory, and if the file does not hold a dictionary."""
+        """Content of a checkpoint that is one `torch.save` file; empty for a directory or other content than a dictionary."""
         content = self.torch() if self.path.is_file() else None
         return content if isinstance(content, dict) else {}
 

@@ -1,4 +1,4 @@
-"""Published names of a Performer, which scBERT is and scFoundation's decoder has."""
+"""Published tensor names of a Performer, the architecture of scBERT and of scFoundation's decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COUNTERS = ("calls_since_last_redraw", "proj_updater.calls_since_last_redraw")
 
 
 def block_weights(n_layers: int, ours: str, theirs: str) -> list[WeightMapping]:
-    """Return where the tensors of every layer belong; `ours` and `theirs` are prefixes without a dot at the end."""
+    """Return the mappings of the tensors of every layer; `ours` and `theirs` are prefixes without a final dot."""
     listed: list[WeightMapping] = []
     for layer in range(n_layers):
         block, attention, forward = (
@@ -32,14 +32,14 @@ def block_weights(n_layers: int, ours: str, theirs: str) -> list[WeightMapping]:
 
 
 def counter_name(state: Mapping[str, Tensor], performer: str) -> str:
-    """Name under which this version of the package counts steps since the last redraw."""
+    """Return the name of the counter of steps since random features were resampled."""
     return next(
         (f"{performer}.{name}" for name in COUNTERS if f"{performer}.{name}" in state), f"{performer}.{COUNTERS[0]}"
     )
 
 
 def registered_twice(state: Mapping[str, Tensor], performer: str, source: str) -> dict[str, str]:
-    """Account for layers that versions with a `proj_updater` list twice."""
+    """Return the tensors that versions with a `proj_updater` store twice, with the reason."""
     prefix = f"{performer}.proj_updater.instance."
     copies = {name: f"{performer}.net.{name.removeprefix(prefix)}" for name in state if name.startswith(prefix)}
     return tied(state, copies, source)

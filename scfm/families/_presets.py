@@ -1,4 +1,4 @@
-"""Finding presets by name, by size and by encoding."""
+"""Find presets by name, size and encoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def presets() -> Iterator[Preset]:
-    """Iterate over the presets of every family: the published ones, then scfm's sizes.
+    """Iterate over the presets of all families: first the published ones, then scfm's sizes.
 
     Examples
     --------
@@ -25,17 +25,17 @@ def presets() -> Iterator[Preset]:
 
 
 def preset(name: str) -> Preset:
-    """One preset by its name; `table()` lists them.
+    """Return a preset by its name; `table()` lists all presets.
 
     Parameters
     ----------
     name
-        As `table()` lists it.
+        Name in `table()`.
 
     Raises
     ------
     ValueError
-        If there is none of this name.
+        If no preset has this name.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def preset(name: str) -> Preset:
 
 
 def sizes() -> list[str]:
-    """Return the names of sizes that exist with several encodings: "small", "medium", "large".
+    """Return the names of the sizes, which exist for several encodings: "small", "medium", "large".
 
     Examples
     --------
@@ -69,14 +69,14 @@ def choose_preset(name: str, *, encoding: str | None = None, objective: str | No
     name
         A size ("small", "medium", "large"), or the name of any preset.
     encoding
-        Kind of encoding. A size exists with "rank" (used for None) and "bin"; every other preset has one kind.
+        Kind of encoding. Sizes exist for "rank" (the default) and "bin"; every other preset has one kind.
     objective
-        "masked" or "generative"; None for the preset's own.
+        "masked" or "generative". None for the default of the preset.
 
     Raises
     ------
     ValueError
-        If there is no such preset, or it has another encoding, or not this objective.
+        If there is no such preset, or it does not have this encoding or objective.
 
     Examples
     --------
@@ -89,19 +89,19 @@ def choose_preset(name: str, *, encoding: str | None = None, objective: str | No
     if not found:
         have = ", ".join(repr(entry.encoding["kind"]) for entry in candidates)
         raise ValueError(
-            f"`encoding` is {encoding!r}, but the preset {name!r} has {have}. Leave it out, or choose another preset: "
+            f"`encoding` is {encoding!r}, but the preset {name!r} has {have}. Omit it, or choose another preset: "
             f"{', '.join(each.name for each in presets() if each.encoding['kind'] == encoding) or 'none has it'}."
         )
     return found[0] if objective is None else found[0].for_objective(objective)
 
 
 def table(*, n_genes: int = 20_000) -> pd.DataFrame:
-    """List every preset, one row each: family, parameters, layers, width, context, encoding, objective, source.
+    """Return a table of all presets: family, parameters, layers, width, context length, encoding, objective, source.
 
     Parameters
     ----------
     n_genes
-        Size of the vocabulary by which parameters are counted for presets without one.
+        Number of genes that is used to count the parameters of presets without a vocabulary.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`Family` and `Preset`: what is particular to one family of models, its named sizes, and the registry of families."""
+"""`Family` and `Preset`: the definition of a model family and its named sizes, and the registry of families."""
 
 from __future__ import annotations
 
@@ -66,21 +66,21 @@ class Preset:
     source: str = ""
 
     def model_config(self, *, n_tokens: int | None = None, pad_id: int | None = None, **changes: Any) -> ModelConfig:
-        """Complete the network's configuration for a vocabulary of `n_tokens`; `changes` may change parts of a group."""
+        """Return the configuration of the network for `n_tokens` tokens, with changed fields, also of groups."""
         n_tokens = self.n_tokens if n_tokens is None else n_tokens
         if n_tokens is None:
-            raise ValueError(f"The preset {self.name!r} has no vocabulary of its own; pass `n_tokens`.")
+            raise ValueError(f"The preset {self.name!r} has no fixed vocabulary. Pass `n_tokens`.")
         pad_id = self.pad_id if pad_id is None else pad_id
         settings = merged(self.network, OBJECTIVES[self.objective].network_settings, changes)
         return ModelConfig.from_dict({**settings, "n_tokens": n_tokens, "pad_id": pad_id})
 
     def for_objective(self, objective: str) -> Preset:
-        """Return the preset as it is pretrained on "masked" or "generative".
+        """Return the preset for pretraining with the objective "masked" or "generative".
 
         Raises
         ------
         ValueError
-            If the objective is another, or one that this preset does not have.
+            If the objective is unknown, or this preset does not have it.
         """
         if objective not in self.objectives:
             every = [each for family in FAMILIES.values() for each in family.presets]
@@ -97,7 +97,7 @@ class Preset:
         return replace(self, objective=self.objectives[objective])
 
     def n_parameters(self, n_tokens: int | None = None) -> int:
-        """Count the network's parameters without allocating them."""
+        """Return the number of parameters of the network, without allocating them."""
         with torch.device("meta"):
             network = CellTransformer(self.model_config(n_tokens=n_tokens))
         return sum(parameter.numel() for parameter in network.parameters())

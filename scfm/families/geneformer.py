@@ -1,4 +1,4 @@
-"""Geneformer: a Hugging Face directory with BERT inside (V1, V2; pretrained, cell or gene classifier)."""
+"""Geneformer: a Hugging Face directory of a BERT (V1 and V2; pretrained model, cell classifier or gene classifier)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from scfm.models.state import Checkpoint
 from scfm.vocab import Vocabulary
 
 NAME = "geneformer"
-# Its repository keeps the dictionaries of all models next to the folders of the models.
+# The dictionaries of all models are in separate folders of the repository.
 SHARED_FOLDERS.extend(["geneformer", "geneformer/gene_dictionaries_30m"])
 ENCODING = {"kind": "rank"}
 OBJECTIVES = {"masked": "masked_genes"}
@@ -62,12 +62,14 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     path, bert = files.path, files.json("config.json")
     n_tokens = bert.get("vocab_size")
     if not isinstance(n_tokens, int):
-        raise ModelFileError(f"{path}: config.json has vocab_size {n_tokens!r}; a BERT has a number of tokens.")
+        raise ModelFileError(
+            f"{path}: config.json has vocab_size {n_tokens!r}; it must be a positive number of tokens."
+        )
     tokens = find_vocabulary(path, vocabulary, n_tokens=n_tokens)
     if len(tokens) != n_tokens:
         raise ModelFileError(
             f"{path} was trained with {n_tokens:,} tokens, but the vocabulary has {len(tokens):,}. "
-            "V1 goes with the gc30M dictionaries (25,426 tokens), V2 with gc104M (20,275)."
+            "Use the gc30M dictionaries for V1 (25,426 tokens), and gc104M for V2 (20,275)."
         )
     state = _read_state(files)
     config = _model_config(bert, tokens, state, path)
@@ -87,16 +89,16 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
 
 
 def write(model: Model, path: Path) -> None:
-    """Write a directory that `transformers.AutoModelForMaskedLM` (or its classifiers) opens, with its dictionaries."""
+    """Write a directory for `transformers.AutoModelForMaskedLM` (or its classifiers), with the dictionaries."""
     config = model.network.config
     require(config, {**_FIXED, "d_head": config.d_model // config.n_heads}, "Geneformer")
     if config.classes.n_classes and config.classes.kind not in BERT_CLASSES.values():
         raise ModelFileError(
-            f"This model has a class head of kind {config.classes.kind!r}, which BERT's classifiers do not know. "
+            f"This model has a class head of kind {config.classes.kind!r}, which BERT's classifiers do not have. "
             "Convert a model that was fitted without labels, or one with a 'pooler' or 'token' head."
         )
     state = read_network(model.network, published_names(config))
-    if not config.embedding.n_token_types:  # BERT always has the table; zeros leave the sum as it is
+    if not config.embedding.n_token_types:  # BERT always has this table; zeros do not change the sum
         state["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.d_model)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(_bert_config(model), indent=1))
@@ -121,7 +123,7 @@ _FIXED = {
 
 
 def published_names(config: ModelConfig) -> list[WeightMapping]:
-    """Return where each tensor of `BertForMaskedLM` and of the two classifiers belongs."""
+    """Return the mappings of the tensors of `BertForMaskedLM` and of the two classifiers."""
     listed = [
         weight("embedding.gene.weight", WORDS),
         weight("embedding.rank.weight", "bert.embeddings.position_embeddings.weight"),
@@ -165,7 +167,7 @@ def _copies(state: State, config: ModelConfig, path: Path) -> dict[str, str]:
     )
     positions = state.get("bert.embeddings.position_ids")
     if positions is not None and torch.equal(positions.flatten(), torch.arange(config.context_length)):
-        copies["bert.embeddings.position_ids"] = "the numbers from 0, which need no table"
+        copies["bert.embeddings.position_ids"] = "the numbers 0, 1, 2, ..., which are not weights"
     return copies
 
 

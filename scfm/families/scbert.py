@@ -1,4 +1,4 @@
-"""scBERT: one file, a dict with `model_state_dict`."""
+"""scBERT: a file with a dictionary that contains `model_state_dict`."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ PROJECTION = "performer.net.layers.0.0.fn.fast_attention.projection_matrix"
 
 
 def recognize(files: CheckpointFiles) -> bool:
-    """Whether this is a file of a dictionary with `model_state_dict`."""
+    """Whether this is a file with a dictionary that contains `model_state_dict`."""
     return isinstance(files.content.get(STATE), dict)
 
 
 def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
-    """Read a `.pth` file, pretrained (`to_out` over buckets) or fine-tuned (convolution head); see `scfm.load`."""
+    """Read a `.pth` file of a pretrained (`to_out` over buckets) or fine-tuned (convolution head) model; see `scfm.load`."""
     refuse_medians(files, medians)
     path, state = files.path, without_wrapper(files.content[STATE], str(files))
     tokens = panel_vocabulary(find_vocabulary(path, vocabulary))
@@ -75,11 +75,14 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
 
 
 def write(model: Model, path: Path) -> None:
-    """Write `{"model_state_dict": ...}` under the names that it was read with; the file holds no gene names."""
+    """Write `{"model_state_dict": ...}` with the names of the file that was read; it does not contain gene names."""
     config, checkpoint = model.network.config, model.checkpoint or Checkpoint(family=NAME)
     require(config, _FIXED, "scBERT")
     if config.classes.n_classes and config.classes.kind != "panel":
-        raise ModelFileError(f"This model has a class head of kind {config.classes.kind!r}; scBERT's is a 'panel'.")
+        raise ModelFileError(
+            f"This model has a class head of kind {config.classes.kind!r}, but scBERT needs 'panel'. Convert a model that was "
+            "fitted without labels, or one with a 'panel' head."
+        )
     state = read_network(
         model.network, published_names(config, checkpoint.settings.get("counter", counter_name({}, "performer")))
     )
@@ -104,7 +107,7 @@ _FIXED = {
 
 
 def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
-    """Return where each tensor of scBERT's `PerformerLM` belongs."""
+    """Return the mappings of the tensors of scBERT's `PerformerLM`."""
     listed = [
         weight("embedding.gene.weight", "pos_emb.emb.weight"),
         weight("embedding.value.weight", "token_emb.weight"),
@@ -122,7 +125,7 @@ def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
 
 
 def panel_vocabulary(vocabulary: Vocabulary) -> Vocabulary:
-    """Genes of the panel in their order, and the trailing position as the token of role "eos"."""
+    """Return a vocabulary of the genes in their order, and of the last position as the token of role "eos"."""
     if vocabulary.eos_id is not None:
         return vocabulary
     return Vocabulary([*vocabulary.genes, "<eos>"], special={"eos": "<eos>"}, id_type=vocabulary.id_type)
@@ -135,11 +138,13 @@ def _model_config(state: State, vocabulary: Vocabulary, path: Path) -> ModelConf
         width = state["performer.net.layers.0.0.fn.to_q.weight"].shape[0]
         d_ff, n_buckets = state["performer.net.layers.0.1.fn.fn.w1.weight"].shape[0], state["token_emb.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ModelFileError(f"{path} is no scBERT: {error} is missing from {STATE!r}, or has other axes.") from error
+        raise ModelFileError(
+            f"{path} is not an scBERT checkpoint: {error} is missing from {STATE!r}, or has another number of axes."
+        ) from error
     if n_positions != len(vocabulary):
         raise ModelFileError(
-            f"{path} has {n_positions} positions, but the vocabulary has {len(vocabulary)} tokens (a trailing one included). "
-            "Pass as `vocabulary=` the genes of the panel in the order of training."
+            f"{path} has {n_positions} positions, but the vocabulary has {len(vocabulary)} tokens (including the last, which is "
+            "not a gene). Pass the genes in the order of the training data as `vocabulary=`."
         )
     n_layers = sum(name.startswith("performer.net.layers.") and name.endswith(".fn.to_q.weight") for name in state)
     classes = state.get("to_out.fc3.weight")

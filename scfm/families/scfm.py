@@ -1,4 +1,4 @@
-"""scfm's own models: saved by `Model.save`, in sizes for the data at hand, with the architecture of a published family."""
+"""scfm's models: saved by `Model.save`, with the architecture of a published family, in smaller sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES: dict[str, dict[str, int]] = {
     "medium": {"d_model": 256, "n_heads": 8, "n_layers": 6, "d_ff": 512},
     "large": {"d_model": 512, "n_heads": 8, "n_layers": 12, "d_ff": 1024},
 }
-# Small data: no division of embeddings by their length, and no prediction of values from cells.
+# For small data, embeddings are not divided by their norm, and values are not predicted from cell embeddings.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "rank": geneformer.ARCHITECTURE,
     "bin": merged(scgpt.ARCHITECTURE, {"pooling": {"normalize": False}, "heads": {"values_from_cells": False}}),
@@ -42,15 +42,15 @@ def _preset(size: str, encoding: str) -> Preset:
 
 
 def recognize(files: CheckpointFiles) -> bool:
-    """Whether this is a directory that `Model.save` wrote, in any version of the format."""
+    """Whether this is a directory that `Model.save` wrote, in any format version."""
     return files.has(CONFIG) and files.json(CONFIG).get("format") == FORMAT
 
 
 def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
-    """Read a directory that `Model.save` wrote; it is always read strictly."""
+    """Read a directory that `Model.save` wrote; all tensors must match, whatever `strict` is."""
     if vocabulary is not None or medians is not None:
         raise ModelFileError(
-            f"{files} is a saved scfm model and holds its own dictionaries; leave `vocabulary` and `medians` out."
+            f"{files} is a saved scfm model, which contains its vocabulary. Do not pass `vocabulary` and `medians`."
         )
     return Model(**vars(load_saved(files.path)))
 

@@ -1,4 +1,4 @@
-"""scFoundation: one file that holds several models, each with its configuration."""
+"""scFoundation: a file that contains several models with their configurations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ARCHITECTURE: dict[str, Any] = {
     "heads": {"genes": False, "values": "linear"},
     "pooling": {"how": "concat"},
 }
-PARTS = ("cell", "rde", "gene")  # in the order of preference: the first is the one that embeddings are published with
+PARTS = ("cell", "rde", "gene")  # in the order of preference; published embeddings are from the first
 PREFIX = "model."
 PERFORMER = "decoder.performer"
 
@@ -55,7 +55,7 @@ def recognize(files: CheckpointFiles) -> bool:
 
 
 def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source | None, strict: bool) -> Model:
-    """Read the file's `cell` model, or the first of `rde` and `gene` where it has none; see `scfm.load`."""
+    """Read the `cell` model of the file, or, without one, the first of `rde` and `gene`; see `scfm.load`."""
     refuse_medians(files, medians)
     path, content = files.path, files.content
     part = next(part for part in PARTS if _is_part(content.get(part)))
@@ -66,7 +66,7 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     config = _model_config(settings, state, tokens, source)
     counter = counter_name(state, PERFORMER)
     unused = registered_twice(state, PERFORMER, source)
-    if counter not in state:  # versions that never redraw do not count
+    if counter not in state:  # versions that never resample have no counter
         state[counter] = torch.tensor(0)
     network, unused = build_network(
         config, tokens, state, published_names(config, counter), source=source, unused=unused, strict=strict
@@ -79,7 +79,7 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
 
 
 def write(model: Model, path: Path) -> None:
-    """Write the model as the part that it was read from ("cell" for our own)."""
+    """Write the model as the part that it was read from ("cell" for models of scfm)."""
     config, checkpoint = model.network.config, model.checkpoint or Checkpoint(family=NAME)
     published = checkpoint.settings
     require(config, _FIXED, "scFoundation")
@@ -111,7 +111,7 @@ _FIXED = {
 
 
 def published_names(config: ModelConfig, counter: str) -> list[WeightMapping]:
-    """Return where each tensor of scFoundation's `MaeAutobin` belongs, without the prefix "model."."""
+    """Return the mappings of the tensors of scFoundation's `MaeAutobin`, without the prefix "model."."""
     listed = [
         weight("embedding.gene.weight", "pos_emb.weight"),
         *weight_and_bias("embedding.value.linear1", "token_emb.mlp"),
@@ -157,8 +157,8 @@ def _model_config(settings: Mapping[str, Any], state: State, vocabulary: Vocabul
         projection = state[f"{PERFORMER}.net.layers.0.0.fn.fast_attention.projection_matrix"]
         if n_positions != len(vocabulary):
             raise ModelFileError(
-                f"{source} has {n_positions} positions (two read depths and padding included), but the vocabulary has "
-                f"{len(vocabulary)} tokens. Pass as `vocabulary=` the published list of 19,264 genes."
+                f"{source} has {n_positions} positions (including two read depths and padding), but the vocabulary has "
+                f"{len(vocabulary)} tokens. Pass the published list of 19,264 genes as `vocabulary=`."
             )
         return ModelConfig.from_dict(
             merged(

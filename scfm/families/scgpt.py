@@ -1,4 +1,4 @@
-"""scGPT: a directory with `args.json`, `vocab.json` and a plain state dict."""
+"""scGPT: a directory with `args.json`, `vocab.json` and a state dict."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ARCHITECTURE: dict[str, Any] = {
 }
 WEIGHTS = ("best_model.pt", "model.pt")
 FIRST_LAYER = "transformer_encoder.layers.0.self_attn"
-# Where the stacked projection of queries, keys and values stands, and the output projection beside it.
+# Published names of the stacked projection of queries, keys and values, and of the output projection.
 QKV_LAYOUTS = ("Wqkv.", "_impl.Wqkv.", "in_proj_")
 OUT_LAYOUTS = ("out_proj", "_impl.out_proj")
 
@@ -61,7 +61,9 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
     tokens = find_vocabulary(path, vocabulary)
     weights = next((name for name in WEIGHTS if files.has(name)), None)
     if weights is None:
-        raise ModelFileError(f"{path} has none of {', '.join(WEIGHTS)} beside its args.json.")
+        raise ModelFileError(
+            f"{path} has an args.json, but none of {', '.join(WEIGHTS)}. Copy the weights to this directory."
+        )
     state = without_wrapper(files.torch(weights), str(path / weights))
     config = _model_config(arguments, tokens, state, path)
     layout = _layout(state)
@@ -75,12 +77,12 @@ def read(files: CheckpointFiles, *, vocabulary: Source | None, medians: Source |
 
 
 def write(model: Model, path: Path) -> None:
-    """Write a directory as scGPT does, with the attention keys as they were read (else torch's `in_proj_*`)."""
+    """Write a directory as scGPT does, with the names of attention weights that were read, or torch's `in_proj_*`."""
     config, published = model.network.config, model.checkpoint.settings if model.checkpoint else {}
     require(config, {**_FIXED, "d_head": config.d_model // config.n_heads}, "scGPT")
     if config.classes.n_classes and config.classes.kind != "mlp":
         raise ModelFileError(
-            f"This model has a class head of kind {config.classes.kind!r}, which scGPT does not know. "
+            f"This model has a class head of kind {config.classes.kind!r}, which scGPT does not have. "
             "Convert a model that was fitted without labels, or one with an 'mlp' head."
         )
     layout = published.get("layout", ("in_proj_", "out_proj"))
@@ -110,7 +112,7 @@ _FIXED = {
 
 
 def published_names(config: ModelConfig, qkv: str, out: str) -> list[WeightMapping]:
-    """Return where each tensor of scGPT's `TransformerModel` belongs, for one layout of the attention keys."""
+    """Return the mappings of the tensors of scGPT's `TransformerModel`, for given names of the attention weights."""
     listed = [
         weight("embedding.gene.weight", "encoder.embedding.weight"),
         *weight_and_bias("embedding.gene_norm", "encoder.enc_norm"),
@@ -180,7 +182,7 @@ def _head_weights(config: ModelConfig) -> list[WeightMapping]:
 
 
 def _layout(state: State) -> tuple[str, str]:
-    """Which of the published layouts the attention keys have; the newest torch's where none is found."""
+    """Return the names of the attention weights; those of the newest torch if none are found."""
     qkv = next((name for name in QKV_LAYOUTS if f"{FIRST_LAYER}.{name}weight" in state), "in_proj_")
     out = next((name for name in OUT_LAYOUTS if f"{FIRST_LAYER}.{name}.weight" in state), "out_proj")
     return qkv, out
@@ -244,7 +246,7 @@ def _encoding_config(arguments: Mapping[str, Any], config: ModelConfig) -> Encod
 
 
 def _labels(arguments: Mapping[str, Any], config: ModelConfig) -> tuple[str, ...]:
-    """Names of the classes; the pretrained decoder of one class says nothing, and published files keep no names."""
+    """Return names of the classes; none for the pretrained decoder of one class. Published files do not contain names."""
     if config.classes.n_classes < 2:
         return ()
     return tuple(arguments.get("labels") or map(str, range(config.classes.n_classes)))

@@ -1,4 +1,4 @@
-"""Training: configuration, the Lightning module, callbacks. The only place that imports Lightning."""
+"""Training: configuration, the Lightning module, callbacks. No other package of scfm imports Lightning."""
 
 from scfm.train.config import FitConfig
 from scfm.train.loop import train

@@ -1,4 +1,4 @@
-"""How many tokens a training step may hold: measured on the network itself, before the first step."""
+"""Choose the number of tokens of a training batch, from the memory that steps of the network need."""
 
 # Axes: T packed tokens.
 
@@ -20,8 +20,8 @@ from scfm.train.trainable import recompute_blocks
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 2048
-MEMORY_FRACTION = 0.5  # the rest is for weights, the optimizer, temporaries of kernels, and other programs
-MAX_TOKENS = 262_144  # above this a step only gets rarer, not faster
+MEMORY_FRACTION = 0.5  # the rest is for weights, the optimizer, temporary memory of kernels, and other programs
+MAX_TOKENS = 262_144  # larger batches are not processed faster
 
 
 def choose_tokens_per_step(
@@ -32,22 +32,22 @@ def choose_tokens_per_step(
     *,
     device: torch.device,
 ) -> int:
-    """Token budget of a batch: 8,192 on a CPU; on a GPU the largest power of two whose step fits.
+    """Return the token budget of a batch: 8,192 on a CPU; on a GPU the largest power of two whose step fits the memory.
 
-    On the GPU, the memory of a step is measured at two sizes, in the precision of the run and with its activation
-    checkpointing. It grows in proportion to the tokens, since attention is packed and fused. A step of the budget that follows is
-    tried, and the budget halved while it does not fit.
+    On a GPU the memory of a step is measured for two numbers of tokens, with the precision and activation checkpointing of
+    the run. Memory is proportional to the tokens, because attention is packed and fused. A step with the resulting budget is
+    then run, and the budget is halved until the step fits.
 
     Parameters
     ----------
     network, objective
-        What will be trained; the network is on the host.
+        Network to train, on the CPU, and the objective.
     cells
-        Some encoded cells, on the host.
+        Some encoded cells, on the CPU.
     config
         Settings of the run.
     device
-        Where training will run.
+        Device of the training.
     """
     if device.type != "cuda":
         return CPU_TOKENS_PER_STEP
@@ -62,13 +62,13 @@ def choose_tokens_per_step(
 
 
 def affordable_tokens(memory: int, per_token: float, longest: int) -> int:
-    """Largest power of two of tokens that fits into half of the free memory; at least the longest cell."""
+    """Return the largest power of two of tokens that fits half of the free memory, but at least the longest cell."""
     affordable = MEMORY_FRACTION * memory / per_token
     return max(min(2 ** max(0, int(affordable).bit_length() - 1), MAX_TOKENS), longest)
 
 
 class _Trial:
-    """Steps that are taken on the GPU to measure them, with a copy of the network."""
+    """Training steps of a copy of the network on the GPU, to measure their memory."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class _Trial:
         return True
 
     def _step(self, n_tokens: int) -> tuple[int, int]:
-        """Tokens of one step, and its peak memory."""
+        """Return the tokens and the peak memory of one step."""
         rows = np.resize(np.arange(self.cells.n_cells), 1 + n_tokens // max(1, int(self.cells.lengths_B.min())))
         within = np.cumsum(self.cells.lengths_B.numpy()[rows]) <= n_tokens
         inputs, targets = self.objective.corrupt(
@@ -121,5 +121,5 @@ class _Trial:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a CUDA device."""
+    """Return the free bytes of a CUDA device."""
     return torch.cuda.mem_get_info(device)[0]

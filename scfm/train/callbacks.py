@@ -1,4 +1,4 @@
-"""Callbacks: the progress bar, the guard against a loss that is not a number, and the clean stop."""
+"""Callbacks: progress bar, stop on a loss that is not finite, checkpoints, and stop after a signal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from scfm.train.checkpoints import SUFFIX, checkpoints_of
 from scfm.train.config import FitConfig
 from scfm.train.module import NonFiniteLossError
 
-REFRESH_STEPS = 5  # reading the loss waits for the device, so not at every step
+REFRESH_STEPS = 5  # reading the loss waits for the device, so it is not done at every step
 
 
 class ProgressBar(lightning.Callback):
-    """One line a stage: loss, cells per second, time left."""
+    """One progress bar per stage with loss, cells per second and remaining time."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -60,9 +60,9 @@ class ProgressBar(lightning.Callback):
 
 
 class StopOnNonFiniteLoss(lightning.Callback):
-    """Stop when the loss is NaN or infinite, with the step and the cells of its batch named.
+    """Stop with an error if the loss is NaN or infinite; the error names the step and the cells of its batch.
 
-    The loss is read every few steps, so that the device need not be waited for at each one.
+    The loss is read every few steps, because reading it waits for the device.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class StopOnNonFiniteLoss(lightning.Callback):
 
 
 class KeepCheckpoints(lightning.Callback):
-    """Write a checkpoint every some steps or minutes, and keep the last two: if the newest is damaged, the other serves."""
+    """Write a checkpoint after some steps or minutes, and keep the last two, in case the newest is damaged."""
 
     def __init__(self, run_dir: str | Path, config: FitConfig) -> None:
         self.folder, self.config = Path(run_dir) / "checkpoints", config
@@ -124,9 +124,9 @@ class KeepCheckpoints(lightning.Callback):
 
 
 class CleanStop(lightning.Callback):
-    """Stop after the step during which Ctrl-C was pressed or SIGTERM came, so that what was learned is kept.
+    """After Ctrl-C or SIGTERM, stop at the end of the current step and write a checkpoint.
 
-    Ctrl-C a second time stops at once. Several processes agree on the step to stop after.
+    A second Ctrl-C stops immediately. Several processes stop after the same step.
     """
 
     def __init__(self, keeper: KeepCheckpoints | None) -> None:
@@ -154,12 +154,12 @@ class CleanStop(lightning.Callback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals; give them back at the end. In other threads than the main one, nothing is changed."""
+        """Handle the signals within the `with` statement, if this is the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        if callable(before[signal.SIGINT]):  # a shell lets processes in the background ignore it
+        if callable(before[signal.SIGINT]):  # a shell starts background processes with this signal ignored
             signal.signal(signal.SIGINT, self._remember)
         if self.keeper is not None:
             signal.signal(signal.SIGTERM, self._remember)

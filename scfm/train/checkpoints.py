@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, refused when cut short, and resumed by any number of processes."""
+"""Checkpoints: written atomically, checked when read, and resumed with any number of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIX = ".ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, never half-written: what is there under a name is complete."""
+    """Checkpoint files of Lightning, written atomically, so that a file is either complete or does not exist."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         with atomic_write(Path(path)) as temporary_path, temporary_path.open("wb") as file:
@@ -37,12 +37,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, with weights-only loading; nothing in it is executed.
+    """Read a checkpoint to the CPU with torch's weights-only loader; no code in it is executed.
 
     Raises
     ------
     ModelFileError
-        If the file is cut short or is none of ours.
+        If the file is cut short, or is not a checkpoint of scfm.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,16 +55,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run is resumed.
+    """The checkpoint from which a run is resumed.
 
     Attributes
     ----------
     path
         The checkpoint.
     step
-        Optimizer steps that were done.
+        Number of completed optimizer steps.
     n_lanes
-        Batches of a step, over all processes.
+        Number of batches of a step, over all processes.
     """
 
     path: Path
@@ -73,20 +73,20 @@ class Resumption:
 
     @classmethod
     def newest(cls, run_dir: str | Path | None) -> Resumption | None:
-        """The newest readable checkpoint of a run; a damaged one is passed over with a warning."""
+        """Return the newest readable checkpoint of a run; damaged ones are skipped with a warning."""
         if run_dir is None:
             return None
         for path in checkpoints_of(Path(run_dir) / "checkpoints"):
             try:
                 content = read_checkpoint(path)
             except ModelFileError as error:
-                logger.warning("%s Going back to the checkpoint before it.", error)
+                logger.warning("%s The checkpoint before it is used.", error)
                 continue
             return cls(path, int(content["global_step"]), int(content.get("n_lanes", 1)))
         return None
 
     def divided(self, config: FitConfig) -> FitConfig:
-        """`config` with the batches of a step divided among the processes of today.
+        """Return `config` with the batches of a step divided among the present processes.
 
         Raises
         ------
@@ -104,7 +104,7 @@ class Resumption:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """All checkpoints in a folder by step, newest first."""
+    """Return all checkpoints in a folder, newest first."""
     return sorted(folder.glob(f"step=*{SUFFIX}"), key=_step_of, reverse=True)
 
 

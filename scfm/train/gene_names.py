@@ -1,4 +1,4 @@
-"""One kind of gene name for all files of a run, where some use symbols and others Ensembl ids."""
+"""A common kind of gene name for all files of a run, if some use symbols and others Ensembl ids."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from scfm.vocab import IdType, guess_id_type, strip_version
 
 logger = logging.getLogger(__name__)
 
-MIN_TRANSLATED = 0.5  # fraction of the names of a file
+MIN_TRANSLATED = 0.5  # minimum fraction of the names of a file
 KINDS: tuple[IdType, ...] = ("symbol", "ensembl")
-DESCRIPTIONS = {"symbol": "gene symbols", "ensembl": "Ensembl ids", "other": "names that are neither"}
+DESCRIPTIONS = {"symbol": "gene symbols", "ensembl": "Ensembl ids", "other": "other names"}
 
 
 @dataclass(frozen=True)
 class CommonNames:
-    """How the genes of several files are named in one vocabulary.
+    """The kind of gene name that several files are converted to.
 
     Attributes
     ----------
     id_type
         Kind of name.
     aliases
-        Other name to the name of that kind; from files whose `var` holds both.
+        Mapping of other names to names of that kind, from files whose `var` holds both.
     gene_key
-        Column of `var` to read names from.
+        Column of `var` with the names.
     """
 
     id_type: IdType
@@ -45,21 +45,22 @@ class CommonNames:
     def of_files(
         cls, files: Iterable[tuple[str, pd.DataFrame]], *, gene_key: str | None = None, id_type: IdType | None = None
     ) -> CommonNames:
-        """Choose the kind of name that most files have, and collect translations from the files that have both.
+        """Choose the kind of name that most files have, and collect translations from files that have both kinds.
 
         Parameters
         ----------
         files
             Name and `var` of each file.
         gene_key
-            Column of `var` with the gene names; None for `var_names`, or a column of the other kind where that helps.
+            Column of `var` with the gene names. None for `var_names`, or for a common column if `var_names` are of the
+            other kind.
         id_type
-            The kind, if it is given by a vocabulary.
+            The kind of name, if a vocabulary determines it.
 
         Raises
         ------
         VocabularyMismatchError
-            If files are of different species, or fewer than half of the names of a file can be translated.
+            If files have genes of different species, or fewer than half of the names of a file can be translated.
         """
         found = [_names_of(name, var, gene_key) for name, var in files]
         _refuse_species(found)
@@ -70,7 +71,7 @@ class CommonNames:
         return cls(kind, aliases, gene_key)
 
     def of(self, var: pd.DataFrame) -> list[str | None]:
-        """Name of each gene of a file; None where it has no translation."""
+        """Return the name of each gene of a file; None for a gene without a translation."""
         each = _names_of("", var, self.gene_key)
         if self.id_type in each.by_kind:
             return list(each.by_kind[self.id_type])
@@ -79,7 +80,7 @@ class CommonNames:
 
 @dataclass(frozen=True)
 class _FileNames:
-    """The names that one file has for its genes, by kind."""
+    """The names of the genes of one file, by kind."""
 
     file: str
     primary: list[str | None]
@@ -90,7 +91,7 @@ class _FileNames:
         return guess_id_type(self.primary)
 
     def require(self, kind: IdType, aliases: dict[str, str], others: Sequence[_FileNames]) -> None:
-        """Refuse a file of which too few names can be translated; warn of those that cannot."""
+        """Raise if too few names of the file can be translated; warn if some cannot."""
         if kind in self.by_kind:
             return
         n_known, n_names = sum(name in aliases for name in self.primary), len(self.primary)
@@ -102,10 +103,10 @@ class _FileNames:
         if n_known < MIN_TRANSLATED * n_names:
             raise VocabularyMismatchError(
                 f"{said}. Add a `var` column with {DESCRIPTIONS[kind]} to it, such as "
-                f"{'feature_name' if kind == 'symbol' else 'feature_id'!r}, or leave it out."
+                f"{'feature_name' if kind == 'symbol' else 'feature_id'!r}, or omit this file."
             )
         if n_known < n_names:
-            warnings.warn(f"{said}; the other genes of this file are left out.", stacklevel=4)
+            warnings.warn(f"{said}; the other genes of this file are omitted.", stacklevel=4)
         else:
             logger.info("%s.", said)
 
@@ -124,14 +125,14 @@ def _without_versions(names: Sequence[str | None]) -> list[str | None]:
 
 
 def _most_common(found: Sequence[_FileNames]) -> IdType:
-    """The kind that most files have; among equals the one that most use themselves, then that of the first file."""
+    """Return the kind that most files have; ties go to the kind that most files use, then to that of the first file."""
     have = Counter(kind for each in found for kind in each.by_kind)
     use = Counter(each.kind for each in found)
     return max(have, key=lambda kind: (have[kind], use[kind], kind == found[0].kind))
 
 
 def _translations(found: Sequence[_FileNames], kind: IdType) -> dict[str, str]:
-    """Names of the other kind to those of `kind`, one to one; the first file that has a pair decides."""
+    """Return a one-to-one mapping of other names to names of `kind`; of contradictory pairs, the first file's is used."""
     aliases: dict[str, str] = {}
     taken: set[str] = set()
     for each in found:
@@ -149,6 +150,6 @@ def _refuse_species(found: Sequence[_FileNames]) -> None:
     species = {each.file: guess_species(each.primary) for each in found}
     if len(known := set(species.values()) - {"unknown"}) > 1:
         raise VocabularyMismatchError(
-            f"The files are of {len(known)} species, judged by their gene names: "
+            f"According to their gene names, the files are from {len(known)} species: "
             f"{', '.join(starmap('{} ({})'.format, species.items()))}. Map the genes to those of one species first."
         )

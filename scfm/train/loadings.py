@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-OVERSAMPLING = 10  # directions more than components
+OVERSAMPLING = 10  # number of random directions in excess of components
 N_PASSES = 4
 
 
@@ -22,28 +22,28 @@ def streamed_loadings(
     n_passes: int = N_PASSES,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Leading right singular vectors of a matrix that is never in memory, shape (V, R), strongest first.
+    """Return the leading right singular vectors of a matrix that does not fit memory, shape (V, R), in descending order.
 
     Parameters
     ----------
     blocks
-        Called once per pass; gives the rows of the matrix in blocks, each of shape (B, V), CSR.
+        Function that is called once per pass, and returns the rows of the matrix in blocks of shape (B, V), CSR.
     n_columns
-        V.
+        Number of columns V.
     n_components
-        R; at most as many as the matrix has rows or columns are returned.
+        Number of vectors R. The result has fewer if the matrix has fewer rows or columns.
     n_passes
-        Passes over the rows. Each multiplies the accuracy of a component by the ratio of its squared singular value to that of
-        the first component left out.
+        Number of passes over the rows. Each pass divides the error of a component by the ratio of its squared singular value
+        to that of the first component that is not computed.
     seed
-        Of the random directions.
+        Seed of the random directions.
 
     Notes
     -----
-    The randomized range finder with subspace iteration of Halko, Martinsson and Tropp (2011), algorithms 4.4 and 5.5
-    (Nystrom), applied to X^T X: each pass accumulates Y = X^T (X Q) over blocks, so that memory holds a few matrices of V by
-    R + 10 numbers and one block. Between passes Y is orthonormalized by a QR decomposition. scikit-learn's IncrementalPCA makes blocks
-    dense and centers them, and its TruncatedSVD needs the whole matrix at once.
+    The method is the randomized range finder with subspace iteration of Halko, Martinsson and Tropp (2011), algorithms 4.4
+    and 5.5 (Nystrom), applied to X^T X. Each pass accumulates Y = X^T (X Q) over blocks, so memory holds a few matrices of V
+    by R + 10 numbers and one block. Between passes Y is orthonormalized by a QR decomposition. scikit-learn's
+    IncrementalPCA makes blocks dense and centers them, and its TruncatedSVD needs the whole matrix at once.
     """
     rng = np.random.default_rng(seed)
     width = min(n_components + OVERSAMPLING, n_columns)
@@ -64,7 +64,7 @@ def streamed_loadings(
 def _gram_product(
     blocks: Iterable[sparse.csr_matrix], basis_VL: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], int]:
-    """X^T (X Q) over all blocks of X, and the number of rows."""
+    """Return X^T (X Q) over all blocks of X, and the number of rows."""
     product_VL, n_rows = np.zeros_like(basis_VL), 0
     for block in blocks:
         product_VL += block.T @ (block @ basis_VL)
@@ -73,6 +73,6 @@ def _gram_product(
 
 
 def _with_fixed_signs(vectors_VR: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give each column the sign that makes its largest element positive."""
+    """Change the sign of each column so that its largest element is positive."""
     largest_R = np.abs(vectors_VR).argmax(0)
     return vectors_VR * np.sign(vectors_VR[largest_R, np.arange(vectors_VR.shape[1])])

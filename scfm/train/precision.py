@@ -1,4 +1,4 @@
-"""On which device, and in which number format, a run computes."""
+"""Device and precision of a run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from scfm.train.config import FitConfig
 
 
 def training_device(config: FitConfig) -> torch.device:
-    """Kind of device that Lightning will choose for these settings."""
+    """Return the type of device that Lightning will choose for these settings."""
     if config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available()):
         return torch.device("cuda")
     return torch.device("cpu")
 
 
 def resolved_precision(config: FitConfig) -> Any:
-    """The precision as Lightning names it: on CUDA devices that compute in bfloat16 "auto" is bf16-mixed."""
+    """Return Lightning's name of the precision; "auto" is bf16-mixed on CUDA devices with bfloat16."""
     if config.precision != "auto":
         return config.precision
     if training_device(config).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -27,21 +27,21 @@ def resolved_precision(config: FitConfig) -> Any:
 
 
 def precision_plugins(config: FitConfig, *, sharded: bool) -> list[Any]:
-    """Plugins for the precisions that Lightning cannot be asked for by name."""
+    """Return plugins for precisions that Lightning does not have by name."""
     if sharded:
         return [_ShardedPrecision(resolved_precision(config))]
     return [_Bfloat16()] if config.precision == "bf16-true" else []
 
 
 class _ShardedPrecision(FSDPPrecision):
-    """Lightning's, which cannot take frozen dataclasses apart; batches need no conversion, the network casts as it goes."""
+    """Lightning's plugin without conversion of batches, which fails for frozen dataclasses; the network casts its input."""
 
     def convert_input(self, data: Any) -> Any:
         return data
 
 
 class _Bfloat16(HalfPrecision):
-    """Weights and arithmetic in bfloat16; as for shards, batches are not converted."""
+    """Weights and arithmetic in bfloat16, without conversion of batches."""
 
     def __init__(self) -> None:
         super().__init__("bf16-true")

@@ -1,4 +1,4 @@
-"""Which process of a run this is, and which batches of a step are its own."""
+"""The rank of this process in a run, and its batches of each step."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from scfm.train.config import FitConfig
 
 
 def rank_and_world_size(config: FitConfig) -> tuple[int, int]:
-    """Rank and number of processes, from the environment of torchrun; without torchrun, one process.
+    """Return rank and number of processes from the environment of torchrun; without torchrun, there is one process.
 
     Raises
     ------
     ValueError
-        If `devices` and `n_nodes` ask for another number of processes than there are.
+        If `devices` and `n_nodes` are for another number of processes than torchrun has started.
     """
     rank, world_size = torchrun_rank()
     asked = None if config.devices == "auto" else int(config.devices) * config.n_nodes
     if world_size == 1 and asked not in (None, 1):
         raise ValueError(
-            f"`devices` is {config.devices!r} and `n_nodes` {config.n_nodes}; start several processes with torchrun: "
+            f"`devices` is {config.devices!r} and `n_nodes` {config.n_nodes}. Start several processes with torchrun: "
             "`torchrun --nproc-per-node N $(which scfm) pretrain ...`."
         )
     if world_size > 1 and asked not in (None, world_size):
         raise ValueError(
             f"`devices` is {config.devices!r} and `n_nodes` {config.n_nodes}, but torchrun started {world_size} processes. "
-            "Leave both out to use all of them."
+            "Omit both to use all processes."
         )
     return rank, world_size
 
 
 def devices_and_nodes(config: FitConfig) -> tuple[int, int]:
-    """Processes on each node, and nodes, for Lightning."""
+    """Return the number of processes per node, and the number of nodes, for Lightning."""
     world_size = rank_and_world_size(config)[1]
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
     return on_node, world_size // on_node
 
 
 def lanes_of(config: FitConfig) -> tuple[list[int], int]:
-    """Numbers of the batches of a step that are those of this process, and the number of all."""
+    """Return the indices of this process's batches within a step, and the number of all batches of a step."""
     rank, world_size = rank_and_world_size(config)
     return [rank + world_size * turn for turn in range(config.accumulate)], world_size * config.accumulate
 
 
 def start_process_group(config: FitConfig, device: torch.device) -> None:
-    """Let the processes of a run talk to each other: through gloo between hosts, and NCCL between CUDA devices."""
+    """Start communication between the processes of a run: gloo for CPU tensors, NCCL for CUDA tensors."""
     if rank_and_world_size(config)[1] > 1 and not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -1,4 +1,4 @@
-"""The folder of a pretraining run: one writer, settings that must stay the same, and statistics made once."""
+"""The output folder of a pretraining run: its lock, its recorded settings, and its statistics of the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scfm.train.config import FitConfig
 from scfm.train.ranks import rank_and_world_size
 from scfm.train.statistics import Statistics
 
-# How a run is computed, not what it computes: these may change when it is resumed.
+# Settings that do not affect what a run computes; they may change when it is resumed.
 RESUMABLE = frozenset(
     {
         "n_steps", "accumulate", "precision", "accelerator", "devices", "n_nodes", "strategy", "compile",
@@ -27,14 +27,14 @@ RESUMABLE = frozenset(
 
 
 class Run:
-    """The folder of a run, on any of its processes.
+    """The output folder of a run; every process of the run has such an object.
 
     Attributes
     ----------
     folder
-        Where the run is written.
+        The folder.
     is_first
-        Whether this is the process that writes.
+        Whether this process is the first, which writes the files.
     """
 
     def __init__(self, folder: Path, *, is_first: bool) -> None:
@@ -43,14 +43,14 @@ class Run:
     @classmethod
     @contextmanager
     def open(cls, folder: Path, config: FitConfig) -> Iterator[Run]:
-        """Take the folder; no other run can be started in it meanwhile."""
+        """Lock the folder, so that no other run can be started in it meanwhile."""
         require_folder(folder)
         is_first = rank_and_world_size(config)[0] == 0
         with output_lock(folder) if is_first else nullcontext():
             yield cls(folder, is_first=is_first)
 
     def stored(self) -> dict[str, Any] | None:
-        """What `config.json` holds; None for a new run."""
+        """Return the content of `config.json`; None for a new run."""
         path = self.folder / "config.json"
         if not path.exists():
             return None
@@ -65,7 +65,7 @@ class Run:
         return content
 
     def resume_or_start(self, settings: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
-        """Refuse a folder that holds another run, and record the settings of this one."""
+        """Raise if the folder holds another run, otherwise record the settings."""
         stored = self.stored()
         wanted = {
             "pretrain": settings,
@@ -79,14 +79,14 @@ class Run:
             if changes:
                 raise ValueError(
                     f"{self.folder} holds a run with other settings or data ({'; '.join(changes)}). Choose another output "
-                    "folder, or give the same settings and data to resume that run."
+                    "folder, or pass the same settings and data to resume that run."
                 )
         if self.is_first:
             with atomic_write(self.folder / "config.json") as temporary_path:
                 temporary_path.write_text(json.dumps(wanted, indent=1))
 
     def statistics(self, key_of: Mapping[str, Any], learn: Callable[[], Statistics]) -> Statistics:
-        """Statistics of the data: as an earlier start left them, or made by the first process and read by the others."""
+        """Return statistics of the data: those of an earlier start, or new ones, which the first process computes."""
         key = hashlib.sha256(json.dumps(key_of, sort_keys=True).encode()).hexdigest()
         folder = self.folder / "statistics"
 
@@ -98,12 +98,12 @@ class Run:
         found = Statistics.load(folder, key)
         if found is None:
             raise ModelFileError(
-                f"{folder} cannot be read by this process. All processes of a run need the same view of the output folder."
+                f"{folder} cannot be read by this process. All processes of a run must share the output folder."
             )
         return found
 
     def by_first_process(self, make: Callable[[], None]) -> None:
-        """Let the first process do something while the others wait; its error is an error of all."""
+        """Call `make` in the first process while the others wait; if it fails, all processes raise."""
         if self.is_first:
             try:
                 make()
@@ -116,7 +116,7 @@ class Run:
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Settings that differ and may not, with both values."""
+    """Return the settings that must not differ but do, with both values."""
     wanted = json.loads(json.dumps(wanted))
     old, new = _flat(stored), _flat(wanted)
     names = [name for name in {**old, **new} if name.removeprefix("config.") not in RESUMABLE]

@@ -1,4 +1,4 @@
-"""FSDP: parameters, gradients and optimizer state in shards over the devices, for models that one cannot hold."""
+"""FSDP: parameters, gradients and optimizer state are distributed over devices, for models too large for one device."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from scfm.nn import Block
 from scfm.train.config import FitConfig
 from scfm.train.ranks import rank_and_world_size
 
-WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of parameters
+WRAPPER = "_fsdp_wrapped_module."  # FSDP adds this to the names of parameters
 
 
 def make_strategy(config: FitConfig) -> Strategy | str:
-    """Lightning's strategy for the settings: FSDP a block a unit, with whole checkpoints; others by their name.
+    """Return Lightning's strategy: FSDP with one unit per block and complete checkpoints, or the name of another strategy.
 
     Raises
     ------
     ValueError
-        If "fsdp" is asked for on a machine without CUDA.
+        If the strategy is "fsdp" on a machine without CUDA.
     """
     if config.strategy != "fsdp":
         return "ddp" if rank_and_world_size(config)[1] > 1 else "auto"
     if not torch.cuda.is_available():
         raise ValueError(
-            "`strategy` is 'fsdp', which needs CUDA devices, and this machine has none. Use 'ddp' for several processes on "
+            "`strategy` is 'fsdp', which needs CUDA devices, but this machine has none. Use 'ddp' for several processes on "
             "the CPU, or 'auto'."
         )
     return FSDPStrategy(**FSDP_SETTINGS)
@@ -44,12 +44,12 @@ def is_sharded(strategy: Strategy | str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Name of a parameter as it is without FSDP."""
+    """Return the name of a parameter without the additions of FSDP."""
     return name.replace(WRAPPER, "")
 
 
 class GatherShards(lightning.Callback):
-    """Train a copy under FSDP, which cuts a network up for good, and put the whole weights into the original at the end."""
+    """Train a copy with FSDP, which changes a network permanently, and copy the weights to the original at the end."""
 
     def __init__(self, network: CellTransformer) -> None:
         self.original, self.copy = network, copy.deepcopy(network)
@@ -61,5 +61,5 @@ class GatherShards(lightning.Callback):
 
 
 def matrices(network: nn.Module) -> set[str]:
-    """Names of the parameters with two axes or more, taken before FSDP flattens them."""
+    """Return the names of the parameters with two or more axes; call it before FSDP flattens parameters."""
     return {name for name, parameter in network.named_parameters() if parameter.dim() >= 2}

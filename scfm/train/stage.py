@@ -1,4 +1,4 @@
-"""One stage of training a model in memory, recorded in its history."""
+"""Train a model on cells in memory, and record the training in its history."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def run_stage(
     Parameters
     ----------
     model
-        Changed in place.
+        The model, which is changed in place.
     name
-        Name of the stage, shown by the progress bar.
+        Name of the stage, for history and progress bar.
     objective
-        What is trained.
+        The training objective.
     cells
         Encoded cells.
     config

@@ -1,4 +1,4 @@
-"""What a run learns of its files before the first step, in one pass: vocabulary, medians, loadings, lengths of cells."""
+"""Statistics of the files of a run, computed in one pass before training: vocabulary, medians, loadings, lengths of cells."""
 
 # Axes: B cells, G genes of a file, V tokens of the vocabulary, R components.
 
@@ -25,22 +25,22 @@ from scfm.errors import CountsError, VocabularyMismatchError
 from scfm.train.gene_names import CommonNames
 from scfm.train.loadings import streamed_loadings
 
-MAX_SAMPLED_CELLS = 50_000  # cells that medians are learned from, held in memory meanwhile
-MAX_CELLS_OF_LOADINGS = 20_000  # those of them that gene embeddings start from, as in `scfm.fit`
+MAX_SAMPLED_CELLS = 50_000  # cells for medians, which are in memory during the pass
+MAX_CELLS_OF_LOADINGS = 20_000  # of these, the cells for the decomposition, as in `scfm.fit`
 BLOCK_CELLS = 2048
-N_DIGEST_BLOCKS, DIGEST_ROWS = 16, 8  # rows of each file that its digest covers
+N_DIGEST_BLOCKS, DIGEST_ROWS = 16, 8  # the digest of a file covers this many blocks of rows, and rows per block
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The files of a run, and where in them counts, names and depths are.
+    """The files of a run, and the layer and columns with counts, names and depths.
 
     Attributes
     ----------
     paths
         `.h5ad` files and `.zarr` folders.
     layer, gene_key, depth_key
-        As in `scfm.pp.encode`, the same for all files.
+        The same for all files; see `scfm.pp.encode`.
     """
 
     paths: tuple[Path, ...]
@@ -52,9 +52,9 @@ class Data:
         return CountSource.of(path, layer=self.layer, gene_key=self.gene_key, depth_key=self.depth_key)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name, number of cells and digest of some rows of each file, and a hash of all that.
+        """Return name, number of cells and digest of some rows of each file, and a hash of all of these.
 
-        The digest covers the counts themselves, so that a file that was replaced by one of the same name and size is noticed.
+        The digest covers counts, so it changes if a file is replaced by one of the same name and size.
         """
         entries = [_fingerprint(path, self.open(path)) for path in self.paths]
         digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
@@ -63,22 +63,23 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What is learned of the files.
+    """Statistics of the files of a run.
 
     Attributes
     ----------
     vocabulary
-        Genes that the cells express, or those that were given.
+        The genes that the cells express, or the given vocabulary.
     medians
-        For rank encodings, by token id, shape (V,); else None.
+        For rank encodings, medians by token id, shape (V,); None for other encodings.
     lengths_B
-        Maximum tokens of each cell of all files, shape (B,), int32; 0 for cells that are held out, or express no known gene.
+        Maximum number of tokens of each cell of all files, shape (B,), int32; 0 for cells that are held out or express no
+        gene of the vocabulary.
     totals_V
-        Counts of each gene over all cells that are not held out, by token id, shape (V,).
+        Total counts of each gene over all cells that are not held out, by token id, shape (V,).
     loadings_VR
-        Right singular vectors of log-normalized expression; R is 0 if they were not asked for.
+        Right singular vectors of log-normalized expression; R is 0 if they are not needed.
     fraction_known
-        Fraction of all counts that belongs to genes of the vocabulary.
+        Fraction of all counts that is in genes of the vocabulary.
     """
 
     vocabulary: Vocabulary
@@ -107,7 +108,7 @@ class Statistics:
 
     @classmethod
     def load(cls, folder: Path, key: str) -> Statistics | None:
-        """Read what `save` wrote under the same key; None if there is nothing of the kind."""
+        """Read statistics that `save` wrote with the same key; None if there are none."""
         try:
             content = json.loads((folder / "key.json").read_text())
             if content["key"] != key:
@@ -137,17 +138,17 @@ def learn(
     n_components: int = 0,
     seed: int = 0,
 ) -> Statistics:
-    """Read all files once, and learn what is not given.
+    """Read all files once, and compute the statistics that are not given.
 
-    Vocabulary, totals and lengths come from every cell that is not held out; medians from at most 50,000 and
-    loadings from at most 20,000 of them, spread evenly over the files.
+    Vocabulary, totals and lengths are computed from all cells that are not held out; medians from at most 50,000 and
+    loadings from at most 20,000 of these, spread evenly over the files.
 
     Raises
     ------
     CountsError
         If a file holds no raw counts.
     VocabularyMismatchError
-        If the genes of a file do not fit those of the others, or the vocabulary.
+        If the genes of a file do not match those of the other files, or the vocabulary.
     """
     names = None if vocabulary is not None else CommonNames.of_files(
         ((path.name, data.open(path).var) for path in data.paths), gene_key=data.gene_key
@@ -173,7 +174,7 @@ def learn(
 
 @dataclass(eq=False)
 class _Survey:
-    """What one pass over a file finds: totals, expressed genes of each cell, and some cells."""
+    """The result of one pass over a file: totals, number of expressed genes of each cell, and some cells."""
 
     names: list[str | None]  # of the columns
     totals_G: NDArray[np.float64]
@@ -187,7 +188,7 @@ class _Survey:
         return vocabulary.token_ids(name if name is not None else "" for name in self.names)
 
     def lengths(self, config: EncodingConfig, vocabulary: Vocabulary) -> NDArray[np.int32]:
-        """Maximum tokens of each cell, 0 for those without a named gene."""
+        """Return the maximum number of tokens of each cell; 0 for cells without a named gene."""
         n_genes_B = self.n_expressed_B
         if config.include_zeros:
             n_genes_B = np.where(n_genes_B > 0, vocabulary.n_genes, n_genes_B)
@@ -248,7 +249,7 @@ def _empty_survey(
 
 
 def _vocabulary_of(surveys: Sequence[_Survey], names: CommonNames, config: EncodingConfig) -> Vocabulary:
-    """The expressed genes of all files, in the order of the files."""
+    """Return the expressed genes of all files, in the order of the files."""
     genes: dict[str, None] = {}
     for survey in surveys:
         seen = [name for name, total in zip(survey.names, survey.totals_G) if total > 0 and name is not None]
@@ -261,7 +262,7 @@ def _vocabulary_of(surveys: Sequence[_Survey], names: CommonNames, config: Encod
             )
         genes.update(dict.fromkeys(seen))
     if not genes:
-        raise CountsError("The files hold no counts at all.")
+        raise CountsError("All counts of the files are zero. Check the files with `scfm.pp.check`.")
     found = Vocabulary.from_genes(genes, special=["pad", "mask", *config.special_roles], id_type=names.id_type)
     aliases = {alias: name for alias, name in names.aliases.items() if name in genes and alias not in genes}
     return Vocabulary(found.tokens, special=found.special, id_type=names.id_type, aliases=aliases)
@@ -270,7 +271,7 @@ def _vocabulary_of(surveys: Sequence[_Survey], names: CommonNames, config: Encod
 def _aligned(
     surveys: Sequence[_Survey], tokens: Sequence[NDArray[np.int32]], every: GeneMap
 ) -> Iterator[tuple[sparse.csr_matrix, NDArray[np.float64]]]:
-    """The sampled cells, with one column for each gene of the vocabulary."""
+    """Return the sampled cells with one column per gene of the vocabulary."""
     column_V = np.full(len(every.vocabulary), -1, dtype=np.int32)
     column_V[every.token_ids] = np.arange(every.n_vars)
     for survey, token_G in zip(surveys, tokens):
@@ -282,7 +283,7 @@ def _aligned(
 def _loadings(
     surveys: Sequence[_Survey], tokens: Sequence[NDArray[np.int32]], n_tokens: int, n_components: int, seed: int
 ) -> NDArray[np.float32]:
-    """Singular vectors of log1p of counts per 10,000 of the sampled cells, by token id."""
+    """Return the singular vectors of log1p of counts per 10,000 of the sampled cells, by token id."""
     if not n_components:
         return np.zeros((n_tokens, 0), dtype=np.float32)
     n_sampled = sum(len(depth_B) for survey in surveys for _, depth_B in survey.sample)

@@ -1,4 +1,4 @@
-"""Where the batches of a run come from: each is a function of the seed and its number, so a run resumes anywhere."""
+"""The batches of a run; each depends only on the seed and its number, so a run can be resumed at any step."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ StepBatch = tuple[CellBatch, objectives.Targets]
 
 
 class Source(Protocol):
-    """Endless epochs of batches, positioned by the number of batches since the first one."""
+    """A source of batches over any number of epochs, which can continue at any batch."""
 
     def seek(self, step: int) -> None:
-        """Go to the batch that comes `step` batches after the first one, over all epochs."""
+        """Continue with batch `step`, counted from 0 over all epochs."""
         ...
 
     def __iter__(self) -> Iterator[CellBatch]:
-        """Yield the remaining batches of the epoch, then move on to the next epoch."""
+        """Yield the remaining batches of the epoch, then move to the next epoch."""
         ...
 
 
 @dataclass
 class Steps(IterableDataset[StepBatch]):
-    """Corrupted batches of the steps `start` to `stop` of a run, for one process.
+    """Inputs and targets of the steps `start` to `stop` of a run, for one process.
 
-    A step has `n_lanes` batches over all processes, one of each lane. The masks of a batch depend on the seed, the step and
-    the lane, so that it does not matter which process a lane belongs to.
+    A step has `n_lanes` batches over all processes, numbered by lane. The masks of a batch depend on seed, step and lane,
+    and not on the process that computes it.
 
     Attributes
     ----------
     sources
-        The batches of each lane of this process.
+        Source of batches for each lane of this process.
     lanes
-        Their numbers.
+        Numbers of these lanes.
     objective
-        Makes inputs and targets of a batch.
+        The objective, which returns inputs and targets for a batch.
     """
 
     sources: Sequence[Source]
@@ -63,7 +63,7 @@ class Steps(IterableDataset[StepBatch]):
                 yield self.objective.corrupt(next(of_lane), generator)
 
     def __len__(self) -> int:
-        # The complete run, wherever it starts: Lightning counts a resumed run on from the batches done before.
+        # The length of the complete run, because Lightning continues the count of batches in a resumed run.
         return self.stop * len(self.lanes)
 
 
@@ -75,11 +75,14 @@ def _endless(source: Source, step: int) -> Iterator[CellBatch]:
             is_empty = False
             yield cells
         if is_empty:
-            raise EmptyCellError("There is no cell to train on: none expresses a gene of the vocabulary.")
+            raise EmptyCellError(
+                "There is no cell to train on, because no cell expresses a gene of the vocabulary. Check the names of the genes "
+                "with `scfm.pp.check`."
+            )
 
 
 class MemorySource:
-    """Endless epochs over encoded cells in memory, batch by batch."""
+    """Batches of encoded cells in memory, over any number of epochs."""
 
     def __init__(self, cells: CellBatch, sampler: TokenBudgetSampler) -> None:
         self.cells, self.sampler = cells, sampler
@@ -93,6 +96,6 @@ class MemorySource:
 
 
 def step_seed(seed: int, number: int) -> int:
-    """One seed of 63 bits for each (seed, number), by the finalizer of SplitMix64."""
+    """Return a seed of 63 bits for each (seed, number), by the finalizer of SplitMix64."""
     state = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 - 0x9E3779B97F4A7C15) & (2**64 - 1)
     return int(mix(np.array([state], dtype=np.uint64))[0]) >> 1

@@ -1,4 +1,4 @@
-"""What a pretraining run leaves behind: model, losses, figure, model card."""
+"""Write the results of a pretraining run: model, losses, figure, model card."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def test_a_published_vocabulary_and_medians_are_used(files, tmp_path):
 def test_files_without_counts_are_refused(tmp_path):
     path = tmp_path / "empty.h5ad"
     anndata.AnnData(sparse.csr_matrix((5, 9), dtype=np.float32)).write_h5ad(path)
-    with pytest.raises(CountsError, match="hold no counts at all"):
+    with pytest.raises(CountsError, match="All counts of the files are zero"):
         run([path], tmp_path / "run")
 
 

@@ -193,7 +193,7 @@ def test_processes_are_counted_by_what_torchrun_started(monkeypatch):
 
 
 def test_several_devices_without_torchrun_are_refused():
-    with pytest.raises(ValueError, match="start several processes with torchrun"):
+    with pytest.raises(ValueError, match="Start several processes with torchrun"):
         rank_and_world_size(CONFIG.replace(devices=2))
 
 
