@@ -1,1 +1,1 @@
-"""Annotation: splits, linear probe, gene classifier, ensemble, calibration, fine-tuning, scores, classes of genes."""
+"""Annotation: splits, linear probe, gene classifier, ensemble, calibration, fine-tuning, scores, gene classification."""

@@ -1,4 +1,4 @@
-"""Rows of the report of `scfm.fit`: the model next to simple methods, on the same held-out cells."""
+"""Rows of the report of `scfm.fit`: scores of the model and of simple methods on the same test cells."""
 
 # Axes: B cells, V tokens of the vocabulary, X inputs of the class head, C classes.
 
@@ -22,21 +22,20 @@ Row = dict[str, Any]
 
 
 def score_model(model: Model, logits_BC: torch.Tensor, expression_BV: sparse.csr_matrix, split: FitSplit) -> list[Row]:
-    """Score the model, and the transformer alone, on the test cells; rows as `model.report` returns them.
+    """Return rows of `model.report` with the scores of the model and of the transformer alone on the test cells.
 
-    A row is "inductive" if nothing of it was fitted on test cells, "transductive" if they were seen without their
-    labels.
+    A row is "inductive" if nothing was fitted on test cells, and "transductive" if they were used without their labels.
 
     Parameters
     ----------
     model
-        Calibrated.
+        The calibrated model.
     logits_BC
         Logits of the transformer for all cells.
     expression_BV
-        log1p counts per 10,000 of all cells by token id.
+        log1p of counts per 10,000 of all cells by token id.
     split
-        Which cells test.
+        The test cells.
     """
     test = split.test
     return [
@@ -46,7 +45,7 @@ def score_model(model: Model, logits_BC: torch.Tensor, expression_BV: sparse.csr
 
 
 def score_row(method: str, proba_BC: NDArray[np.floating], split: FitSplit) -> Row:
-    """Score class probabilities of the test cells, shape (test cells, C)."""
+    """Return the row for given class probabilities of the test cells, shape (test cells, C)."""
     assert split.labels is not None
     names, codes_B = np.asarray(split.labels.names), split.labels.codes[split.test]
     setting = "transductive" if split.transductive else "inductive"
@@ -54,7 +53,7 @@ def score_row(method: str, proba_BC: NDArray[np.floating], split: FitSplit) -> R
 
 
 def score_probe(features_BX: NDArray[np.float32], split: FitSplit, *, seed: int) -> Row:
-    """Score a linear probe on the embedding of the model before fine-tuning."""
+    """Return the row for a linear probe on the embedding of the model before fine-tuning."""
     assert split.labels is not None
     learn = cells_to_learn(split, seed)
     proba_BC = probe_probabilities(
@@ -64,10 +63,7 @@ def score_probe(features_BX: NDArray[np.float32], split: FitSplit, *, seed: int)
 
 
 def score_baselines(expression_BG: sparse.csr_matrix, split: FitSplit, *, seed: int) -> list[Row]:
-    """Score the baselines on the test cells.
-
-    They are fitted on training and calibration cells together, because they need no cells for calibration.
-    """
+    """Return the rows of the baselines, which are fitted on training and calibration cells because they are not calibrated."""
     assert split.labels is not None
     table = baselines.score_annotation_baselines(
         expression_BG,
@@ -81,7 +77,7 @@ def score_baselines(expression_BG: sparse.csr_matrix, split: FitSplit, *, seed: 
 
 
 def cells_to_learn(split: FitSplit, seed: int) -> NDArray[np.int64]:
-    """Rows of training and calibration cells, at most `MAX_CELLS_FOR_BASELINES`, ascending."""
+    """Return the rows of at most `MAX_CELLS_FOR_BASELINES` training and calibration cells, ascending."""
     learn = np.union1d(split.train, split.calibration)
     if len(learn) > MAX_CELLS_FOR_BASELINES:
         learn = np.sort(np.random.default_rng(seed).choice(learn, MAX_CELLS_FOR_BASELINES, replace=False))

@@ -1,4 +1,4 @@
-"""Which cells train, which calibrate and which test."""
+"""Split the cells of a fit into training, calibration and test cells."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from scfm.data.columns import Labels
 from scfm.errors import LabelsError
 
 CALIBRATION_FRACTION = 0.1
-MIN_TO_CALIBRATE = 5  # training cells that a class must have before one of them calibrates
+MIN_TO_CALIBRATE = 5  # classes with fewer training cells have no calibration cells
 
 
 @dataclass(frozen=True)
 class FitSplit:
-    """Rows of each part, ascending; the first three parts are disjoint.
+    """The rows of each part, ascending. Training, calibration and test cells are disjoint.
 
-    A class of one labeled cell is trained on and never tested. A class of fewer than `MIN_TO_CALIBRATE` training cells
-    has no calibration cell.
+    The only cell of a class is a training cell. Classes with fewer than `MIN_TO_CALIBRATE` training cells have no
+    calibration cells.
 
     Attributes
     ----------
     labels
         Class of each cell; None without labels.
     train, calibration, test
-        Labeled cells that train the classifiers, calibrate them, and test them.
+        Labeled cells for training, calibration and scores.
     fitted
-        Cells that are learned from without labels: training and unlabeled cells; with `transductive` all cells.
+        Cells that are used without their labels, for example in pretraining: training and unlabeled cells, or, with
+        `transductive`, all cells.
     transductive
-        Whether test and calibration cells are among the `fitted`.
+        Whether `fitted` contains test and calibration cells.
     """
 
     labels: Labels | None
@@ -61,18 +62,18 @@ def split_for_fit(
     transductive: bool = False,
     seed: int = 0,
 ) -> FitSplit:
-    """Hold out test cells (those of `test_key`, or whole batches), and calibration cells from the rest.
+    """Choose test cells (those of `test_key`, complete batches, or random cells), and calibration cells from the rest.
 
     Parameters
     ----------
     obs
         `adata.obs`.
     labels_key, batch_key, test_key
-        Columns with classes, batches and the truth value "is a test cell"; None for none.
+        Columns with classes, with batches, and with True for test cells; each can be None.
     test_fraction
         Fraction of the labeled cells to hold out if `test_key` is None.
     transductive
-        Whether test and calibration cells are learned from without their labels.
+        Whether test and calibration cells are used without their labels.
     seed
         Seed of the shuffle.
 
@@ -97,14 +98,14 @@ def split_for_fit(
     if not len(test):
         raise LabelsError(
             f"No cell can be held out to score the model: of {len(labels.names)} classes with {len(labels.labeled)} cells "
-            f"{'`test_key` names none' if test_key else 'none has two'}. Give more labeled cells, or fit without labels."
+            f"{'`test_key` is True for none' if test_key else 'none has two cells'}. Label more cells, or fit without labels."
         )
     learn_labels = np.unique(labels.codes[learn])
     if len(learn_labels) < len(labels.names):
         lost = [name for code, name in enumerate(labels.names) if code not in learn_labels]
         raise LabelsError(
-            f"Every cell of {', '.join(lost)} is held out by `{'test_key' if test_key else 'batch_key'}`, so no model can "
-            "learn them. Choose another `seed` or other test cells, or remove the labels of these cells."
+            f"All cells of {', '.join(lost)} are held out because of `{'test_key' if test_key else 'batch_key'}`, so no model "
+            "can learn these classes. Choose another `seed` or other test cells, or remove the labels of these cells."
         )
     calibration = _calibration_cells(labels.codes, learn, seed)
     held_out = np.union1d(calibration, test)
@@ -113,7 +114,7 @@ def split_for_fit(
 
 
 def _groups(obs: pd.DataFrame, batch_key: str, labeled: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Batch of each labeled cell; every cell without a batch is a batch of its own."""
+    """Return the batch of each labeled cell; each cell without a batch gets a separate batch."""
     codes_B = columns.groups(obs, batch_key).codes[labeled]
     missing = np.flatnonzero(codes_B < 0)
     codes_B[missing] = codes_B.max(initial=-1) + 1 + np.arange(len(missing))

@@ -1,4 +1,4 @@
-"""Perturbation in silico: exact runs, screens of all genes, prediction of measured perturbations, gene networks."""
+"""In-silico perturbation: exact computation, screens of all genes, prediction of Perturb-seq, gene networks."""
 
 from scfm.perturbation.evaluate import evaluate_perturbation
 from scfm.perturbation.exact import perturb

@@ -1,4 +1,4 @@
-"""Genes that were asked for and cannot be perturbed: the reason of each, and its row in the table."""
+"""Requested genes that cannot be perturbed: their reasons, and their rows in the table."""
 
 # Axes: V tokens of the vocabulary.
 
@@ -16,7 +16,7 @@ from scfm.perturbation.variants import Perturbations, cell_of
 
 
 def explain_absent(asked: Perturbations, states: States, editor: Editor, encoding: Encoding) -> dict[str, str]:
-    """Why each perturbation that cannot be done in any cell cannot, by name."""
+    """Return the reason for each requested perturbation that cannot be done in any cell, by name."""
     left = set() if asked.tokens is None else set(range(len(asked.tokens)))
     encoded: set[int] = set()
     for cell in range(len(states.cells)):
@@ -38,13 +38,13 @@ def explain_absent(asked: Perturbations, states: States, editor: Editor, encodin
 
 
 def _fault(token: int, n_cells: int, encoding: Encoding) -> str:
-    """Why no cell has a token for a gene that `n_cells` cells express."""
+    """Return the reason why no cell has a token for a gene that `n_cells` cells express."""
     name, context = encoding.vocabulary.tokens[token], encoding.config.context_length
     if not n_cells:
         return f"no cell expresses {name!r}"
     if encoding.medians is not None and np.isnan(encoding.medians[token]):
-        return f"the model has no median for {name!r}, so it is never encoded"
-    return f"{n_cells} cells express {name!r}, but it is beyond the context of {context} tokens in all of them"
+        return f"the model has no median for {name!r}, so it is never a token"
+    return f"{n_cells} cells express {name!r}, but in all of them it is not among the first {context} tokens"
 
 
 def _no_cell_for(name: str, tokens: tuple[int, ...]) -> str:
@@ -54,13 +54,13 @@ def _no_cell_for(name: str, tokens: tuple[int, ...]) -> str:
 
 
 def none_or_some(absent: Mapping[str, str], n_asked: int) -> str:
-    """The error text for perturbations that cannot be done."""
+    """Return the error text for perturbations that cannot be done."""
     shown = "; ".join(list(absent.values())[:5])
     return f"{len(absent)} of {n_asked} perturbations cannot be done in any of these cells: {shown}."
 
 
 def with_absent(table: pd.DataFrame, absent: Mapping[str, str]) -> pd.DataFrame:
-    """Add a column `reason`, empty for what was done, and a last row with `n_cells` 0 for what could not be."""
+    """Add a column `reason`, which is empty for perturbations that were done, and rows with `n_cells` 0 for the others."""
     table = table.assign(reason="")
     if not absent:
         return table

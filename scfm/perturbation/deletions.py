@@ -1,4 +1,4 @@
-"""Embeddings of all single deletions of one cell; the first block computes what they share once."""
+"""Embeddings of all single deletions of one cell, with shared parts of the first block computed once."""
 
 # Axes: N tokens of the cell, C deletions of a run, D model width.
 
@@ -17,12 +17,12 @@ from scfm.nn.deletions import DeletionBlock
 from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.variants import pack
 
-MAX_RUN = 16  # deletions that share their first block: more cost more in it than they save
-MIN_CELL = 128  # tokens; shorter cells are packed with others instead, which fills the cores better
+MAX_RUN = 16  # deletions that share a first block; longer runs need more work for the keys of the run than they save
+MIN_CELL = 128  # tokens; packing shorter cells with others is faster
 
 
 def shares_first_block(network: CellTransformer, editor: Editor, readout: Readout | None = None) -> bool:
-    """Whether deletions take tokens away from a network whose first block is a softmax over them."""
+    """Whether deletions remove tokens, and the first block has softmax attention."""
     removes = editor.kind == "delete" and not editor.keeps_zeros
     return (
         removes and network.config.attention.kind == "softmax" and (readout or network.embedding_readout).n_blocks > 0
@@ -33,18 +33,18 @@ def shares_first_block(network: CellTransformer, editor: Editor, readout: Readou
 def embed_deletions(
     network: CellTransformer, cell: TokenCell, editor: Editor, readout: Readout | None = None
 ) -> Tensor:
-    """Vector of the cell without each of its genes, in the order of the tokens, shape (genes, D), float32.
+    """Return the vector of the cell without each of its genes, in the order of the tokens, shape (genes, D), float32.
 
     Parameters
     ----------
     network
-        In evaluation mode; one for which `shares_first_block` is true.
+        A network in evaluation mode, for which `shares_first_block` is True.
     cell
-        Its tokens, at least two genes.
+        The cell, with at least two genes.
     editor
-        Of kind "delete".
+        An editor of kind "delete".
     readout
-        Which vector; None for the embedding.
+        The vector to compute; None for the embedding.
     """
     block = prepare(network, cell, editor)
     n_tokens = len(cell)
@@ -56,7 +56,7 @@ def embed_deletions(
 
 @torch.inference_mode()
 def prepare(network: CellTransformer, cell: TokenCell, editor: Editor) -> DeletionBlock:
-    """What all deletions of a cell share."""
+    """Compute the parts that all deletions of a cell share."""
     stays_ND = moved_ND = network.input_states(pack([cell]).to(network.is_gene_V.device))
     if network.embedding.rank is not None and editor.positions == "shift":
         higher = replace(cell, position_N=(np.arange(len(cell)) - 1).clip(min=0))
@@ -68,7 +68,7 @@ def prepare(network: CellTransformer, cell: TokenCell, editor: Editor) -> Deleti
 def embed_run(
     network: CellTransformer, cell: TokenCell, block: DeletionBlock, run: range, readout: Readout | None = None
 ) -> Tensor:
-    """Vectors of the deletions of neighboring tokens, shape (C, D)."""
+    """Return the vectors for the deletions of consecutive tokens, shape (C, D)."""
     n_left, ids_N = len(cell) - 1, torch.from_numpy(cell.gene_ids_N)
     hidden_TD = block.run(run)
     cells = CellBatch(

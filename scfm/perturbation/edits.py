@@ -1,4 +1,4 @@
-"""What a perturbation does to one cell's tokens."""
+"""Change the tokens of a cell according to a perturbation."""
 
 # Axes: N tokens of one cell, G gene tokens of one cell, P perturbed genes.
 
@@ -30,7 +30,7 @@ class TokenCell:
         return len(self.gene_ids_N)
 
     def digest(self) -> bytes:
-        """Sixteen bytes that are equal for equal cells."""
+        """Return a hash of 16 bytes, which is equal for equal cells."""
         digest = hashlib.blake2b(self.gene_ids_N.tobytes(), digest_size=16)
         for array in (self.values_N, self.position_N):
             digest.update(b"-" if array is None else array.tobytes())
@@ -39,26 +39,27 @@ class TokenCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Editor:
-    """Edits cells of one encoding.
+    """Applies perturbations to cells of one encoding.
 
     Attributes
     ----------
     kind
-        "delete": the gene's token is removed; if zeros have tokens too, its value becomes 0. "overexpress": the gene
-        becomes the first in rank, or gets the cell's largest value; it is inserted if it was not expressed. "inhibit",
-        "activate": its rank, or the quantile of its value in the cell, goes down or up by `quantile`.
+        "delete" removes the token of the gene, or sets its value to 0 if genes without counts have tokens. "overexpress"
+        makes the gene the first (rank encoding) or gives it the largest value of the cell (other encodings), and inserts it
+        if it was not expressed. "inhibit" and "activate" lower or raise its rank, or the quantile of its value in the cell,
+        by `quantile`.
     positions
-        After a deletion under a rank encoding, later genes move up ("shift") or keep their positions ("held").
+        For deletions with a rank encoding: later genes move up by one ("shift") or keep their positions ("held").
     quantile
-        Fraction of the cell's genes by which "inhibit" and "activate" move a gene.
+        Change of "inhibit" and "activate", as a fraction of the cell's genes.
     ordered, keeps_zeros, n_front, n_back, context_length
-        Properties of the encoding: the order of tokens is their rank; unexpressed genes have tokens; numbers of special
-        tokens before and after the genes; maximum number of tokens.
+        Properties of the encoding: whether the order of tokens is their rank, whether genes without counts have tokens,
+        numbers of special tokens before and after the genes, maximum number of tokens.
 
     Notes
     -----
-    Geneformer (Theodoris et al. 2023) moves genes to the middle of another quartile; here they move by a fraction of the
-    cell's genes, so that a stronger gene remains the stronger one.
+    Geneformer (Theodoris et al. 2023) moves a gene to the middle of another quartile. Here the rank changes by a fraction of
+    the cell's genes, so that the order of several changed genes is kept.
     """
 
     kind: Kind
@@ -76,13 +77,13 @@ class Editor:
         if self.positions not in get_args(Positions):
             raise ValueError(f"`positions` is {self.positions!r}; choose 'shift' or 'held'.")
         if self.positions == "held" and self.kind != "delete":
-            raise ValueError(f"`positions` is 'held', which is for deletions; with kind {self.kind!r} leave it out.")
+            raise ValueError(f"`positions` is 'held', which is for deletions. With kind {self.kind!r} omit it.")
         if not 0 < self.quantile <= 1:
             raise ValueError(f"`quantile` is {self.quantile}; it must be above 0 and at most 1.")
 
     @classmethod
     def of(cls, encoding: Encoding, kind: str, *, positions: str = "shift", quantile: float = 0.25) -> Editor:
-        """Make the editor for cells of an encoding."""
+        """Return an editor for cells of an encoding."""
         config = encoding.config
         n_front = int(bool(config.add_cls))
         return cls(
@@ -102,7 +103,7 @@ class Editor:
         return self.kind != "overexpress"
 
     def expressed(self, cell: TokenCell) -> NDArray[np.int32]:
-        """Ids of the genes that the cell expresses, (G,), in the order of its tokens."""
+        """Return the ids of the genes that the cell expresses, in the order of its tokens, shape (G,)."""
         genes = self._genes(cell)
         ids_G = cell.gene_ids_N[genes]
         if self.keeps_zeros and cell.values_N is not None:
@@ -110,7 +111,7 @@ class Editor:
         return ids_G
 
     def edit(self, cell: TokenCell, tokens: Sequence[int]) -> TokenCell:
-        """Perturb the given genes together; they must be expressed if `needs_expression`."""
+        """Perturb the given genes together. They must be expressed if `needs_expression` is True."""
         tokens_P = np.asarray(tokens, dtype=np.int32)
         if self.kind == "delete":
             return self._zero(cell, tokens_P) if self.keeps_zeros else self._delete(cell, tokens_P)
@@ -137,12 +138,15 @@ class Editor:
         ids_N, genes = cell.gene_ids_N, self._genes(cell)
         others_G = ids_N[genes][~np.isin(ids_N[genes], tokens_P)]
         genes_G = np.concatenate([tokens_P, others_G])
-        if self.context_length is not None:  # in a full cell the last gene is dropped
+        if self.context_length is not None:  # if the context is full, the last gene is dropped
             genes_G = genes_G[: self.context_length - self.n_front - self.n_back]
         return TokenCell(np.concatenate([ids_N[: self.n_front], genes_G, ids_N[genes.stop :]]))
 
     def _to_largest(self, cell: TokenCell, tokens_P: NDArray[np.int32]) -> TokenCell:
-        """Give the genes the largest value; genes without a token are inserted in the order of ids; in a full cell the weakest gene is dropped."""
+        """Give the genes the largest value, and insert genes without a token in the order of ids.
+
+        If the context is full, the genes with the lowest values are dropped.
+        """
         genes = self._genes(cell)
         ids_G, values_G = cell.gene_ids_N[genes], _values(cell)[genes].copy()
         largest = values_G.max()
@@ -162,7 +166,7 @@ class Editor:
         step = max(1, round(self.quantile * len(ids_G)))
         down = 1 if self.kind == "inhibit" else -1
         position_G = np.arange(len(ids_G), dtype=np.float64)
-        # Half a position beyond the gene at the new position, so that it is passed.
+        # Half a position beyond the gene at the new position, so that the two change places.
         position_G[np.isin(ids_G, tokens_P)] += down * (step + 0.5)
         return self._framed(cell, ids_G[np.argsort(position_G, kind="stable")], None)
 
@@ -175,7 +179,7 @@ class Editor:
             upto = np.searchsorted(sorted_values, values_G[index], side="right")
             quantile = (below + upto) / (2 * len(sorted_values))
             step = -self.quantile if self.kind == "inhibit" else self.quantile
-            # An observed value, so that bins and buckets stay whole numbers.
+            # An existing value of the cell, so that bins and buckets are whole numbers.
             moved = np.quantile(sorted_values, np.clip(quantile + step, 0, 1), method="nearest")
             values_G[index] = min(moved, values_G[index]) if step < 0 else max(moved, values_G[index])
         return self._framed(cell, ids_G, values_G)

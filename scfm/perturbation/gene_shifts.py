@@ -1,4 +1,4 @@
-"""How far a perturbation moves the states of all other genes."""
+"""Effects of a perturbation on the states of all other genes of a cell."""
 
 # Axes: N tokens of one cell, V values, D model width, R rows (perturbations), E genes of the vocabulary.
 
@@ -23,7 +23,7 @@ OTHER_GENES = "all other genes under the same perturbation"
 
 
 class GeneShifts(NamedTuple):
-    """Shift `values_V1` of the gene in cell `cell_V`; row `row_V` is perturbation number times E plus the gene's token."""
+    """Shifts `values_V1` of genes in cells `cell_V`; `row_V` is the number of the perturbation times E plus the gene's token."""
 
     row_V: NDArray[np.int64]
     cell_V: NDArray[np.int64]
@@ -31,9 +31,9 @@ class GeneShifts(NamedTuple):
 
 
 class GeneShiftRunner(VariantRunner):
-    """Compares the states of genes before and after; every cell is run again in the batch of its variants."""
+    """Compares the states of genes before and after; unperturbed cells are computed in the same batch as their variants."""
 
-    variants_per_block = 256  # each gives as many values as its cell has genes
+    variants_per_block = 256  # each has one value per gene of its cell
 
     def run_block(self, start: int, stop: int) -> GeneShifts:  # type: ignore[override]
         n_tokens = len(self.model.encoding.vocabulary)
@@ -47,7 +47,7 @@ class GeneShiftRunner(VariantRunner):
             states = self._states(variants)
             for (number, genes), variant, after_ND in zip(asked, variants[1:], states[1:]):
                 others = expressed[~np.isin(expressed, genes)]
-                # Overexpression may drop a gene from a full cell.
+                # Overexpression may drop a gene if the context is full.
                 gene_V, _, after_V = np.intersect1d(others, variant.gene_ids_N, return_indices=True)
                 before_V = _indices(tokens, gene_V)
                 shift_V = cosine_distance(states[0][before_V], after_ND[after_V])
@@ -56,7 +56,7 @@ class GeneShiftRunner(VariantRunner):
         return GeneShifts(*map(np.concatenate, zip(*found)))
 
     def _states(self, variants: Sequence[TokenCell]) -> list[NDArray[np.float32]]:
-        """States of the layer that cells are embedded by, (N, D), of each variant."""
+        """Return the token states of each variant, (N, D), at the layer of the cell embedding."""
         network, bounds = self._network, np.cumsum([0, *map(len, variants)])
         self.n_embedded += len(variants)
         parts: list[NDArray[np.float32]] = []
@@ -82,9 +82,9 @@ def tabulate_genes(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Turn a record with a row for each perturbation and gene into the table that `perturb` returns.
+    """Convert a record with one row per perturbation and gene to the table that `perturb` returns.
 
-    `null` has numbers of perturbations; a gene is then tested against itself under those.
+    `null` has numbers of perturbations. If given, a gene is tested against the same gene under these perturbations.
     """
     numbers, tokens = np.divmod(shifts.rows, len(genes))
     parts = [

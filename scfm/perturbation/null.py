@@ -1,4 +1,4 @@
-"""A null for a short list of genes: other genes that as many cells express."""
+"""The null for a short list of genes: other genes that are expressed in a similar number of cells."""
 
 # Axes: V tokens of the vocabulary, C candidates.
 
@@ -12,16 +12,16 @@ from scfm.perturbation.edits import Editor
 from scfm.perturbation.variants import Perturbations
 from scfm.vocab import Vocabulary
 
-N_NULL = 100  # perturbations of the null; a list of as many is its own null
-MAX_NULL_CELLS = 200  # in which they are done: 20,000 variants at most
+N_NULL = 100  # number of perturbations of the null; a list of this length or more is its own null
+MAX_NULL_CELLS = 200  # cells in which they are done, so at most 20,000 variants
 
 
 def with_matched_null(
     asked: Perturbations, cells: CellBatch, vocabulary: Vocabulary, editor: Editor, *, seed: int
 ) -> Perturbations:
-    """Append about 100 perturbations of as many genes each, expressed by as many cells as those asked for.
+    """Append about 100 perturbations of other genes, which are expressed in a similar number of cells.
 
-    For each gene, other genes are drawn from those nearest to it in the number of cells.
+    For each requested gene, others are drawn from those with the most similar number of cells.
     """
     assert asked.tokens is not None
     rng = np.random.default_rng(seed)
@@ -42,7 +42,7 @@ def with_matched_null(
 
 
 def _expressed(cells: CellBatch, editor: Editor) -> NDArray[np.int32]:
-    """Tokens of all genes that each cell expresses, end to end."""
+    """Return the tokens of all genes that each cell expresses, one cell after another."""
     ids_T = cells.gene_ids_T.numpy()
     return ids_T[cells.values_T.numpy() > 0] if editor.keeps_zeros and cells.values_T is not None else ids_T
 
@@ -50,7 +50,7 @@ def _expressed(cells: CellBatch, editor: Editor) -> NDArray[np.int32]:
 def _nearest(
     token: int, candidates_C: NDArray[np.int32], n_cells_V: NDArray[np.int64], n: int, rng: np.random.Generator
 ) -> NDArray[np.int32]:
-    """`n` candidates drawn from the 2 n nearest in the number of cells; with repeats if there are fewer than `n`."""
+    """Draw `n` of the 2 n candidates with the most similar number of cells; with repeats if there are fewer than `n`."""
     order = np.argsort(np.abs(n_cells_V[candidates_C] - n_cells_V[token]), kind="stable")
     near = candidates_C[order[: 2 * n]]
     return rng.choice(near, n, replace=len(near) < n) if len(near) else near

@@ -1,4 +1,4 @@
-"""Runs variants through the model: a bounded number at a time, and each distinct one once."""
+"""Compute the embeddings of variants (perturbed cells), a limited number at a time, and equal variants once."""
 
 # Axes: B cells, V variants, D model width.
 
@@ -24,14 +24,14 @@ from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.shifts import ShiftRecord
 from scfm.perturbation.variants import Perturbations, cell_of, pack
 
-VARIANTS_PER_BLOCK = 4096  # of whole cells; what is in memory at once, and the grain at which a run can be resumed
+VARIANTS_PER_BLOCK = 4096  # variants in memory at once, of complete cells; a run can be resumed after each block
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Variants of a block of cells: variant `slot_V` of cell `cell_V` is perturbation `number_V`; each (V,), int64.
+    """The variants of a block of cells: perturbation `number_V` of cell `cell_V` has index `slot_V`; each (V,), int64.
 
-    A number of -1 - g stands for the perturbation of token g alone, which a combination is compared with.
+    A number -1 - g stands for the perturbation of token g alone, with which a combination is compared.
     """
 
     cell_V: NDArray[np.int64]
@@ -42,16 +42,16 @@ class Requests:
 
 @dataclass
 class VariantRunner:
-    """Embeds variants; equal ones, whatever cell and perturbation they come from, are embedded once a block.
+    """Embeds variants; equal variants of a block are embedded once, even if they are of different cells.
 
     Attributes
     ----------
     precision
-        "fp32", or "bf16" for blocks in bfloat16.
+        "fp32", or "bf16" for blocks of the network in bfloat16.
     readout
-        Which vector of each variant; None for its embedding.
+        The vector to compute for each variant; None for the embedding.
     n_embedded
-        Variants that went through the network so far.
+        Number of variants that were embedded so far.
     """
 
     model: Model
@@ -75,12 +75,12 @@ class VariantRunner:
         )
 
     def n_of_cell(self, cell: int) -> int:
-        """How many perturbations can be done to a cell."""
+        """Return the number of perturbations that can be done in a cell."""
         tokens = cell_of(self.cells, cell)
         return len(self.perturbations.of_cell(cell, self.editor.expressed(tokens), self.editor))
 
     def blocks(self, n_of_cell_B: NDArray[np.int64], first: int = 0) -> Iterator[tuple[int, int, Requests]]:
-        """Yield (first cell, end, results) of runs of cells of about `variants_per_block` variants."""
+        """Yield (first cell, end, results) for blocks of cells with about `variants_per_block` variants."""
         start = first
         while start < len(n_of_cell_B):
             upto = np.cumsum(n_of_cell_B[start:])
@@ -120,10 +120,10 @@ class VariantRunner:
         return self._slots[digest]
 
     def _slots_of_all_genes(self, cell: TokenCell, n_genes: int) -> int:
-        """Embed the deletions of all genes of a cell, unless an equal cell has been; the first of their slots."""
+        """Embed the deletions of all genes of a cell, unless it was done for an equal cell; return their first index."""
         digest = cell.digest()
         if digest not in self._slots:
-            self._flush()  # slots are counted in the order of the parts
+            self._flush()  # indices are in the order of the parts
             self._slots[digest] = self._n_slots
             self._parts.append(embed_deletions(self._network, cell, self.editor, self._readout).cpu().numpy())
             self.n_embedded += n_genes
@@ -143,7 +143,7 @@ class VariantRunner:
 def embed_variants(
     network: CellTransformer, variants: Sequence[TokenCell], readout: Readout | None = None
 ) -> NDArray[np.float32]:
-    """Vector of each variant, (V, D), float32, by default its embedding; as many at a time as `TOKENS_PER_BATCH` allows."""
+    """Return a vector for each variant, (V, D), float32, by default its embedding, in batches of `TOKENS_PER_BATCH`."""
     network.eval()
     readout = readout or network.embedding_readout
     device = network.is_gene_V.device
@@ -157,7 +157,7 @@ def embed_variants(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that a run resumes from: arrays, and a fingerprint of everything that they depend on."""
+    """A file from which a run is resumed; it has the results so far, and a fingerprint of cells, model and settings."""
 
     path: Path
     fingerprint: str
@@ -172,24 +172,24 @@ class Checkpoint:
         return cls(Path(path), digest.hexdigest())
 
     def of_rank(self, rank: int, world_size: int) -> Checkpoint:
-        """The file of one of several processes; of one alone, the file itself."""
+        """Return the file of one of several processes; a single process uses the file itself."""
         if world_size == 1:
             return self
         return replace(self, path=self.path.with_name(f"{self.path.name}.{rank}-of-{world_size}"))
 
     def save(self, record: ShiftRecord, next_cell: int) -> None:
-        """Replace the file; a stopped write leaves the last state."""
+        """Replace the file atomically, so that an interruption does not damage it."""
         with atomic_write(self.path) as temporary_path, temporary_path.open("wb") as file:
             state = {"fingerprint": np.array(self.fingerprint), "next_cell": np.array(next_cell)}
             np.savez(file, allow_pickle=False, **state, **record.to_arrays())
 
     def load_into(self, record: ShiftRecord) -> int:
-        """Fill `record` with what was done, if anything was; return the next cell.
+        """Load earlier results into `record`, if there are any, and return the next cell.
 
         Raises
         ------
         ValueError
-            If the file comes from other cells, another model or other settings.
+            If the file is from other cells, another model or other settings.
         """
         if not self.path.exists():
             return 0
@@ -197,7 +197,7 @@ class Checkpoint:
             if str(arrays["fingerprint"]) != self.fingerprint:
                 raise ValueError(
                     f"`checkpoint` {str(self.path)!r} was written by a run with other cells, another model or other "
-                    "settings. Remove the file, or give another path."
+                    "settings. Remove the file, or pass another path."
                 )
             record.set_arrays(arrays)
             return int(arrays["next_cell"])

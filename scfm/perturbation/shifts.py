@@ -1,4 +1,4 @@
-"""How far cells move: cosine shifts, and their statistics gathered in memory that does not grow with cells."""
+"""Cosine shifts, and statistics of them in memory that does not grow with the number of cells."""
 
 # Axes: V variants, D model width, R rows (perturbations), M measures, K kept values of a row.
 
@@ -11,36 +11,36 @@ from numpy.typing import NDArray
 
 from scfm.encoding.hashing import hash_pairs
 
-KEPT = 512  # values of a row that rank-sum tests and bootstraps see; a random sample if a row has more
+KEPT = 512  # values per row for rank-sum tests and bootstraps; a random sample if a row has more
 
 
 def unit(vectors_VD: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Vectors of length 1 in float64; zeros stay zeros."""
+    """Return vectors divided by their norm, float64; zero vectors are unchanged."""
     doubled = vectors_VD.astype(np.float64)
     return doubled / np.maximum(np.linalg.norm(doubled, axis=-1, keepdims=True), 1e-300)
 
 
 def cosine_distance(before_VD: NDArray[np.floating], after_VD: NDArray[np.floating]) -> NDArray[np.float64]:
-    """1 - cosine similarity, shape (V,): half the squared distance of unit vectors in float64, exact for tiny shifts."""
+    """Return 1 - cosine similarity, shape (V,), as half the squared distance of unit vectors, which is exact for small shifts."""
     return 0.5 * ((unit(before_VD) - unit(after_VD)) ** 2).sum(-1)
 
 
 def goal_shift(
     before_VD: NDArray[np.floating], after_VD: NDArray[np.floating], goal_D: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """cos(after, goal) - cos(before, goal), shape (V,), as one product: exact for tiny shifts."""
+    """Return cos(after, goal) - cos(before, goal), shape (V,), as one product, which is exact for small shifts."""
     return (unit(after_VD) - unit(before_VD)) @ unit(goal_D)
 
 
 class ShiftRecord:
-    """Counts, means, standard deviations and a bounded random sample of several measures per row.
+    """Counts, means, standard deviations and a random sample of limited size, for several measures per row.
 
     Parameters
     ----------
     measures
         Names of the measures.
     seed
-        Of the sample. Which values are kept depends on seed, row and cell alone, not on the order they come in.
+        Seed of the sample. The kept values depend on seed, row and cell, and not on the order in which they are added.
     """
 
     def __init__(self, measures: Sequence[str], *, n_rows: int, seed: int = 0) -> None:
@@ -52,7 +52,7 @@ class ShiftRecord:
         self._kept: dict[int, tuple[NDArray[np.uint64], NDArray[np.float64]]] = {}
 
     def add(self, row_V: NDArray[np.int64], cell_V: NDArray[np.int64], values_VM: NDArray[np.float64]) -> None:
-        """Add one line of values for each variant."""
+        """Add the values of each variant."""
         order = np.argsort(row_V, kind="stable")
         row_V, cell_V, values_VM = row_V[order], cell_V[order], values_VM[order]
         rows, starts = np.unique(row_V, return_index=True)
@@ -73,7 +73,7 @@ class ShiftRecord:
         self.n_R[row] = total
 
     def _keep(self, row: int, keys: NDArray[np.uint64], values: NDArray[np.float64]) -> None:
-        """Add values to the sample of a row, which keeps those with the lowest keys."""
+        """Add values to the sample of a row, which consists of the values with the lowest keys."""
         if row in self._kept:
             keys = np.concatenate([self._kept[row][0], keys])
             values = np.concatenate([self._kept[row][1], values])
@@ -84,26 +84,26 @@ class ShiftRecord:
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """Rows that have values, ascending."""
+        """Rows with values, ascending."""
         return np.flatnonzero(self.n_R)
 
     def values(self, row: int, measure: str) -> NDArray[np.float64]:
-        """Values of a row: all of them up to `KEPT`, else a random sample; in an order that does not depend on the run."""
+        """Return all values of a row, or a random sample if there are more than `KEPT`, in a fixed order."""
         keys, values = self._kept[row]
         return values[np.argsort(keys, kind="stable"), self.measures.index(measure)]
 
     def mean(self, measure: str) -> NDArray[np.float64]:
-        """Mean of each of `rows`."""
+        """Return the mean of each of `rows`."""
         return self.mean_RM[self.rows, self.measures.index(measure)]
 
     def std(self, measure: str) -> NDArray[np.float64]:
-        """Standard deviation of each of `rows`, NaN for those with one value."""
+        """Return the standard deviation of each of `rows`; NaN for rows with one value."""
         rows = self.rows
         squares, freedom = self.squares_RM[rows, self.measures.index(measure)], self.n_R[rows] - 1
         return np.where(freedom > 0, np.sqrt(squares / np.maximum(freedom, 1)), np.nan)
 
     def only(self, measure: str) -> ShiftRecord:
-        """The same record with one measure."""
+        """Return the record with only one measure."""
         column = self.measures.index(measure)
         part = ShiftRecord([measure], n_rows=len(self.n_R), seed=self.seed)
         part.n_R = self.n_R
@@ -112,21 +112,21 @@ class ShiftRecord:
         return part
 
     def of_rows(self, rows: NDArray[np.int64]) -> ShiftRecord:
-        """The same record of some rows only, which are called 0, 1, ... in it."""
+        """Return the record of some rows, which are numbered 0, 1, ... in it."""
         part = ShiftRecord(self.measures, n_rows=len(rows), seed=self.seed)
         part.n_R, part.mean_RM, part.squares_RM = self.n_R[rows], self.mean_RM[rows], self.squares_RM[rows]
         part._kept = {index: self._kept[row] for index, row in enumerate(rows.tolist()) if row in self._kept}
         return part
 
     def renumbered(self, row_R: NDArray[np.int64], *, n_rows: int) -> ShiftRecord:
-        """The same record with row r called `row_R[r]`, of `n_rows`."""
+        """Return the record with row r renumbered to `row_R[r]`, with `n_rows` rows."""
         moved = ShiftRecord(self.measures, n_rows=n_rows, seed=self.seed)
         moved.n_R[row_R], moved.mean_RM[row_R], moved.squares_RM[row_R] = self.n_R, self.mean_RM, self.squares_RM
         moved._kept = {int(row_R[row]): kept for row, kept in self._kept.items()}
         return moved
 
     def to_arrays(self) -> dict[str, NDArray]:
-        """Everything, as arrays to save."""
+        """Return all content as arrays, for saving."""
         rows = sorted(self._kept)
         lengths = [len(self._kept[row][0]) for row in rows]
         none = (np.zeros(0, np.uint64), np.zeros((0, len(self.measures))))
@@ -140,9 +140,9 @@ class ShiftRecord:
         }
 
     def set_merged(self, parts: Sequence[Mapping[str, NDArray]]) -> None:
-        """Become the record of all cells, from what `to_arrays` gave of records of some of them each.
+        """Replace the content by the merged content of several records of different cells (results of `to_arrays`).
 
-        The samples are those of one record of all cells; means and standard deviations are equal up to rounding.
+        Samples are the same as for one record of all cells; means and standard deviations are equal up to rounding.
         """
         first, *others = parts
         self.set_arrays(first)
@@ -154,7 +154,7 @@ class ShiftRecord:
                 self._keep(row, *other._kept[row])
 
     def set_arrays(self, arrays: Mapping[str, NDArray]) -> None:
-        """Take the state that `to_arrays` returned."""
+        """Replace the content by the result of `to_arrays`."""
         self.n_R, self.mean_RM, self.squares_RM = (arrays[name].copy() for name in ("n", "mean", "squares"))
         rows, starts = np.unique(arrays["kept_rows"], return_index=True)
         self._kept = {

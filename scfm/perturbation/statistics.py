@@ -1,4 +1,4 @@
-"""From shifts to a table: intervals, tests and effect sizes, each against a null that the table names."""
+"""Statistics of shifts: confidence intervals, tests and effect sizes against a null."""
 
 # Axes: R rows (perturbations), N values of one row.
 
@@ -18,16 +18,16 @@ ALL_OTHERS = "all other perturbations"
 
 @dataclass(frozen=True)
 class Null:
-    """Rows whose values are the null of the others.
+    """The rows of a record whose values are the null for other rows.
 
     Attributes
     ----------
     rows
-        Their numbers, ascending.
+        Numbers of these rows, ascending.
     name
-        What they are, in words.
+        Description of the null.
     only
-        Rows that are not asked for and are there for the null alone: no discovery among them counts.
+        Rows that were not requested and serve only as null; they are not counted in the false discovery rate.
     """
 
     rows: NDArray[np.int64]
@@ -35,12 +35,12 @@ class Null:
     only: NDArray[np.int64]
 
     def among(self, numbers: NDArray[np.int64]) -> Null:
-        """The same null for rows 0, 1, ... that stand for `numbers`."""
+        """Return the null for a record whose rows 0, 1, ... are the rows `numbers` of this one."""
         return Null(np.flatnonzero(np.isin(numbers, self.rows)), self.name, np.flatnonzero(np.isin(numbers, self.only)))
 
 
 def describe(record: ShiftRecord, measure: str, *, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Mean, standard deviation, standard error and 95 % bootstrap interval over cells, one line for each of `record.rows`."""
+    """Return mean, standard deviation, standard error and 95 % bootstrap interval over cells for each of `record.rows`."""
     n_R, mean_R, std_R = record.n_R[record.rows], record.mean(measure), record.std(measure)
     columns = {f"{measure}_mean": mean_R, f"{measure}_std": std_R, f"{measure}_sem": std_R / np.sqrt(n_R)}
     if n_bootstrap:
@@ -53,10 +53,10 @@ def describe(record: ShiftRecord, measure: str, *, n_bootstrap: int = 1000, seed
 
 
 def bootstrap_interval(values_N: NDArray[np.float64], *, n_bootstrap: int, seed: int) -> tuple[float, float]:
-    """2.5 and 97.5 % percentiles of the mean of resampled values; NaN for a single value."""
+    """Return the 2.5 and 97.5 % percentiles of the mean of resampled values; NaN for a single value."""
     if len(values_N) < 2:
         return np.nan, np.nan
-    # How often each value is drawn, instead of which: one product then gives all the means.
+    # Counts of how often each value is drawn, so that one matrix product computes all means.
     draws = np.random.default_rng(seed).multinomial(
         len(values_N), np.full(len(values_N), 1 / len(values_N)), n_bootstrap
     )
@@ -65,28 +65,31 @@ def bootstrap_interval(values_N: NDArray[np.float64], *, n_bootstrap: int, seed:
 
 
 def rank_sum(record: ShiftRecord, measure: str, *, null: Null | None = None) -> pd.DataFrame:
-    """Test each row's values against a null, two-sided.
+    """Test the values of each row against a null with a two-sided rank-sum test.
 
     Parameters
     ----------
     record
         Values of all rows.
     measure
-        Which measure to test.
+        The measure to test.
     null
-        Rows whose values are the null; a row among them is tested against the others of them. None: each row is tested
-        against all other rows.
+        Rows whose values are the null; a row of the null is tested against its other rows. None to test each row against
+        all other rows.
 
     Returns
     -------
-    One line for each of `record.rows`: `null`, in words; `null_mean`; `effect_size`, the rank-biserial correlation, from
-    -1 (all values below the null's) to 1; `p_value` of the rank-sum test; `fdr`, Benjamini-Hochberg over the rows that
-    are not there for the null alone.
+    One row for each of `record.rows`:
+
+    - `null`, a description of the null, and `null_mean`
+    - `effect_size`, the rank-biserial correlation, from -1 (all values below those of the null) to 1
+    - `p_value` of the rank-sum test
+    - `fdr`, the false discovery rate (Benjamini-Hochberg) over the requested rows
 
     Notes
     -----
-    The normal approximation, corrected for ties and continuity, as in `scipy.stats.mannwhitneyu`; written out because
-    each row is compared with the rest of one pool, which is then sorted once instead of once per row.
+    The test is the normal approximation of `scipy.stats.mannwhitneyu`, corrected for ties and continuity. It is implemented
+    here because each row is compared with the rest of the same pool, which is sorted once instead of once per row.
     """
     rows = record.rows
     values = {int(row): record.values(int(row), measure) for row in rows}
@@ -116,7 +119,7 @@ def _against(values_N: NDArray[np.float64], null: NDArray[np.float64]) -> tuple[
 
 
 def _against_rest(groups: list[NDArray[np.float64]]) -> list[tuple[float, float, float]]:
-    """Each group against all the others together; (mean of the others, effect size, p-value)."""
+    """Compare each group with all others together; return (mean of the others, effect size, p-value)."""
     if len(groups) < 2:
         return [(np.nan, np.nan, np.nan)] * len(groups)
     pooled = np.concatenate(groups)

@@ -124,7 +124,7 @@ def test_the_real_dictionaries_of_two_versions_are_told_from_each_other(scfm_dat
 def test_a_repository_of_several_models_lists_them(repository):
     with pytest.raises(ModelFileError, match="`subfolder=`: Geneformer-V1-10M, Geneformer-V2-104M"):
         scfm.load(repository)
-    with pytest.raises(ModelFileError, match="has no Geneformer-V3; it holds Geneformer-V1-10M"):
+    with pytest.raises(ModelFileError, match="has no Geneformer-V3; it contains Geneformer-V1-10M"):
         scfm.load(repository, subfolder="Geneformer-V3")
 
 

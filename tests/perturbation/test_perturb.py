@@ -407,7 +407,7 @@ def test_genes_that_cannot_be_perturbed_stay_as_rows_with_their_reason(cells):
     assert list(table.index) == [present, unread, silent, f"{present}+{unread}", present.lower()]
     assert table["n_cells"].tolist()[1:] == [0, 0, 0, 0]
     assert table.loc[present, "reason"] == ""
-    beyond = f"{n_cells[unread]} cells express '{unread}', but it is beyond the context of 4 tokens in all of them"
+    beyond = f"{n_cells[unread]} cells express '{unread}', but in all of them it is not among the first 4 tokens"
     assert table.loc[unread, "reason"] == table.loc[f"{present}+{unread}", "reason"] == beyond
     assert table.loc[silent, "reason"] == f"no cell expresses '{silent}'"
     assert f"Did you mean '{present}'?" in table.loc[present.lower(), "reason"]

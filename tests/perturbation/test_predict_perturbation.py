@@ -188,7 +188,7 @@ def test_perturbations_of_few_cells_are_left_out_and_named(screened):
     [
         ("LYZ", ValueError, r"is the text 'LYZ'; pass a list"),
         ([], ValueError, "is empty"),
-        (["control"], ValueError, "no gene besides the control"),
+        (["control"], ValueError, "no gene except the control"),
         (["LYZ", "NOSUCHGENE"], VocabularyMismatchError, "1 genes .* 'NOSUCHGENE'"),
         (["lyz+CST3"], VocabularyMismatchError, r"'lyz'\. Did you mean 'LYZ'\?"),
     ],

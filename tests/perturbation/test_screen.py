@@ -286,5 +286,5 @@ def test_models_that_the_estimate_does_not_describe_are_refused(adata, model):
     )
     if changed is None:
         pytest.skip("rank encodings have no zeros")
-    with pytest.raises(ValueError, match=r"removes no token.*scfm\.tl\.perturb"):
+    with pytest.raises(ValueError, match=r"does not remove a token.*scfm\.tl\.perturb"):
         scfm.tl.screen(adata[:2], changed, progress=False)

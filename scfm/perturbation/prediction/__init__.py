@@ -1,1 +1,1 @@
-"""Expression after a perturbation that was not measured, and how well simple methods do."""
+"""Prediction of the expression after unmeasured perturbations, and its comparison with simple methods."""

@@ -1,4 +1,4 @@
-"""Predictors of a perturbation's change: three trivial ones, the bilinear ridge, and a ridge on the model's features."""
+"""Predictors of changes of expression: three trivial ones, a bilinear ridge, and a ridge on features of the model."""
 
 # Axes: P perturbations, Q perturbations to predict, G genes, F features, K components.
 
@@ -26,7 +26,7 @@ def train_mean(measured: Measured, targets: Targets) -> NDArray[np.float64]:
 
 
 def additive(measured: Measured, targets: Targets) -> NDArray[np.float64]:
-    """Sum of the single changes; for a gene that was not measured alone, the mean change of measured single genes."""
+    """Return the sum of the single changes; a gene that was not measured alone has the mean change of single genes."""
     alone: dict[str, NDArray[np.float64]] = {
         target[0]: change for target, change in zip(measured.targets, measured.change_PG) if len(target) == 1
     }
@@ -41,11 +41,11 @@ def additive(measured: Measured, targets: Targets) -> NDArray[np.float64]:
 def bilinear_ridge(
     measured: Measured, targets: Targets, *, n_components: int = 10, penalty: float = 0.1
 ) -> NDArray[np.float64]:
-    """Change = G W p + b, with G the main axes of the measured changes and p the rows of G of the perturbed genes.
+    """Return G W p + b, where G are the principal axes of the measured changes, and p the rows of G of the perturbed genes.
 
     Notes
     -----
-    Ahlmann-Eltze, Huber and Anders 2025, Nature Methods; K and penalty are theirs. Genes outside the matrix have p = 0.
+    Ahlmann-Eltze, Huber and Anders 2025, Nature Methods, with their K and penalty. Genes outside the matrix have p = 0.
     """
     center_G = measured.change_PG.mean(0)
     centered_PG = measured.change_PG - center_G
@@ -65,12 +65,13 @@ def bilinear_ridge(
 
 
 def ridge_on_features(features: Mapping[str, NDArray[np.float64]]) -> Predictor:
-    """Ridge from the model's features of the perturbed genes to the change, and from their products to interactions.
+    """Return a predictor: a ridge regression of changes on the features of the perturbed genes, and of interactions on
+    products of features.
 
     Parameters
     ----------
     features
-        Of each gene, shape (F,), standardized over genes.
+        Features of each gene, shape (F,), standardized over genes.
     """
 
     def predict(measured: Measured, targets: Targets) -> NDArray[np.float64]:
@@ -104,9 +105,9 @@ def _product(features: Mapping[str, NDArray[np.float64]], target: tuple[str, ...
 
 
 def ridge(train_PF: NDArray, change_PG: NDArray, test_QF: NDArray) -> NDArray[np.float64]:
-    """Ridge with an intercept; the penalty with the smallest leave-one-out error, in closed form.
+    """Ridge regression with an intercept, and the penalty with the smallest leave-one-out error, in closed form.
 
-    Penalties are relative to the mean diagonal of the kernel.
+    Penalties are relative to the mean of the diagonal of the kernel.
     """
     center_F, center_G = train_PF.mean(0), change_PG.mean(0)
     x_PF, y_PG = train_PF - center_F, change_PG - center_G
@@ -116,7 +117,7 @@ def ridge(train_PF: NDArray, change_PG: NDArray, test_QF: NDArray) -> NDArray[np
     best: tuple[float, float] = (np.inf, PENALTIES[-1])
     for penalty in PENALTIES:
         shrink = values.clip(min=0) / (values.clip(min=0) + penalty * unit)
-        # The intercept is fitted too, which adds 1 / P to every leverage.
+        # Fitting the intercept adds 1 / P to every leverage.
         hat_PP = (vectors * shrink) @ vectors.T + 1 / len(y_PG)
         left_out = (change_PG - center_G - (hat_PP - 1 / len(y_PG)) @ y_PG) / (1 - np.diag(hat_PP))[:, None].clip(
             min=1e-9

@@ -1,4 +1,4 @@
-"""Names of perturbations: which genes they mean, and whether anything knows these genes."""
+"""Names of perturbations: the genes that they stand for, and checks of these genes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Target = tuple[str, ...]
 
 
 def read_target(name: str, *, control: str, separator: str) -> Target:
-    """Genes that a name such as "A", "A+B" or GEARS's "A+ctrl" stands for, each once, sorted; none for the control.
+    """Return the genes of a name such as "A", "A+B" or "A+ctrl" (GEARS), each once, sorted; none for the control.
 
     Examples
     --------
@@ -24,27 +24,27 @@ def read_target(name: str, *, control: str, separator: str) -> Target:
 
 
 def read_targets(names: Sequence[str], known: Collection[str], *, control: str, separator: str) -> list[Target]:
-    """The targets that `predict` names.
+    """Return the genes of each entry of `predict`.
 
     Raises
     ------
     ValueError
-        If `names` is a text, is empty, or has an entry without a gene.
+        If `names` is a string, is empty, or has an entry without a gene.
     VocabularyMismatchError
         If a gene is not among `known`.
     """
     if isinstance(names, str):
-        raise ValueError(f"`predict` is the text {names!r}; pass a list of names, such as [{names!r}].")
+        raise ValueError(f"`predict` is the string {names!r}; pass a list of names, such as [{names!r}].")
     targets = [read_target(name, control=control, separator=separator) for name in names]
     if not targets:
         raise ValueError("`predict` is empty; name at least one perturbation.")
     if bare := [name for name, target in zip(names, targets) if not target]:
-        raise ValueError(f"`predict` has the entry {bare[0]!r}, which names no gene besides the control {control!r}.")
+        raise ValueError(f"`predict` has the entry {bare[0]!r}, which has no gene except the control {control!r}.")
     unknown = dict.fromkeys(gene for target in targets for gene in target if gene not in known)
     if unknown:
         shown = "; ".join(f"{gene!r}.{similar_gene(gene, sorted(known))}" for gene in list(unknown)[:5])
         raise VocabularyMismatchError(
-            f"{len(unknown)} genes that `predict` names are neither in the data, nor in the model's vocabulary, nor "
-            f"measured: {shown}"
+            f"{len(unknown)} genes of `predict` are neither in the data, nor in the model's vocabulary, nor measured: "
+            f"{shown}"
         )
     return targets

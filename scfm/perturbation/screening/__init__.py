@@ -1,1 +1,1 @@
-"""Every gene of every cell at once: displacements estimated from a few backward passes, the best verified."""
+"""Screens: estimate the effects of all genes from a few backward passes, and compute the largest exactly."""

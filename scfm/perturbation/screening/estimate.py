@@ -1,4 +1,4 @@
-"""Estimated effect of deleting each gene on a vector of its cell: closed form in the softmax, first order elsewhere."""
+"""Estimate the effect of deleting each gene on a vector of its cell: closed form for softmax, first order for the rest."""
 
 # Axes: B cells, T packed tokens, H heads, K head width, D model width, R directions.
 
@@ -15,39 +15,42 @@ from scfm.nn.recording import AttentionStates
 from scfm.perturbation.labels import LabelHead
 from scfm.perturbation.screening.ranks import RankMoves, own_paths, sum_of_later
 
-# Positions at which moves by rank are exact. Toward a goal, 5 lose up to a quarter of the best 50, and 17 gain at most a
-# twentieth; with own paths, 5 find as many as 9.
+# Number of positions at which the effect of changed ranks is exact. For a goal, the recall of the best 50 is up to 0.25
+# lower with 5, and at most 0.05 higher with 17. With own paths, 5 positions give the same recall as 9.
 RANKS_ALONG_GOAL, RANKS_WITH_PATHS = 9, 5
 
 
 class Estimator:
-    """Deletion effects of all genes of one batch of cells.
+    """Effects of deleting each gene of a batch of cells.
 
-    With m the mean of a cell's N gene states h, deleting gene g moves m by
+    Let m be the mean of the N gene states h of a cell. The change of m when gene g is deleted has three parts:
 
-    - its own term, (m - h_g) / (N - 1), in all dimensions;
-    - N / (N - 1) times its effect as a key, for each direction r: over layers, heads and queries i, the sum of
-      a_ig / (1 - a_ig) G_i . (o_i - v_g), the softmax without key g, with G the gradient of r . m at the attention outputs;
-    - N / (N - 1) times the effect of the ranks that move up, in all dimensions. It is exact at a few of the N positions,
-      by as many forward passes. Between them it follows, by one more pass, the effect of moving up on each token's own
-      state (`own_paths`). Along a single direction it follows the linear term instead, the sum over later genes j of
-      X_j . (P_{j-1} - P_j), with X the gradient at the rank embeddings P.
+    - Its own term, (m - h_g) / (N - 1), in all dimensions.
+    - N / (N - 1) times its effect as a key, for each direction r: the sum over layers, heads and queries i of
+      a_ig / (1 - a_ig) G_i . (o_i - v_g), which is the softmax without key g, where G is the gradient of r . m with respect
+      to the attention outputs.
+    - N / (N - 1) times the effect of the changed ranks of later genes, in all dimensions. It is computed exactly at a few of
+      the N positions, by one forward pass for each. Between them it is interpolated along the effect of the changed ranks on
+      each token's own state (`own_paths`, one more pass). For a single direction, it is interpolated along the linear term
+      instead, the sum over later genes j of X_j . (P_{j-1} - P_j), where X is the gradient with respect to the rank
+      embeddings P.
 
-    If the vector is the `cls` state, there is no own term and no factor.
+    If the vector is the `cls` state, there is no own term, and the factor is 1.
 
     Attributes
     ----------
     mean_BD
-        Vectors of the cells: embeddings, or what another readout makes of the states.
+        Vectors of the cells: embeddings, or the result of another readout.
 
     Notes
     -----
-    Blocks in bfloat16 serve as well: effects are sums over many queries, added in double precision.
+    Blocks may be in bfloat16, because effects are sums over many queries, which are computed in double precision.
 
-    The linear term alone fails if rank embeddings are rough, as they are after short training. On a model of 150 steps,
-    42 % of the exact best 50 of 1,893 genes toward a goal were among its best 75, and 100 % with nine exact ranks. Without a
-    direction, nine tenths of the squared error of the best genes' moves came from ranks, spread over all dimensions: own
-    paths raised the recall in the best 75 from 82 to 100 %, and 32 projections instead of 8 changed nothing.
+    The linear term alone is inaccurate if the embeddings of consecutive ranks differ much, as after short training. For a
+    model that was trained for 150 steps, and 1,893 genes with a goal, 42 % of the exact best 50 were among the estimated
+    best 75, and 100 % with nine exact positions. Without a goal, nine tenths of the squared error for the best genes came
+    from the ranks, in all dimensions. Own paths increased the recall in the best 75 from 82 to 100 %, and 32 projections
+    instead of 8 made no difference.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Estimator:
         self.n_genes_B = torch.zeros(len(cells), device=self.cells.device).index_add_(
             0, self.cell_T, self.is_gene_T.float()
         )
-        # A pass may run one block more than the readout needs.
+        # A forward pass may compute one block more than the readout needs.
         self._blocks = self._recording.attention[: self.readout.n_blocks]
         self._attention = [self._attend(states) for states in self._blocks]
 
@@ -83,11 +86,11 @@ class Estimator:
 
     @property
     def keys(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each block that the readout needs, (T, H, K) each."""
+        """Return keys and values of each block that the readout needs, each of shape (T, H, K)."""
         return [(k, v) for _, k, v, _, _ in self._attention]
 
     def own_term(self) -> Tensor:
-        """(m - h_g) / (N - 1) of each token, shape (T, D); zeros if the vector is the `cls` state."""
+        """Return (m - h_g) / (N - 1) for each token, shape (T, D); zeros if the vector is the `cls` state."""
         if self.readout.pooling == "cls":
             return torch.zeros_like(self.states_TD)
         others_T1 = (self.n_genes_B - 1).clamp(min=1)[self.cell_T, None]
@@ -95,22 +98,22 @@ class Estimator:
 
     @property
     def factor_T1(self) -> Tensor:
-        """N / (N - 1) of each token's cell, shape (T, 1), float64; 1 if the vector is the `cls` state."""
+        """Return N / (N - 1) of each token's cell, shape (T, 1), float64; 1 if the vector is the `cls` state."""
         if self.readout.pooling == "cls":
             return torch.ones(self.cells.n_tokens, 1, dtype=torch.float64, device=self.cells.device)
         factor_B = (self.n_genes_B / (self.n_genes_B - 1).clamp(min=1)).double()
         return factor_B[self.cell_T, None]
 
     def along(self, direction_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """First-order effects along each cell's direction: of the key, and of the ranks; both (T,), float64.
+        """Return first-order effects along the direction of each cell, of the key and of the ranks, both (T,), float64.
 
-        Without the own term and the factor; zeros for the ranks if they do not move.
+        Own term and factor are not included. The effect of ranks is zero if deletions do not change ranks.
         """
         key_T, gradient_TD = self._key_effect(direction_BD, with_ranks=self.ranks_move)
         return key_T, torch.zeros_like(key_T) if gradient_TD is None else self._rank_effect(gradient_TD)
 
     def _key_effect(self, direction_BD: Tensor, *, with_ranks: bool) -> tuple[Tensor, Tensor | None]:
-        """Effect of each key, (T,), float64; and the gradient at the rank embeddings, which needs a longer backward pass."""
+        """Return the effect of each key, (T,), float64, and, with `with_ranks`, the gradient of the rank embeddings."""
         gradients = self._backward(direction_BD, with_ranks=with_ranks)
         effect_T = torch.zeros(self.cells.n_tokens, dtype=torch.float64, device=self.cells.device)
         for (q, k, v, out, lse), gradient in zip(self._attention, gradients):
@@ -119,7 +122,7 @@ class Estimator:
         return effect_T, gradients[-1] if with_ranks else None
 
     def _backward(self, direction_BD: Tensor, *, with_ranks: bool) -> list[Tensor]:
-        """Gradients of direction . m at the attention outputs, and at the rank embeddings."""
+        """Return the gradients of direction . m with respect to the attention outputs and to the rank embeddings."""
         if self.readout.pooling == "cls":
             cotangent_TD = torch.zeros_like(self.states_TD)
             cotangent_TD[self.cells.cu_seqlens[:-1].long()] = direction_BD.to(cotangent_TD.dtype)
@@ -133,7 +136,7 @@ class Estimator:
         return list(torch.autograd.grad(self.states_TD, inputs, cotangent_TD, retain_graph=True))
 
     def _rank_effect(self, gradient_TD: Tensor) -> Tensor:
-        """Sum over later tokens j of X_j . (P_{j-1} - P_j), shape (T,), float64."""
+        """Return the sum over later tokens j of X_j . (P_{j-1} - P_j), shape (T,), float64."""
         rank = self.network.embedding.rank
         assert rank is not None
         position_T = self.cells.position_T()
@@ -142,11 +145,11 @@ class Estimator:
             return sum_of_later((gradient_TD * step_TD).sum(1, dtype=torch.float64), self.cells)
 
     def rank_moves(self, n_ranks: int) -> RankMoves | None:
-        """Exact moves at `n_ranks` positions of each cell; None if deletions leave ranks as they are."""
+        """Return exact effects of ranks at `n_ranks` positions of each cell; None if deletions do not change ranks."""
         return RankMoves.of(self.network, self.readout, self.cells, self.mean_BD, n_ranks) if self.ranks_move else None
 
     def exact_terms(self) -> Tensor:
-        """The part of each move that needs no direction, shape (T, D), float64: own term, and ranks that move up."""
+        """Return the parts that need no direction, own term and effect of ranks, shape (T, D), float64."""
         term_TD = self.own_term().double()
         moves = self.rank_moves(RANKS_WITH_PATHS)
         if moves is None:
@@ -155,12 +158,12 @@ class Estimator:
         return term_TD + self.factor_T1 * moves.following(paths_TD, moves.exact_TD)
 
     def displacement(self, projections_DR: Tensor) -> Tensor:
-        """Estimated move of the embedding on each deletion, shape (T, D), float64."""
+        """Return the estimated change of the embedding for each deletion, shape (T, D), float64."""
         keys_TR = [self._key_effect(r.expand(len(self.cells), -1), with_ranks=False)[0] for r in projections_DR.T]
         return self.exact_terms() + self.factor_T1 * (torch.stack(keys_TR, 1) @ projections_DR.double().T)
 
     def shift(self, projections_DR: Tensor, center_D: Tensor | None = None) -> Tensor:
-        """Estimated 1 - cosine of each deletion, shape (T,), float64; `center_D` is subtracted from all vectors first."""
+        """Return the estimated 1 - cosine for each deletion, shape (T,), float64; `center_D` is subtracted from all vectors."""
         before_BD = self.mean_BD.double() if center_D is None else self.mean_BD.double() - center_D
         before_TD = before_BD[self.cell_T]
         after_TD = before_TD + self.displacement(projections_DR)
@@ -168,7 +171,7 @@ class Estimator:
         return 0.5 * (unit(before_TD, dim=1) - unit(after_TD, dim=1)).square().sum(1)
 
     def goal_shift(self, goal_D: Tensor, center_D: Tensor | None = None) -> Tensor:
-        """Estimated change of the cosine with a goal on each deletion, shape (T,), float64: one backward pass."""
+        """Return the estimated change of the cosine with a goal for each deletion, shape (T,), float64; one backward pass."""
         mean_BD, goal_D = self.mean_BD.double(), goal_D.double()
         if center_D is not None:
             mean_BD, goal_D = mean_BD - center_D, goal_D - center_D
@@ -177,9 +180,9 @@ class Estimator:
         return self.change_along((goal_D - (unit_BD @ goal_D)[:, None] * unit_BD) / length_B1)
 
     def label_shift(self, head: LabelHead, label_B: Tensor) -> Tensor:
-        """Estimated change of the log-odds of each cell's label on each deletion, shape (T,), float64: one backward pass.
+        """Return the estimated change of the log-odds of the cell's label for each deletion, (T,), float64; one backward pass.
 
-        `mean_BD` must be what the class head reads.
+        `mean_BD` must be the input of the class head.
         """
         with torch.enable_grad():
             mean_BD = self.mean_BD.double().requires_grad_()
@@ -187,9 +190,9 @@ class Estimator:
         return self.change_along(direction_BD)
 
     def change_along(self, direction_BD: Tensor) -> Tensor:
-        """First-order change of each cell's direction . m on each deletion, shape (T,), float64."""
+        """Return the first-order change of direction . m for each deletion, shape (T,), float64."""
         own_T = (self.own_term() * direction_BD[self.cell_T]).sum(1)
-        # Gradients are linear in the direction; one of length 1 keeps them inside float32's range.
+        # Gradients are linear in the direction; a direction of norm 1 keeps them within the range of float32.
         scale_B1 = direction_BD.norm(dim=1, keepdim=True).clamp(min=1e-300)
         effect_T, ranks_T = self.along(direction_BD / scale_B1)
         moves = self.rank_moves(RANKS_ALONG_GOAL)
@@ -200,16 +203,16 @@ class Estimator:
 
 
 def require_screenable(model: Model, readout: Readout) -> None:
-    """Raise `ValueError` for networks and encodings that the estimator does not describe."""
+    """Raise `ValueError` for networks and encodings that the estimator does not support."""
     config = model.network.config
     obstacle = None
     if readout.pooling not in ("mean", "cls"):
         obstacle = f"the embedding is pooled by {readout.pooling!r}, not by 'mean' or 'cls'"
     elif config.attention.kind != "softmax":
-        obstacle = "attention is linear, so that there is no softmax to take a key out of"
+        obstacle = "its attention is linear, and the estimate is for softmax attention"
     elif model.encoding.config.include_zeros:
-        obstacle = "unexpressed genes have tokens, so that a deletion changes a value and removes no token"
+        obstacle = "genes without counts have tokens, so a deletion changes a value and does not remove a token"
     elif readout.n_blocks == 0:
-        obstacle = "the embedding is made of the input of the first block, which no other gene reaches"
+        obstacle = "the embedding is the mean input of the first block, on which other genes have no effect"
     if obstacle:
-        raise ValueError(f"`screen` cannot serve this model: {obstacle}. Use `scfm.tl.perturb`.")
+        raise ValueError(f"`screen` does not support this model: {obstacle}. Use `scfm.tl.perturb`.")

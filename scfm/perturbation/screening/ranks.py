@@ -1,4 +1,4 @@
-"""Effect on a cell when all genes after one move up by one rank: exact at a few positions, estimated between them."""
+"""Effect on a cell when the ranks of all genes after one decrease by 1: exact at some positions, interpolated between them."""
 
 # Axes: T packed tokens, V exact positions of all cells, N tokens of one cell, K exact positions of one, D model width.
 
@@ -20,7 +20,7 @@ from scfm.perturbation.variants import at_positions, cell_of
 
 
 def sum_of_later(values_T: Tensor, cells: CellBatch) -> Tensor:
-    """Sum over the later tokens of the cell, shape (T,) or (T, D)."""
+    """Return the sum over the later tokens of the cell, shape (T,) or (T, D)."""
     upto_T = values_T.cumsum(0)
     return upto_T[cells.cu_seqlens[1:].long() - 1][cells.cell_of_token_T()] - upto_T
 
@@ -33,22 +33,22 @@ def own_paths(
     keys: Sequence[tuple[Tensor, Tensor]],
     states_TD: Tensor,
 ) -> Tensor:
-    """What moving all later tokens up by one rank does to the mean of gene states by their own paths, (T, D), float64.
+    """Return the effect of changed ranks of later tokens through their own states, shape (T, D), float64.
 
-    Each token's state is computed one rank higher in a cell whose keys and values do not change: one pass for all tokens.
-    The result is exact except for the effect of a token on others. Zeros if the vector is the `cls` state, which does not
-    move.
+    The state of each token is computed for a rank one higher, with unchanged keys and values of the cell, in one pass for
+    all tokens. The result is exact except for the effects of tokens on other tokens. It is zero if the vector is the `cls`
+    state, whose rank does not change.
 
     Parameters
     ----------
     network, cells
         The network and the unchanged cells.
     readout
-        Which vector of the cells.
+        The vector of the cells.
     keys
-        Keys and values, (T, H, K), of each block that the readout needs.
+        Keys and values of each block that the readout needs, each of shape (T, H, K).
     states_TD
-        States of the tokens at their own positions that the readout pools.
+        Token states that the readout pools, at unchanged ranks.
     """
     if readout.pooling == "cls":
         return torch.zeros_like(states_TD, dtype=torch.float64)
@@ -63,16 +63,16 @@ def own_paths(
 
 @dataclass(frozen=True)
 class RankMoves:
-    """Moves of the vectors of a batch of cells when every token after one moves up by one rank.
+    """Changes of the vectors of a batch of cells when every token after one moves up by one rank.
 
     Attributes
     ----------
     exact_at
-        Of each cell, the positions at which the move is exact, ascending from 0 to its last.
+        Positions of each cell with exact changes, ascending from the first to the last.
     left_T, right_T, fraction_T1
-        The nearest tokens with exact moves on both sides of each token, and how far it is from the left to the right one.
+        For each token, the nearest tokens with exact changes on both sides, and its relative position between them, 0 to 1.
     exact_TD
-        The move at the exact positions, float64; zeros elsewhere.
+        Changes at the exact positions, float64; zeros elsewhere.
     """
 
     exact_at: tuple[NDArray[np.int64], ...]
@@ -85,10 +85,10 @@ class RankMoves:
     def of(
         cls, network: CellTransformer, readout: Readout, cells: CellBatch, vector_BD: Tensor, n_ranks: int
     ) -> RankMoves:
-        """Compute the moves at `n_ranks` positions of each cell; `vector_BD` are those of the unchanged cells."""
+        """Compute the changes at `n_ranks` positions of each cell; `vector_BD` are the vectors of the unchanged cells."""
         lengths, on_host = cells.lengths_B.tolist(), cells.to("cpu")
         exact_at = tuple(np.unique(np.linspace(0, length - 1, n_ranks).round().astype(np.int64)) for length in lengths)
-        # After the last token nothing moves.
+        # No token follows the last one, so its change is zero.
         wanted = [(cell, int(index)) for cell, exact_K in enumerate(exact_at) for index in exact_K[:-1]]
         variants = [_moved_up(cell_of(on_host, cell), index) for cell, index in wanted]
         moved_VD = torch.from_numpy(embed_variants(network, variants, readout)).to(cells.device).double()
@@ -98,7 +98,7 @@ class RankMoves:
         return cls(exact_at, *_neighbors(exact_at, cells), exact_TD)
 
     def following(self, guide_TX: Tensor, exact_TX: Tensor) -> Tensor:
-        """The exact values where there are any; between them the guide, corrected by a straight line; (T, X)."""
+        """Return exact values, and between them the guide plus a linear correction, shape (T, X)."""
         error_TX = exact_TX - guide_TX
         return guide_TX + torch.lerp(error_TX[self.left_T], error_TX[self.right_T], self.fraction_T1)
 
@@ -110,7 +110,7 @@ def _moved_up(cell: TokenCell, index: int) -> TokenCell:
 
 
 def _neighbors(exact_at: tuple[NDArray[np.int64], ...], cells: CellBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens with exact moves to the left and right of each token, and its fraction of the way between them."""
+    """Return the nearest tokens with exact changes on both sides of each token, and its relative position between them."""
     left, right, fraction = [], [], []
     for start, exact_K in zip(cells.cu_seqlens.tolist(), exact_at):
         index_N = np.arange(exact_K[-1] + 1)

@@ -1,4 +1,4 @@
-"""How many of the best genes a screen that verified only some of them will have missed."""
+"""Estimate the recall of a screen, which computes only some genes exactly."""
 
 # Axes: V verified genes, C checked genes (random, not among the best), U unverified genes.
 
@@ -18,31 +18,31 @@ def recall_estimate(
     n_top: int,
     ratios: bool = True,
 ) -> float:
-    """Expected fraction of the exact `n_top` best that is among the verified.
+    """Return the expected fraction of the `n_top` genes with the largest exact effects that was verified.
 
     Parameters
     ----------
     exact_V, estimate_V
-        Of the verified genes, the best by estimate.
+        Exact and estimated effects of the verified genes, which have the largest estimates.
     exact_C, estimate_C
-        Of random genes outside them.
+        Exact and estimated effects of random other genes.
     estimate_U
-        Of all genes that were not verified as the best.
+        Estimated effects of all genes that were not verified.
     n_top
-        Number of best genes that should be found; at most the number verified.
+        Number of best genes, at most the number of verified genes.
     ratios
-        Whether errors are ratios (shifts, which are positive) or differences (shifts toward a goal).
+        Whether errors are ratios (shifts, which are positive) or differences (goal shifts).
 
     Returns
     -------
-    From 0 to 1.
+    A number from 0 to 1.
 
     Notes
     -----
-    Counting hits among a few random genes has no power. Instead the errors of the random genes are pooled with those of the
-    lower half of the verified ones, and each unverified gene gets the probability that such an error lifts it above a
-    verified one. The best end at the verified gene at which the number of verified genes so far, plus the sum of these
-    probabilities, reaches `n_top`.
+    Few of the random genes are among the best, so counting them would be inaccurate. Instead, the errors of the estimates are
+    pooled from the random genes and the lower half of the verified ones. For each unverified gene, the probability is
+    computed that an error from this pool makes its effect larger than that of a verified gene. The `n_top` best genes end at
+    the verified gene at which the number of verified genes so far plus the sum of these probabilities reaches `n_top`.
     """
     n_top = min(n_top, len(exact_V))
     if n_top == 0 or not len(estimate_U):
@@ -56,7 +56,7 @@ def recall_estimate(
         )
     errors = np.sort(exact - estimate)
     for found, threshold in enumerate(-np.sort(-exact_V)[:n_top], start=1):
-        # How many unverified genes an error from the pool lifts above this verified one.
+        # Expected number of unverified genes that an error from the pool makes larger than this verified one.
         missed = (1 - np.searchsorted(errors, threshold - estimate_U, side="right") / len(errors)).sum()
         if found + missed >= n_top:
             break
