@@ -72,8 +72,9 @@ def attention(
     Parameters
     ----------
     q, k, v
-        Queries (Tq, H, K), keys and values (Tk, H, K), all of one real dtype. Views of a packed (T, 3, H, K) projection
-        are read without a copy: only the last axis must be contiguous.
+        Queries (Tq, H, K), keys and values (Tk, H, K), all of one real dtype. Under autocast they are cast as torch casts
+        them (float64 is not). Views of a packed (T, 3, H, K) projection are read without a copy, as all tensors whose last
+        axis is contiguous; others are copied.
     cu_seqlens
         Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, last Tq.
     return_lse
@@ -82,8 +83,8 @@ def attention(
 
     Returns
     -------
-    Output (Tq, H, K) in the dtype of `q`; with `return_lse` also the log-sum-exp (Tq, H), float32. A query that attends to
-    no key has output 0, log-sum-exp -inf and gradients 0. Under autocast `q`, `k` and `v` are cast as torch casts them.
+    Output (Tq, H, K) in the dtype of `q`, as it is after a cast by autocast; with `return_lse` also the log-sum-exp (Tq, H),
+    float32 (float64 for float64). A query that attends to no key has output 0, log-sum-exp -inf and gradients 0.
     Differentiable in `q`, `k`, `v` and `key_bias`.
 
     Raises
@@ -91,7 +92,7 @@ def attention(
     TypeError
         If dtypes differ or are not real floating point, or an option is not known.
     ValueError
-        If shapes, devices, boundaries or `n_known` do not fit.
+        If shapes, devices, boundaries or `n_known` do not fit, `scale` is not finite, or `backend` is unknown.
     RuntimeError
         If `backend="fused"` is asked for and the kernels do not support the call.
 

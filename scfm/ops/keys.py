@@ -47,8 +47,8 @@ def attention_scores(
 
     Returns
     -------
-    Probabilities (P, H), or column sums (Tk, H); without the last axis with `head_mean`. float32. A pair across cells,
-    or hidden by the mask, has probability 0. Not differentiable.
+    Probabilities (P, H), or column sums (Tk, H); without the last axis with `head_mean`. float32 (float64 for float64). A pair
+    across cells, or hidden by the mask, has probability 0. Not differentiable.
 
     Raises
     ------

@@ -73,7 +73,8 @@ def linear_attention(
     Parameters
     ----------
     q, k, v
-        Queries (Tq, H, K), keys and values (Tk, H, K), one real dtype. Only the last axis must be contiguous.
+        Queries (Tq, H, K), keys and values (Tk, H, K), of one real dtype. Under autocast they are cast as torch casts them. A
+        tensor whose last axis is not contiguous is copied.
     cu_seqlens
         Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, last Tq.
     projection

@@ -45,9 +45,10 @@ _TEXT = """cu_seqlens_k
     plan
         :func:`scfm.ops.make_plan` of the same boundaries, built once per batch; by default the function builds one.
     backend
-        `"fused"` (compiled kernels), `"torch"` (plain torch), or `"auto"`: the faster one, as measured. On a GPU
-        `"auto"` uses a fused kernel only for the cases that its device tests have covered; `"fused"` uses it for all,
-        with a warning."""
+        `"fused"` (compiled kernels), `"torch"` (plain torch), or `"auto"`. On the CPU `"auto"` uses the compiled kernels for
+        every call that they support. On a GPU it uses them for the cases in which they passed their device tests and were
+        faster there, and otherwise torch's own attention kernels or plain torch; `"fused"` uses the compiled kernels for all
+        cases that they support, with a warning if they were not tested."""
 
 
 def with_options(function: Function) -> Function:
