@@ -203,7 +203,13 @@ def test_relatives_on_papalexi(scfm_data):
     """Measured knock-outs of the interferon-gamma pathway change expression alike; chance is a rank of 12 of 24."""
     adata = anndata.read_h5ad(scfm_data / "papalexi_thp1_20729x299.h5ad")
     measured = read_measured(
-        adata, perturbation_key="target_argmax", control="non-targeting", separator="+", layer=None, gene_key=None
+        adata,
+        perturbation_key="target_argmax",
+        control="non-targeting",
+        separator="+",
+        layer=None,
+        gene_key=None,
+        depth_key=None,
     )
     names = [target[0] for target in measured.targets]
     alike = np.corrcoef(measured.change_PG[:, ~np.isin(measured.genes, names)])
