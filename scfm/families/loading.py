@@ -1,4 +1,4 @@
-"""`scfm.load`: open a saved model, whoever saved it; `convert`: from one format to another."""
+"""`scfm.load` reads saved models and published checkpoints, and `convert` converts between their formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scfm.models.io.hub import fetched
 from scfm.models.io.load import is_saved
 from scfm.models.model import Model
 
-OWN = "scfm"  # the family that every model can be saved as
+OWN = "scfm"  # every model can be saved in the format of this family
 
 
 @document
@@ -31,23 +31,24 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> Model:
-    """Open a model that `model.save` wrote, or a published checkpoint.
+    """Load a model that `model.save` wrote, or a published checkpoint.
 
-    scfm reads its own directories, Geneformer directories (V1 or V2; pretrained, cell or gene classifier), scGPT
-    directories, scBERT files and scFoundation files. Nothing in the files is executed: weights are safetensors, or are read
-    with torch's weights-only loader; pickled dictionaries pass an allow-list. Every tensor is accounted for: it is loaded, or
-    listed with the reason in ``model.checkpoint.unused``.
+    scfm reads its own directories, Geneformer directories (V1 or V2; pretrained model, cell classifier or gene classifier),
+    scGPT directories, scBERT files (.pth) and scFoundation files (.ckpt). No code in the files is executed: weights are
+    safetensors or are read with torch's weights-only loader, and pickles are read with a reader that accepts plain
+    dictionaries only. Tensors of a published checkpoint that the network does not use are listed with the reason in
+    ``model.checkpoint.unused``.
 
     Parameters
     ----------
     path
-        Directory or file, or "owner/name" of a repository on the model hub, of which the files of the model are fetched.
+        Directory or file, or "owner/name" of a repository on the Hugging Face Hub, whose model files are downloaded.
     {checkpoint}
     device
-        Device of the network: "cpu", "cuda", ... or "auto" for the GPU if there is one.
+        Device of the network: "cpu", "cuda", ... or "auto" for a CUDA device if there is one, otherwise the CPU.
     subfolder
-        Folder, or file, of the model inside `path`, such as "Geneformer-V2-104M". Dictionaries that the repository keeps
-        elsewhere are found.
+        Folder or file of the model within `path`, such as "Geneformer-V2-104M". Vocabulary and medians are also searched in
+        the other folders of a repository.
     revision, token
         Branch, tag or commit of the repository, and the token that gives access to a private one.
 
@@ -58,10 +59,10 @@ def load(
     Raises
     ------
     ModelFileError
-        If files are missing, damaged, unsafe, of a later format or of no known kind, or if a tensor is missing, unknown or
-        misshapen; the message lists them.
+        If files are missing, damaged, unsafe, of a later format version or an unknown format, or if tensors are missing,
+        unknown or of the wrong shape; the message lists them.
     ImportError
-        If a repository is named and huggingface_hub is not installed (extra `hub`).
+        If `path` is a repository and huggingface_hub is not installed (extra `hub`).
 
     Examples
     --------
@@ -97,7 +98,7 @@ def recognize(path: str | Path) -> Family:
 
 
 def opened(model: Model | str | Path) -> Model:
-    """Return a model as it is, or open the path or name of one."""
+    """Return a model unchanged, or load the path or name of one."""
     if isinstance(model, (str, Path)):
         return load(model)
     if not isinstance(model, Model):
@@ -125,12 +126,12 @@ def convert(
     Parameters
     ----------
     source
-        Saved model or published checkpoint: a path, or "owner/name" of a repository on the model hub.
+        Saved model or published checkpoint: a path, or "owner/name" of a repository on the Hugging Face Hub.
     target
-        Directory or file to write. It must not exist; only with ``to="scfm"`` a saved scfm model is replaced.
+        Directory or file to write. It must not exist, except that ``to="scfm"`` replaces a saved scfm model.
     to
-        Name of the family whose format to write. None for "scfm", or, for a model that is saved in that format already,
-        for the published family that has its encoding.
+        Format to write: the name of a family. None converts a published checkpoint to "scfm", and a saved scfm model to the
+        format of the published family with the same encoding.
     {checkpoint}
     subfolder, revision, token
         As in `scfm.load`.
@@ -142,8 +143,7 @@ def convert(
     Raises
     ------
     ModelFileError
-        If `source` cannot be read, `target` exists, or the model has an encoding or settings that the target's code does not
-        know.
+        If `source` cannot be read, `target` exists, or the model has an encoding or settings that the format does not support.
     ValueError
         If `to` is not the name of a family.
 
@@ -186,16 +186,16 @@ def _read(path: Path, *, vocabulary: Source | None, medians: Source | None, stri
 
 
 def _opened(path: Path) -> tuple[Family, CheckpointFiles]:
-    """Return the family of a checkpoint, and its files as far as they were read to find out."""
+    """Return the family of a checkpoint, and its files, some of which were read to recognize it."""
     if path.suffix in (".h5ad", ".zarr"):
-        raise ModelFileError(f"{path} holds cells, not a model. Give a directory that `model.save` wrote.")
+        raise ModelFileError(f"{path} holds cells, not a model. Pass a directory that `model.save` wrote.")
     files = CheckpointFiles(path)
     if (family := _family_of(files)) is not None:
         return family, files
     if inside := [entry.name for entry in _entries(path) if _family_of(CheckpointFiles(entry)) is not None]:
-        raise ModelFileError(f"{path} holds several things. Name the model with `subfolder=`: {', '.join(inside)}.")
+        raise ModelFileError(f"{path} holds several models. Select one with `subfolder=`: {', '.join(inside)}.")
     layouts = ", ".join(family.layout for family in FAMILIES.values())
-    raise ModelFileError(f"{path} is not a known kind of model. scfm reads: {layouts}.")
+    raise ModelFileError(f"{path} is not a model in a supported format. scfm reads: {layouts}.")
 
 
 def _family_of(files: CheckpointFiles) -> Family | None:
@@ -203,14 +203,14 @@ def _family_of(files: CheckpointFiles) -> Family | None:
 
 
 def _entries(path: Path) -> list[Path]:
-    """Folders of a folder, and its files that may hold weights in the format of torch."""
+    """Return the folders within a folder, and its files that may be torch files."""
     if not path.is_dir():
         return []
     return sorted(entry for entry in path.iterdir() if entry.is_dir() or entry.suffix in (".pt", ".pth", ".ckpt"))
 
 
 def _fetched(path: str | Path, *, subfolder: str | None, revision: str | None, token: str | None) -> Path:
-    """Return the local path of a model; of a repository, first the files of scfm's own format, then those of the families."""
+    """Return the local path of a model; from a repository, files of scfm's format are tried before those of the families."""
     fetch = partial(fetched, path, subfolder=subfolder, revision=revision, token=token)
     found = fetch()
     if Path(path).exists() or is_saved(found):

@@ -1,4 +1,4 @@
-"""Tools: what is computed with a model, written to AnnData or returned as a table."""
+"""Tools: functions that apply models, and write results to AnnData or return tables."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = [
     "summarize_scores",
 ]
 
-# What trains loads Lightning, which takes seconds; what only applies a model is not to wait for it.
+# Functions that train are imported at first use, because importing Lightning takes seconds.
 _TRAINING = {
     "evaluate_annotation": "scfm.tl._evaluate",
     "fit": "scfm.tl._fit",

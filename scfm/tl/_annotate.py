@@ -52,27 +52,32 @@ def annotate(
     min_confidence
         Cells whose predicted label has a lower probability become "unassigned".
     max_distance
-        Cells at a larger distance from the training cells become "unassigned". Distances are in standard deviations of
-        the training cells; 99 of 100 calibration cells are within `model.calibration.typical_distance`, if the model has
-        one. None rejects no cell.
+        Cells at a larger distance from the training cells become "unassigned". The distance is the root mean square of the
+        inputs of the class head, standardized with the training cells. For 99 % of the calibration cells it is at most
+        `model.calibration.typical_distance`, which is None if it was not measured. None rejects no cell.
     majority_key
-        Column of `adata.obs` with clusters. Every cell then gets the label that is predicted most often in its cluster,
-        before cells are rejected. Cells without a cluster (NaN) keep their own label.
+        Column of `adata.obs` with clusters. Every cell then gets the label that is predicted most often in its cluster, and
+        its confidence is its own probability of this label. Cells are rejected afterward. Cells without a cluster (NaN)
+        keep the label that is predicted for them.
     {prefix_key_added}
     {copy}
 
     Returns
     -------
-    None, or the copy. Writes `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (calibrated probability of
-    the label, 0 to 1), with `max_distance` also `obs["<key>_distance"]`, and `obsm["<key>_proba"]`, shape
-    (n_obs, n_labels), float32, with columns in the order of `model.labels`; and a record under `uns["scfm"]`.
+    None, or the copy. Writes a record of model and settings to `uns["scfm"]`, and
+
+    - `obs["<key>_label"]`, categorical
+    - `obs["<key>_confidence"]`: calibrated probability of the label, from 0 to 1
+    - `obs["<key>_distance"]`, with `max_distance`
+    - `obsm["<key>_proba"]`: probability of each label in the order of `model.labels`, shape (n_obs, n_labels), float32
 
     Raises
     ------
     ModelTaskError
-        If the model was fitted without labels, or its class head has no distances and `max_distance` is given.
+        If the model was fitted without labels, or `max_distance` is given and the model has a published class head, which
+        stores no statistics of training cells.
     CountsError, VocabularyMismatchError
-        If the matrix holds no raw counts, or its genes are not those of the model.
+        If the matrix does not hold raw counts, or its genes do not match the model.
     LabelsError
         If `majority_key` is missing.
     EmptyCellError
@@ -101,7 +106,7 @@ def annotate(
     if max_distance is not None and not has_distances(model):
         raise ModelTaskError(
             "The class head of this model is that of a published classifier, which stores no statistics of its training "
-            "cells, so distances do not exist. Use `min_confidence`, or fine-tune the model with `scfm.fit(model=...)`."
+            "cells, so distances cannot be computed. Use `min_confidence`, or fine-tune the model with `scfm.fit(model=...)`."
         )
     adata = adata.copy() if copy else adata
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
@@ -136,7 +141,7 @@ def annotate(
 
 
 def _majority(code_B: NDArray[np.int64], cluster_B: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Most frequent code in the cluster of each cell; the lowest of equally frequent ones."""
+    """Return the most frequent code in the cluster of each cell; of equally frequent ones, the lowest."""
     majority_B = code_B.copy()
     for cluster in range(cluster_B.max() + 1):
         members = cluster_B == cluster

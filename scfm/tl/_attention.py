@@ -1,4 +1,4 @@
-"""`scfm.tl.attention`: how strongly chosen genes attend to each other."""
+"""`scfm.tl.attention`: attention between chosen genes."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def attention(
     Parameters
     ----------
     adata
-        Raw counts, n_obs cells by n_vars genes, of one cell or of the cells of one type.
+        AnnData with raw counts, of one cell or of the cells of one type.
     model
-        From `scfm.fit` or `scfm.load`, with softmax attention.
+        A model with softmax attention, or its path.
     genes
-        At least two, by the names of the vocabulary.
+        At least two genes, with their names in the vocabulary.
     hidden_layer
-        Layer whose attention is used; -1 for the last.
+        Index of the layer whose attention is used; -1 for the last.
     {layer}
     {gene_key}
     {depth_key}
 
     Returns
     -------
-    One row per query gene and one column per key gene, in the order of `genes`: attention of the query to the key, times
-    the number of tokens, so that 1 is attention at random. NaN on the diagonal, and for genes that no cell expresses
-    together.
+    One row per query gene and one column per key gene, in the order of `genes`. Values are the attention of the query to the
+    key times the number of tokens, so 1 means uniform attention. They are NaN on the diagonal, and for pairs of genes that no
+    cell expresses together.
 
     Raises
     ------
@@ -56,8 +56,9 @@ def attention(
 
     Notes
     -----
-    Only the chosen pairs are computed, by `scfm.ops.attention_scores`, never a whole attention matrix. Attention says what a
-    layer reads, not what its output depends on: `scfm.tl.gene_network` has a null, and ``kind="deletion"``.
+    Only the chosen pairs are computed (`scfm.ops.attention_scores`), not a complete attention matrix. A large attention does
+    not mean that the output of the model depends on the key gene. `scfm.tl.gene_network` tests attention against shuffled
+    counts, and its ``kind="deletion"`` measures the effect of deleting a gene.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`scfm.tl.denoise`, and its scores compared with no change and smoothing over neighbors."""
+"""`scfm.tl.denoise`, and `scfm.tl.evaluate_denoising`, which compares it with simple methods."""
 
 # Axes: B cells, G genes of the matrix, T packed tokens, V tokens of the vocabulary.
 
@@ -101,7 +101,7 @@ def denoise(
 def _tokens_of_columns(
     adata: anndata.AnnData, model: Model, layer: str | None, gene_key: str | None
 ) -> NDArray[np.int32]:
-    """Token of each column of `adata`, which the result is for even if the counts are those of `adata.raw`; shape (G,)."""
+    """Return the token of each column of `adata`, shape (G,); the result has these columns even if counts are in `raw`."""
     source = CountSource.of(
         adata, layer=None if layer == "raw" and layer not in adata.layers else layer, gene_key=gene_key
     )
@@ -125,7 +125,7 @@ def _predict(model: Model, cells: CellBatch, token_ids_G: NDArray[np.int32]) -> 
 
 
 def thin_counts(counts_BG: sparse.csr_matrix, rate: float, seed: int = 0) -> sparse.csr_matrix:
-    """Keep each count with probability `rate`: the same cells, sequenced less deeply."""
+    """Downsample counts: keep each counted molecule with probability `rate`."""
     thinned_BG = counts_BG.copy()
     thinned_BG.data = np.random.default_rng(seed).binomial(counts_BG.data.astype(np.int64), rate).astype(np.float32)
     thinned_BG.eliminate_zeros()
@@ -195,7 +195,7 @@ def evaluate_denoising(
     blocks, depths = zip(*((block, depth_B) for _, block, depth_B in source.blocks()))
     counts_BG = sparse.vstack(blocks, format="csr")
     original_BG = baselines.log_normalize(counts_BG, np.concatenate(depths)).toarray()
-    # Totals named in `uns` are those of the deep cells, so they stay behind.
+    # Totals named in `uns` are those of the original cells, so they are not used.
     thinned = anndata.AnnData(thin_counts(counts_BG, rate, seed), obs=adata.obs.copy(), var=source.var.copy())
     keep_B = np.asarray(thinned.X.sum(1)).ravel() > 0
     thinned, original_BG = thinned[keep_B].copy(), original_BG[keep_B]
@@ -216,7 +216,7 @@ def evaluate_denoising(
 def own_and_neighbors_weighed(
     counts_BG: sparse.csr_matrix, rate: float, n_neighbors: int, seed: int
 ) -> NDArray[np.floating]:
-    """Linear in a cell's own values and its neighbors' mean; the weights from the same cells, thinned once more."""
+    """Linear regression on a cell's values and the mean of its neighbors, fitted on the same cells after downsampling again."""
     again_BG = thin_counts(counts_BG, rate, seed + 1)
     inputs = [_own_and_neighbors(counts, n_neighbors, seed) for counts in (again_BG, counts_BG)]
     target = baselines.log_normalize(counts_BG).toarray().ravel()

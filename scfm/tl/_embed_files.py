@@ -1,4 +1,4 @@
-"""`scfm.tl.embed_files`: embeddings of files larger than memory, resumable after an interruption."""
+"""`scfm.tl.embed_files`: embed files that are larger than memory, and resume after an interruption."""
 
 # Axes: B cells of a block, N cells of all files, D model width.
 
@@ -34,7 +34,7 @@ from scfm.tl._write_embedding import SUFFIXES, write_embedding
 
 logger = logging.getLogger(__name__)
 
-BLOCK_CELLS = 1024  # cells between two records of the progress; seconds of work on a CPU
+BLOCK_CELLS = 1024  # the progress is saved after this many cells, which take seconds on a CPU
 
 
 @document
@@ -55,21 +55,25 @@ def embed_files(
 ) -> int:
     """Embed every cell of one or many files, with one block of cells in memory at a time.
 
-    Progress is kept in the folder `<out>.part`. After an interruption, the same call continues from there, unless the counts
-    that were embedded have changed since. The embeddings are those of `scfm.tl.embed`. Under torchrun each process embeds a
-    part of the cells, and the first one writes `out`; all processes must be able to read and write the same folder.
+    The embeddings are the same as those of `scfm.tl.embed`. The progress is saved in the folder `<out>.part`. After an
+    interruption, the same call continues from there, unless the embedded counts have changed meanwhile. If it is started by
+    torchrun, each process embeds a part of the cells, and the first one writes `out`, which must be on a file system that
+    all processes share.
 
-    Some outputs need more memory at the end: `.csv` and `.parquet` a table of all embeddings, and a single `.h5ad` that is
-    written as `.zarr`, or the reverse, all of the input.
+    Some outputs need more memory at the end: `.csv` and `.parquet` need a table of all embeddings, and a single `.h5ad` that
+    is written as `.zarr`, or the reverse, needs the complete input.
 
     Parameters
     ----------
     paths
-        `.h5ad` files and `.zarr` folders with raw counts, or one of them.
+        Paths of `.h5ad` files and `.zarr` folders with raw counts, or one path.
     out
-        File to write; its suffix names the format. `.h5ad` or `.zarr`: a copy of the input with the embedding, or, for several
-        inputs, their `obs` with a column `file` and the embedding, without counts. `.parquet` or `.csv`: one row per cell.
-        `.npy`: the array.
+        File to write, whose suffix determines the format:
+
+        - `.h5ad` or `.zarr`: for one input, a copy of it with the embedding; for several, their `obs` with a column `file`,
+          and the embedding, without counts
+        - `.parquet` or `.csv`: one row per cell
+        - `.npy`: the array
     {model}
     {layer}
     {gene_key}
@@ -79,24 +83,24 @@ def embed_files(
     {normalize}
     {precision}
     key_added
-        Name of the embedding: its key in `obsm`.
+        Key of `obsm` for the embedding.
     {progress}
 
     Returns
     -------
-    Number of cells. Writes `out` atomically; the embedding has shape (n_cells, d_embedding), float32, and the order of the
-    files and of their cells.
+    The number of cells. The embedding in `out` has shape (n_cells, width of the embedding), float32, with cells in the order
+    of the files and of their rows.
 
     Raises
     ------
     CountsError, VocabularyMismatchError, EmptyCellError
-        If a matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
+        If a matrix does not hold raw counts, its genes do not match the model, or a cell expresses no gene of the model.
     ValueError
         If `out` has another suffix, is one of the inputs, or is a folder that is not a .zarr.
     ModelFileError
         If `model` is a path or a name that cannot be opened.
     OSError
-        If an input is missing, cut short or of another kind, or `out` cannot be written (`OutputError` if the disk is full or
+        If an input is missing, cut short or not an AnnData, or `out` cannot be written (`OutputError` if the disk is full or
         another process is writing `out`).
 
     Examples
@@ -147,18 +151,18 @@ def embed_files(
             raise
         finally:
             part.close()
-        gather()  # the parts of all processes are complete
+        gather()  # wait until the parts of all processes are complete
         if rank == 0:
             record = record_of(model, **where, **how)
             write_embedding(out, files, job.merge(part, world_size), key=key_added, record=record)
             shutil.rmtree(job.folder, ignore_errors=True)
-        gather()  # the output is complete
+        gather()  # wait until the output is complete
     return job.n_cells
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is embedded and how, and the folder that keeps the progress of all processes."""
+    """Inputs, model and settings, and the folder with the progress of all processes."""
 
     folder: Path
     settings: dict[str, Any]
@@ -169,7 +173,7 @@ class _Job:
         return self.folder / f"{rank}-of-{world_size}"
 
     def merge(self, first: _Part, world_size: int) -> NDArray[np.float32]:
-        """The embedding of all cells, (N, D), from the parts of all processes; read from disk as it is used."""
+        """Return the embedding of all cells, (N, D), from the parts of all processes, mapped from disk."""
         if world_size == 1:
             return first.rows()
         path = self.folder / "embedding.npy"
@@ -189,12 +193,12 @@ def _write_header(file: Any, shape: tuple[int, int]) -> None:
 
 
 def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
-    """A float32 array of a file, read as it is used; one without rows cannot be mapped, and is plain."""
+    """Return a float32 array mapped from a file; an array without rows cannot be mapped and is in memory."""
     return np.load(path, mmap_mode="r") if shape[0] else np.zeros(shape, np.float32)
 
 
 class _Part:
-    """The folder of one process: the embedding so far, how many cells it has, and the digest of their counts."""
+    """The folder of one process, with the embedding so far, the number of its cells, and the digest of their counts."""
 
     def __init__(self, job: _Job, rank: int, world_size: int) -> None:
         self.folder, self._job = job.part_folder(rank, world_size), job
@@ -207,7 +211,7 @@ class _Part:
             self.restart()
 
     def _read_state(self) -> tuple[int, str]:
-        """Cells that an earlier run of the very same job embedded, and the digest of their counts; 0 without one."""
+        """Return the number of cells that an earlier run of the same job embedded (0 if none), and the digest of their counts."""
         try:
             state = json.loads((self.folder / "state.json").read_text())
             same = state["job"] == self._job.settings and self._path.stat().st_size == self._offset(self._shape[0])
@@ -216,7 +220,7 @@ class _Part:
             return 0, ""
 
     def restart(self) -> None:
-        """Begin with an empty file that has its full size: a disk that is too small is noticed now, not after hours."""
+        """Start with a file of the final size, so that a full disk is noticed before the work and not after it."""
         self.done, self.digest = 0, ""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -228,7 +232,7 @@ class _Part:
                 os.posix_fallocate(self._file.fileno(), 0, n_bytes)
 
     def _offset(self, row: int) -> int:
-        """Byte at which a row starts; NumPy pads headers to 128 bytes."""
+        """Return the byte at which a row starts; the header has 128 bytes."""
         return 128 + row * self._shape[1] * 4
 
     def append(self, embedding_BD: NDArray[np.float32], digest: str) -> None:
@@ -245,21 +249,21 @@ class _Part:
         return _read(self._path, self._shape)
 
     def close(self) -> None:
-        """Close the file, and leave nothing of a job that failed before its first block."""
+        """Close the file, and remove it if the job failed before its first block."""
         self._file.close()
         if self.done == 0 and self._shape[0]:
             shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # other processes may have theirs in it
+            with suppress(OSError):  # the folder may contain files of other processes
                 self.folder.parent.rmdir()
 
 
 class _Blocks:
-    """The encoded cells of one process, block by block, and a digest of the counts read so far."""
+    """The encoded cells of one process, one block after another, and a digest of the counts that were read."""
 
     def __init__(self, files: list[Path], rows: list[int], share: range, model: Model, where: dict[str, Any]) -> None:
         self._encoding, self.digest = model.encoding, ""
         sources = [(CountSource.of(path, **where), span) for path, span in _spans(files, rows, share)]
-        # That the genes of the last file do not match is said now, not after hours.
+        # The genes of all files are checked before the work starts.
         self._sources = [(source, gene_map(source, model.encoding), span) for source, span in sources]
         self._blocks = self._read()
 
@@ -269,7 +273,7 @@ class _Blocks:
             yield self._encoding.encode(block, genes, depth_B=depth_B)
 
     def skip(self, part: _Part, bar: Any) -> None:
-        """Go past the cells that an earlier run embedded; if their counts are not the same, start from the first."""
+        """Skip the cells that an earlier run embedded; if their counts have changed, start from the first cell."""
         n_skipped = 0
         while n_skipped < part.done:
             *_, depth_B = next(self._blocks)
@@ -292,7 +296,7 @@ class _Blocks:
 
 
 def _spans(files: list[Path], rows: list[int], cells: range) -> Iterator[tuple[Path, range]]:
-    """Files that hold some of the `cells`, counted through all files, and their rows in it."""
+    """Yield the files that contain some of the `cells`, which are numbered over all files, and their rows in each file."""
     first = 0
     for path, n_rows in zip(files, rows):
         start, stop = max(cells.start, first), min(cells.stop, first + n_rows)

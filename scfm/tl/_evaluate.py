@@ -1,4 +1,4 @@
-"""`scfm.tl.evaluate_annotation`: annotation over several seeds, with intervals, compared with simple methods."""
+"""`scfm.tl.evaluate_annotation`: scores of annotation over several seeds, compared with simple methods."""
 
 from __future__ import annotations
 
@@ -30,38 +30,40 @@ def evaluate_annotation(
 ) -> pd.DataFrame:
     """Fit one model per seed, each on its own split, and score it and the baselines on the same test cells.
 
-    Two variants of each model are fitted as well: without pretraining, and with the test cells among the unlabeled ones.
+    Two variants of each model are fitted too: one without pretraining, and a transductive one, for which test cells without
+    their labels are part of the training data.
 
     Parameters
     ----------
     adata
-        Raw counts, n_obs cells by n_vars genes; left unchanged.
+        AnnData with raw counts. It is not changed.
     labels_key
         Column of `adata.obs` with cell types.
     seeds
         Seeds of the splits and of the models.
     label_fraction
-        Fraction of the remaining cells of each class that keep their labels, at least one cell; the others stay as
+        Fraction of the training cells of each class that keep their labels, but at least one cell. The others are used as
         unlabeled cells. The test cells are the same for every fraction.
     test_fraction
         Fraction of the labeled cells that are test cells.
     variants
-        False leaves out the two variants. A variant that `settings` ask for anyway is not fitted twice.
+        Whether to fit the two variants. A variant that results from `settings` is not fitted twice.
     settings
-        Further arguments of `scfm.fit`, except those that are set here: `seed` and `test_key`. A `config` with a seed of its
-        own trains all models by that seed.
+        Further arguments of `scfm.fit`, except `seed` and `test_key`, which are set here. If `config` has a seed, all
+        models are trained with this seed.
 
     Returns
     -------
     One row per seed and method, with `setting`, `accuracy`, `macro_f1`, `balanced_accuracy`, `ece` (expected calibration
-    error), `seed`, `n_labels` (training and calibration cells) and `label_fraction`; `summarize_scores` averages over seeds.
+    error), `seed`, `n_labels` (number of training and calibration cells) and `label_fraction`. `summarize_scores` averages
+    them over seeds.
 
     Raises
     ------
     LabelsError
         If `labels_key` is missing, or there are too few classes or cells.
     ValueError
-        If `settings` name an argument that is set here.
+        If `settings` contain an argument that is set here.
 
     Examples
     --------
@@ -76,7 +78,7 @@ def evaluate_annotation(
     ('scfm', ['inductive', 'transductive'])
     """
     if given := sorted({"seed", "test_key"} & settings.keys()):
-        raise ValueError(f"`{given[0]}` is set for each model by `seeds` and `test_fraction`; leave it out.")
+        raise ValueError(f"`{given[0]}` is set for each model by `seeds` and `test_fraction`. Omit it.")
     labels = columns.labels(adata.obs, labels_key)
     pretrains = settings.get("model") is None if settings.get("pretrain") is None else settings["pretrain"]
     tables = []
@@ -102,7 +104,7 @@ def _report(adata: anndata.AnnData, **settings: Any) -> pd.DataFrame:
 def hide_labels(
     adata: anndata.AnnData, labels: Labels, labels_key: str, label_fraction: float, test_fraction: float, seed: int
 ) -> anndata.AnnData:
-    """Copy `adata`, mark its test cells, and remove the labels of a part of the others."""
+    """Return a copy of `adata` with test cells marked and the labels of some other cells removed."""
     codes_B = labels.codes[labels.labeled]
     parts = split_cells(labels=codes_B, test_fraction=test_fraction, seed=seed)
     chosen = adata.copy()
@@ -118,18 +120,19 @@ def hide_labels(
 
 
 def summarize_scores(rows: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
-    """Average each score over seeds: one row per method and setting, with half the width of its t interval.
+    """Average each score over seeds, with a confidence interval from Student's t distribution.
 
     Parameters
     ----------
     rows
-        From `evaluate_annotation`.
+        Result of `evaluate_annotation`.
     confidence
-        Confidence level of the interval. With a single seed its width is NaN.
+        Confidence level of the interval.
 
     Returns
     -------
-    Columns `setting`, `n_seeds`, and for each score its mean and `<score>_interval`; methods in the order of `rows`.
+    One row per method and setting, in the order of `rows`: `setting`, `n_seeds`, and for each score its mean and
+    `<score>_interval`, half the width of the interval, which is NaN for a single seed.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`scfm.tl.evaluate_perturbation`: how well a ranking of genes agrees with markers or measured effects."""
+"""`scfm.tl.evaluate_perturbation`: agreement of a ranking of genes with markers or measured effects."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ def evaluate_perturbation(
     depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score the ranking of a table of perturbations, and of simple methods, against what is known of the genes.
+    """Compare the order of genes in a table of perturbations, and in simple rankings, with markers or measured effects.
 
     Parameters
     ----------
     table
-        Returned by `scfm.tl.perturb` (not with ``effect_on="genes"``) or `scfm.tl.screen`. Its order is scored: by
-        `label_shift_mean` (the lowest first), `goal_shift_mean` or `shift_mean`, the first of these that it has.
+        Table from `scfm.tl.perturb` (not with ``effect_on="genes"``) or `scfm.tl.screen`. Genes are ranked by
+        `label_shift_mean` (the lowest first), `goal_shift_mean` or `shift_mean`, whichever of these exists first.
     truth
-        Marker genes, or the measured effect of each gene, large where a gene should come first.
+        A list of marker genes (genes that are typical of the cells), or the measured effect of each gene, where genes with
+        large effects should be ranked first.
     adata
-        Cells for the simple methods, raw counts. To compare fairly, markers must come from other cells. None to score
-        the table alone.
+        AnnData with raw counts for the simple methods. Markers should not have been found in these cells, which would favor
+        differential expression. None to score only the table.
     groupby, group
-        Column of `adata.obs`, and its value for the cells that were perturbed. None for all cells; the methods that need
-        other cells are then left out.
+        Column of `adata.obs`, and its value for the cells that were perturbed. None for all cells; methods that need other
+        cells for comparison are then omitted.
     n_components
         Number of principal components of the linear map.
     n_permutations
@@ -53,26 +54,26 @@ def evaluate_perturbation(
     Returns
     -------
     One row per method (index `method`): "scfm", "expression rank" (mean expression in the group), "differential expression"
-    (Welch's t against the other cells) and "linear map on components" (what a gene adds to the log-odds of the group in a
-    logistic regression on principal components). Columns:
+    (Welch's t against the other cells) and "linear map on components" (contribution of a gene to the log-odds of the group in
+    a logistic regression on principal components). Columns:
 
-    - `auc`, the probability that a marker is ranked above another gene; or `spearman`, the rank correlation with effects
-    - `null_low`, `null_high`: the central 95 % of the permutations
+    - `auc`, the probability that a marker is ranked above another gene, or `spearman`, the rank correlation with effects
+    - `null_low`, `null_high`: central 95 % of the scores of permutations
     - `p_value`: (1 + number of permutations that score at least as high) / (1 + `n_permutations`), one-sided
-    - `n_genes`, `n_truth`: genes that were ranked, and markers or effects among them
+    - `n_genes`, `n_truth`: number of ranked genes, and of markers or effects among them
 
     All methods rank the same genes.
 
     Raises
     ------
     ValueError
-        If `table` does not rank genes, or `truth` is a text.
+        If `table` does not rank genes, or `truth` is a string.
     VocabularyMismatchError
         If all or none of the ranked genes are markers, or fewer than three have a measured effect.
     LabelsError
-        If one of `groupby` and `group` is given without the other, or does not fit `adata.obs`.
+        If only one of `groupby` and `group` is given, or they do not exist in `adata.obs`.
     CountsError
-        If `adata` holds no raw counts.
+        If `adata` does not hold raw counts.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`scfm.fit`: from counts to a trained model in one call."""
+"""`scfm.fit`: train a model on counts in one call."""
 
 # Axes: B cells, V tokens of the vocabulary, C classes.
 
@@ -65,93 +65,98 @@ def fit(
     key_added: str = "X_scfm",
     progress: bool = True,
 ) -> Model:
-    """Train a model on raw counts, from scratch or from a pretrained model; with `labels_key`, for annotation.
+    """Train a model on raw counts. With `labels_key`, it is also trained to predict these labels.
 
-    Without `model`, a network of the chosen size is pretrained on the cells. With `model`, a copy of a pretrained model
-    is fine-tuned: its encoding, vocabulary and medians are kept, and the object that was given is never changed.
+    Without `model`, a network of the size `preset` is first trained on the cells without their labels (pretraining). With
+    `model`, a copy of a pretrained model is trained further. The copy has the same encoding, vocabulary and medians, and the
+    given model is not changed.
 
-    With labels, a part of the labeled cells is held out from everything that is fitted (vocabulary, medians,
-    pretraining, components, classification), and the model is scored on it next to simple baselines: `model.report()`. A
-    tenth of the rest is held out too, to fit the temperature that calibrates probabilities. Labels are predicted by an
-    ensemble of two members: the transformer, and a linear classifier that reads genes through components learned from
-    labeled and unlabeled cells.
+    With labels, some labeled cells (test cells) are set aside before anything is fitted, and `model.report()` compares the
+    scores of the model and of simple methods on them. About a tenth of the other labeled cells (calibration cells) are used
+    only to calibrate the predicted probabilities. Labels are predicted by an ensemble of the transformer and a logistic
+    regression on principal components of expression, which are computed from labeled and unlabeled cells.
 
     Parameters
     ----------
     {adata}
     labels_key
-        Column of `adata.obs` with cell types. Vocabulary, components and network are learned from cells without a label
-        (NaN) too; `scfm.tl.annotate` then predicts their labels.
+        Column of `adata.obs` with cell types. Cells without a label (NaN) are used too, except to learn the labels;
+        `scfm.tl.annotate` predicts their labels.
     model
         Pretrained model to start from: a `Model`, the path of a saved model or of a published checkpoint, or the name of
-        a repository on the model hub. None to start from scratch.
+        a repository on the Hugging Face Hub. None for a new model.
     batch_key
-        Column of `adata.obs` with donors or batches; then whole ones are held out instead of single cells.
+        Column of `adata.obs` with donors or batches. The test cells are then complete donors or batches, so that
+        `test_fraction` is reached approximately. Used with `labels_key` and without `test_key`.
     test_key
-        Boolean column of `adata.obs` that is True for the cells to hold out, instead of a random part.
+        Boolean column of `adata.obs` that is True for the test cells. None for a random part of the labeled cells.
     transductive
-        Whether held-out cells, without their labels, are among the cells that are learned from without labels. The
-        report then says how well the cells at hand are annotated, not new ones, and its rows say "transductive".
+        Whether test and calibration cells, without their labels, are also used for training without labels. The scores
+        are then valid for these cells only, not for new cells, and the report marks them as "transductive".
     encoding
-        "rank": genes in the order of their expression relative to their median expression (Geneformer). "bin": genes
-        with binned values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind, which is taken as it is. None for
-        "rank". Not with `model`, whose encoding is kept.
+        "rank": genes in descending order of their expression relative to their median expression (Geneformer). "bin":
+        genes with binned values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind. None for "rank". Not with
+        `model`, whose encoding is kept.
     context_length
-        Maximum number of tokens of a cell. None for 1,024, or that of the given configuration. The cost of attention grows
-        with its square. Not with `model`.
+        Maximum number of tokens of a cell. None for 1,024, or for the value in `encoding`. The cost of attention grows with
+        the square of the number of tokens. Not with `model`.
     objective
-        "masked": predict hidden genes (rank) or hidden values (bin). "generative": predict the values of all other
-        genes from some genes (bin; scGPT). None for "masked". Not with `model`, whose objective is kept.
+        "masked": predict hidden genes (rank) or hidden values (bin). "generative": predict the values of random target genes
+        from the other genes of the cell (only with bin, as scGPT). None for "masked". Not with `model`, whose objective is
+        kept.
     pretrain
-        Whether to train without labels first. With `model`, this continues its own pretraining objective on the new
-        cells. None for yes, except with both `model` and `labels_key`, which fine-tunes only.
+        Whether to train without labels first. With `model`, this continues its pretraining on the new cells, with its
+        objective. None for True, except with both `model` and `labels_key`, where the model is only fine-tuned.
     preset
-        Size of a new network: "small" (the default), "medium" or "large"; or the name of any preset of
-        `scfm.families.table()`, with its encoding, trained from scratch. Not with `model`.
+        Size of a new network: "small" (the default), "medium" or "large"; or the name of a preset in
+        `scfm.families.table()`, which is trained from scratch with its encoding. Not with `model`.
     extend_vocabulary
-        Whether genes of the data that `model` lacks are added to its vocabulary. Their embeddings are predicted from
-        their loadings on principal components. By default they are ignored, and a message gives their number.
+        Whether to add genes of the data that are not in the vocabulary of `model`. Their embeddings are initialized by a
+        regression on their loadings on principal components of the data. By default these genes are ignored, and their
+        number is logged.
     compare_from_scratch
-        Whether the report also has a row for the same architecture, trained from random weights for as many steps.
+        Whether the report also has a row for the same architecture trained from random weights for the same number of
+        fine-tuning steps.
     {layer}
     {gene_key}
     {depth_key}
     test_fraction
-        Fraction of the labeled cells to hold out. A class of one cell is never held out.
+        Fraction of the labeled cells that are test cells. The only cell of a class is never a test cell.
     baselines
-        Whether to fit the simple methods of the report; they read up to 20,000 cells.
+        Whether to fit the simple methods of the report, on up to 20,000 cells.
     seed
         Seed of the split and the initialization; also of the order of cells, masks and dropout, unless `config` has a
         seed. The same seed gives the same model on one machine.
     config
-        Settings of fine-tuning, or of the only stage without labels. None chooses them by the numbers of cells and
-        parameters. Its `trainable` says which weights are fine-tuned: "all", "head", "last:N" or "lora:R".
+        With labels, settings of fine-tuning; without labels, settings of pretraining. None to choose them by the numbers of
+        cells and parameters. `config.trainable` determines which weights are fine-tuned.
     pretrain_config
-        Settings of pretraining if labels are given and the fit pretrains. None chooses them by the number of cells.
+        With labels, settings of pretraining. None to choose them by the number of cells.
     {obsm_key_added}
     progress
-        Whether to show a progress bar with loss, cells per second and time left.
+        Whether to show a progress bar with loss, cells per second and remaining time.
 
     Returns
     -------
-    The model. Writes `obsm[key_added]`, shape (n_obs, d_embedding), float32, with labels also `obs["scfm_split"]`
-    ("train", "calibration", "test", "unlabeled"), and a record under `uns["scfm"]`.
+    The model. The function also writes the embedding to `obsm[key_added]`, shape (n_obs, width of the embedding), float32;
+    with labels, the part of each cell ("train", "calibration", "test" or "unlabeled") to `obs["scfm_split"]`; and the id of
+    the model with all settings to `uns["scfm"]`.
 
     Raises
     ------
     CountsError
-        If the matrix holds no raw counts; the message says where they may be.
+        If the matrix does not hold raw counts; the message says where they may be.
     LabelsError
-        If `labels_key` is missing, or there are too few classes or cells.
+        If `labels_key` does not exist, or there are too few classes or cells.
     EmptyCellError
-        If a cell has no expressed gene.
+        If a cell expresses no gene of the vocabulary.
     VocabularyMismatchError
-        If the genes of the data are not those of `model`.
+        If the genes of the data do not match `model`.
     ModelFileError
         If `model` is a path or a name that cannot be opened.
     ModelTaskError
-        If `model` is trained without labels, and does not name the objective of its pretraining; or genes are to be added to
-        a fixed panel.
+        If `model` is to be pretrained but its pretraining objective is unknown, or genes are to be added to a vocabulary that
+        is fixed.
     ValueError
         If `preset`, `encoding` or `objective` is unknown, `test_fraction` is not between 0 and 1, or arguments contradict
         each other; the message says which.
@@ -217,7 +222,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Counts:
-    """Where the counts of the data are, and what is made of them for an encoding."""
+    """The counts of the data, and encodings and cells made from them."""
 
     adata: anndata.AnnData
     layer: str | None
@@ -252,7 +257,7 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _MissingGenes:
-    """Genes of the data that the vocabulary lacks, and the fraction of all counts that they hold."""
+    """Genes of the data that are not in the vocabulary, and the fraction of all counts that is in them."""
 
     names: tuple[str, ...]
     count_fraction: float
@@ -267,7 +272,7 @@ class _MissingGenes:
 def _new_model(
     counts: _Counts, chosen: Preset, settings: EncodingConfig, split: FitSplit, seed: int
 ) -> tuple[Model, Cells]:
-    """Learn an encoding and start a network whose gene embeddings are loadings on principal components."""
+    """Learn an encoding, and build a network whose gene embeddings are initialized with loadings on principal components."""
     encoding = counts.make_encoding(settings, split.fitted)
     cells = counts.cells(encoding, split)
     vocabulary, context_length = encoding.vocabulary, encoding.config.context_length
@@ -284,7 +289,7 @@ def _new_model(
 def _copied_model(
     counts: _Counts, base: Model, split: FitSplit, seed: int, *, extend_vocabulary: bool
 ) -> tuple[Model, Cells]:
-    """Copy a model and encode the cells with its encoding; genes that it lacks are added or reported."""
+    """Copy a model and encode the cells with its encoding; other genes are added to the vocabulary or logged."""
     network, encoding = copy.deepcopy(base.network), base.encoding
     missing = counts.genes_outside(encoding)
     if missing.names and extend_vocabulary:
@@ -319,7 +324,7 @@ def _copied_model(
 def _pretrain(model: Model, cells: Cells, config: FitConfig, progress: bool) -> None:
     if model.objective is None:
         raise ModelTaskError(
-            "This model does not say which objective it was pretrained with, so pretraining cannot be continued. "
+            "The pretraining objective of this model is unknown, so pretraining cannot be continued. "
             "Fine-tune it with `labels_key`, without `pretrain`, or continue with `scfm.pretrain(files, out, init=model)`."
         )
     objective = make_objective(model.objective, model.network, model.encoding)
@@ -342,18 +347,18 @@ def _refuse_unused(
     if not has_labels and not pretrain and (has_model or config is not None):
         raise ValueError(
             "`pretrain` is False and `labels_key` is None, so nothing would be trained. Pass `labels_key` to fine-tune, or "
-            "leave `pretrain` out to train without labels; `scfm.tl.embed` embeds cells with a model as it is."
+            "omit `pretrain` to train without labels. `scfm.tl.embed` embeds cells without training."
         )
     if pretrain_config is not None and not (has_labels and pretrain):
         reason = "the fit does not pretrain" if has_labels else "without labels, `config` holds the settings of the fit"
         raise ValueError(
-            f"`pretrain_config` is given, but {reason}. Leave it out{'' if has_labels else ', or pass it as `config`'}."
+            f"`pretrain_config` is given, but {reason}. Omit it{'' if has_labels else ', or pass it as `config`'}."
         )
 
 
 def _refuse_with_model(**options: object) -> None:
     if given := [name for name, value in options.items() if value is not None]:
         raise ValueError(
-            f"`{given[0]}` belongs to a new model, but `model` is given, which keeps its own. Leave `{given[0]}` out, or "
-            "leave `model` out to train a new one."
+            f"`{given[0]}` is for a new model, but `model` is given, whose settings are kept. Omit `{given[0]}`, or omit "
+            "`model` to train a new one."
         )

@@ -30,21 +30,21 @@ def gene_embeddings(
     min_cells: int = 1,
     precision: Precision = "fp32",
 ) -> pd.DataFrame:
-    """Table of gene embeddings: the mean state of each gene's token over the cells that contain it.
+    """Return a table of gene embeddings: the mean hidden vector of each gene's token over the cells that contain it.
 
     Parameters
     ----------
     adata
-        Raw counts, n_obs cells by n_vars genes. None for the input embeddings of the genes, which do not depend on cells.
+        AnnData with raw counts. None for the input embeddings of the genes, which do not depend on cells.
     {model}
     {layer}
     {gene_key}
     {depth_key}
     hidden_layer
-        Hidden state to average, counted as Python counts: -1 is the last. None for the default of the model's family: -2
-        for Geneformer, the states of the decoder for scFoundation.
+        Index of the layer whose output is averaged; -1 is the last. None for the default of the model's family: -2 for
+        Geneformer, the output of the decoder for scFoundation.
     min_cells
-        Leave out genes that are tokens of fewer cells. A gene that is a token of no cell has no embedding.
+        Minimum number of cells in which a gene must be a token. Other genes are omitted.
     {precision}
 
     Returns
@@ -54,9 +54,9 @@ def gene_embeddings(
     Raises
     ------
     CountsError, VocabularyMismatchError, EmptyCellError
-        If the matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
+        If the matrix does not hold raw counts, its genes do not match the model, or a cell expresses no gene of the model.
     IndexError
-        If the network has no `hidden_layer` of this number.
+        If `hidden_layer` is out of range.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def gene_embeddings(
             embedding_GD = model.network.embedding.genes(gene_ids).float().cpu().numpy()
         return pd.DataFrame(embedding_GD, index=pd.Index(vocabulary.genes, name="gene"))
     encoding = model.encoding
-    if model.network.decoder is not None and hidden_layer is None:  # the decoder's states are of every gene
+    if model.network.decoder is not None and hidden_layer is None:  # the decoder has states of all genes
         encoding = encoding.replace(include_zeros=True)
     cells = pp.encode(adata, encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
     sum_VD, count_V = _sums(model, cells, hidden_layer, precision)
@@ -86,7 +86,7 @@ def gene_embeddings(
 def _sums(
     model: Model, cells: CellBatch, hidden_layer: int | None, precision: Precision
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of each token's states, shape (V, D), float64, and how many there are, shape (V,)."""
+    """Return the sum of the states of each token, shape (V, D), float64, and their number, shape (V,)."""
     network, n_tokens = model.network_in(precision), len(model.encoding.vocabulary)
     layer = model.network.config.pooling.hidden_layer if hidden_layer is None else hidden_layer
     sum_VD: torch.Tensor | None = None

@@ -31,25 +31,26 @@ def gene_network(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure the edges between genes in a group of cells, and test them against cells with shuffled counts.
+    """Measure how strongly genes of a group of cells are connected in the model, and test it against shuffled counts.
 
     Parameters
     ----------
     adata
-        Raw counts of the group, n_obs cells by n_vars genes.
+        AnnData with raw counts of the group of cells.
     {model}
     genes
-        Genes of the network. None for the 50 that most cells express.
+        Genes of the network. None for the 50 genes that most cells express.
     kind
-        "attention": attention of the target's token to the source's, mean of the heads, times the number of tokens (1 is
-        attention at random). "deletion": 1 - cosine of the target's state before and after the source is deleted.
+        "attention": attention of the target's token to the source's token, averaged over heads, times the number of tokens,
+        so that 1 means uniform attention. "deletion": 1 - cosine similarity of the target's hidden vectors before and after
+        the source is deleted.
     hidden_layer
-        Layer whose attention, or whose states, are used; -1 for the last.
+        Index of the layer whose attention or hidden vectors are used; -1 for the last.
     n_shuffles
-        Number of shuffled copies of the cells for the null, at least 2: each gene's counts are shuffled among the cells. A
-        depth from `depth_key` stays with its cell; otherwise the shuffled counts are summed.
+        Number of shuffled copies of the cells, at least 2. In a copy, the counts of each gene are permuted among the cells.
+        Depths of `depth_key` are not permuted; without them, the permuted counts are summed.
     min_cells
-        Edges between genes that fewer cells express together are left out.
+        Minimum number of cells that express both genes of an edge. Other edges are omitted.
     {layer}
     {gene_key}
     {depth_key}
@@ -59,22 +60,25 @@ def gene_network(
 
     Returns
     -------
-    One row per edge, the largest `z` first: `source`, `target`, `n_cells`, `weight` (mean over cells), `null` in words,
-    `null_mean`, `null_std` (between cells), `z` (the difference in standard errors), `p_value` (Student's, two-sided), `fdr`
-    (Benjamini-Hochberg).
+    One row per edge, the largest `z` first:
+
+    - `source`, `target`, `n_cells`, and `weight`, the mean over cells
+    - `null`, a description of the null, and `null_mean` and `null_std` of the shuffled cells
+    - `z`, the difference of the means in standard errors, `p_value` of Student's two-sided t-test, and `fdr`, the false
+      discovery rate (Benjamini-Hochberg)
 
     Raises
     ------
     ValueError
         If `kind` is unknown, `n_shuffles` is below 2, or `kind` is "attention" and the model has linear attention.
     CountsError, VocabularyMismatchError
-        If the matrix holds no raw counts, or a gene is not in the vocabulary.
+        If the matrix does not hold raw counts, or a gene is not in the vocabulary.
 
     Notes
     -----
-    Only pairs of the chosen genes are computed: memory grows with their number squared, not with a cell's length squared.
-    An edge says that two genes affect each other in the model, not that one regulates the other. Tests treat cells as
-    independent; if they come from few donors, p-values are too small.
+    Only pairs of the chosen genes are computed, so memory grows with the square of their number, and not with the square of
+    the number of tokens. An edge means that two genes affect each other in the model, and not that one regulates the other.
+    Tests treat cells as independent; with cells of few donors, p-values are too small.
 
     Examples
     --------

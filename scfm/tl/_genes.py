@@ -1,4 +1,4 @@
-"""Similar genes by their embeddings, and classification of genes."""
+"""Search for genes with similar embeddings, and classification of genes."""
 
 # Axes: G genes, D model width.
 
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
 
 
 def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: int = 10) -> pd.DataFrame:
-    """Table of the genes whose embeddings are most similar to those of given genes.
+    """Return the genes with the most similar embeddings for each of the given genes.
 
     Parameters
     ----------
     embeddings
-        One row per gene, from `scfm.tl.gene_embeddings`.
+        Table from `scfm.tl.gene_embeddings`.
     genes
-        List of the genes to search for.
+        List of genes.
     n_genes
         Number of similar genes to return for each gene.
 
     Returns
     -------
-    One row per pair: `gene`, `similar`, `cosine` (of embeddings minus their mean over all genes), and, as a baseline,
-    `cosine_baseline`, the mean cosine of the gene with all others.
+    One row per pair: `gene`, `similar`, `cosine`, the cosine similarity after the mean over all genes is subtracted, and, for
+    comparison, `cosine_baseline`, the mean of this similarity between the gene and all others.
 
     Raises
     ------
     VocabularyMismatchError
         If a gene has no embedding.
     ValueError
-        If `genes` is a text, not a list.
+        If `genes` is a string and not a list.
 
     Examples
     --------
@@ -67,7 +67,7 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
     (3, 4)
     """
     if isinstance(genes, str):
-        raise ValueError(f"`genes` is the text {genes!r}; pass a list of names, such as [{genes!r}].")
+        raise ValueError(f"`genes` is the string {genes!r}; pass a list of names, such as [{genes!r}].")
     if missing := [gene for gene in genes if gene not in embeddings.index]:
         raise VocabularyMismatchError(
             f"{len(missing)} of {len(genes)} genes have no embedding: {', '.join(map(repr, missing[:5]))}. Names are "
@@ -112,27 +112,27 @@ def classify_genes(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Cross-validate classifiers of genes: on their embeddings, or fine-tuned, compared with their expression levels.
+    """Cross-validate classifiers of genes: on gene embeddings, by fine-tuning, and, for comparison, on expression levels.
 
     Parameters
     ----------
     embeddings
-        One row per gene, as from `scfm.tl.gene_embeddings`; None to compute them from `adata` and `model`.
+        Table from `scfm.tl.gene_embeddings`. None to compute it from `adata` and `model`.
     labels
-        Class of each gene. Genes that have no embedding, or no column in `adata`, are left out; with `finetune` also genes
-        that are a token of no cell.
+        Class of each gene. Genes without an embedding or without a column in `adata` are omitted; with `finetune`, also
+        genes that are not a token of any cell.
     adata
-        Raw counts, for the baselines and for fine-tuning.
+        AnnData with raw counts, for the baselines and for fine-tuning.
     model
-        Model to fine-tune, or to embed genes with, or the path of one. It is left unchanged.
+        Model (or its path) for gene embeddings or fine-tuning. It is not changed.
     finetune
-        Whether a copy of the model is also fine-tuned in each fold, to classify the tokens of the training genes
-        (Geneformer's gene classification). Genes of the test fold have no label in training.
+        Whether a copy of the model is also fine-tuned in each fold to classify the tokens of the training genes, as in
+        Geneformer. Genes of the test fold have no label in training.
     config
-        Settings of fine-tuning. None for 60 steps on all weights; of a model with more than 20 million parameters, on
-        low-rank updates ("lora:8").
+        Settings of fine-tuning. None for 60 steps, on all weights if the model has at most 20 million parameters, otherwise
+        on low-rank updates ("lora:8").
     n_folds
-        Folds, stratified by class; the same for all methods.
+        Number of folds, which are stratified by class and the same for all methods.
     {layer}
     {gene_key}
     {depth_key}
@@ -142,9 +142,9 @@ def classify_genes(
 
     Returns
     -------
-    One row per method: "scfm fine-tuned" with `finetune`, "scfm gene embedding" (a linear probe), "expression level" (log
-    mean, fraction of cells, log variance) and "majority class". Columns `accuracy`, `macro_f1` and
-    `balanced_accuracy` are over all genes, each predicted from the other folds.
+    One row per method: "scfm fine-tuned" (with `finetune`), "scfm gene embedding" (a linear probe), "expression level" (log
+    mean, fraction of cells that express the gene, log variance) and "majority class". The columns `accuracy`, `macro_f1` and
+    `balanced_accuracy` are computed over all genes; each gene is predicted by a classifier of the other folds.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def classify_genes(
     ValueError
         If `model` is needed and is None.
     CountsError, VocabularyMismatchError, EmptyCellError
-        If the matrix holds no raw counts, its genes are not those of `model`, or a cell has none of them.
+        If the matrix does not hold raw counts, its genes do not match `model`, or a cell expresses no gene of `model`.
 
     Examples
     --------
@@ -168,7 +168,7 @@ def classify_genes(
     ['scfm gene embedding', 'expression level', 'majority class']
     """
     if model is None and (finetune or embeddings is None):
-        raise ValueError("`model` is None; pass the model to fine-tune or to embed genes with.")
+        raise ValueError("`model` is None. Pass a model for gene embeddings or fine-tuning.")
     model = None if model is None else opened(model)
     if embeddings is None:
         assert model is not None
@@ -206,7 +206,7 @@ def classify_genes(
 
 
 def _tokens_of(cells: CellBatch, model: Model) -> set[str]:
-    """Names of the genes that are a token of some cell."""
+    """Return the names of the genes that are a token of at least one cell."""
     tokens = model.encoding.vocabulary.tokens
     return {tokens[token] for token in np.unique(cells.gene_ids_T.numpy()).tolist()}
 
@@ -230,7 +230,7 @@ def _scores(classes: NDArray[np.str_], predicted: NDArray[np.str_]) -> dict[str,
 
 
 def _levels(expression_BG: sparse.csr_matrix) -> NDArray[np.float64]:
-    """Log mean, fraction of cells, log variance of each gene's log-normalized counts, shape (G, 3)."""
+    """Return log mean, fraction of cells and log variance of each gene's log-normalized counts, shape (G, 3)."""
     mean_G = np.asarray(expression_BG.mean(0), dtype=np.float64).ravel()
     square_G = np.asarray(expression_BG.multiply(expression_BG).mean(0), dtype=np.float64).ravel()
     fraction_G = np.asarray((expression_BG > 0).mean(0), dtype=np.float64).ravel()

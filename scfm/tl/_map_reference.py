@@ -93,7 +93,7 @@ def map_reference(
     labels = columns.labels(reference.obs, labels_key)
     if len(labels.labeled) < n_neighbors:
         raise LabelsError(
-            f"`n_neighbors` is {n_neighbors}, and {len(labels.labeled)} reference cells have a label. Lower it."
+            f"`n_neighbors` is {n_neighbors}, but only {len(labels.labeled)} reference cells have a label. Lower it."
         )
     query = query.copy() if copy else query
     reference_RD, query_QD = (
@@ -123,7 +123,7 @@ def map_reference(
 
 
 def _shares(distance_QN: NDArray[np.floating], code_QN: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
-    """Weighted share of each class among the neighbors, shape (Q, C)."""
+    """Return the weighted fraction of each class among the neighbors, shape (Q, C)."""
     width_Q1 = np.maximum(np.median(distance_QN, axis=1, keepdims=True), 1e-12)
     weight_QN = np.exp(-0.5 * (distance_QN / width_Q1) ** 2)
     share_QC = np.zeros((len(code_QN), n_classes))

@@ -1,4 +1,4 @@
-"""`scfm.tl.perturb`: what deleting genes, or turning them up or down, does to a cell's embedding."""
+"""`scfm.tl.perturb`: the effect of deleting, overexpressing, inhibiting or activating genes on cell embeddings."""
 
 from __future__ import annotations
 
@@ -43,49 +43,51 @@ def perturb(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Perturb genes in silico and measure how far each cell moves: its embedding, toward a goal, or away from its label.
+    """Change genes in the input of the model, and measure the effect on the embedding or the predicted label of each cell.
 
-    Memory does not grow with the number of variants, and equal variants are computed once. Under torchrun each process
-    takes a part of the cells, and all processes return the same table.
+    Perturbed copies of cells (variants) are computed some at a time, and equal ones once. If it is started by torchrun,
+    each process computes a part of the cells, and all processes return the same table.
 
     Parameters
     ----------
     {adata}
     {model}
     genes
-        Names, or lists of names to perturb together. None for every gene that a cell expresses, one at a time.
+        List of gene names, or of lists of names to perturb together. None for every gene that a cell expresses, one at a time.
     kind
-        "delete": the gene's token is removed. "overexpress": the gene becomes the first in rank, or gets the cell's largest
-        value, also if it was not expressed. "inhibit" and "activate": its rank or value moves down or up by `quantile`. All
-        but "overexpress" act only in cells that express all the genes perturbed together.
+        "delete": remove the token of the gene. "overexpress": make the gene the first (rank encoding) or give it the largest
+        value of the cell (other encodings), also if it was not expressed. "inhibit" and "activate": lower or raise its rank,
+        or the quantile of its value, by `quantile`. All kinds except "overexpress" are done only in cells that express all
+        genes to be perturbed together.
     effect_on
-        "cell": the cell moves. "genes": the states of all its other genes move, each on its own; this needs `genes`, and
-        measures shifts only.
+        "cell": measure the change of the cell. "genes": measure the change of the hidden vector of every other gene of the
+        cell; this needs `genes`, and only the measure "shift" exists.
     combine
         Perturb all combinations of this many of `genes`.
     quantile
-        Fraction of the cell's genes, or of its values, that "inhibit" and "activate" move a gene by.
+        Change of "inhibit" and "activate", as a fraction of the cell's genes (rank encoding) or values (other encodings).
     {positions}
     measure
-        "shift": 1 - cosine similarity of the embeddings before and after. "goal": change of the cosine similarity to the
-        mean embedding of `goal`. "label": change of the log-odds that the model's classifier gives to the cell's own
-        label, which is that in `groupby`, or the predicted one without `groupby`. None for "goal" if there is a `goal`, else
-        "shift".
+        Measure for tests and order. "shift": 1 - cosine similarity of the embeddings before and after. "goal": change of the
+        cosine similarity to the mean embedding of `goal`. "label": change of the log-odds of the cell's label in the model's
+        classifier; the label is read from the column `groupby`, or predicted if that is None. None for "goal" if there is a
+        `goal`, otherwise "shift".
     center
-        Subtract the mean embedding of all cells (perturbed and goal) before cosines are computed. Embeddings of all cells
-        have much in common, so that shifts are tiny and alike without it.
+        Whether to subtract the mean embedding of all cells (perturbed and goal) before cosines are computed. Without it, all
+        cosines are close to 1.
     {start_and_goal}
     null_genes
-        Genes to perturb in the same way as the null of the tests. None: for fewer than 100 `genes`, about 100 others that
-        as many cells express, perturbed in at most 200 cells; else each perturbation is tested against all others.
+        Genes to perturb in the same way as the null of the tests. If None and `genes` has fewer than 100 entries, the null is
+        about 100 other genes, which are expressed in a similar number of cells, perturbed in at most 200 cells. Otherwise,
+        each perturbation is tested against all others.
     missing
-        What to do about perturbations that no cell allows: "report" them in a row with `n_cells` 0 and a `reason`, or
-        "error". If none can be done, that is an error.
+        For perturbations that cannot be done in any cell: "report" for a row with `n_cells` 0 and a `reason`, or "error" to
+        raise. It is always an error if none can be done.
     {n_bootstrap}
     precision
-        "fp32", or "bf16" for blocks in bfloat16, which is faster on processors that support it.
+        "fp32", or "bf16" for blocks of the network in bfloat16, which is faster on processors that support it.
     checkpoint
-        File to save to after every few thousand variants, and to resume from if it exists.
+        File in which results are saved after every few thousand variants. If it exists, the run is resumed from it.
     {layer}
     {gene_key}
     {depth_key}
@@ -95,43 +97,44 @@ def perturb(
 
     Returns
     -------
-    One row per perturbation (index `gene`; genes perturbed together are joined by "+"), the largest mean first; for labels
-    the lowest first, the genes that hold cells in their state. Columns:
+    One row per perturbation (index `gene`; genes perturbed together are joined by "+"), the largest mean of the chosen
+    measure first; for "label" the most negative first. Columns:
 
-    - `n_cells`: number of cells in which it was done
+    - `n_cells`: number of cells in which the perturbation was done
     - `shift_mean`, `shift_std`, `shift_sem`, `shift_low`, `shift_high`: mean over cells, standard deviation, standard error,
-      and 95 % bootstrap interval (not with `n_bootstrap` 0) of the shift, from 0 (no effect) to 2
+      and 95 % bootstrap interval (not with `n_bootstrap` 0) of the shift, which is from 0 (no effect) to 2
     - `goal_shift_...`: the same for the change of the cosine similarity to the goal
-    - `label_shift_...`: the same for the change of the log-odds, in place of the others
+    - `label_shift_...`: the same for the change of the log-odds, instead of the others
     - `excess_...`, `goal_excess_...`, `label_excess_...`: for combinations, the effect minus the sum of the effects of the
       single genes in the same cell
-    - `null`, `null_mean`, `effect_size` (rank-biserial), `p_value` (rank-sum), `fdr` (Benjamini-Hochberg over the genes that
-      were asked for): of the chosen measure, against the null that `null` names; `attrs["null_genes"]` lists it
+    - `null`, a description of the null of the chosen measure, and `null_mean`; `attrs["null_genes"]` lists its genes
+    - `effect_size`, the rank-biserial correlation with the null, from -1 to 1
+    - `p_value` of the rank-sum test, and `fdr`, the false discovery rate (Benjamini-Hochberg) over the requested genes
     - `reason`, with `genes`: why a perturbation could not be done, empty for the others
 
-    With ``effect_on="genes"``, one row per perturbation and other gene: `gene`, `affected`, then the same columns of the
-    shift of the affected gene's state. It is tested against all other genes under the same perturbation, or, with
-    `null_genes`, against itself under those.
+    With ``effect_on="genes"``, one row per perturbation and other gene: `gene`, `affected`, and the same columns for the
+    shift of the affected gene's hidden vector. An affected gene is tested against all other genes under the same
+    perturbation, or, with `null_genes`, against the same gene under the perturbations of `null_genes`.
 
     Raises
     ------
     VocabularyMismatchError
-        If no perturbation can be done, or one cannot and `missing` is "error".
+        If no perturbation can be done, or, with `missing` "error", one cannot be done.
     LabelsError
-        If `groupby`, `start` or `goal` does not fit `adata.obs`, or a label is not one of the model's.
+        If `groupby`, `start` or `goal` does not exist in `adata.obs`, or a label is not one of the model.
     ModelTaskError
         If `measure` is "label" and the model has no classifier of cells.
     CountsError, EmptyCellError
-        If the matrix holds no raw counts, there are no cells, a cell expresses no gene of the model, or each expresses one gene
-        only.
+        If the matrix does not hold raw counts, there are no cells, a cell expresses no gene of the model, or all cells express
+        only one gene.
     ValueError
         If arguments contradict each other; the message says which.
 
     Notes
     -----
-    Deletion, overexpression, goal-state shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). The
-    classifier of "label" is the transformer's alone, without the linear classifier that `scfm.tl.annotate` combines it
-    with. Tests treat cells as independent; if they come from few donors, p-values are too small.
+    Deletion, overexpression, goal shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). The measure
+    "label" uses the transformer without the other members of the ensemble of `scfm.tl.annotate`. Tests treat cells as
+    independent; with cells of few donors, p-values are too small.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`scfm.tl.predict_perturbation`: learn from measured perturbations, predict others."""
+"""`scfm.tl.predict_perturbation`: predict the effects of perturbations from measured ones."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def predict_perturbation(
     Parameters
     ----------
     adata
-        Raw counts of control and perturbed cells, n_obs cells by n_vars genes.
+        AnnData with raw counts of control and perturbed cells.
     model
-        From `scfm.fit` or `scfm.load`. Fit it without the cells of perturbations that are to be scored.
+        A model, or its path. It should not have been trained on cells of the perturbations to predict.
     perturbation_key
-        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`; cells without a value are left out.
-        The order of genes does not matter, and the control's name among them is ignored ("A+ctrl" is "A").
+        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`. Cells without a value are omitted. The
+        order of genes is irrelevant, and the name of the control among them is ignored ("A+ctrl" is "A").
     control
         Value of that column for unperturbed cells.
     predict
-        Perturbations to predict, written in the same way. For a measured one, the data of all cells are used too.
+        Perturbations to predict, written in the same way. If a perturbation was measured, its cells are training data too.
     separator
         Text between the genes of a combination.
     {layer}
@@ -54,9 +54,10 @@ def predict_perturbation(
 
     Returns
     -------
-    One row per method and perturbation (index: `method`, `perturbation`) and one column per gene of the data: change of mean
-    log1p counts per 10,000. Methods: "scfm", and for comparison "no change", "train mean", "additive" and "bilinear
-    ridge". `attrs["left_out"]` names measured perturbations that were not used, with the reason.
+    One row per method and perturbation (index: `method`, `perturbation`) and one column per gene of the data, with the change
+    of mean log1p counts per 10,000. Methods are "scfm" and, for comparison, "no change", "train mean" (mean measured change),
+    "additive" (sum of the changes of the single genes) and "bilinear ridge" (a regression on principal axes of the measured
+    changes). `attrs["left_out"]` has the measured perturbations that were not used, with the reason.
 
     Raises
     ------
@@ -65,27 +66,27 @@ def predict_perturbation(
     VocabularyMismatchError
         If a gene to predict is in neither the data nor the model.
     ValueError
-        If `predict` is a text or empty.
+        If `predict` is a string or empty.
     CountsError, EmptyCellError
-        If the matrix holds no raw counts, or a control cell expresses no gene of the model.
+        If the matrix does not hold raw counts, or a control cell expresses no gene of the model.
 
     Warns
     -----
     UserWarning
-        If perturbations are left out because they have fewer than five cells.
+        If perturbations with fewer than five cells are omitted.
 
     Notes
     -----
-    For a gene that was measured alone, "scfm" returns its measured change. For other genes, each gene is described by the
-    shift of control cells when it is deleted (it is inserted first if it is not expressed), and a ridge regression predicts
-    the changes from these shifts; with fewer than three genes that were measured alone, it is the mean of all measured
-    changes. A combination is the sum of its genes, and, if three combinations or more were measured, a second ridge
-    regression adds the difference from that sum, predicted from products of the shifts. The simple methods are hard to beat:
-    see `scfm.tl.score_perturbation_prediction`.
+    For a gene that was measured alone, "scfm" returns the measured change. For another gene, the features are the mean shift
+    of the embeddings of control cells when the gene is deleted; in cells that do not express it, the gene is added first. A
+    ridge regression predicts the change from these features. If fewer than three genes were measured alone, the prediction is
+    the mean of all measured changes. A combination is predicted as the sum of its genes. If at least three combinations were
+    measured, a second ridge regression on products of features predicts the difference from this sum. Simple methods are
+    often as good; `scfm.tl.score_perturbation_prediction` compares them.
 
     Examples
     --------
-    Cells that are called knock-outs, to show the form; real ones come from a Perturb-seq experiment.
+    The labels of this example are invented to show the format; real ones are from a Perturb-seq experiment.
 
     >>> import scfm
     >>> adata = scfm.datasets.pbmc()[:200].copy()

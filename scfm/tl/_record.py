@@ -1,4 +1,4 @@
-"""How a result was made, recorded in the AnnData that holds it."""
+"""Records of model and settings of each result, in `adata.uns["scfm"]`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 def record(adata: anndata.AnnData, model: Model, result: str, **settings: Any) -> None:
-    """Record under `uns["scfm"][result]` the model's id, the version and the settings; survives `write_h5ad`."""
+    """Write the model id, the version and the settings to `uns["scfm"][result]`, in a form that `write_h5ad` accepts."""
     records = records_of(adata.uns)
     records[result] = record_of(model, **settings)
     adata.uns["scfm"] = records
 
 
 def records_of(uns: Mapping[str, Any]) -> dict[str, Any]:
-    """The records in `uns["scfm"]`; anything but a mapping there is not ours, and is replaced with a warning in the log."""
+    """Return the records in `uns["scfm"]`; other content than a mapping is replaced, and a warning is logged."""
     records = uns.get("scfm", {})
     if isinstance(records, Mapping):
         return dict(records)
@@ -32,7 +32,7 @@ def records_of(uns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_of(model: Model, **settings: Any) -> dict[str, Any]:
-    """The record of a result: the model's id, the version and the settings that are not None."""
+    """Return the record of a result: model id, version, and settings that are not None."""
     entry = {"model_id": model.id, "version": version("single-cell-fm")}
     return entry | {key: value for key, value in settings.items() if value is not None}
 
@@ -40,7 +40,7 @@ def record_of(model: Model, **settings: Any) -> dict[str, Any]:
 def store_table(
     adata: anndata.AnnData, model: Model, key_added: str | None, table: pd.DataFrame, **settings: Any
 ) -> None:
-    """Put a copy of a table into `uns[key_added]` with a record of how it was made; nothing if `key_added` is None."""
+    """Write a copy of a table to `uns[key_added]`, and its record; do nothing if `key_added` is None."""
     if key_added is not None:
         adata.uns[key_added] = table.copy()
         record(adata, model, key_added, **settings)

@@ -1,4 +1,4 @@
-"""`scfm.tl.score_perturbation_prediction`: leave measured perturbations out and predict them."""
+"""`scfm.tl.score_perturbation_prediction`: scores of the prediction of measured perturbations."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def score_perturbation_prediction(
     depth_key: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Leave each measured perturbation out in turn, predict it, and compare the prediction with those of the baselines.
+    """Predict each measured perturbation from the others, and score the predictions of the model and of simple methods.
 
     Parameters
     ----------
     adata
-        Raw counts of control and perturbed cells, n_obs cells by n_vars genes.
+        AnnData with raw counts of control and perturbed cells.
     model
-        From `scfm.fit` or `scfm.load`, fitted without the perturbed cells.
+        A model that was not trained on the perturbed cells, or its path.
     perturbation_key
-        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`; cells without a value are left out.
+        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`. Cells without a value are omitted.
     control
         Value of that column for unperturbed cells.
     separator
         Text between the genes of a combination.
     n_top
-        Number of genes with the largest measured change that `pearson_top` is computed on.
+        Number of genes for `pearson_top`, those with the largest measured change.
     {layer}
     gene_key
         Column of `adata.var` with the names that perturbations use. None for `var_names`.
@@ -54,25 +54,26 @@ def score_perturbation_prediction(
     -------
     One row per perturbation and method: `perturbation`, `n_genes`, `method`, and
 
-    - `pearson_top`: correlation of predicted and measured change over the `n_top` genes; NaN if a prediction is constant
+    - `pearson_top`: correlation of predicted and measured change over the `n_top` genes; NaN if the prediction is constant
     - `rmse`: root mean squared error over all genes
-    - `rank`: fraction of the other measured perturbations whose change correlates better with the prediction than the right
-      one does, ties counted half; 0 is best, 0.5 is chance, NaN if a prediction is constant ("no change")
+    - `rank`: fraction of the other measured perturbations whose change correlates better with the prediction than the change
+      of the predicted perturbation, with ties counted half; 0 is best, 0.5 is chance, NaN if the prediction is constant ("no
+      change")
 
-    The perturbed genes themselves are left out of all scores, because everybody knows that they change.
-    `attrs["left_out"]` names measured perturbations that were not used, with the reason.
+    The perturbed genes are not part of the scores, because their change is known in advance. `attrs["left_out"]` has the
+    measured perturbations that were not used, with the reason.
 
     Raises
     ------
     LabelsError
         If the column or the control is missing, or fewer than three perturbations have five cells or more.
     CountsError, VocabularyMismatchError, EmptyCellError
-        If the matrix holds no raw counts, its genes are not those of the model, or a control cell has none of them.
+        If the matrix does not hold raw counts, its genes do not match the model, or a control cell expresses none of them.
 
     Warns
     -----
     UserWarning
-        If perturbations are left out because they have fewer than five cells.
+        If perturbations with fewer than five cells are omitted.
 
     Examples
     --------

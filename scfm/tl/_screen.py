@@ -1,4 +1,4 @@
-"""`scfm.tl.screen`: the effect of deleting every gene of every cell, estimated, the best verified exactly."""
+"""`scfm.tl.screen`: estimate the effect of deleting each gene, and compute the largest effects exactly."""
 
 from __future__ import annotations
 
@@ -38,37 +38,39 @@ def screen(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Estimate the effect of deleting each gene, for all genes of each cell at once, and verify the largest exactly.
+    """Estimate the effect of deleting each gene, for all genes of a cell at once, and compute the largest effects exactly.
 
-    Exact deletion of the N genes of a cell takes N forward passes. The estimate takes `n_projections` backward passes, or
-    one toward a goal or for a label. Under a rank encoding with ``positions="shift"`` it takes five forward passes more, or
-    eight with one direction.
+    Exact deletion of the N genes of a cell takes N forward passes. The estimate takes `n_projections` backward passes for
+    the measure "shift", and one backward pass for "goal" and "label". With a rank encoding and ``positions="shift"`` it
+    takes five further forward passes for "shift", and eight for "goal" and "label".
 
     Parameters
     ----------
     {adata}
     model
-        From `scfm.fit` or `scfm.load`; mean or `cls` embedding, softmax attention.
+        A model with "mean" or "cls" pooling and softmax attention, or its path.
     {start_and_goal}
     {positions}
     measure
-        What is measured: the "shift" of the embedding, the movement toward the "goal", or the log-odds of each cell's own
-        "label". None for "goal" if there is a `goal`, else "shift"; "shift" cannot be combined with a `goal`.
+        "shift", "goal" or "label", as in `scfm.tl.perturb`. None for "goal" if there is a `goal`, otherwise "shift". "shift"
+        cannot be combined with a `goal`.
     center
-        Subtract the mean embedding of all cells before cosines are computed.
+        Whether to subtract the mean embedding of all cells before cosines are computed.
     n_verify
-        Number of the best genes to delete exactly, in every cell that expresses them.
+        Number of genes with the largest estimates whose effect is then computed exactly (verified), in all cells that
+        express them.
     n_check
-        Number of random other genes to delete exactly, for the estimate of the recall.
+        Number of random other genes whose effect is computed exactly, to estimate the recall of the screen.
     n_projections
-        Number of directions in which the estimate resolves the effect on other genes, for "shift" only. Each call computes
-        them by at most 640 exact deletions, in ten of the cells that `seed` draws.
+        For "shift" only: number of directions of the embedding space in which effects on other genes are estimated. More
+        directions are slower and more accurate. Each call computes the directions from at most 640 exact deletions in ten
+        random cells.
     min_cells
-        Genes that fewer cells express are not verified.
+        Minimum number of cells that express a gene for it to be verified.
     {n_bootstrap}
     precision
-        Precision of the estimates: "fp32", or "bf16" for blocks in bfloat16, two to three times faster on processors that
-        support it. The best genes are always verified in fp32.
+        Precision of the estimates: "fp32", or "bf16" for blocks of the network in bfloat16, which is faster on processors
+        that support it. Verified effects are always computed in fp32.
     {layer}
     {gene_key}
     {depth_key}
@@ -78,33 +80,37 @@ def screen(
 
     Returns
     -------
-    One row per gene, in the order and with the columns of `scfm.tl.perturb`, of the chosen measure only, and
+    One row per gene, with the order and the columns of `scfm.tl.perturb` for the chosen measure, and
 
-    - `exact`: whether mean, standard deviation, standard error and interval of the row are exact; otherwise they are those
-      of the estimate. `null_mean`, `effect_size`, `p_value` and `fdr` compare estimates with estimates in every row.
-    - `estimate_mean`: the estimate, also if the row is exact
-    - `rank_only`: the gene's mean rank in its cells, from 0 (first by position, or largest value) to 1, as a control
+    - `exact`: True if the gene was verified. Mean, standard deviation, standard error and interval of other rows are those of
+      the estimates. `null_mean`, `effect_size`, `p_value` and `fdr` are computed from estimates in all rows.
+    - `estimate_mean`: mean of the estimates, also for verified genes
+    - `rank_only`: mean rank of the gene in its cells, from 0 (first, or largest value) to 1; a ranking by it is a simple
+      method for comparison
 
-    `attrs` has `recall_estimate`, the expected fraction of the exact best 50 that was verified; `rank_only_recall`, the
-    fraction of the best 50 that would have been among as many genes chosen by `rank_only`; and `n_top`, that 50 or fewer.
+    `attrs` has
+
+    - `n_top`: number of best genes for the recall, at most 50
+    - `recall_estimate`: expected fraction of the `n_top` genes with the largest exact effects that was verified
+    - `rank_only_recall`: the same fraction if the genes with the lowest `rank_only` had been verified instead
 
     Raises
     ------
     ValueError
         If the estimate does not apply to the model (use `scfm.tl.perturb`), or arguments contradict each other.
     LabelsError
-        If `groupby`, `start` or `goal` does not fit `adata.obs`, or a label is not one of the model's.
+        If `groupby`, `start` or `goal` does not exist in `adata.obs`, or a label is not one of the model.
     ModelTaskError
         If `measure` is "label" and the model has no classifier of cells.
     CountsError, VocabularyMismatchError, EmptyCellError
-        If the matrix holds no raw counts, its genes are not those of the model, there are no cells, or no cell has a gene
+        If the matrix does not hold raw counts, its genes do not match the model, there are no cells, or no cell has a gene
         that can be deleted.
 
     Notes
     -----
-    If rank embeddings are rough (short training), moving up by one rank dominates every shift, and the best genes are
-    those with the highest ranks. Compare with `rank_only_recall`, and use ``positions="held"``. The estimate follows such
-    ranks too, by the forward passes named above.
+    If the embeddings of consecutive ranks differ much, as after short training, the effect of changed ranks dominates all
+    shifts, and the best genes are those with the highest ranks. The estimate includes this effect. Compare the recall with
+    `rank_only_recall`, and use ``positions="held"`` to exclude the effect.
 
     Examples
     --------

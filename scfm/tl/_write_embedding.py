@@ -1,4 +1,4 @@
-"""An embedding of the cells of files, written in the format that a suffix names."""
+"""Write the embedding of the cells of files, in the format of a suffix."""
 
 # Axes: N cells of all files, D model width.
 
@@ -42,7 +42,7 @@ def read_obs(path: Path) -> pd.DataFrame:
 
 
 def _obs_of_all(files: list[Path]) -> pd.DataFrame:
-    """`obs` of all files; of several, with a column `file` that names the file of each cell."""
+    """Return `obs` of all files; for several files, with a column `file`."""
     if len(files) == 1:
         return read_obs(files[0])
     return pd.concat([read_obs(path).assign(file=path.name) for path in files])
@@ -60,7 +60,7 @@ def _write_table(path: Path, files: list[Path], embedding_ND: NDArray[np.float32
 def _write_into_copy(
     path: Path, source: Path, embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
 ) -> None:
-    """Copy the file and add to the copy; the counts are never read."""
+    """Copy the file and add the embedding to the copy, without reading the counts."""
     if path.suffix == ".zarr":
         import zarr
 
@@ -82,7 +82,7 @@ def _add(group: Any, embedding_ND: NDArray[np.float32], *, key: str, record: dic
 def _write_anndata(
     path: Path, files: list[Path], embedding_ND: NDArray[np.float32], *, key: str, record: dict[str, Any]
 ) -> None:
-    """Write an AnnData: for one file of the other format with all it holds, for several with `obs` alone."""
+    """Write an AnnData: the complete content of one file in the other format, or only `obs` of several files."""
     if len(files) == 1:
         source = files[0]
         adata = anndata.read_zarr(source) if source.suffix == ".zarr" else anndata.read_h5ad(source)

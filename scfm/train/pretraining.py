@@ -1,4 +1,4 @@
-"""`scfm.pretrain`: self-supervised training over any number of files, larger than memory."""
+"""`scfm.pretrain`: self-supervised training on files, which may be larger than memory."""
 
 # Axes: B cells, V tokens of the vocabulary.
 
@@ -59,43 +59,45 @@ def pretrain(
     seed: int = 0,
     progress: bool = True,
 ) -> Model:
-    """Pretrain a model on raw counts in files; the files are streamed, never loaded completely.
+    """Pretrain a model on raw counts in files, which are not loaded completely.
 
-    Called again with the same `out`, it resumes from the newest readable checkpoint, also with another number of devices,
-    more steps or another interval of checkpoints. Under torchrun every process takes its part of the data, and the
-    first one writes. Ctrl-C and SIGTERM keep what was learned.
+    If `out` contains an unfinished run with the same settings and data, it is resumed from the newest readable checkpoint.
+    The number of devices, the number of steps and the interval of checkpoints may differ. If it is started by torchrun,
+    each process reads a part of the data, and the first one writes the results. After Ctrl-C or SIGTERM, a checkpoint is
+    written at the end of the current step.
 
     Parameters
     ----------
     paths
-        `.h5ad` files and `.zarr` folders with raw counts, or one of them. If some name genes by symbols and others by Ensembl
-        ids, `var` columns that hold both bring them together.
+        Paths of `.h5ad` files and `.zarr` folders with raw counts, or one path. Some files may name genes by symbols and others
+        by Ensembl ids, if `var` of a file has a column with the other names.
     out
         Folder to write: `model/`, `config.json`, `losses.csv`, `losses.png`, `README.md` (the model card), `checkpoints/`.
     init
-        What training starts from. "svd": gene embeddings from the leading singular vectors of log-normalized expression, so that
-        similar genes start close to each other. None: random numbers. A model, or any other text as the path of one: its
-        weights, encoding and vocabulary; its pretraining is continued on the new files.
+        Initial values of the network. "svd": gene embeddings are the leading right singular vectors of log-normalized
+        expression, so genes that are expressed in the same cells have similar embeddings. None: random numbers. A model, or
+        the path of one (any other string): its weights, encoding and vocabulary, so that its pretraining continues on the
+        new files.
     preset
-        Size of the network ("small", "medium" or "large"), or the shape and encoding of a published one, trained from
-        scratch: "geneformer-v1-10m", "scgpt-human" and others that `scfm.families.table()` lists. None for "small". Not with a
-        model as `init`.
+        Size of the network ("small", "medium" or "large"), or the name of a published architecture, such as
+        "geneformer-v1-10m" or "scgpt-human", which is trained from scratch with its encoding; `scfm.families.table()` lists
+        them. None for "small". Not with a model as `init`.
     encoding
-        "rank" or "bin" for one of the sizes (None: rank), or all settings of the encoding. A published preset has its own.
-        Not with a model as `init`.
+        For a size: "rank" (the default), "bin", or an `EncodingConfig`. Published architectures have a fixed encoding. Not
+        with a model as `init`.
     objective
-        "masked": predict hidden genes (rank) or hidden values. "generative": predict from some genes the values of all
-        others (bin; scGPT). None: that of the preset, or of the model that is continued.
+        "masked": predict hidden genes (rank) or hidden values. "generative": predict the values of random target genes from
+        the other genes of the cell (only with bin, as scGPT). None for the objective of the preset, or of `init`.
     vocabulary
-        Token ids, or a file of them: a published dictionary or one that scfm wrote. None: the genes that any file expresses.
-        Not with a model as `init`.
+        A `Vocabulary`, or a file with one: a published dictionary or a file of scfm. None for all genes with a count in at
+        least one file. Not with a model as `init`.
     medians
-        For rank encodings, medians by token id or a file of published ones, together with their `vocabulary`. None: learned
-        from the files.
+        For rank encodings: medians by token id, or a file of published medians, together with their `vocabulary`. None to
+        learn them from the files.
     validation
-        Fraction of the cells to hold out, at most 1,000 cells, or files to take up to 1,000 cells from, none of which is in
-        `paths`. Their loss is measured
-        in the course of training, and the weights with the lowest one are kept.
+        Fraction of the cells to hold out (at most 1,000 cells), or files that are not in `paths`, from which up to 1,000 cells
+        are read. Their loss is measured every `config.validate_every` steps, and the weights with the lowest validation loss
+        are kept.
     {layer}
     {gene_key}
     {depth_key}
@@ -113,9 +115,9 @@ def pretrain(
     Raises
     ------
     CountsError
-        If a file holds no raw counts.
+        If a file does not hold raw counts.
     VocabularyMismatchError
-        If the genes of the files do not fit each other, the vocabulary or the model.
+        If the genes of the files do not match each other, the vocabulary or the model.
     ModelFileError
         If `init`, `vocabulary` or `medians` cannot be read.
     ValueError
@@ -126,7 +128,7 @@ def pretrain(
 
     Notes
     -----
-    The decomposition is that of `scfm.train.loadings.streamed_loadings`.
+    The singular vectors are computed from at most 20,000 cells, which are read in blocks.
 
     Examples
     --------
@@ -179,7 +181,7 @@ def pretrain(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Start:
-    """What a run starts from: a preset, or the network of a model."""
+    """The start of a run: a preset, or the network of a model."""
 
     encoding: EncodingConfig
     objective: str
@@ -195,12 +197,12 @@ class _Start:
 
     @property
     def stage_defaults(self) -> dict[str, Any]:
-        """Settings of training that suit the start: gene embeddings that mean something already are trained slowly."""
+        """Return default settings of training; initialized gene embeddings get a lower learning rate."""
         scale = 1.0 if self.init is None else EMBEDDING_SCALE
         return {**STAGE_DEFAULTS, "learning_rate": LEARNING_RATE, "embedding_learning_rate_scale": scale}
 
     def to_dict(self) -> dict[str, Any]:
-        """What distinguishes this start from others, JSON-able."""
+        """Return the settings that identify this start, as JSON values."""
         medians = None if self.medians is None else hashlib.sha256(self.medians.tobytes()).hexdigest()
         return {
             "preset": None if self.preset is None else self.preset.name,
@@ -223,14 +225,14 @@ class _Start:
         )
 
     def network(self, statistics: Statistics, seed: int) -> CellTransformer:
-        """The network as training starts from it."""
+        """Return the initial network."""
         vocabulary = statistics.vocabulary
         if self.base is not None:
             network = copy.deepcopy(self.base.network)
             network.remove_class_head()
             return network
         assert self.preset is not None
-        # A gene embedding that a family freezes was trained elsewhere (scBERT: gene2vec); here it is trained.
+        # scBERT's gene embedding is frozen, because it is from gene2vec; here it is initialized differently, so it is trained.
         config = self.preset.model_config(
             n_tokens=len(vocabulary), pad_id=vocabulary.pad_id, embedding={"train_genes": True}
         )
@@ -259,7 +261,7 @@ def _start(
     if vocabulary is not None and not isinstance(vocabulary, Vocabulary):
         vocabulary = read_vocabulary(vocabulary)
     if medians is not None and vocabulary is None:
-        raise ValueError("`medians` are given by token id; pass their `vocabulary` too.")
+        raise ValueError("`medians` are indexed by token id. Pass the `vocabulary` that they belong to.")
     if isinstance(medians, str | Path):
         assert vocabulary is not None
         medians = read_medians(medians, vocabulary)
@@ -274,9 +276,9 @@ def _start(
 
 
 def _continued(base: Model, objective: str | None, **given: Any) -> _Start:
-    """Start from a model, which is left as it is."""
+    """Return a start from a model, which is not changed."""
     if names := [name for name, value in given.items() if value is not None]:
-        raise ValueError(f"`init` is a model, which has its own {' and '.join(names)}; leave `{names[0]}` out.")
+        raise ValueError(f"`init` is a model, whose {' and '.join(names)} cannot be changed. Omit `{names[0]}`.")
     chosen = base.objective
     if objective is not None or chosen is None:
         kind = base.encoding.config.kind
@@ -294,7 +296,7 @@ def _continued(base: Model, objective: str | None, **given: Any) -> _Start:
 
 @dataclass(frozen=True, eq=False)
 class _HeldOut:
-    """Cells to validate on: rows of the training files, or of other files."""
+    """The validation cells: rows of the training files or of other files."""
 
     paths: tuple[Path, ...]  # other files
     of_training: NDArray[np.bool_]
@@ -317,7 +319,7 @@ class _HeldOut:
             return cls((), chosen, float(validation), chosen)
         paths = as_paths(validation)
         if twice := sorted({path.name for path in paths if path.resolve() in {each.resolve() for each in data.paths}}):
-            raise ValueError(f"{', '.join(twice)} is in `paths` and in `validation`; leave it out of one of them.")
+            raise ValueError(f"{', '.join(twice)} is in `paths` and in `validation`. Remove it from one of them.")
         n_cells = sum(map(count_rows, paths))
         return cls(paths, none, None, _drawn(n_cells, min(MAX_VALIDATION_CELLS, n_cells), rng))
 
@@ -325,7 +327,7 @@ class _HeldOut:
         return [path.name for path in self.paths] if self.paths else self.fraction
 
     def cells(self, data: Data, encoding: Encoding) -> CellBatch | None:
-        """The encoded cells; None if there are none."""
+        """Return the encoded cells; None if there are none."""
         if not self.rows.any():
             return None
         return _encoded(self.paths or data.paths, data, encoding, self.rows)
@@ -338,7 +340,7 @@ def _drawn(n_cells: int, n_drawn: int, rng: np.random.Generator) -> NDArray[np.b
 
 
 def _encoded(paths: Sequence[Path], data: Data, encoding: Encoding, rows: NDArray[np.bool_]) -> CellBatch:
-    """Encode some rows of files; cells without a known gene are left out."""
+    """Encode some rows of files; cells without a gene of the vocabulary are omitted."""
     stream = CellStream(
         paths,
         encoding,
@@ -354,14 +356,14 @@ def _encoded(paths: Sequence[Path], data: Data, encoding: Encoding, rows: NDArra
 
 
 def _first_cells(data: Data, encoding: Encoding, statistics: Statistics) -> CellBatch:
-    """Some cells of all files, by which the memory of a token is measured."""
+    """Return some cells of all files, to measure the memory per token."""
     rows = np.zeros(len(statistics.lengths_B), dtype=bool)
     rows[np.linspace(0, len(rows) - 1, 256).astype(int)] = True
     return _encoded(data.paths, data, encoding, rows)
 
 
 def _streams(data: Data, encoding: Encoding, statistics: Statistics, config: FitConfig) -> list[CellStream]:
-    """One stream for each batch that this process contributes to a step."""
+    """Return one stream for each batch that this process contributes to a step."""
     lanes, n_lanes = lanes_of(config)
     assert config.seed is not None
     return [
@@ -384,7 +386,7 @@ def _streams(data: Data, encoding: Encoding, statistics: Statistics, config: Fit
 def _with_token_budget(
     config: FitConfig, run: Run, network: CellTransformer, objective: Objective, cells: CellBatch
 ) -> FitConfig:
-    """Fill in the token budget: as the run in the folder has it, or measured."""
+    """Set the token budget: that of the run in the folder, or a measured one."""
     if config.tokens_per_step is not None:
         return config
     stored = run.stored()
@@ -427,7 +429,7 @@ def _train(
 def _history(
     base: Model | None, module: TrainingModule, settings: dict[str, Any], fingerprint: dict[str, Any]
 ) -> dict[str, Any]:
-    """What was done, after what was done before."""
+    """Return the history of the model, with this stage added."""
     stage = {
         "name": "pretraining",
         "objective": module.objective.name,

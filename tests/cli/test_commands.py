@@ -126,7 +126,7 @@ def test_pretrain_takes_options_vocabulary_and_validation_cells(command, folder,
     more = ["pretrain", folder / "cells.h5ad", tmp_path / "more", "--no-progress", "--n-steps", 1]
     code, _, err = command(*more, "--vocabulary", tmp_path / "vocabulary.json", "--validation", folder / "cells.h5ad")
     assert code == 1
-    assert "leave it out of one of them" in err
+    assert "Remove it from one of them" in err
     assert command(*more, "--init", tmp_path / "run" / "model")[0] == 0
     assert scfm.load(tmp_path / "more" / "model").encoding.vocabulary == model.encoding.vocabulary
 

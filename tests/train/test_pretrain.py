@@ -181,7 +181,7 @@ def test_a_model_is_trained_further_and_stays_as_it_was(files, tmp_path):
     assert [stage["config"]["init"] for stage in again.history["stages"]] == ["svd", f"model {before}"]
     slow = run(files, tmp_path / "slow", CONFIG.replace(n_steps=1, learning_rate=1e-12), init=tmp_path / "base/model")
     torch.testing.assert_close(slow.network.state_dict(), base.network.state_dict(), atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="has its own encoding; leave `encoding` out"):
+    with pytest.raises(ValueError, match="whose encoding cannot be changed"):
         run(files, tmp_path / "other", init=base, encoding="rank")
 
 
@@ -223,7 +223,7 @@ def test_validation_cells_are_held_out_and_the_best_weights_kept(files, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("validation", "match"), [(1.5, "between 0 and 1"), (0, "between 0 and 1"), (["a.h5ad"], "leave it out of one")]
+    ("validation", "match"), [(1.5, "between 0 and 1"), (0, "between 0 and 1"), (["a.h5ad"], "Remove it from one")]
 )
 def test_validation_that_cannot_be_is_refused(files, tmp_path, validation, match):
     named = [tmp_path / name for name in validation] if isinstance(validation, list) else validation
@@ -314,7 +314,7 @@ def test_a_published_vocabulary_and_medians_are_used(files, tmp_path):
     model = run(files, tmp_path / "run", vocabulary=vocabulary, medians=medians)
     assert model.encoding.vocabulary == vocabulary
     np.testing.assert_array_equal(model.encoding.medians, medians)
-    with pytest.raises(ValueError, match="pass their `vocabulary` too"):
+    with pytest.raises(ValueError, match="Pass the `vocabulary` that"):
         run(files, tmp_path / "other", medians=medians)
 
 
