@@ -92,7 +92,9 @@ def exact(rounds: int = 4) -> pd.DataFrame:
         for name, network in networks.items():
             methods[f"scfm, every variant by itself, {name}"] = lambda net=network: net.embed_cells(batch)
             block = prepare(network, cell, editor)
-            methods[f"scfm.tl.perturb, {name}"] = lambda net=network, block=block: embed_run(net, cell, block, run)
+            methods[f"scfm.tl.perturb, {name}"] = lambda net=network, block=block: embed_run(
+                net, cell, editor, block, run
+            )
         taken: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(1 + rounds):
             for name, method in methods.items():

@@ -26,6 +26,7 @@ from scfm.nn import (
     GeneHead,
     TokenEmbedding,
     ValueFromCellHead,
+    expression_weights,
     pool_cells,
 )
 from scfm.nn.block import target_tokens
@@ -263,10 +264,16 @@ class CellTransformer(nn.Module):
         return self.pool(self(cells, hidden_layer=layer), cells, pooling)
 
     def pool(self, hidden_TD: Tensor, cells: CellBatch, pooling: str | None = None) -> Tensor:
-        """Pool token states to one vector per cell; the mean ignores special tokens."""
+        """Pool token states to one vector per cell; means ignore special tokens."""
         how = self.config.pooling.how if pooling is None else pooling
-        keep_T = self.is_gene_T(cells) if how != "cls" else None
-        return pool_cells(hidden_TD, cells.cu_seqlens, keep_T, how=how)
+        keep_T = self.is_gene_T(cells) if how not in ("cls", "weighted") else None
+        weight_T = self.pooling_weights(cells, how) if how == "weighted" else None
+        return pool_cells(hidden_TD, cells.cu_seqlens, keep_T, how=how, weight_T=weight_T)
+
+    def pooling_weights(self, cells: CellBatch, how: str) -> Tensor:
+        """Weight of each token in a "mean" or "weighted" pooling before normalization, shape (T,), float32; 0 if it is no gene."""
+        is_gene_T = self.is_gene_T(cells).float()
+        return is_gene_T * expression_weights(cells.position_T(), cells.values_T) if how == "weighted" else is_gene_T
 
     def is_gene_T(self, cells: CellBatch) -> Tensor:
         """Return whether each token is a gene, shape (T,), bool."""

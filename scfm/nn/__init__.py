@@ -14,7 +14,7 @@ from scfm.nn.config import (
 from scfm.nn.embedding import TokenEmbedding
 from scfm.nn.heads import BatchLabels, BucketHead, GeneHead, LinearValueHead, ValueFromCellHead, ValueHead
 from scfm.nn.linear import Linear
-from scfm.nn.pooling import pool_cells
+from scfm.nn.pooling import expression_weights, pool_cells
 
 __all__ = [
     "PoolingConfig",
@@ -38,5 +38,6 @@ __all__ = [
     "ValueFromCellHead",
     "ValueHead",
     "make_class_head",
+    "expression_weights",
     "pool_cells",
 ]

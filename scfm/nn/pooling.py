@@ -8,7 +8,28 @@ import torch
 from torch import Tensor
 
 
-def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = None, *, how: str = "mean") -> Tensor:
+RANK_OF_HALF_WEIGHT = 50
+
+
+def expression_weights(position_T: Tensor, values_T: Tensor | None) -> Tensor:
+    """Weights of tokens in a mean that follows expression, shape (T,), float32.
+
+    The value of the token (0 for a hidden one), or 1 / (1 + rank / 50) where an encoding has ranks only: without weights, a
+    gene with one count moves the mean as much as the most specific marker.
+    """
+    if values_T is not None:
+        return values_T.float().clamp(min=0)
+    return RANK_OF_HALF_WEIGHT / (RANK_OF_HALF_WEIGHT + position_T.float())
+
+
+def pool_cells(
+    states_TD: Tensor,
+    cu_seqlens: Tensor,
+    keep_T: Tensor | None = None,
+    *,
+    how: str = "mean",
+    weight_T: Tensor | None = None,
+) -> Tensor:
     """Pool the token states of each cell.
 
     Parameters
@@ -20,8 +41,11 @@ def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = No
     keep_T
         Tokens to pool, shape (T,), bool; None for all. Ignored by `"cls"`.
     how
-        `"mean"` or `"max"` over the tokens to pool; `"cls"` for the state of each cell's first token; `"concat"` for four
-        concatenated vectors as in scFoundation: last token (source depth), second last (target depth), max and mean.
+        `"mean"` or `"max"` over the tokens to pool; `"weighted"` for their mean with `weight_T`; `"cls"` for the state of each
+        cell's first token; `"concat"` for four concatenated vectors as in scFoundation: last token (source depth), second last
+        (target depth), max and mean.
+    weight_T
+        Weights of the tokens in a `"weighted"` mean, shape (T,), at least 0; see `expression_weights`.
 
     Returns
     -------
@@ -38,8 +62,11 @@ def pool_cells(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None = No
         kept_TD = states_TD if keep_T is None else states_TD.masked_fill(~keep_T[:, None], -torch.inf)
         pooled_BD = torch.segment_reduce(kept_TD, "max", lengths=cu_seqlens.diff().long(), unsafe=True)
         return pooled_BD.masked_fill(pooled_BD.isneginf(), 0.0)
+    if how == "weighted":
+        assert weight_T is not None
+        return _weighted_mean(states_TD.float(), cu_seqlens.long(), weight_T if keep_T is None else weight_T * keep_T)
     if how != "mean":
-        raise ValueError(f"The pooling is {how!r}; choose 'mean', 'max', 'cls' or 'concat'.")
+        raise ValueError(f"The pooling is {how!r}; choose 'mean', 'weighted', 'max', 'cls' or 'concat'.")
     return _mean(states_TD.float(), cu_seqlens.long(), keep_T)
 
 
@@ -53,3 +80,10 @@ def _mean(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None) -> Tenso
         count_B = cumulated[cu_seqlens[1:]] - cumulated[cu_seqlens[:-1]]
     sum_BD = torch.segment_reduce(states_TD, "sum", lengths=lengths_B, unsafe=True)
     return sum_BD / count_B.clamp(min=1)[:, None]
+
+
+def _weighted_mean(states_TD: Tensor, cu_seqlens: Tensor, weight_T: Tensor) -> Tensor:
+    lengths_B = cu_seqlens.diff()
+    sum_BD = torch.segment_reduce(states_TD * weight_T[:, None], "sum", lengths=lengths_B, unsafe=True)
+    total_B = torch.segment_reduce(weight_T, "sum", lengths=lengths_B, unsafe=True)
+    return sum_BD / torch.where(total_B > 0, total_B, 1.0)[:, None]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scfm.data import CellBatch
 from scfm.models.model import TOKENS_PER_BATCH
 from scfm.models.network import CellTransformer, Readout
 from scfm.nn.deletions import DeletionBlock
@@ -51,7 +50,7 @@ def embed_deletions(
     first, stop = editor.n_front, n_tokens - editor.n_back
     length = max(1, min(MAX_RUN, TOKENS_PER_BATCH // n_tokens, n_tokens // 2))
     runs = [range(start, min(start + length, stop)) for start in range(first, stop, length)]
-    return torch.cat([embed_run(network, cell, block, run, readout) for run in runs])
+    return torch.cat([embed_run(network, cell, editor, block, run, readout) for run in runs])
 
 
 @torch.inference_mode()
@@ -66,14 +65,16 @@ def prepare(network: CellTransformer, cell: TokenCell, editor: Editor) -> Deleti
 
 @torch.inference_mode()
 def embed_run(
-    network: CellTransformer, cell: TokenCell, block: DeletionBlock, run: range, readout: Readout | None = None
+    network: CellTransformer,
+    cell: TokenCell,
+    editor: Editor,
+    block: DeletionBlock,
+    run: range,
+    readout: Readout | None = None,
 ) -> Tensor:
     """Return the vectors for the deletions of consecutive tokens, shape (C, D)."""
-    n_left, ids_N = len(cell) - 1, torch.from_numpy(cell.gene_ids_N)
     hidden_TD = block.run(run)
-    cells = CellBatch(
-        gene_ids_T=torch.cat([part for index in run for part in (ids_N[:index], ids_N[index + 1 :])]),
-        cu_seqlens=torch.arange(0, n_left * len(run) + 1, n_left, dtype=torch.int32),
-    )
+    # Pooling may weigh tokens by values or positions, so both stay with them.
+    left = pack([editor.keep(cell, np.arange(len(cell)) != index) for index in run])
     readout = readout or network.embedding_readout
-    return network.read_out_from(readout, hidden_TD, cells.to(hidden_TD.device), n_done=1).float()
+    return network.read_out_from(readout, hidden_TD, left.to(hidden_TD.device), n_done=1).float()

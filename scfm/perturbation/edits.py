@@ -123,7 +123,10 @@ class Editor:
         return slice(self.n_front, len(cell) - self.n_back)
 
     def _delete(self, cell: TokenCell, tokens_P: NDArray[np.int32]) -> TokenCell:
-        kept_N = ~np.isin(cell.gene_ids_N, tokens_P)
+        return self.keep(cell, ~np.isin(cell.gene_ids_N, tokens_P))
+
+    def keep(self, cell: TokenCell, kept_N: NDArray[np.bool_]) -> TokenCell:
+        """Delete all other tokens of a cell."""
         held = self.ordered and self.positions == "held"
         return TokenCell(
             cell.gene_ids_N[kept_N],

@@ -100,7 +100,7 @@ def test_deletions_agree_with_a_plain_loop(cells, kind):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "weighted", "cls"])
 @pytest.mark.parametrize(("kind", "positions"), [("rank", "shift"), ("rank", "held"), ("bin", "shift")])
 def test_deletions_that_share_their_first_layer_are_the_plain_ones(cells, kind, positions, pooling, norm):
     """Oracle: every variant on its own. Runs of several lengths, the last of them shorter."""

@@ -22,17 +22,21 @@ def adata():
     return scfm.datasets.pbmc()
 
 
-@pytest.fixture(scope="module", params=["rank", "bin"])
+@pytest.fixture(scope="module", params=["rank", "bin", "weighted"])
 def model(request, adata):
     """Trained for a moment: on random weights every deletion does the same."""
     config = scfm.FitConfig(n_steps=40, tokens_per_step=2048)
-    return scfm.fit(adata.copy(), encoding=request.param, config=config, progress=False)
+    encoding = "rank" if request.param == "weighted" else request.param
+    model = scfm.fit(adata.copy(), encoding=encoding, config=config, progress=False)
+    if request.param == "weighted":
+        model.network.config = model.network.config.replace(pooling={"how": "weighted"})
+    return model
 
 
 def test_held_estimates_rank_genes_as_exact_deletion_does(adata, model):
     exact = scfm.tl.perturb(adata[:N_CELLS], model, positions="held", n_bootstrap=0, progress=False)
     # A `cls` embedding has no own term: all that is known of a deletion lies in the projections.
-    n_projections = 8 if model.network.config.pooling.how == "mean" else 64
+    n_projections = 64 if model.network.config.pooling.how == "cls" else 8
     table = scfm.tl.screen(
         adata[:N_CELLS], model, positions="held", n_verify=0, n_bootstrap=0, n_projections=n_projections, progress=False
     )

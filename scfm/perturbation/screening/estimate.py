@@ -23,14 +23,15 @@ RANKS_ALONG_GOAL, RANKS_WITH_PATHS = 9, 5
 class Estimator:
     """Effects of deleting each gene of a batch of cells.
 
-    Let m be the mean of the N gene states h of a cell. The change of m when gene g is deleted has three parts:
+    Let m be the mean of the gene states h of a cell, with weights w whose sum is W. (A mean without weights has weights of 1, and W
+    is the number of genes.) The change of m when gene g is deleted has three parts:
 
-    - Its own term, (m - h_g) / (N - 1), in all dimensions.
-    - N / (N - 1) times its effect as a key, for each direction r: the sum over layers, heads and queries i of
+    - Its own term, w_g (m - h_g) / (W - w_g), in all dimensions.
+    - W / (W - w_g) times its effect as a key, for each direction r: the sum over layers, heads and queries i of
       a_ig / (1 - a_ig) G_i . (o_i - v_g), which is the softmax without key g, where G is the gradient of r . m with respect
       to the attention outputs.
-    - N / (N - 1) times the effect of the changed ranks of later genes, in all dimensions. It is computed exactly at a few of
-      the N positions, by one forward pass for each. Between them it is interpolated along the effect of the changed ranks on
+    - W / (W - w_g) times the effect of the changed ranks of later genes, in all dimensions. It is computed exactly at a few of
+      the positions, by one forward pass for each. Between them it is interpolated along the effect of the changed ranks on
       each token's own state (`own_paths`, one more pass). For a single direction, it is interpolated along the linear term
       instead, the sum over later genes j of X_j . (P_{j-1} - P_j), where X is the gradient with respect to the rank
       embeddings P.
@@ -74,6 +75,9 @@ class Estimator:
         self.n_genes_B = torch.zeros(len(cells), device=self.cells.device).index_add_(
             0, self.cell_T, self.is_gene_T.float()
         )
+        # A mean without weights has weights of 1.
+        self.weight_T = self.network.pooling_weights(self.cells, self.readout.pooling)
+        self.total_B = torch.zeros(len(cells), device=self.cells.device).index_add_(0, self.cell_T, self.weight_T)
         # A forward pass may compute one block more than the readout needs.
         self._blocks = self._recording.attention[: self.readout.n_blocks]
         self._attention = [self._attend(states) for states in self._blocks]
@@ -90,19 +94,24 @@ class Estimator:
         return [(k, v) for _, k, v, _, _ in self._attention]
 
     def own_term(self) -> Tensor:
-        """Return (m - h_g) / (N - 1) for each token, shape (T, D); zeros if the vector is the `cls` state."""
+        """Return w_g (m - h_g) / (W - w_g) for each token, shape (T, D); zeros if the vector is the `cls` state."""
         if self.readout.pooling == "cls":
             return torch.zeros_like(self.states_TD)
-        others_T1 = (self.n_genes_B - 1).clamp(min=1)[self.cell_T, None]
-        return (self.mean_BD[self.cell_T] - self.states_TD.detach()) / others_T1
+        away_TD = self.mean_BD[self.cell_T] - self.states_TD.detach()
+        return self.weight_T[:, None] * away_TD / self._others_T[:, None]
+
+    @property
+    def _others_T(self) -> Tensor:
+        """Total weight of the other tokens of a token's cell, shape (T,); 1 where there are none."""
+        others_T = self.total_B[self.cell_T] - self.weight_T
+        return torch.where(others_T > 1e-6 * self.total_B[self.cell_T], others_T, 1.0)
 
     @property
     def factor_T1(self) -> Tensor:
-        """Return N / (N - 1) of each token's cell, shape (T, 1), float64; 1 if the vector is the `cls` state."""
+        """Return W / (W - w_g) for each token, shape (T, 1), float64; 1 if the vector is the `cls` state."""
         if self.readout.pooling == "cls":
             return torch.ones(self.cells.n_tokens, 1, dtype=torch.float64, device=self.cells.device)
-        factor_B = (self.n_genes_B / (self.n_genes_B - 1).clamp(min=1)).double()
-        return factor_B[self.cell_T, None]
+        return (self.total_B[self.cell_T] / self._others_T).double()[:, None]
 
     def along(self, direction_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return first-order effects along the direction of each cell, of the key and of the ranks, both (T,), float64.
@@ -127,7 +136,7 @@ class Estimator:
             cotangent_TD = torch.zeros_like(self.states_TD)
             cotangent_TD[self.cells.cu_seqlens[:-1].long()] = direction_BD.to(cotangent_TD.dtype)
         else:
-            weight_T = self.is_gene_T / self.n_genes_B.clamp(min=1)[self.cell_T]
+            weight_T = self.weight_T / torch.where(self.total_B > 0, self.total_B, 1.0)[self.cell_T]
             cotangent_TD = direction_BD.to(self.states_TD.dtype)[self.cell_T] * weight_T[:, None]
         inputs = [states.attended_TX for states in self._blocks]
         if with_ranks:
@@ -206,8 +215,8 @@ def require_screenable(model: Model, readout: Readout) -> None:
     """Raise `ValueError` for networks and encodings that the estimator does not support."""
     config = model.network.config
     obstacle = None
-    if readout.pooling not in ("mean", "cls"):
-        obstacle = f"the embedding is pooled by {readout.pooling!r}, not by 'mean' or 'cls'"
+    if readout.pooling not in ("mean", "weighted", "cls"):
+        obstacle = f"the embedding is pooled by {readout.pooling!r}, not by 'mean', 'weighted' or 'cls'"
     elif config.attention.kind != "softmax":
         obstacle = "its attention is linear, and the estimate is for softmax attention"
     elif model.encoding.config.include_zeros:

@@ -54,11 +54,12 @@ def own_paths(
         return torch.zeros_like(states_TD, dtype=torch.float64)
     moved = at_positions(cells, (cells.position_T() - 1).clamp(min=0))
     hidden_TD = network.states_with_keys(readout, moved, keys)
-    is_gene_T = network.is_gene_T(cells)
     cell_T = cells.cell_of_token_T()
-    n_genes_B = torch.zeros(len(cells), device=cells.device).index_add_(0, cell_T, is_gene_T.float()).clamp(min=1)
-    step_TD = (hidden_TD.double() - states_TD.double()) * (is_gene_T / n_genes_B[cell_T])[:, None]
-    return sum_of_later(step_TD, cells)
+    weight_T, moved_T = (network.pooling_weights(batch, readout.pooling).double() for batch in (cells, moved))
+    total_B = torch.zeros(len(cells), dtype=torch.float64, device=cells.device).index_add_(0, cell_T, weight_T)
+    mean_TD = network.pool(states_TD, cells, readout.pooling).double()[cell_T]
+    step_TD = moved_T[:, None] * (hidden_TD.double() - mean_TD) - weight_T[:, None] * (states_TD.double() - mean_TD)
+    return sum_of_later(step_TD / torch.where(total_B > 0, total_B, 1.0)[cell_T, None], cells)
 
 
 @dataclass(frozen=True)
