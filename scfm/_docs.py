@@ -41,8 +41,9 @@ hidden_layer
 """,
     "pooling": """
 pooling
-    "mean" or "max" over the gene tokens, "cls" for the vector of the `<cls>` token, or "concat" for four concatenated
-    vectors, as in scFoundation: those of the two read-depth tokens, the maximum and the mean. None for the default of the
+    "mean" or "max" over the gene tokens, "weighted" for their mean weighted by expression (by value, or by 1 / (1 + rank / 50)
+    if the encoding has only ranks), "cls" for the vector of the `<cls>` token, or "concat" for four concatenated vectors, as in
+    scFoundation: those of the two read-depth tokens, the maximum and the mean. None for the default of the
     model's family.
 """,
     "normalize": """

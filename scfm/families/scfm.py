@@ -21,8 +21,9 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"d_model": 512, "n_heads": 8, "n_layers": 12, "d_ff": 1024},
 }
 # For small data, embeddings are not divided by their norm, and values are not predicted from cell embeddings.
+# The order of tokens holds how strongly a gene is expressed, and a plain mean ignores it.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "rank": geneformer.ARCHITECTURE,
+    "rank": merged(geneformer.ARCHITECTURE, {"pooling": {"how": "weighted"}}),
     "bin": merged(scgpt.ARCHITECTURE, {"pooling": {"normalize": False}, "heads": {"values_from_cells": False}}),
 }
 _FAMILY_OF = {"rank": geneformer, "bin": scgpt}

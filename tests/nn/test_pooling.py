@@ -1,5 +1,7 @@
 """Pooling of token states. Oracle: one cell at a time in NumPy."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ def test_a_weighted_mean_follows_expression(values_T):
     position_T = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4])
     weight_T = expression_weights(position_T, values_T)
     found = pool_cells(states_TD, torch.tensor(BOUNDS), keep_T, how="weighted", weight_T=weight_T)
-    for cell, (start, stop) in enumerate(zip(BOUNDS, BOUNDS[1:])):
+    for cell, (start, stop) in enumerate(itertools.pairwise(BOUNDS)):
         if values_T is None:
             weights = 1 / (1 + np.arange(stop - start) / 50)
         else:
