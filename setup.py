@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,8 +158,24 @@ def cuda_library(operators: Library) -> Library:
     return Library("scfm._cuda", units, operators.flags, operators.link, limited_api=True, nvcc=nvcc)
 
 
-def libraries(compiler: str) -> list[Library]:
-    return [library for library in (operator_library(compiler), host_library()) if library.units]
+def libraries(compiler: str, give_up: Callable[[str, Exception], None]) -> dict[str, Library]:
+    """What can be compiled here. A part that lacks something, such as pybind11, costs no other part."""
+    makers: dict[str, Callable[[], Library]] = {
+        "scfm._C": lambda: operator_library(compiler),
+        "scfm._host": host_library,
+    }
+    if wants_cuda():
+        makers["scfm._cuda"] = lambda: cuda_library(operator_library(compiler))
+    available = {}
+    for name, make in makers.items():
+        try:
+            library = make()
+        except (RuntimeError, ImportError) as error:
+            give_up(name, error)
+            continue
+        if library.units:
+            available[name] = library
+    return available
 
 
 def compile_all(compiler: str, library: Library, build: Path) -> list[Path]:
@@ -218,17 +235,12 @@ class BuildLibraries(build_ext):
     """Builds the libraries in place of setuptools' compiler, which knows neither flags for one source nor threads."""
 
     def run(self) -> None:
+        available: dict[str, Library] = {}
         try:
             compiler = find_compiler()
-            available = {library.name: library for library in libraries(compiler)}
-        except (RuntimeError, ImportError) as error:
+            available = libraries(compiler, self._give_up)
+        except RuntimeError as error:
             self._give_up("scfm", error)
-            available = {}
-        if wants_cuda() and "scfm._C" in available:
-            try:
-                available["scfm._cuda"] = cuda_library(available["scfm._C"])
-            except RuntimeError as error:  # the CPU's kernels are built all the same
-                self._give_up("scfm._cuda", error)
         for extension in self.extensions:
             extension.optional = True
             if extension.name in available:

@@ -220,7 +220,7 @@ def speed(out: Path) -> bool:
 def speed_of(case: Case, batch: Batch, operators: Any, *, backward: bool) -> float | None:
     """Time of the torch route over that of the kernels; None where one of them cannot run."""
     if case.operator == "attention":
-        names = ("attention", "torch_attention" if "key_bias" in case.options else "flash_attention")
+        names = ("attention", "kernel_attention")
         ours, theirs = (packed_call(batch, operators, name, backward=backward) for name in names)
     else:
         ours, theirs = key_calls(case, batch, operators)

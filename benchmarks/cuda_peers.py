@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from scfm.ops.device_record import Case
+from scfm.ops.layout import lay_out
 
 N_HEADS = 8
 CALLS_A_TURN = 5
@@ -102,10 +103,17 @@ def milliseconds(calls: dict[str, Callable[[], Any]], repeats: int = 9) -> dict[
     return found | {name: statistics.median(taken) for name, taken in times.items()}
 
 
+def sent_layout(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a plan carries to torch's own kernels, sent once per batch as in a network."""
+    cu_seqlens, cu_seqlens_k, n_known = batch.bounds[:3]
+    layout = lay_out(cu_seqlens, cu_seqlens_k, n_known).to(batch.q.device)
+    return layout.packed, layout.extents
+
+
 def packed_call(batch: Batch, operators: Any, name: str, *, backward: bool) -> Callable[[], Any]:
-    """`attention` (the kernels), `flash_attention` (torch's, merged) or `torch_attention` (plain torch)."""
+    """`attention` (the kernels), `kernel_attention` (torch's own, merged) or `torch_attention` (plain torch)."""
     tensors = (batch.q, batch.k, batch.v)
-    last = (True,) if name == "torch_attention" else ()
+    last: tuple[Any, ...] = {"torch_attention": (True,), "kernel_attention": sent_layout(batch)}.get(name, ())
     forward = getattr(operators, f"{name}_forward")
     if not backward:
         return lambda: forward(*tensors, *batch.bounds, *last)
@@ -212,7 +220,7 @@ def measure_peers(*, with_kernels: bool) -> Iterator[tuple[str, dict[str, float 
     """Title and times of each comparison, as soon as they are known."""
     for name, backward in itertools.product(("ragged", "generative", "equal lengths"), (False, True)):
         batch = goal_batch(name)
-        calls = {"flash, merged": packed_call(batch, torch.ops.scfm, "flash_attention", backward=backward)}
+        calls = {"flash, merged": packed_call(batch, torch.ops.scfm, "kernel_attention", backward=backward)}
         if with_kernels:
             calls["kernels"] = packed_call(batch, torch.ops.scfm, "attention", backward=backward)
         if name != "generative":

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_the_wheel_holds_the_package_its_types_and_its_metadata(source):
 def test_without_a_compiler_a_build_goes_on_and_says_so(source):
     _, done = build(source, "build_wheel")
     assert "installed without compiled code" in done.stdout + done.stderr
+
+
+def test_a_part_that_lacks_something_costs_no_other_part(monkeypatch):
+    """Without pybind11 the encoders are plain Python, and the operators are compiled all the same."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("SCFM_BUILD_CUDA", "0")
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    found = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    missing = []
+    available = found["libraries"]("g++", lambda name, error: missing.append((name, type(error).__name__)))
+    assert list(available) == ["scfm._C"]
+    assert missing == [("scfm._host", "ModuleNotFoundError")]
 
 
 def test_every_dependency_and_extra_has_a_tested_version():

@@ -25,6 +25,7 @@ from scfm.models.network import CellTransformer
 from scfm.objectives import Classification, class_weights
 from scfm.train import FitConfig, run_stage
 from scfm.train.config import STAGE_DEFAULTS
+from scfm.train.precision import resolved_precision
 
 # Models up to this size are fine-tuned whole: on two CPU cores a step still takes seconds.
 MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000
@@ -158,7 +159,7 @@ def train_classifier(model: Model, training: CellBatch, config: FitConfig, *, pr
 
 def inference_precision(config: FitConfig) -> Precision:
     """Return the precision of passes without gradients in a stage of training."""
-    return "bf16" if config.precision.startswith("bf16") else "fp32"
+    return "bf16" if resolved_precision(config).startswith("bf16") else "fp32"
 
 
 def class_outputs(model: Model, cells: Cells, precision: Precision) -> Outputs:

@@ -24,11 +24,12 @@ def rank_genes(
     *,
     model: Path,
     as_json: bool,
+    device: str,
     **options: Any,
 ) -> None:
     """Apply `ranking` to the cells of `data`, write its table to `table`, and print the first rows."""
     require_writable(table, SUFFIXES)
-    effects = ranking(_files.read(data), scfm.load(model), **options)
+    effects = ranking(_files.read(data), scfm.load(model, device=device), **options)
     _files.write_table(effects, table)
     top = effects.head(SHOWN_ROWS)
     facts = {"output": table, "n_genes": len(effects), "top": _files.records(top)}

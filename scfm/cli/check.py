@@ -12,7 +12,7 @@ from scfm.cli._registry import command
 
 
 @command(example="scfm check new.h5ad --model pbmc_model", options_of="scfm.pp.check")
-def check(data: Path, /, *, model: Path, json: bool = False, **options: Any) -> int:
+def check(data: Path, /, *, model: Path, device: str = "auto", json: bool = False, **options: Any) -> int:
     """Check whether a model can use a data set; exit code 1 if it cannot.
 
     Parameters
@@ -21,9 +21,11 @@ def check(data: Path, /, *, model: Path, json: bool = False, **options: Any) -> 
         .h5ad or .zarr with raw counts.
     model
         Directory of the model.
+    device
+        Device that computes: "cpu", "cuda", "cuda:1", ... or "auto" for the GPU if there is one.
     json
         Print the result as one JSON object instead of words.
     """
-    found = scfm.pp.check(_files.read(data), scfm.load(model), **options)
+    found = scfm.pp.check(_files.read(data), scfm.load(model, device=device), **options)
     _files.tell({"ok": found.ok, "findings": _files.records(found.table)}, as_json=json, text=as_options(str(found)))
     return 0 if found.ok else 1

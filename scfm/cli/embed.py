@@ -13,7 +13,7 @@ from scfm.cli._registry import command
 @command(
     example="scfm embed donor1.h5ad donor2.h5ad embedded.h5ad --model pbmc_model", options_of="scfm.tl.embed_files"
 )
-def embed(*paths: Path, model: Path, json: bool = False, **options: Any) -> None:
+def embed(*paths: Path, model: Path, device: str = "auto", json: bool = False, **options: Any) -> None:
     """Embed every cell of one or many files; a run that was stopped resumes.
 
     Parameters
@@ -23,9 +23,11 @@ def embed(*paths: Path, model: Path, json: bool = False, **options: Any) -> None
         .zarr (the input with the embedding added; of several inputs obs and embedding), .parquet, .csv or .npy.
     model
         Directory of the model.
+    device
+        Device that computes: "cpu", "cuda", "cuda:1", ... or "auto" for the GPU if there is one.
     json
         Print the result as one JSON object instead of words.
     """
     *sources, target = _files.inputs_and_output(paths)
-    n_cells = scfm.tl.embed_files(sources, target, scfm.load(model), **options)
+    n_cells = scfm.tl.embed_files(sources, target, scfm.load(model, device=device), **options)
     _files.tell({"output": target, "n_cells": n_cells}, as_json=json, text=f"{n_cells:,} cells written to {target}")

@@ -25,6 +25,7 @@ def perturb(
     genes: list[str] | None = None,
     genes_file: Path | None = None,
     null_genes: list[str] | None = None,
+    device: str = "auto",
     json: bool = False,
     **options: Any,
 ) -> None:
@@ -44,6 +45,8 @@ def perturb(
         Text file with one gene per line, in place of --genes.
     null_genes
         Genes to perturb in the same way, as the null of the tests. By default, about 100 genes that as many cells express, if --genes names fewer than 100; else all other genes.
+    device
+        Device that computes: "cpu", "cuda", "cuda:1", ... or "auto" for the GPU if there is one.
     json
         Print the result as one JSON object instead of words.
     """
@@ -52,4 +55,4 @@ def perturb(
             raise ValueError("`genes` and `genes_file` both name genes; give one of them.")
         genes = _files.read_names(genes_file)
     options |= {"genes": genes, "null_genes": null_genes}
-    rank_genes(scfm.tl.perturb, data, table, model=model, as_json=json, **options)
+    rank_genes(scfm.tl.perturb, data, table, model=model, as_json=json, device=device, **options)

@@ -15,7 +15,9 @@ from scfm.cli._registry import command
     options_of="scfm.tl.screen",
     leave_out={"key_added"},
 )
-def screen(data: Path, table: Path, /, *, model: Path, json: bool = False, **options: Any) -> None:
+def screen(
+    data: Path, table: Path, /, *, model: Path, device: str = "auto", json: bool = False, **options: Any
+) -> None:
     """Estimate the effect of deleting every gene of every cell, and verify the largest exactly.
 
     Parameters
@@ -26,7 +28,9 @@ def screen(data: Path, table: Path, /, *, model: Path, json: bool = False, **opt
         .csv or .parquet to write: one row per gene.
     model
         Directory of the model.
+    device
+        Device that computes: "cpu", "cuda", "cuda:1", ... or "auto" for the GPU if there is one.
     json
         Print the result as one JSON object instead of words.
     """
-    rank_genes(scfm.tl.screen, data, table, model=model, as_json=json, **options)
+    rank_genes(scfm.tl.screen, data, table, model=model, as_json=json, device=device, **options)

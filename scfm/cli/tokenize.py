@@ -42,7 +42,7 @@ def tokenize(*paths: Path, model: Path, overwrite: bool = False, json: bool = Fa
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists. Choose another name, or pass --overwrite to replace a token store.")
     require_folder(target.parent)
-    encoding = scfm.load(model).encoding
+    encoding = scfm.load(model, device="cpu").encoding
     stream = CellStream(sources, encoding, batch_cells=BATCH_CELLS, shuffle=False, **options)
     TokenStore.write(target, tqdm(stream, desc="encoding", unit="batch"), encoding, overwrite=overwrite)
     store = TokenStore(target)

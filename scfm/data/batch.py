@@ -14,6 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scfm.ops.layout import Layout
+from scfm.ops.plan import AttentionPlan, make_plan
+
 
 @dataclass(frozen=True, kw_only=True)
 class CellBatch:
@@ -39,6 +42,8 @@ class CellBatch:
         Experimental batch of each cell, shape (B,), int64.
     depth_B
         Total counts of each cell over all genes of its matrix, shape (B,), float32.
+    plan
+        The plan of attention within the cells, if it was made ahead; a network makes the plan of a batch that has none.
 
     Examples
     --------
@@ -58,6 +63,7 @@ class CellBatch:
     labels_B: Tensor | None = None
     batch_ids_B: Tensor | None = None
     depth_B: Tensor | None = None
+    plan: AttentionPlan | None = None
 
     @property
     def n_cells(self) -> int:
@@ -79,13 +85,26 @@ class CellBatch:
         return self.n_cells
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CellBatch:
-        """Move all tensors to `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Move every tensor to `device`; with `non_blocking`, to a GPU while the host does other things, if they are pinned.
+
+        A batch that is sent to a GPU gets its plan before, since the host would have to wait for boundaries that are there.
+        """
+        sent = torch.device(device).type == "cuda" and self.device.type == "cpu"
+        batch = self.planned() if sent else self
+        return batch._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CellBatch:
+        """Copy every tensor to memory from which a GPU reads by itself."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def planned(self) -> CellBatch:
+        """The batch, on the host, with the plan of its attention, laid out for a GPU."""
+        plan = self.plan or make_plan(self.cu_seqlens, n_known=self.n_known)
+        return dataclasses.replace(self, plan=plan.laid_out())
+
     def replace(self, **changes: Any) -> CellBatch:
+        if not {"cu_seqlens", "n_known"}.isdisjoint(changes):
+            changes = {"plan": None, **changes}  # it was that of other boundaries
         return dataclasses.replace(self, **changes)
 
     def select(self, cells: Sequence[int] | NDArray[np.integer | np.bool_] | Tensor) -> CellBatch:
@@ -158,16 +177,25 @@ class CellBatch:
 
     def cell_of_token_T(self) -> Tensor:
         """Cell of each token, shape (T,), int64."""
+        if (layout := self._layout()) is not None:
+            return layout.sections().cell_T
         return torch.repeat_interleave(
             torch.arange(self.n_cells, device=self.device), self.lengths_B.long(), output_size=self.n_tokens
         )
 
     def position_T(self) -> Tensor:
         """Position of each token in its cell, from 0, shape (T,), int64."""
+        if (layout := self._layout()) is not None:
+            return layout.sections().position_T
         starts_T = torch.repeat_interleave(
             self.cu_seqlens[:-1].long(), self.lengths_B.long(), output_size=self.n_tokens
         )
         return torch.arange(self.n_tokens, device=self.device) - starts_T
+
+    def _layout(self) -> Layout | None:
+        """The layout of the plan, if it is where the tokens are."""
+        layout = None if self.plan is None else self.plan.layout
+        return layout if layout is not None and layout.device == self.device else None
 
     @staticmethod
     def concat(batches: Sequence[CellBatch]) -> CellBatch:
@@ -178,7 +206,7 @@ class CellBatch:
         torch.cumsum(torch.cat([batch.lengths_B.long() for batch in batches]), 0, out=cu_seqlens[1:])
         joined: dict[str, Tensor | None] = {"cu_seqlens": cu_seqlens.to(dtype)}
         for field in dataclasses.fields(CellBatch):
-            if field.name == "cu_seqlens":
+            if field.name in ("cu_seqlens", "plan"):
                 continue
             parts = [getattr(batch, field.name) for batch in batches]
             joined[field.name] = None if any(part is None for part in parts) else _join(parts)

@@ -11,6 +11,7 @@ from scfm._docs import document
 from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
 from scfm.families.base import FAMILIES, Family
+from scfm.models.device import resolved_device
 from scfm.models.io.dictionaries import Source
 from scfm.models.io.hub import fetched
 from scfm.models.io.load import is_saved
@@ -45,7 +46,8 @@ def load(
         Directory or file, or "owner/name" of a repository on the Hugging Face Hub, whose model files are downloaded.
     {checkpoint}
     device
-        Device of the network: "cpu", "cuda", ... or "auto" for a CUDA device if there is one, otherwise the CPU.
+        Device of the network: "cpu", "cuda", ... or "auto" for a CUDA device if there is one (under torchrun, that of LOCAL_RANK),
+        otherwise the CPU.
     subfolder
         Folder or file of the model within `path`, such as "Geneformer-V2-104M". Vocabulary and medians are also searched in
         the other folders of a repository.
@@ -72,7 +74,7 @@ def load(
     >>> model = scfm.load("Geneformer-V1-10M", vocabulary="tokens.pkl", medians="medians.pkl")  # doctest: +SKIP
     """
     found = _fetched(path, subfolder=subfolder, revision=revision, token=token)
-    return _read(found, vocabulary=vocabulary, medians=medians, strict=strict)[0].to(_device(device))
+    return _read(found, vocabulary=vocabulary, medians=medians, strict=strict)[0].to(resolved_device(device))
 
 
 def recognize(path: str | Path) -> Family:
@@ -219,9 +221,3 @@ def _fetched(path: str | Path, *, subfolder: str | None, revision: str | None, t
     if (found / "model.safetensors").is_file():
         patterns.remove("pytorch_model.bin")  # the same weights
     return fetch(patterns=patterns, shared=[name for family in FAMILIES.values() for name in family.shared_files])
-
-
-def _device(device: str | torch.device) -> str | torch.device:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -164,21 +164,21 @@ class CellTransformer(nn.Module):
             hidden_TD = block(hidden_TD, plan)
             yield self.norm(hidden_TD) if block is self.blocks[-1] else hidden_TD
 
-    def states_at(self, cells: CellBatch, token_N: Tensor) -> Tensor:
+    def states_at(self, cells: CellBatch, token_N: Tensor, plan: ops.AttentionPlan | None = None) -> Tensor:
         """Return states of the last block at the ascending token indices `token_N`, shape (N, D).
 
-        The result equals `network(cells)[token_N]`, but the last block is computed for these tokens only.
+        The result equals `network(cells)[token_N]`, but the last block is computed for these tokens only. `plan` is
+        the `plan_of_chosen` of both, if it was made ahead.
         """
         if cells.n_known is not None:
             return self(cells).index_select(0, token_N)
         hidden_TD = self(cells, hidden_layer=-2)
-        bounds = torch.searchsorted(token_N, cells.cu_seqlens.to(token_N.dtype))
-        plan = ops.make_plan(bounds, cu_seqlens_k=cells.cu_seqlens)
+        plan = (plan or plan_of_chosen(cells, token_N)).to(cells.device)
         return self.norm(self.blocks[-1](hidden_TD, plan, token_N))
 
     def embed_tokens(self, cells: CellBatch, plan: ops.AttentionPlan) -> Tensor:
         """Return the input of the first block, shape (T, D)."""
-        is_target_T = None if plan.n_known is None else target_tokens(plan).to(cells.device)
+        is_target_T = None if plan.n_known is None else target_tokens(plan, cells.device)
         batch_ids_T = None if cells.batch_ids_B is None else cells.batch_ids_B[cells.cell_of_token_T()]
         return self.embedding(
             cells.gene_ids_T, cells.values_T, cells.position_T(), is_target_T=is_target_T, batch_ids_T=batch_ids_T
@@ -231,8 +231,9 @@ class CellTransformer(nn.Module):
         return record(self.blocks, self.embedding.rank)
 
     def plan(self, cells: CellBatch) -> ops.AttentionPlan:
-        """Return the attention plan of a batch, which all layers share."""
-        return ops.make_plan(cells.cu_seqlens, n_known=cells.n_known)
+        """Return the attention plan of a batch, which all layers share; a plan that came with the batch is taken."""
+        plan = cells.plan or ops.make_plan(cells.cu_seqlens, n_known=cells.n_known)
+        return plan.to(cells.device)
 
     def set_attention_backend(self, backend: Backend) -> None:
         """Set the attention backend of every block: "auto", "fused" or "torch"."""
@@ -385,6 +386,12 @@ def _value_head(config: ModelConfig) -> nn.Module | None:
             return BucketHead(config.d_model, config.embedding.n_value_bins)
         case _:
             return None
+
+
+def plan_of_chosen(cells: CellBatch, token_N: Tensor) -> ops.AttentionPlan:
+    """The plan by which chosen tokens, ascending, attend to all tokens of their cells."""
+    bounds = torch.searchsorted(token_N, cells.cu_seqlens.to(token_N.dtype))
+    return ops.make_plan(bounds, cu_seqlens_k=cells.cu_seqlens)
 
 
 def visible_tokens(cells: CellBatch, keep_T: Tensor) -> CellBatch:

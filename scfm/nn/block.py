@@ -101,7 +101,7 @@ class Attention(nn.Module):
         attended_TD = attended_THK.flatten(1)
         if not self.skip_target_projection or plan is None or plan.n_known is None:
             return add_linear(residual_TD, self.out, attended_TD, self.dropout, self.training)
-        is_target_TD = target_tokens(plan).to(residual_TD.device)[:, None]
+        is_target_TD = target_tokens(plan, residual_TD.device)[:, None]
         taken_TD = torch.where(is_target_TD, attended_TD, self.out(attended_TD))
         return add_dropped(residual_TD, taken_TD, self.dropout, self.training)
 
@@ -115,12 +115,14 @@ class Attention(nn.Module):
             self.projection_MK.copy_(ops.random_projection(*self.projection_MK.shape))
 
 
-def target_tokens(plan: ops.AttentionPlan) -> Tensor:
-    """Return which tokens are targets of the generative mask, shape (T,), bool, on the CPU."""
+def target_tokens(plan: ops.AttentionPlan, device: torch.device) -> Tensor:
+    """Return which tokens are targets of the generative mask, shape (T,), bool."""
     assert plan.n_known is not None
+    if plan.layout is not None and plan.layout.is_target_T is not None and plan.layout.device == device:
+        return plan.layout.is_target_T
     lengths_B, n_tokens = plan.cu_seqlens.diff(), int(plan.cu_seqlens[-1])
     first_target_T = torch.repeat_interleave(plan.cu_seqlens[:-1] + plan.n_known, lengths_B, output_size=n_tokens)
-    return torch.arange(n_tokens) >= first_target_T
+    return (torch.arange(n_tokens) >= first_target_T).to(device)
 
 
 class FeedForward(nn.Module):

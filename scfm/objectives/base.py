@@ -16,7 +16,7 @@ from scfm.models.network import CellTransformer
 if TYPE_CHECKING:
     from scfm.encoding import Encoding
 
-Targets = dict[str, Tensor]
+Targets = dict[str, Any]  # tensors, and plans of attention that were made ahead
 
 
 @dataclass(frozen=True)

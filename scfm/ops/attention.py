@@ -10,7 +10,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from scfm.ops import flash
+from scfm.ops import torch_kernels
 from scfm.ops.backend import EXTENSION_PATH, choose_backend
 from scfm.ops.options import (
     AttentionOptions,
@@ -118,14 +118,17 @@ def attention(
     name = choose_backend(backend, q, options=checked.in_use)
     if name == "fused":
         out, lse = torch.ops.scfm.attention_forward(*call)
-    elif name == "flash":
-        out, lse = torch.ops.scfm.flash_attention_forward(*call)
+    elif name == "kernels":
+        plan = options.get("plan")
+        layout = None if plan is None or plan.layout is None or plan.layout.device != q.device else plan.layout
+        sent = (None, None) if layout is None else (layout.packed, layout.extents)
+        out, lse = torch.ops.scfm.kernel_attention_forward(*call, *sent)
     else:
         out, lse = torch.ops.scfm.torch_attention_forward(*call, return_lse)
     return (out, lse) if return_lse else out
 
 
-# Registration. The operators in plain torch and those by torch's flash kernels are defined here, the compiled ones in
+# Registration. The operators in plain torch and those by torch's kernels for GPUs are defined here, the compiled ones in
 # csrc/attention.cpp; all get their fake tensors and gradients here.
 
 _LIBRARY = torch.library.Library("scfm", "FRAGMENT")
@@ -136,7 +139,12 @@ _BACKWARD = (
 )
 
 
-def register_fused(library: torch.library.Library, name: str, adds_in_any_order: Callable[[Tensor], bool]) -> None:
+def register_fused(
+    library: torch.library.Library,
+    name: str,
+    adds_in_any_order: Callable[[Tensor], bool],
+    options_type: type[OperatorOptions] = OperatorOptions,
+) -> None:
     """Give a forward operator and its backward fake tensors and gradients.
 
     Parameters
@@ -147,6 +155,8 @@ def register_fused(library: torch.library.Library, name: str, adds_in_any_order:
         Name without `_forward` and `_backward`.
     adds_in_any_order
         Whether the backward of `q` has a faster form whose sums have no fixed order, and a deterministic one.
+    options_type
+        The options of the operators.
     """
     operators = getattr(torch.ops, library.ns)
     forms = {form: getattr(operators, f"{name}_{form}", None) for form in ("backward", "backward_deterministic")}
@@ -157,7 +167,7 @@ def register_fused(library: torch.library.Library, name: str, adds_in_any_order:
         ordered = adds_in_any_order(q) and torch.are_deterministic_algorithms_enabled()
         operator = forms["backward_deterministic" if ordered else "backward"]
         assert operator is not None
-        return _gradients(operator(grad_out, grad_lse, q, k, v, out, lse, *options), options)
+        return _gradients(operator(grad_out, grad_lse, q, k, v, out, lse, *options), options, options_type)
 
     def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _save(ctx, (*inputs[:3], *output), inputs[3:])
@@ -191,10 +201,12 @@ def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     return tensors, tuple(other if tensor is None else tensor for tensor, other in zip(options, ctx.others))
 
 
-def _gradients(grads: tuple[Tensor, ...], options: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    grads: tuple[Tensor, ...], options: tuple[Any, ...], options_type: type[OperatorOptions] = OperatorOptions
+) -> tuple[Tensor | None, ...]:
     """Those of queries, keys and values, then one per option: only the key bias has one."""
-    grad_bias = None if OperatorOptions(*options).key_bias is None else grads[3]
-    return *grads[:3], *(grad_bias if name == "key_bias" else None for name in OperatorOptions.NAMES)
+    grad_bias = None if options_type(*options).key_bias is None else grads[3]
+    return *grads[:3], *(grad_bias if name == "key_bias" else None for name in options_type.NAMES)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -217,7 +229,7 @@ def _fake_torch_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _fake_fused_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_torch_backward(grad_out, grad_lse, q, k, v, *options)
+    return _fake_torch_backward(grad_out, grad_lse, q, k, v, *options[: len(OperatorOptions.NAMES)])
 
 
 def _fake_torch_backward(
@@ -261,23 +273,24 @@ def _register_torch() -> None:
     torch.library.register_autograd("scfm::torch_attention_backward", no_second_derivative, lib=_LIBRARY)
 
 
-def _register_flash() -> None:
-    _LIBRARY.define("flash_attention_forward" + _FORWARD)
-    _LIBRARY.define("flash_attention_backward" + _BACKWARD)
+def _register_kernels() -> None:
+    options_of = torch_kernels.KernelOptions
+    for form, schema in (("forward", _FORWARD), ("backward", _BACKWARD)):
+        _LIBRARY.define(f"kernel_attention_{form}" + schema.replace(OperatorOptions.SCHEMA, options_of.SCHEMA))
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        return flash.forward(q, k, v, OperatorOptions(*options))
+        return torch_kernels.forward(q, k, v, options_of(*options))
 
     def backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> Any:
         q, k, v, out, lse, *options = rest
-        return flash.backward(grad_out, grad_lse, q, k, v, out, lse, OperatorOptions(*options))
+        return torch_kernels.backward(grad_out, grad_lse, q, k, v, out, lse, options_of(*options))
 
-    _LIBRARY.impl("flash_attention_forward", forward, "CompositeExplicitAutograd")
-    _LIBRARY.impl("flash_attention_backward", backward, "CompositeExplicitAutograd")
-    register_fused(_LIBRARY, "flash_attention", lambda q: False)
+    _LIBRARY.impl("kernel_attention_forward", forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl("kernel_attention_backward", backward, "CompositeExplicitAutograd")
+    register_fused(_LIBRARY, "kernel_attention", lambda q: False, options_of)
 
 
 _register_torch()
-_register_flash()
+_register_kernels()
 if EXTENSION_PATH is not None:
     register_fused(_LIBRARY, "attention", lambda q: q.is_cuda)

@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from scfm.ops import torch_kernels
 from scfm.ops.device_record import Case, Passed, proven_cases
 from scfm.ops.extension import load_cuda_extension, load_extension
 
@@ -40,6 +41,7 @@ FUSED_MAX_HEAD_DIM = 256
 CUDA_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 CUDA_HEAD_DIMS = (32, 64, 128)
 CUDA_CAPABILITY = (8, 0)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of torch's own kernels
 
 
 def choose_backend(
@@ -48,8 +50,8 @@ def choose_backend(
     """Resolve `"auto"`, and refuse calls that the kernels do not support.
 
     On a GPU `"auto"` uses a fused kernel only if the record of device tests has the case and it was faster there
-    (:mod:`scfm.ops.device_record`). Otherwise it uses torch: its flash kernels if they support the call, called by
-    :mod:`scfm.ops.flash`, else plain torch.
+    (:mod:`scfm.ops.device_record`). Otherwise it uses torch: its own kernels, called by :mod:`scfm.ops.torch_kernels`, or
+    plain torch for float64.
 
     Parameters
     ----------
@@ -64,7 +66,7 @@ def choose_backend(
 
     Returns
     -------
-    `"fused"`, `"torch"`, or (on a GPU, for `"auto"`) `"flash"`.
+    `"fused"`, `"torch"`, or (on a GPU, for `"auto"`) `"kernels"`: those of torch.
 
     Raises
     ------
@@ -95,21 +97,27 @@ def choose_backend(
         return "fused"
     if proof is not None and proof.is_faster(training=torch.is_grad_enabled() and q.requires_grad):
         return "fused"
-    supported = operator == "attention" and q.dtype in CUDA_DTYPES and q.shape[2] % 8 == 0 and q.shape[2] <= 256
-    return "flash" if supported and "key_bias" not in options else "torch"
+    return "kernels" if operator == "attention" and q.dtype in KERNEL_DTYPES else "torch"
 
 
 def explain_backend(q: Tensor) -> tuple[str, str]:
-    """The backend that `"auto"` uses for queries of this device, dtype and head width, and the reason in words."""
+    """The code that `"auto"` uses for queries of this device, dtype and head width, and the reason in words."""
     name = choose_backend("auto", q)
     obstacle = _cuda_obstacle(q) if q.device.type == "cuda" else _obstacle(q)
     if name == "fused":
         return name, "a compiled kernel supports this dtype and head width"
-    if obstacle is not None:
+    if obstacle is None:
+        untested = _proof(q, frozenset(), "attention") is None
+        why = (
+            "has not passed its device tests on this kind of GPU" if untested else "was slower than torch in its tests"
+        )
+        obstacle = f"the CUDA kernel {why}"
+    if name != "kernels":
         return name, obstacle
-    untested = _proof(q, frozenset(), "attention") is None
-    reason = "has not passed its device tests on this kind of GPU" if untested else "was slower than torch in its tests"
-    return name, f"the CUDA kernel {reason}"
+    engine = torch_kernels.engine_of(q.device, q.dtype, q.shape[2])
+    if engine is None:
+        return "torch", f"no kernel of torch gave the results of plain torch, and {obstacle}"
+    return f"torch's {engine.name} kernels", f"their results are those of plain torch, and {obstacle}"
 
 
 def _obstacle(q: Tensor) -> str | None:

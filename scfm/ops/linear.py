@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import platform
-from functools import cache
 from typing import Any
 
 import torch
@@ -83,12 +82,14 @@ def linear(
     return residual_NE + torch.ops.scfm.linear(input_ND, weight_ED, bias_E, None, relu)
 
 
-@cache
+# Found out at import: torch.compile cannot trace the question.
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def has_slow_bfloat16() -> bool:
     """Whether this is an x86 CPU without bfloat16 instructions."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return _IS_X86 and not _MULTIPLIES_BFLOAT16
 
 
 def _product(input_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:

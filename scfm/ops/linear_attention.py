@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from scfm.ops.attention import no_second_derivative
 from scfm.ops.backend import EXTENSION_PATH, choose_backend
+from scfm.ops.layout import Layout, lay_out
 from scfm.ops.options import AttentionOptions, Backend, autocast_qkv, check_options, check_qkv, readable
 from scfm.ops.plan import AttentionPlan
 
 # Added to every feature, so that the sum of weights of a query is never 0.
 FEATURE_FLOOR = 1e-4
+CHUNK = 128  # tokens of one matrix product on a GPU
 
 
 def random_projection(n_features: int, head_dim: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -107,7 +110,8 @@ def linear_attention(
 
     Exponents, sums and the floor are float32 at least. For bfloat16 tensors the kernels round W, features and sums to
     bfloat16 before a product, which makes their error 1.3 to 5 times that of `"torch"`. The features of a whole cell are
-    never in memory, and there are no second derivatives.
+    never in memory, and there are no second derivatives. On a GPU, plain torch takes all cells at once, in chunks of 128
+    tokens of one cell.
 
     Examples
     --------
@@ -133,6 +137,12 @@ def linear_attention(
         return torch.ops.scfm.linear_attention_forward(
             readable(q), readable(k), readable(v), bounds.cu_seqlens, bounds.cu_seqlens_k, weight_MK, FEATURE_FLOOR
         )
+    if q.is_cuda:
+        sent = plan is not None and plan.layout is not None and plan.layout.device == q.device
+        layout = plan.layout if sent else lay_out(bounds.cu_seqlens, bounds.cu_seqlens_k, None).to(q.device)  # type: ignore[union-attr]
+        assert layout is not None
+        with torch.autocast(q.device.type, enabled=False):
+            return in_chunks(q, k, v, projection, layout)
     bounds_k = bounds.cu_seqlens if bounds.cu_seqlens_k is None else bounds.cu_seqlens_k
     lengths, lengths_k = bounds.cu_seqlens.diff().tolist(), bounds_k.diff().tolist()
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -169,6 +179,63 @@ def _cell_attention(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor, weigh
     return (query_HLM @ summary_HMK / weight_HL1).transpose(0, 1)
 
 
+def in_chunks(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, layout: Layout) -> Tensor:
+    """Linear attention in a number of launches that no number of cells changes, for GPUs.
+
+    Tokens are brought into chunks that hold tokens of one cell each, the last one of a cell padded with zeros. All products are
+    those of chunks; the summaries of the chunks of a cell are added up. Arguments as of :func:`linear_attention`.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    weight_MK = projection.to(device=q.device, dtype=dtype) * q.shape[2] ** -0.25
+    sections = layout.sections()
+    queries = _Chunks.of(sections.cu_q, q.shape[0])
+    keys = queries if layout.is_self_attention else _Chunks.of(sections.cu_k, k.shape[0])
+    n_cells = len(sections.cu_q) - 1
+    projected_THM = k.detach().to(dtype) @ weight_MK.detach().T
+    largest_BH = projected_THM.new_full((n_cells, k.shape[1]), -torch.inf)
+    largest_BH.scatter_reduce_(0, keys.cell_T[:, None].expand(-1, k.shape[1]), projected_THM.amax(-1), "amax")
+    key_THM = _features(k.to(dtype), weight_MK, stabilizer=largest_BH[keys.cell_T][..., None])
+    query_THM = _features(q.to(dtype), weight_MK, over=(-1,))
+    # The last column sums the weights of a query.
+    value_THX = torch.nn.functional.pad(v.to(dtype), (0, 1), value=1.0)
+    summary_CHMX = keys.cut(key_THM).mT @ keys.cut(value_THX)
+    summary_BHMX = summary_CHMX.new_zeros((n_cells, *summary_CHMX.shape[1:])).index_add(0, keys.cell_C, summary_CHMX)
+    out_THX = queries.joined(queries.cut(query_THM) @ summary_BHMX[queries.cell_C])
+    weight_TH1 = out_THX[..., -1:]
+    return (out_THX[..., :-1] / torch.where(weight_TH1 > 0, weight_TH1, 1.0)).to(q.dtype)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Tokens in chunks of `CHUNK` rows; tensors on the device."""
+
+    cell_T: Tensor  # cell of each token
+    row_T: Tensor  # row of each token among those of all chunks
+    cell_C: Tensor  # cell of each chunk
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, n_tokens: int) -> _Chunks:
+        """Cut cells; of the chunks that there may be at most, those that no cell needs stay empty."""
+        n_cells, device = len(cu_seqlens) - 1, cu_seqlens.device
+        token_T = torch.arange(n_tokens, dtype=cu_seqlens.dtype, device=device)
+        cell_T = torch.searchsorted(cu_seqlens, token_T, right=True) - 1
+        ends_B = ((cu_seqlens.diff() + CHUNK - 1) // CHUNK).cumsum(0)
+        starts_B = torch.nn.functional.pad(ends_B, (1, 0))[:-1]
+        number_C = torch.arange(n_tokens // CHUNK + n_cells, device=device)
+        cell_C = torch.searchsorted(ends_B, number_C, right=True).clamp(max=max(0, n_cells - 1))
+        return cls(cell_T, starts_B[cell_T] * CHUNK + token_T - cu_seqlens[cell_T], cell_C)
+
+    def cut(self, tensor_THX: Tensor) -> Tensor:
+        """(C, H, CHUNK, X), with zeros where a chunk has no token."""
+        n_rows = len(self.cell_C) * CHUNK
+        rows = tensor_THX.new_zeros((n_rows, *tensor_THX.shape[1:])).index_copy(0, self.row_T, tensor_THX)
+        return rows.unflatten(0, (-1, CHUNK)).transpose(1, 2)
+
+    def joined(self, tensor_CHLX: Tensor) -> Tensor:
+        """The tokens of the chunks in their order, (T, H, X)."""
+        return tensor_CHLX.transpose(1, 2).flatten(0, 1).index_select(0, self.row_T)
+
+
 def _zeros_of(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
     """Zeros like the query, with gradients that are zeros instead of missing, whatever the tensors hold."""
     every = torch.ones((), dtype=torch.bool, device=query_LHK.device)
@@ -176,11 +243,15 @@ def _zeros_of(query_LHK: Tensor, key_LHK: Tensor, value_LHK: Tensor) -> Tensor:
     return query_LHK + key_LHK.sum() + value_LHK.sum()
 
 
-def _features(x_HLK: Tensor, weight_MK: Tensor, *, over: tuple[int, ...]) -> Tensor:
+def _features(
+    x_HLK: Tensor, weight_MK: Tensor, *, over: tuple[int, ...] = (), stabilizer: Tensor | float | None = None
+) -> Tensor:
+    """Features of queries or keys; the stabilizer is the maximum over some axes, or given."""
     projected_HLM = x_HLK @ weight_MK.T
     half_norm_HL1 = x_HLK.square().sum(-1, keepdim=True) * (0.5 * x_HLK.shape[-1] ** -0.5)
-    # A constant in the gradient: except for the floor it cancels between numerator and denominator.
-    stabilizer = projected_HLM.detach().amax(over, keepdim=True) if projected_HLM.numel() else 0.0
+    if stabilizer is None:
+        # A constant in the gradient: except for the floor it cancels between numerator and denominator.
+        stabilizer = projected_HLM.detach().amax(over, keepdim=True) if projected_HLM.numel() else 0.0
     n_features = weight_MK.shape[0]
     return (torch.exp(projected_HLM - half_norm_HL1 - stabilizer) + FEATURE_FLOOR) * n_features**-0.5
 

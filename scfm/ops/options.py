@@ -122,8 +122,10 @@ def _checked_plan(q: Tensor, k: Tensor, cu_seqlens: Tensor, options: AttentionOp
     plan, cu_seqlens_k, n_known = options.get("plan"), options.get("cu_seqlens_k"), options.get("n_known")
     if plan is None:
         if torch.compiler.is_compiling():
-            # Values cannot be read while a graph is traced; the operator checks them when the graph runs.
-            return AttentionPlan(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known)
+            # Values cannot be read while a graph is traced; the operator checks them, on the host, when the graph runs.
+            on_host = [None if bounds is None else bounds.cpu() for bounds in (cu_seqlens, cu_seqlens_k, n_known)]
+            assert on_host[0] is not None
+            return AttentionPlan(cu_seqlens=on_host[0], cu_seqlens_k=on_host[1], n_known=on_host[2])
         return make_plan(
             cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known, n_tokens=q.shape[0], n_tokens_k=k.shape[0]
         )

@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from scfm.ops.layout import Layout, lay_out
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionPlan:
-    """Checked boundaries of one batch, on the host; built once per batch, so that no layer synchronizes with the device.
+    """Checked boundaries of one batch; built once per batch, so that no layer synchronizes with the device.
 
     Attributes
     ----------
@@ -22,6 +24,8 @@ class AttentionPlan:
         Boundaries of the keys for cross-attention, shape (B + 1,), int64, on the host; None for self-attention.
     n_known
         Number of leading context tokens of each cell, shape (B,), int64, on the host; None if all tokens are context.
+    layout
+        What torch's kernels on a GPU need of these, in one tensor; `to` makes it, or `laid_out` ahead of that. None on a CPU.
 
     Examples
     --------
@@ -34,10 +38,30 @@ class AttentionPlan:
     cu_seqlens: Tensor
     cu_seqlens_k: Tensor | None = None
     n_known: Tensor | None = None
+    layout: Layout | None = None
 
     @property
     def n_cells(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+    def laid_out(self) -> AttentionPlan:
+        """The plan with its layout, still on the host, where a loader can make it ahead of the step."""
+        return replace(self, layout=self.layout or lay_out(self.cu_seqlens, self.cu_seqlens_k, self.n_known))
+
+    def pin_memory(self) -> AttentionPlan:
+        """The plan with its layout in pinned memory, from which it is sent while the host does other things."""
+        layout = self.laid_out().layout
+        assert layout is not None
+        return replace(self, layout=layout.pin_memory())
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AttentionPlan:
+        """The plan for tensors on `device`: one copy to a GPU, none on a CPU. The boundaries stay on the host."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return replace(self, layout=None)
+        layout = self.laid_out().layout
+        assert layout is not None
+        return replace(self, layout=layout.to(device, non_blocking=non_blocking))
 
 
 def make_plan(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ def choose_tokens_per_step(
 
     On a GPU the memory of a step is measured for two numbers of tokens, with the precision and activation checkpointing of
     the run. Memory is proportional to the tokens, because attention is packed and fused. A step with the resulting budget is
-    then run, and the budget is halved until the step fits.
+    then run, and the budget is halved until the step fits. If even the measurement does not fit, 2,048 tokens are
+    tried first.
 
     Parameters
     ----------
@@ -53,8 +55,11 @@ def choose_tokens_per_step(
         return CPU_TOKENS_PER_STEP
     longest = int(cells.lengths_B.max())
     trial = _Trial(network, objective, cells, config, device)
-    per_token = trial.bytes_per_token()
-    budget = affordable_tokens(free_memory(device), per_token, longest)
+    try:
+        per_token = trial.bytes_per_token()
+        budget = affordable_tokens(free_memory(device), per_token, longest)
+    except torch.OutOfMemoryError:
+        per_token, budget = math.nan, max(longest, PROBE_TOKENS)
     while budget > longest and not trial.fits(budget):
         budget = max(longest, budget // 2)
     logger.info("%s tokens per step: %.0f bytes per token", f"{budget:,}", per_token)

@@ -14,18 +14,19 @@ import lightning
 import torch
 from tqdm.auto import tqdm
 
-from scfm.train.checkpoints import SUFFIX, checkpoints_of
+from scfm.train.checkpoints import SUFFIX, checkpoints_of, remove_checkpoint
 from scfm.train.config import FitConfig
 from scfm.train.module import NonFiniteLossError
+from scfm.train.speed import Speed
 
 REFRESH_STEPS = 5  # reading the loss waits for the device, so it is not done at every step
 
 
 class ProgressBar(lightning.Callback):
-    """One progress bar per stage with loss, cells per second and remaining time."""
+    """One progress bar per stage with loss, rates and remaining time."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, speed: Speed) -> None:
+        self.title, self.speed = title, speed
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -33,7 +34,6 @@ class ProgressBar(lightning.Callback):
             self.bar = tqdm(
                 total=trainer.max_steps, initial=trainer.global_step, desc=self.title, unit="step", mininterval=0.5
             )
-        self.started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int
@@ -41,10 +41,9 @@ class ProgressBar(lightning.Callback):
         if self.bar is None or trainer.global_step == self.bar.n:
             return
         if trainer.global_step % REFRESH_STEPS == 0 or trainer.global_step == trainer.max_steps:
-            seconds = time.perf_counter() - self.started
             loss = float(torch.stack(module.losses[-REFRESH_STEPS:]).mean())
-            rate = module.cells_seen * trainer.world_size / seconds
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} cells/s", refresh=False)
+            rates = "" if self.speed.latest is None else f", {self.speed.latest}"
+            self.bar.set_postfix_str(f"loss {loss:.3f}{rates}", refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -72,7 +71,7 @@ class StopOnNonFiniteLoss(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        index_B = batch[0].cell_index_B
+        index_B = module.cell_index_B
         self.cells += ["unknown"] if index_B is None else index_B[:10].tolist()
         if (batch_index + 1) % trainer.accumulate_grad_batches:
             return
@@ -114,7 +113,7 @@ class KeepCheckpoints(lightning.Callback):
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             for old in checkpoints_of(self.folder)[2:]:
-                old.unlink(missing_ok=True)
+                remove_checkpoint(old)
 
     def _is_overdue(self, trainer: lightning.Trainer) -> bool:
         minutes = self.config.checkpoint_minutes

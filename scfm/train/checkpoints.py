@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from scfm._files import atomic_write
 from scfm.errors import ModelFileError
 from scfm.train.config import FitConfig
 from scfm.train.ranks import rank_and_world_size
+from scfm.train.sharding import META
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +39,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU with torch's weights-only loader; no code in it is executed.
+    """Read a checkpoint to the CPU with torch's weights-only loader, of shards all but the shards; no code in it is executed.
 
     Raises
     ------
     ModelFileError
         If the file is cut short, or is not a checkpoint of scfm.
     """
+    file = path / META if path.is_dir() else path
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and others for damaged files
         raise ModelFileError(f"{path} is cut short or damaged ({type(error).__name__}: {error}).") from error
     if not isinstance(content, dict) or "global_step" not in content:
@@ -106,6 +109,14 @@ class Resumption:
 def checkpoints_of(folder: Path) -> list[Path]:
     """Return all checkpoints in a folder, newest first."""
     return sorted(folder.glob(f"step=*{SUFFIX}"), key=_step_of, reverse=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a file, or a directory of shards."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _step_of(path: Path) -> int:

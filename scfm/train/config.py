@@ -53,7 +53,8 @@ class FitConfig(Config):
     devices, n_nodes
         Processes on each node, and nodes. "auto": as many as torchrun started, or one.
     strategy
-        "ddp": each device holds the complete model; "fsdp": a shard of it (CUDA only). "auto": ddp for several processes.
+        "ddp": each device holds the complete model; "fsdp": a shard of it, and its checkpoints are directories of shards.
+        "auto": ddp for several processes.
     trainable
         "all", "head", "last:N" (head and the last N blocks), or "lora:R" (head, and low-rank updates of rank R). None:
         "all" for pretraining; for fine-tuning `scfm.fit` chooses by the size of the model.

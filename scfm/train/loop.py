@@ -23,14 +23,15 @@ from scfm import objectives
 from scfm.data import CellBatch, TokenBudgetSampler
 from scfm.models.network import CellTransformer
 from scfm.train.budget import choose_tokens_per_step
-from scfm.train.callbacks import CleanStop, KeepCheckpoints, ProgressBar, StopOnNonFiniteLoss
+from scfm.train.callbacks import REFRESH_STEPS, CleanStop, KeepCheckpoints, ProgressBar, StopOnNonFiniteLoss
 from scfm.train.checkpoints import AtomicCheckpointIO, Resumption, read_checkpoint
 from scfm.train.config import CPU_TOKENS_PER_STEP, STAGE_DEFAULTS, FitConfig
 from scfm.train.module import TrainingModule
-from scfm.train.precision import precision_plugins, resolved_precision, training_device
+from scfm.train.precision import own_device, precision_plugins, resolved_precision, training_device
 from scfm.train.ranks import devices_and_nodes, lanes_of
-from scfm.train.sharding import GatherShards, is_sharded, make_strategy
-from scfm.train.steps import MemorySource, Source, Steps
+from scfm.train.sharding import GatherShards, is_sharded, is_shards, joined_weights, make_strategy
+from scfm.train.speed import Speed
+from scfm.train.steps import MemorySource, Source, Steps, pinned
 from scfm.train.trainable import (
     compile_blocks,
     freeze_unused,
@@ -118,7 +119,7 @@ def train(
     logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
     # On any number of processes, since a run may be resumed by another one.
     freeze_unused(network, objectives.at_step(objective, config.n_steps), _some_cells(cells))
-    strategy = make_strategy(config)
+    strategy = make_strategy(config, resumes_shards=resumed is not None and is_shards(resumed.path))
     shards = GatherShards(network) if is_sharded(strategy) else None
     trained = network if shards is None else shards.copy
     with (
@@ -131,7 +132,9 @@ def train(
         best = _keep_best(Path(run_dir or scratch) / "checkpoints") if validation is not None else None
         keeper = None if run_dir is None else KeepCheckpoints(run_dir, config)
         stop = CleanStop(keeper)
-        watching = [StopOnNonFiniteLoss(), *([ProgressBar(title)] if progress else []), *([shards] if shards else [])]
+        speed = Speed(REFRESH_STEPS)
+        watching = [StopOnNonFiniteLoss(), speed, *([ProgressBar(title, speed)] if progress else [])]
+        watching += [shards] if shards else []
         ending = [*_early_stopping(config, best), *([keeper] if keeper else []), stop]
         loggers = [] if run_dir is None else _loggers(Path(run_dir), resumed.step if resumed else 0)
         trainer = _trainer(config, strategy, [*watching, *callbacks, *ending], loggers, validates=best is not None)
@@ -151,12 +154,15 @@ def train(
                 stacklevel=2,
             )
         if best is not None and best.best_model_path:
-            state = read_checkpoint(Path(best.best_model_path))["state_dict"]
+            path = Path(best.best_model_path)
+            state = joined_weights(path, Path(scratch)) if is_shards(path) else read_checkpoint(path)["state_dict"]
             network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})
     if config.precision == "bf16-true":
         network.float()
     merge(network)
-    network.eval()
+    network.eval().to(
+        own_device(config)
+    )  # Lightning leaves it on the CPU; what follows a stage are passes over all cells
     return module
 
 
@@ -225,7 +231,16 @@ def _loader(
         ]
     else:
         sources = cells
-    steps = Steps(sources, lanes, objective, config.seed, stop=config.n_steps, n_lanes=n_lanes, start=start)
+    steps = Steps(
+        sources,
+        lanes,
+        objective,
+        config.seed,
+        stop=config.n_steps,
+        n_lanes=n_lanes,
+        start=start,
+        device=training_device(config),
+    )
     return DataLoader(steps, batch_size=None)
 
 
@@ -237,6 +252,8 @@ def _validation_loader(cells: CellBatch, objective: objectives.Objective, config
         objective.corrupt(cells.select(rows), torch.Generator().manual_seed(number))
         for number, rows in enumerate(sampler)
     ]
+    if training_device(config).type == "cuda":
+        batches = [pinned(batch) for batch in batches]
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
@@ -270,7 +287,7 @@ def _trainer(
     return lightning.Trainer(
         max_steps=config.n_steps,
         max_epochs=-1,
-        accelerator="cuda" if config.strategy == "fsdp" else config.accelerator,
+        accelerator=config.accelerator,
         devices=devices,
         num_nodes=n_nodes,
         strategy=strategy,
@@ -280,8 +297,8 @@ def _trainer(
         num_sanity_val_steps=0,
         logger=loggers or False,
         log_every_n_steps=LOG_STEPS,
-        plugins=[AtomicCheckpointIO(), *precision_plugins(config, sharded=is_sharded(strategy))],
-        precision=None if is_sharded(strategy) or config.precision == "bf16-true" else resolved_precision(config),
+        plugins=[AtomicCheckpointIO(), *precision_plugins(config)],
+        precision=None if config.precision == "bf16-true" else resolved_precision(config),
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_model_summary=False,
         enable_progress_bar=False,

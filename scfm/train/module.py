@@ -14,8 +14,8 @@ from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
 from scfm.train.config import STAGE_DEFAULTS, FitConfig
 from scfm.train.ranks import lanes_of
-from scfm.train.sharding import is_sharded, matrices, plain_name
-from scfm.train.steps import step_seed
+from scfm.train.sharding import is_sharded, shard
+from scfm.train.steps import sent, step_seed
 
 
 class NonFiniteLossError(RuntimeError):
@@ -39,12 +39,31 @@ class TrainingModule(lightning.LightningModule):
     def __init__(self, network: CellTransformer, objective: objectives.Objective, config: FitConfig) -> None:
         super().__init__()
         self.network, self.objective, self.config = network, objective, config.with_defaults(**STAGE_DEFAULTS)
-        self.matrices = matrices(network)
         self.lanes, self.n_lanes = lanes_of(self.config)
         self.losses: list[Tensor] = []  # of each step, the mean over its batches on all processes
         self._of_step: list[Tensor] = []
         self.validation_losses: list[tuple[int, float]] = []
-        self.cells_seen = 0
+        self.cell_index_B: Tensor | None = None  # of the batch of this step, on the host
+
+    def configure_model(self) -> None:
+        if is_sharded(self.trainer.strategy):
+            if self.config.precision == "bf16-true":
+                self.network.bfloat16()
+            shard(self, self.network)
+
+    def forward(
+        self, inputs: CellBatch, targets: objectives.Targets, objective: objectives.Objective
+    ) -> tuple[Tensor, objectives.Loss]:
+        """The loss of a batch, and its terms. Shards are gathered for the time of a forward pass of this module."""
+        terms = objective.loss(self.network, inputs, targets)
+        return objectives.total(terms), terms
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Send what a step reads. The numbers of the cells stay on the host, for messages."""
+        inputs, targets = batch
+        self.cell_index_B = inputs.cell_index_B
+        inputs = inputs.replace(cell_index_B=None) if device.type == "cuda" else inputs
+        return sent((inputs, targets), device)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # Dropout of a batch depends on its number, not on what was drawn before: a resumed run draws the same.
@@ -55,8 +74,7 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: tuple[CellBatch, objectives.Targets], batch_index: int) -> Tensor:
         inputs, targets = batch
         objective = objectives.at_step(self.objective, self.trainer.global_step)
-        terms = objective.loss(self.network, inputs, targets)
-        loss = objectives.total(terms)
+        loss, terms = self(inputs, targets, objective)
         self._log(loss, terms)
         self._of_step.append(loss.detach())
         if len(self._of_step) == len(self.lanes):
@@ -65,7 +83,6 @@ class TrainingModule(lightning.LightningModule):
                 mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
             self.losses.append(mean)
             self._of_step = []
-        self.cells_seen += len(inputs)
         return loss
 
     def _log(self, loss: Tensor, terms: objectives.Loss) -> None:
@@ -79,7 +96,7 @@ class TrainingModule(lightning.LightningModule):
             self.log_dict({name: torch.as_tensor(value).detach() for name, value in values.items()}, batch_size=1)
 
     def validation_step(self, batch: tuple[CellBatch, objectives.Targets], batch_index: int) -> None:
-        loss = objectives.total(self.objective.loss(self.network, *batch))
+        loss, _ = self(*batch, self.objective)
         self.log("validation_loss", loss, batch_size=len(batch[0]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
@@ -103,7 +120,7 @@ class TrainingModule(lightning.LightningModule):
         progress["is_last_batch"] = False
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.network, self.config, self.matrices)
+        groups = parameter_groups(self.network, self.config)
         fused = self.config.precision != "16-mixed"  # Lightning cannot clip scaled gradients inside a fused step
         optimizer = torch.optim.AdamW(groups, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
@@ -112,10 +129,7 @@ class TrainingModule(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        if is_sharded(self.trainer.strategy):  # the norm is that of all shards
-            sharded: Any = self.trainer.strategy.model
-            sharded.clip_grad_norm_(gradient_clip_val)
-        elif self.config.precision == "16-mixed":
+        if self.config.precision == "16-mixed":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val is not None:
             # Lightning refuses a fused optimizer in bf16-mixed, where nothing is scaled.
@@ -137,15 +151,13 @@ class TrainingModule(lightning.LightningModule):
                 return 1.0
 
 
-def parameter_groups(network: nn.Module, config: FitConfig, decayed: set[str] | None = None) -> list[dict[str, Any]]:
-    """Parameters by weight decay (that of matrices, or of those named) and learning rate (that of the gene embedding)."""
-    decayed = matrices(network) if decayed is None else decayed
+def parameter_groups(network: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
+    """Parameters by weight decay (that of matrices) and learning rate (that of the gene embedding)."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            weight_decay = config.weight_decay if plain_name(name) in decayed else 0.0
-            is_embedding = plain_name(name) == "embedding.gene.weight"
-            scale = config.embedding_learning_rate_scale if is_embedding else None
+            weight_decay = config.weight_decay if parameter.dim() >= 2 else 0.0
+            scale = config.embedding_learning_rate_scale if name == "embedding.gene.weight" else None
             scale = 1.0 if scale is None else scale
             groups.setdefault((weight_decay, scale), []).append(parameter)
     assert config.learning_rate is not None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import FSDPPrecision, HalfPrecision
+from lightning.pytorch.plugins.precision import HalfPrecision
 
+from scfm.models.device import resolved_device
 from scfm.train.config import FitConfig
 
 
@@ -15,6 +16,12 @@ def training_device(config: FitConfig) -> torch.device:
     if config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available()):
         return torch.device("cuda")
     return torch.device("cpu")
+
+
+def own_device(config: FitConfig) -> torch.device:
+    """The device of this process: under torchrun the one with the number LOCAL_RANK."""
+    kind = training_device(config)
+    return resolved_device("auto") if kind.type == "cuda" else kind
 
 
 def resolved_precision(config: FitConfig) -> Any:
@@ -26,22 +33,13 @@ def resolved_precision(config: FitConfig) -> Any:
     return "32-true"
 
 
-def precision_plugins(config: FitConfig, *, sharded: bool) -> list[Any]:
+def precision_plugins(config: FitConfig) -> list[Any]:
     """Return plugins for precisions that Lightning does not have by name."""
-    if sharded:
-        return [_ShardedPrecision(resolved_precision(config))]
     return [_Bfloat16()] if config.precision == "bf16-true" else []
 
 
-class _ShardedPrecision(FSDPPrecision):
-    """Lightning's plugin without conversion of batches, which fails for frozen dataclasses; the network casts its input."""
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-
 class _Bfloat16(HalfPrecision):
-    """Weights and arithmetic in bfloat16, without conversion of batches."""
+    """Weights and arithmetic in bfloat16, without conversion of batches, which fails for frozen dataclasses."""
 
     def __init__(self) -> None:
         super().__init__("bf16-true")

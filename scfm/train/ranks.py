@@ -47,7 +47,12 @@ def lanes_of(config: FitConfig) -> tuple[list[int], int]:
     return [rank + world_size * turn for turn in range(config.accumulate)], world_size * config.accumulate
 
 
+def backend_for(device: torch.device) -> str:
+    """How processes talk to each other: through gloo between hosts, and NCCL between CUDA devices."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 def start_process_group(config: FitConfig, device: torch.device) -> None:
     """Start communication between the processes of a run: gloo for CPU tensors, NCCL for CUDA tensors."""
     if rank_and_world_size(config)[1] > 1 and not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group(backend_for(device))

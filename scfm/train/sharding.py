@@ -1,65 +1,141 @@
-"""FSDP: parameters, gradients and optimizer state are distributed over devices, for models too large for one device."""
+"""FSDP: parameters, gradients and optimizer state in shards over the devices, for models that one device cannot hold."""
 
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
-from torch import nn
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, distributed
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from scfm.models.network import CellTransformer
-from scfm.nn import Block
 from scfm.train.config import FitConfig
-from scfm.train.ranks import rank_and_world_size
+from scfm.train.precision import training_device
+from scfm.train.ranks import backend_for, rank_and_world_size
 
-WRAPPER = "_fsdp_wrapped_module."  # FSDP adds this to the names of parameters
+META = "meta.pt"  # in a directory of shards: everything but weights and optimizer, as Lightning names it
 
 
-def make_strategy(config: FitConfig) -> Strategy | str:
-    """Return Lightning's strategy: FSDP with one unit per block and complete checkpoints, or the name of another strategy.
+def make_strategy(config: FitConfig, *, resumes_shards: bool = False) -> Strategy | str:
+    """Lightning's strategy for the settings; a run whose checkpoints are in shards is resumed in shards."""
+    world_size = rank_and_world_size(config)[1]
+    if config.strategy == "fsdp" or resumes_shards:
+        return ShardedStrategy(world_size, backend_for(training_device(config)))
+    return "ddp" if world_size > 1 else "auto"
 
-    Raises
-    ------
-    ValueError
-        If the strategy is "fsdp" on a machine without CUDA.
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all processes; checkpoints are directories of shards, written while training continues.
+
+    A checkpoint is written under a temporary name. It gets its own when all processes have written their shards, so that
+    what is there under a name is complete.
     """
-    if config.strategy != "fsdp":
-        return "ddp" if rank_and_world_size(config)[1] > 1 else "auto"
-    if not torch.cuda.is_available():
-        raise ValueError(
-            "`strategy` is 'fsdp', which needs CUDA devices, but this machine has none. Use 'ddp' for several processes on "
-            "the CPU, or 'auto'."
+
+    def __init__(self, world_size: int, backend: str) -> None:
+        super().__init__(data_parallel_size=world_size, tensor_parallel_size=1, process_group_backend=backend)
+        self._writing: Future | None = None
+        self._writers: Any = None  # a process group of its own: gloo cannot serve two threads in one
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._writers = distributed.new_group(backend="gloo")
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        self.finish_writing()
+        path = Path(self.broadcast(str(filepath)))
+        temporary_path = path.with_name(f".{path.name}.partial")
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        optimizers = checkpoint.pop("optimizer_states", [])
+        state |= {f"optimizer_{number}": optimizer for number, optimizer in enumerate(optimizers)}
+        if self.is_global_zero:
+            shutil.rmtree(temporary_path, ignore_errors=True)
+            temporary_path.mkdir(parents=True)
+            torch.save(checkpoint, temporary_path / META)
+        self.barrier()
+        writing: Any = distributed_checkpoint.async_save(
+            state, checkpoint_id=temporary_path, process_group=self._writers
         )
-    return FSDPStrategy(**FSDP_SETTINGS)
+        # The first process writes the list of all shards last, when the others are done.
+        self._writing = _then_renamed(writing, temporary_path, path) if self.is_global_zero else writing
+
+    def finish_writing(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def teardown(self) -> None:
+        self.finish_writing()
+        super().teardown()
 
 
-FSDP_SETTINGS: dict[str, Any] = {"auto_wrap_policy": {Block}, "state_dict_type": "full"}
+def _then_renamed(writing: Future, temporary_path: Path, path: Path) -> Future:
+    """What is done when a checkpoint is written and has its name."""
+    renamed: Future = Future()
+
+    def rename(written: Future) -> None:
+        try:
+            written.result()
+            shutil.rmtree(path, ignore_errors=True)
+            temporary_path.rename(path)
+        except BaseException as error:
+            renamed.set_exception(error)
+        else:
+            renamed.set_result(None)
+
+    writing.add_done_callback(rename)
+    return renamed
 
 
 def is_sharded(strategy: Strategy | str) -> bool:
-    return isinstance(strategy, FSDPStrategy)
+    return isinstance(strategy, ShardedStrategy)
 
 
-def plain_name(name: str) -> str:
-    """Return the name of a parameter without the additions of FSDP."""
-    return name.replace(WRAPPER, "")
+def shard(module: lightning.LightningModule, network: CellTransformer) -> None:
+    """Shard each block, and what remains of the module, over the devices of its strategy."""
+    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
 
 
 class GatherShards(lightning.Callback):
-    """Train a copy with FSDP, which changes a network permanently, and copy the weights to the original at the end."""
+    """Train a copy under FSDP, which shards a network permanently, and copy the weights to the original at the end."""
 
     def __init__(self, network: CellTransformer) -> None:
         self.original, self.copy = network, copy.deepcopy(network)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        state = trainer.strategy.broadcast(trainer.strategy.lightning_module_state_dict())
-        whole = {plain_name(name).removeprefix("network."): tensor.cpu() for name, tensor in state.items()}
-        self.original.load_state_dict(whole)
+        self.original.load_state_dict({name: _gathered(each).cpu() for name, each in self.copy.state_dict().items()})
 
 
-def matrices(network: nn.Module) -> set[str]:
-    """Return the names of the parameters with two or more axes; call it before FSDP flattens parameters."""
-    return {name for name, parameter in network.named_parameters() if parameter.dim() >= 2}
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_shards(path: Path) -> bool:
+    """Whether a checkpoint is a directory of shards."""
+    return path.is_dir() and (path / META).is_file()
+
+
+def joined_weights(path: Path, scratch: Path) -> dict[str, Tensor]:
+    """Weights of a directory of shards, by their names in the training module; for all processes at once."""
+    if distributed.is_initialized():
+        distributed.barrier()  # the first one has renamed it
+    joined = scratch / "joined.pt"
+    dcp_to_torch_save(path, joined)
+    content = torch.load(joined, map_location="cpu", weights_only=True)
+    joined.unlink()
+    return content["state_dict"]

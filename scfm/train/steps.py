@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from scfm.encoding.hashing import mix
 from scfm.errors import EmptyCellError
 
 StepBatch = tuple[CellBatch, objectives.Targets]
+N_AHEAD = 2  # batches that wait for a GPU
 
 
 class Source(Protocol):
@@ -45,6 +48,8 @@ class Steps(IterableDataset[StepBatch]):
         Numbers of these lanes.
     objective
         The objective, which returns inputs and targets for a batch.
+    device
+        Where batches go; None for the CPU. Batches for a GPU are made ahead of their steps in another thread, and pinned.
     """
 
     sources: Sequence[Source]
@@ -54,8 +59,13 @@ class Steps(IterableDataset[StepBatch]):
     stop: int
     n_lanes: int = 1
     start: int = 0
+    device: torch.device | None = None
 
     def __iter__(self) -> Iterator[StepBatch]:
+        to_gpu = self.device is not None and self.device.type == "cuda"
+        return _ahead(self._batches()) if to_gpu else self._batches()
+
+    def _batches(self) -> Iterator[StepBatch]:
         batches = [_endless(source, self.start) for source in self.sources]
         for step in range(self.start, self.stop):
             for lane, of_lane in zip(self.lanes, batches):
@@ -65,6 +75,35 @@ class Steps(IterableDataset[StepBatch]):
     def __len__(self) -> int:
         # The length of the complete run, because Lightning continues the count of batches in a resumed run.
         return self.stop * len(self.lanes)
+
+
+def pinned(batch: StepBatch) -> StepBatch:
+    """The batch with the layouts of its plans, in memory from which a GPU reads while the host does other things."""
+    inputs, targets = batch
+    return inputs.planned().pin_memory(), {name: value.pin_memory() for name, value in targets.items()}
+
+
+def sent(batch: StepBatch, device: torch.device) -> StepBatch:
+    """The batch on another device; the host does not wait for pinned ones."""
+    inputs, targets = batch
+    return (
+        inputs.to(device, non_blocking=True),
+        {name: value.to(device, non_blocking=True) for name, value in targets.items()},
+    )
+
+
+def _ahead(batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+    """The same batches, pinned, `N_AHEAD` of them made before they are asked for."""
+
+    def make() -> StepBatch | None:
+        batch = next(batches, None)
+        return None if batch is None else pinned(batch)
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(make) for _ in range(N_AHEAD))
+        while (batch := coming.popleft().result()) is not None:
+            coming.append(pool.submit(make))
+            yield batch
 
 
 def _endless(source: Source, step: int) -> Iterator[CellBatch]:

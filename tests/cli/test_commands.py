@@ -214,6 +214,22 @@ def count(data: Path, /, **options: Any) -> None:
 '''
 
 
+@pytest.mark.parametrize("name", ["annotate", "check", "embed", "perturb", "screen"])
+def test_a_command_with_a_model_loads_it_to_the_device_that_is_asked_for(command, folder, tmp_path, monkeypatch, name):
+    asked = []
+
+    def load(path, *, device="auto"):
+        asked.append(device)
+        raise ValueError("loaded")
+
+    monkeypatch.setattr("scfm.load", load)
+    outputs = [] if name == "check" else [tmp_path / ("out.csv" if name in ("perturb", "screen") else "out.h5ad")]
+    for options in ([], ["--device", "cuda:1"]):
+        code, _, err = command(name, folder / "cells.h5ad", *outputs, "--model", folder / "model", *options)
+        assert (code, err) == (1, "scfm: loaded\n")
+    assert asked == ["auto", "cuda:1"]
+
+
 def test_a_command_is_one_file_of_any_installed_package(tmp_path):
     """The file registers itself; the package names it in its metadata, as `pip install` writes it."""
     (tmp_path / "toy.py").write_text(TOY)

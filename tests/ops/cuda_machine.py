@@ -79,6 +79,13 @@ def build_operators(csrc=CSRC):
 ON_GPU = "SCFM_TEST_GPU" in os.environ
 
 
+def moved_as_it_lies(tensor, device):
+    """A copy on a device with the strides and the offset that the tensor has here; `.to` would make packed views dense."""
+    n_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    storage = tensor.detach().as_strided((n_elements,), (1,), 0).to(device, copy=True)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 class OnGpu:
     """The real operators, given and giving tensors on the CPU."""
 
@@ -88,7 +95,10 @@ class OnGpu:
 
     def call(self, operator, arguments):
         # Boundaries and n_known are integers, and stay on the host.
-        moved = [a.cuda() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+        moved = [
+            moved_as_it_lies(a, "cuda") if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+            for a in arguments
+        ]
         result = operator(*moved)
         return result.cpu() if isinstance(result, torch.Tensor) else tuple(tensor.cpu() for tensor in result)
 

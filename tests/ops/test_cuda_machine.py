@@ -53,6 +53,16 @@ def order(request, monkeypatch):
     return request.param
 
 
+def test_tensors_reach_the_gpu_as_they_lie():
+    """Packed views, a bias of stride 0 and storage off the raster, which `.cuda()` would make dense."""
+    packed = torch.arange(120.0)[2:].view(-1)[:108].view(6, 3, 2, 3)
+    for tensor in (*packed.unbind(1), torch.arange(5.0)[1:, None].expand(4, 2), torch.randn(4, 6).T):
+        moved = machine.moved_as_it_lies(tensor, "cpu")
+        assert torch.equal(moved, tensor)
+        assert (moved.stride(), moved.storage_offset()) == (tensor.stride(), tensor.storage_offset())
+        assert moved.data_ptr() != tensor.data_ptr()
+
+
 def test_a_kernel_without_a_fault_runs(library, order):
     assert library.run_kernel(0) is None
     assert [library.output_of(i) for i in range(64)] == [max(i - 1, 0) for i in range(64)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from scfm import ops
+from scfm.ops.linear_attention import in_chunks
 
 HAS_KERNELS = ops.extension_info()["available"]
 NEEDS_KERNELS = pytest.mark.skipif(not HAS_KERNELS, reason="needs the compiled extension")
@@ -104,6 +105,26 @@ def test_errors_of_fused_are_within_twice_those_of_torch(case, dtype):
 def test_every_instruction_set(isa):
     """In a separate process, with torch limited to the same instruction set."""
     accuracy.run_with(isa, __file__)
+
+
+@pytest.mark.parametrize("lengths_k", [None, (0, 130, 9, 64, 200), (3, 0, 0, 1, 128)])
+def test_chunks_of_a_gpu_give_what_cell_by_cell_gives(lengths_k):
+    """The algorithm for GPUs, in float64 on the CPU, with all gradients."""
+    lengths = (128, 0, 7, 300, 129)
+    q, k, v, grad_out, cu_seqlens, projection = (
+        t.double() if t.is_floating_point() else t for t in draw(lengths, 30, 16)
+    )
+    options = {}
+    if lengths_k is not None:
+        k, v = (torch.randn(sum(lengths_k), 2, 16, dtype=torch.float64) for _ in range(2))
+        options = {"cu_seqlens_k": torch.tensor([0, *torch.tensor(lengths_k).cumsum(0).tolist()])}
+    layout = ops.make_plan(cu_seqlens, **options).laid_out().layout
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    expected = ops.linear_attention(*leaves, cu_seqlens, projection, backend="torch", **options)
+    found = in_chunks(*leaves, projection, layout)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(out, leaves, grad_out) for out in (found, expected))):
+        torch.testing.assert_close(one, other)
 
 
 def test_torch_follows_the_formula_in_float64():

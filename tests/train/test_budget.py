@@ -56,6 +56,14 @@ def test_a_budget_that_does_not_fit_after_all_is_halved(tiny, monkeypatch):
     assert (found, tried) == (4096, [16_384, 8192, 4096])
 
 
+def test_a_measurement_that_does_not_fit_starts_small(tiny, monkeypatch):
+    def too_large(self):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(PretendedSteps, "bytes_per_token", too_large)
+    assert chosen(tiny, monkeypatch, memory=10**12, largest=1500) == (1024, [2048, 1024])
+
+
 def test_the_longest_cell_always_fits(tiny, monkeypatch):
     longest = int(tiny.cells.lengths_B.max())
     assert chosen(tiny, monkeypatch, memory=1)[0] == longest

@@ -68,12 +68,16 @@ def trained(tmp_path, n_processes, config, out):
     return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in ("masked", "classification")}
 
 
+# Running statistics of batch norm are those of the batches of one process; no gradient depends on them. It also takes away
+# what the last bias adds to all cells: its gradient, 2e-8, is rounding, which AdamW makes as large as any other.
+NOT_COMPARED = {"masked": (), "classification": ("class_head.norm.", "blocks.1.feed_forward_norm.bias")}
+
+
 def assert_close(one, other):
-    for name in one:
+    for name, left_out in NOT_COMPARED.items():
         torch.testing.assert_close(one[name][1], other[name][1], rtol=1e-5, atol=1e-5)
-        # Running statistics of batch norm are those of the batches of one process; no gradient depends on them.
         weights = [
-            {key: value for key, value in each[name][0].items() if not key.startswith("class_head.norm.")}
+            {key: value for key, value in each[name][0].items() if not key.startswith(left_out)}
             for each in (one, other)
         ]
         torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
@@ -119,31 +123,57 @@ def test_torchrun_without_any_option_pretrains_one_model(tmp_path):
     torch.testing.assert_close(two.network.state_dict(), one.network.state_dict(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.gpu
 @pytest.mark.slow
-def test_shards_do_what_a_plain_loop_does(tiny, tmp_path):
-    """FSDP on one or two CUDA devices against a plain loop on the CPU."""
-    n_devices = min(2, torch.cuda.device_count())
-    config = FitConfig(n_steps=3, tokens_per_step=300, strategy="fsdp", precision="32-true")
-    script = SHARDED.format(tests=str(Path(__file__).parent), config=config.to_dict(), out=str(tmp_path / "out.pt"))
-    assert torchrun(script, tmp_path / "worker.py", n_devices)[-3000:] == ""
-    parallel = torch.load(tmp_path / "out.pt", weights_only=True, map_location="cpu")
-    network = tiny.make_network(dropout=0.0).train()
-    plain_loop(network, tiny.every_third, tiny.cells, config, n_batches=n_devices)
-    torch.testing.assert_close(parallel, network.state_dict(), rtol=1e-3, atol=1e-4)
+def test_shards_do_what_one_process_does_and_one_process_resumes_them(tmp_path):
+    """FSDP over two processes: weights, losses, and checkpoints, which have every shard when they have their name."""
+    config = CONFIG.replace(strategy="fsdp")
+    two = trained(tmp_path, 2, config, tmp_path / "two")
+    one = trained(tmp_path, 1, CONFIG.replace(accumulate=2), tmp_path / "one")
+    assert_close(two, one)
+    folder = tmp_path / "two" / "masked" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
+    shards = sorted(path.name for path in (folder / "step=4.ckpt").iterdir())
+    assert shards == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    longer = CONFIG.replace(n_steps=7, checkpoint_every=3)
+    resumed = trained(tmp_path, 1, longer, tmp_path / "two")
+    assert_close(resumed, trained(tmp_path, 1, longer, tmp_path / "one"))
+    assert len(resumed["masked"][1]) == 7
 
 
-SHARDED = """
+@pytest.mark.slow
+def test_four_processes_and_validation_in_shards(tmp_path):
+    """With the best weights by validation, which every process has in the end."""
+    out = tmp_path / "out"
+    out.mkdir()
+    script = VALIDATED.format(tests=str(Path(__file__).parent), out=str(out), config=CONFIG.to_dict())
+    assert torchrun(script, tmp_path / "worker.py", 4)[-3000:] == ""
+    states = [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(4)]
+    for state in states[1:]:
+        assert all(torch.equal(state[name], states[0][name]) for name in state)
+
+
+VALIDATED = """
 import sys
 sys.path.insert(0, {tests!r})
 from conftest import EveryThirdGene, make_cells, make_network
 import torch
 from scfm.train import FitConfig, train
 
-network = make_network(dropout=0.0)
-module = train(network, EveryThirdGene(), make_cells(), FitConfig(**{config!r}), title="t", progress=False)
-if module.global_rank == 0:
-    torch.save(network.state_dict(), {out!r})
+network, config = make_network(dropout=0.0), FitConfig(**{config!r}).replace(strategy="fsdp", validate_every=2)
+module = train(network, EveryThirdGene(), make_cells(), config, title="t", progress=False,
+               validation=make_cells(40, seed=1), run_dir={out!r})
+best = min(loss for _, loss in module.validation_losses)
+network.eval()
+from scfm.objectives import total
+objective, cells = EveryThirdGene(), make_cells(40, seed=1)
+with torch.no_grad():
+    from scfm.data import TokenBudgetSampler
+    batches = [cells.select(rows) for rows in TokenBudgetSampler(cells.lengths_B.numpy(), max_tokens=300, shuffle=False)]
+    losses = [total(objective.loss(network, *objective.corrupt(batch, None))) for batch in batches]
+    weights = torch.tensor([float(len(batch)) for batch in batches])
+    found = float((torch.stack(losses) * weights).sum() / weights.sum())
+assert abs(found - best) < 1e-5, (found, best)
+torch.save(network.state_dict(), {out!r} + "/" + str(module.global_rank) + ".pt")
 """
 
 

@@ -203,12 +203,6 @@ def test_tensorboard_gets_the_losses_where_it_is_installed(tiny, tmp_path):
     assert [event.value for event in events] == pytest.approx([float(module.losses[step]) for step in (9, 19)])
 
 
-def test_sharding_without_cuda_is_refused_with_the_way_out(tiny, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"'fsdp', which needs CUDA.*'ddp'"):
-        train(tiny.network, tiny.masked, tiny.cells, CONFIG.replace(strategy="fsdp"), title="t", progress=False)
-
-
 def test_a_truncated_checkpoint_is_refused_and_the_one_before_used(tiny, tmp_path, caplog):
     run = tmp_path / "run"
     train(tiny.network, tiny.masked, tiny.cells, CONFIG, title="t", run_dir=run, progress=False)
