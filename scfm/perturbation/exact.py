@@ -24,7 +24,7 @@ from scfm.perturbation.null import N_NULL, with_matched_null
 from scfm.perturbation.runner import Checkpoint, Requests, VariantRunner
 from scfm.perturbation.shifts import ShiftRecord, cosine_distance, goal_shift
 from scfm.perturbation.states import Measure, States, checked_measure, read_states
-from scfm.perturbation.statistics import Null, describe, rank_sum
+from scfm.perturbation.statistics import Null, describe, rank_sum, ranked
 from scfm.perturbation.variants import Genes, Perturbations
 from scfm.vocab import Vocabulary
 
@@ -46,6 +46,7 @@ def perturb(
     goal: str | None = None,
     null_genes: Genes | None = None,
     missing: str = "report",
+    min_cells: int = 3,
     n_bootstrap: int = 1000,
     precision: Precision = "fp32",
     checkpoint: str | Path | None = None,
@@ -108,12 +109,15 @@ def perturb(
 
     options: dict[str, Any] = {"null": null_of(perturbations), "n_bootstrap": n_bootstrap, "seed": seed}
     if on_genes:
-        table = tabulate_genes(shifts, perturbations.names, vocabulary.tokens, **options)
+        table = tabulate_genes(shifts, perturbations.names, vocabulary.tokens, **options, min_cells=min_cells)
         return table[table["gene"].isin(asked.names)].reset_index(drop=True)
-    table = tabulate(shifts, perturbations.names, **options, tested=f"{by}_shift" if by != "shift" else by)
+    tested = f"{by}_shift" if by != "shift" else by
+    table = tabulate(shifts, perturbations.names, **options, tested=tested, min_cells=min_cells)
     if genes is not None:
+        null_names = list(perturbations.names[len(asked.names) :]) if null is None else list(null.names)
+        null_means = table.loc[table.index.isin(null_names), f"{tested}_mean"].tolist()
         table = with_absent(table[table.index.isin(asked.names)], absent)
-        table.attrs["null_genes"] = list(perturbations.names[len(asked.names) :]) if null is None else list(null.names)
+        table.attrs = {"null_genes": null_names, "null_means": null_means}
     return table
 
 
@@ -254,6 +258,7 @@ def tabulate(
     n_bootstrap: int = 1000,
     seed: int = 0,
     tested: str | None = None,
+    min_cells: int = 1,
 ) -> pd.DataFrame:
     """Turn a record into the table that `perturb` returns; `tested` is the measure of tests and order."""
     tested = tested or next(name for name in ("label_shift", "goal_shift", "shift") if name in shifts.measures)
@@ -262,4 +267,4 @@ def tabulate(
     parts += [rank_sum(shifts, tested, null=null)]
     table = pd.concat(parts, axis=1)
     table.index = pd.Index([names[row] for row in shifts.rows], name="gene")
-    return table.sort_values(f"{tested}_mean", ascending=tested == "label_shift", kind="stable")
+    return ranked(table, f"{tested}_mean", min_cells=min_cells)

@@ -16,7 +16,7 @@ from scfm.models.model import TOKENS_PER_BATCH, runs_of_tokens
 from scfm.perturbation.edits import TokenCell
 from scfm.perturbation.runner import VariantRunner
 from scfm.perturbation.shifts import ShiftRecord, cosine_distance
-from scfm.perturbation.statistics import Null, describe, rank_sum
+from scfm.perturbation.statistics import Null, describe, rank_sum, ranked
 from scfm.perturbation.variants import cell_of, pack
 
 OTHER_GENES = "all other genes under the same perturbation"
@@ -81,6 +81,7 @@ def tabulate_genes(
     null: Null | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
+    min_cells: int = 1,
 ) -> pd.DataFrame:
     """Convert a record with one row per perturbation and gene to the table that `perturb` returns.
 
@@ -107,4 +108,4 @@ def tabulate_genes(
     parts.append(pd.concat(tests).sort_index())
     table = pd.concat(parts, axis=1)
     table["null"] = OTHER_GENES if null is None else f"the same gene under {null.name}"
-    return table.sort_values("shift_mean", ascending=False, kind="stable", ignore_index=True)
+    return ranked(table, "shift_mean", min_cells=min_cells).reset_index(drop=True)

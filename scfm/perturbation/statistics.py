@@ -64,6 +64,15 @@ def bootstrap_interval(values_N: NDArray[np.float64], *, n_bootstrap: int, seed:
     return float(low), float(high)
 
 
+def ranked(table: pd.DataFrame, column: str, *, min_cells: int) -> pd.DataFrame:
+    """A table ordered by a column, the largest first, with rows of fewer than `min_cells` cells last.
+
+    For `label_shift_mean` the lowest are first: the genes whose loss makes a label least likely.
+    """
+    table = table.sort_values(column, ascending=column.startswith("label_shift"), kind="stable")
+    return table.iloc[np.argsort(table["n_cells"].to_numpy() < min_cells, kind="stable")]
+
+
 def rank_sum(record: ShiftRecord, measure: str, *, null: Null | None = None) -> pd.DataFrame:
     """Test the values of each row against a null with a two-sided rank-sum test.
 

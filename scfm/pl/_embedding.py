@@ -83,24 +83,17 @@ def embedding(
     """
     columns = [color] if isinstance(color, str) else list(color)
     key = _require(adata, columns, basis, ax)
-    if ax is None:
-        _, axes = plt.subplots(1, len(columns), figsize=(5.4 * len(columns), 4.4), squeeze=False, layout="constrained")
-        panels = list(axes[0])
-    else:
-        panels = [ax]
     points = np.asarray(adata.obsm[key])[:, :2]
     values = [_values(adata, column, layer) for column in columns]
-    colors: list[dict[str, str] | None] = []
-    for column, panel_values in zip(columns, values):
-        colors.append(_colors_of(adata, column, panel_values, palette, colors))
+    colors = _colors_of_panels(adata, columns, values, palette)
+    panels = [ax] if ax is not None else _panels(colors)
     options = {"s": float(np.clip(12_000 / max(len(points), 1), 1, 20)) if size is None else size, **options}
     axis_name = {"umap": "UMAP", "tsne": "tSNE", "pca": "PC"}.get(key.removeprefix("X_"), key)
     for number, (panel, column) in enumerate(zip(panels, columns)):
         if (own := colors[number]) is None:
             _draw_numbers(panel, points, values[number], palette, options)
         else:
-            legend = not any(other is not None and set(other) == set(own) for other in colors[number + 1 :])
-            _draw_categories(panel, points, values[number], own, options, legend=legend)
+            _draw_categories(panel, points, values[number], own, options, legend=_has_legend(colors, number))
         panel.set(title=column, xticks=[], yticks=[], xlabel=f"{axis_name} 1", ylabel=f"{axis_name} 2")
     finish(panels[0], save=save, show=show)
     return panels
@@ -139,17 +132,41 @@ def _categories(values: pd.Series) -> list[str] | None:
     return sorted(present)
 
 
-def _colors_of(
-    adata: anndata.AnnData,
-    column: str,
-    values: pd.Series,
-    palette: Palette | None,
-    earlier: Sequence[dict[str, str] | None],
-) -> dict[str, str] | None:
-    """Color of each category of a panel, None for numbers.
+def _has_legend(colors: Sequence[dict[str, str] | None], number: int) -> bool:
+    """Whether no later panel has the same names, and with them the legend of this one."""
+    own = colors[number]
+    return own is not None and not any(other is not None and set(other) == set(own) for other in colors[number + 1 :])
 
-    They come from `palette`, else from `uns`, else from an earlier panel that shares a name, else from the default colors.
+
+def _panels(colors: Sequence[dict[str, str] | None]) -> list[Axes]:
+    """Axes of a new figure, which is wide enough for the legends between them."""
+    width = 4.7 * len(colors)
+    for number, own in enumerate(colors):
+        if own and _has_legend(colors, number):
+            width += -(-len(own) // LEGEND_ROWS) * (0.35 + 0.075 * max(map(len, own)))
+    _, axes = plt.subplots(1, len(colors), figsize=(width, 4.4), squeeze=False, layout="constrained")
+    return list(axes[0])
+
+
+def _colors_of_panels(
+    adata: anndata.AnnData, columns: Sequence[str], values: Sequence[pd.Series], palette: Palette | None
+) -> list[dict[str, str] | None]:
+    """Colors of the categories of each panel, None for numbers; names that panels share have one color.
+
+    They come from `palette`, else from `uns`, else from another panel that shares a name, else from the default colors.
     """
+    stored = [_stored_colors(adata, column, series) for column, series in zip(columns, values)]
+    shared = {name: color for panel in reversed(stored) for name, color in panel.items()}
+    colors: list[dict[str, str] | None] = []
+    for own, panel_values in zip(stored, values):
+        found = _colors_of(panel_values, palette, {**shared, **own})
+        shared = {**(found or {}), **shared}
+        colors.append(found)
+    return colors
+
+
+def _colors_of(values: pd.Series, palette: Palette | None, known: Mapping[str, str]) -> dict[str, str] | None:
+    """Color of each category of a panel, None for numbers; `known` colors serve if there is no `palette`."""
     names = _categories(values)
     if names is None:
         return None
@@ -158,10 +175,7 @@ def _colors_of(
     elif palette is not None and not isinstance(palette, str):
         given = dict(zip(names, palette))
     else:
-        given = _stored_colors(adata, column, values)
-        if not given:
-            for panel in earlier:
-                given = {**{name: panel[name] for name in names if name in panel}, **given} if panel else given
+        given = {name: known[name] for name in names if name in known}
     given = {name: to_hex(color) for name, color in given.items()}
     if UNASSIGNED in names:
         given.setdefault(UNASSIGNED, UNLABELED_COLOR)

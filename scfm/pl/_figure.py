@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import ScalarFormatter
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -23,6 +26,13 @@ COLORS = [
 UNLABELED_COLOR = "#dddddd"
 UNASSIGNED = "unassigned"  # what `scfm.tl.annotate` calls a cell without a clear label
 GRAY = "#666666"
+N_SIDES = 8  # on which a name can be written next to its point
+# Measures of a perturbation, by the prefix of their columns; a table is sorted by the first that it has.
+MEASURES = {
+    "label_shift": "change of the log-odds of the cell's label",
+    "goal_shift": "shift toward the goal, change of cosine",
+    "shift": "shift of the embedding, 1 - cosine",
+}
 
 
 def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
@@ -48,42 +58,68 @@ def power_in_label(axis: Axis, label: str) -> None:
 
 def measure_of(effects: pd.DataFrame) -> tuple[str, str]:
     """Prefix of the columns that a table of perturbations is sorted by, and the label of an axis for it."""
-    if not {"shift_mean", "goal_shift_mean"} & set(effects):
-        raise KeyError(
-            f"The table has no column 'shift_mean' ({', '.join(map(str, effects.columns[:8])) or 'no columns'}). Pass what "
-            "`scfm.tl.perturb` or `scfm.tl.screen` returned."
-        )
-    if "goal_shift_mean" in effects:
-        return "goal_shift", "shift toward the goal, change of cosine"
-    return "shift", "shift of the embedding, 1 - cosine"
+    for measure, words in MEASURES.items():
+        if f"{measure}_mean" in effects:
+            return measure, words
+    raise KeyError(
+        f"The table has no column 'shift_mean' ({', '.join(map(str, effects.columns[:8])) or 'no columns'}). Pass what "
+        "`scfm.tl.perturb` or `scfm.tl.screen` returned."
+    )
 
 
-def name_points(ax: Axes, points: pd.DataFrame, *, size: float = 7) -> None:
-    """Write the index of `points` (columns x and y) next to them.
+def largest(effects: pd.DataFrame, measure: str, n: int) -> pd.DataFrame:
+    """The `n` rows with the largest mean effects, the largest first; of effects on a label, the lowest."""
+    column = f"{measure}_mean"
+    return effects.nsmallest(n, column) if measure == "label_shift" else effects.nlargest(n, column)
 
-    Each name is written on the first of four sides on which it covers no earlier name and stays inside the axes; a name
-    without such a side is left out.
+
+def named(effects: pd.DataFrame) -> pd.DataFrame:
+    """The table with the name of each row as its index; a row of a gene and an affected gene has both."""
+    if "affected" not in effects:
+        return effects
+    return effects.set_axis(effects["gene"].astype(str) + " on " + effects["affected"].astype(str), axis=0)
+
+
+def name_points(ax: Axes, points: pd.DataFrame, *, others: pd.DataFrame | None = None, size: float = 7) -> None:
+    """Write the index of `points` (columns x and y) next to them; call it after everything else is drawn.
+
+    Each name is written where it stays inside the axes, covers no earlier name, and covers the fewest points (of `points`
+    and `others`), the nearer the better; a line leads to a name that is not next to its point. A name without a free
+    position is left out.
     """
-    ax.autoscale_view()  # positions on the page follow the limits, which matplotlib sets late
-    scale = 72 / ax.figure.dpi  # from pixels to points, in which the size of text is given
+    figure = ax.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()  # positions on the page are known once the layout is
+    scale = 72 / figure.dpi  # from pixels to points, in which the size of text is given
     (left, bottom), (right, top) = ax.transAxes.transform([(0, 0), (1, 1)]) * scale
-    taken: list[tuple[float, float, float, float]] = []
+    drawn = points if others is None else pd.concat([points, others])
+    dots = ax.transData.transform(drawn[["x", "y"]].to_numpy(dtype=float)) * scale
+    taken = np.zeros((0, 4))
     for name, x, y in zip(points.index.astype(str), points["x"], points["y"]):
-        at_x, at_y = ax.transData.transform((x, y)) * scale
-        width, height = 0.65 * size * len(name), size + 1
-        for toward_x, toward_y in ((1, 1), (-1, 1), (1, -1), (-1, -1)):
-            start = at_x + 3 if toward_x > 0 else at_x - 3 - width
-            base = at_y + 3 if toward_y > 0 else at_y - 3 - height
-            inside = left <= start and start + width <= right and bottom <= base and base + height <= top
-            free = all(
-                start >= x1 or x0 >= start + width or base >= y1 or y0 >= base + height for x0, x1, y0, y1 in taken
-            )
-            if inside and free:
-                taken.append((start, start + width, base, base + height))
-                side, rise = ("left" if toward_x > 0 else "right"), ("bottom" if toward_y > 0 else "top")
-                offset = (3 * toward_x, 3 * toward_y)
-                ax.annotate(name, (x, y), offset, textcoords="offset points", ha=side, va=rise, fontsize=size)
-                break
+        box = np.array([TextPath((0, 0), name, size=size).get_extents().width + 2, size + 1])
+        center = ax.transData.transform((x, y)) * scale + _offsets(box)
+        low, high = center - box / 2, center + box / 2
+        inside = (low >= (left, bottom)).all(1) & (high <= (right, top)).all(1)
+        free = ~(
+            (low[:, None] < taken[None, :, 2:]).all(-1) & (high[:, None] > taken[None, :, :2]).all(-1)
+        ).any(1)  # fmt: skip
+        covered = ((dots > low[:, None] - 1) & (dots < high[:, None] + 1)).all(-1).sum(1)
+        allowed = np.flatnonzero(inside & free)
+        if not len(allowed):
+            continue
+        best = allowed[np.lexsort((allowed, 3 * covered[allowed] + allowed // N_SIDES))[0]]
+        taken = np.vstack([taken, [*low[best], *high[best]]])
+        line = {"arrowstyle": "-", "color": GRAY, "lw": 0.5, "shrinkA": 0, "shrinkB": 1} if best >= N_SIDES else None
+        offset = _offsets(box)[best]
+        ax.annotate(
+            name, (x, y), offset, textcoords="offset points", ha="center", va="center", fontsize=size, arrowprops=line
+        )
+
+
+def _offsets(box: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centers of a text of this width and height (points) around a point, shape (5 N_SIDES, 2): next to it, then farther."""
+    sides = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)], dtype=float)
+    return np.concatenate([sides * (box / 2 + gap) for gap in (3, 10, 20, 34, 50)])
 
 
 def finish(ax: Axes, *, save: str | Path | None, show: bool | None) -> None:

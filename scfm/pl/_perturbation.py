@@ -15,8 +15,10 @@ from scfm.pl._figure import (
     UNLABELED_COLOR,
     axes_of,
     finish,
+    largest,
     measure_of,
     name_points,
+    named,
     power_in_label,
 )
 
@@ -39,7 +41,8 @@ def perturbation(
     Parameters
     ----------
     effects
-        Table from `scfm.tl.perturb`. If it has a goal, the shifts toward the goal are drawn.
+        Table from `scfm.tl.perturb` or `scfm.tl.screen`. The measure that it is sorted by is drawn: the change of the
+        log-odds of the label, the shift toward the goal, or the shift.
     n_genes
         Number of genes to draw.
     min_cells
@@ -50,7 +53,8 @@ def perturbation(
 
     Returns
     -------
-    The axes. The gray band holds the middle 95 % of the mean shifts of all genes in the table, if it has 20 or more.
+    The axes, with the largest effect on top; for labels the lowest, the genes that hold cells in their state. The gray band
+    holds the middle 95 % of the mean effects of the null genes, or, if the table names none, of its own genes. It needs 20.
 
     Raises
     ------
@@ -66,8 +70,8 @@ def perturbation(
     ['CST3', 'CD74']
     """
     measure, words = measure_of(effects)
-    measured = effects[effects["n_cells"] >= min_cells]
-    drawn = measured.nlargest(n_genes, f"{measure}_mean")[::-1]
+    measured = named(effects[effects["n_cells"] >= min_cells])
+    drawn = largest(measured, measure, n_genes)[::-1]
     if drawn.empty:
         raise ValueError(
             f"No gene of `effects` is expressed in {min_cells} cells or more; lower `min_cells` or perturb more cells."
@@ -83,7 +87,7 @@ def perturbation(
     for row, n_cells in enumerate(drawn["n_cells"]):
         ax.text(1.01, row, f"{n_cells} cells", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color=GRAY)
     ax.set_yticks(position, drawn.index, fontsize=8)
-    ax.set_ylabel("perturbed gene")
+    ax.set(ylabel="perturbed gene", ylim=(-0.7, len(drawn) - 0.3))
     if "fdr" in drawn:
         for color, label in ((COLORS[0], f"FDR up to {max_fdr:g}"), ("white", "FDR above")):
             ax.scatter([], [], c=color, edgecolors=COLORS[0], s=26, label=label)
@@ -96,11 +100,16 @@ def perturbation(
 
 
 def _draw_null_band(ax: Axes, effects: pd.DataFrame, measure: str) -> None:
-    """Shade the range of the mean shifts of most genes, with which a single gene is to be compared."""
-    if len(effects) < MIN_GENES_IN_BAND:
+    """Shade the range of most genes' mean effects, with which a single gene is to be compared; draw 0 for a signed effect."""
+    if measure != "shift":
+        ax.axvline(0, color=GRAY, lw=0.8, ls=":")
+    means, kind = effects.attrs.get("null_means", ()), "null genes"
+    if not len(means):
+        means, kind = effects[f"{measure}_mean"], "pairs of genes" if "affected" in effects else "genes"
+    if len(means) < MIN_GENES_IN_BAND:
         return
-    low, high = effects[f"{measure}_mean"].quantile([0.025, 0.975])
-    ax.axvspan(low, high, color=UNLABELED_COLOR, alpha=0.6, lw=0, label=f"middle 95 % of {len(effects)} genes")
+    low, high = np.quantile(means, [0.025, 0.975])
+    ax.axvspan(low, high, color=UNLABELED_COLOR, alpha=0.6, lw=0, label=f"middle 95 % of {len(means)} {kind}")
 
 
 @document
@@ -143,7 +152,7 @@ def volcano(
     ['FDR = 0.05', 'CD74']
     """
     measure, words = measure_of(effects)
-    tested = effects.dropna(subset=["fdr"]) if "fdr" in effects else effects[:0]
+    tested = named(effects.dropna(subset=["fdr"]) if "fdr" in effects else effects[:0])
     if tested.empty:
         raise ValueError("No perturbation of `effects` has a false discovery rate; perturb more genes, or more cells.")
     smallest = tested["fdr"][tested["fdr"] > 0].min()
@@ -157,9 +166,9 @@ def volcano(
     side = ax.get_yaxis_transform()
     height_of_line, words_of_line = -np.log10(max_fdr), f"FDR = {max_fdr:g}"
     ax.text(0.99, height_of_line, words_of_line, transform=side, ha="right", va="bottom", fontsize=7, color=GRAY)
-    points = pd.DataFrame({"x": mean[sure], "y": height[sure]})
-    name_points(ax, points.nlargest(n_names, ["y", "x"]))
     ax.set_ylabel("-log10 false discovery rate")
     power_in_label(ax.xaxis, f"{words} (mean)")
+    points = pd.DataFrame({"x": mean, "y": height, "size": mean.abs()})
+    name_points(ax, points[sure].nlargest(n_names, ["y", "size"]), others=points)
     finish(ax, save=save, show=show)
     return ax

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from scfm._docs import document
-from scfm.pl._figure import COLORS, GRAY, axes_of, finish, measure_of, name_points, power_in_label
+from scfm.pl._figure import COLORS, GRAY, axes_of, finish, largest, measure_of, name_points, power_in_label
 
 
 @document
@@ -56,11 +56,11 @@ def screen(
     ax.scatter(exact["estimate_mean"], mean, s=16, color=COLORS[0], linewidths=0)
     low, high = min(exact["estimate_mean"].min(), mean.min()), max(exact["estimate_mean"].max(), mean.max())
     ax.plot([low, high], [low, high], color=GRAY, lw=0.8, ls="--")
-    largest = mean.nlargest(n_names)
-    name_points(ax, pd.DataFrame({"x": exact.loc[largest.index, "estimate_mean"], "y": largest}))
     if (recall := table.attrs.get("recall_estimate")) is not None:
         ax.set_title(f"{len(exact)} of {len(table)} genes exact; estimated recall {recall:.0%}", fontsize=9)
     power_in_label(ax.xaxis, f"estimated {words}")
     power_in_label(ax.yaxis, f"exact {words}")
+    points = pd.DataFrame({"x": exact["estimate_mean"], "y": mean})
+    name_points(ax, points.loc[largest(exact, measure, n_names).index], others=points)
     finish(ax, save=save, show=show)
     return ax

@@ -33,6 +33,7 @@ def perturb(
     goal: str | None = None,
     null_genes: Genes | None = None,
     missing: str = "report",
+    min_cells: int = 3,
     n_bootstrap: int = 1000,
     precision: Precision = "fp32",
     checkpoint: str | Path | None = None,
@@ -83,6 +84,8 @@ def perturb(
     missing
         For perturbations that cannot be done in any cell: "report" for a row with `n_cells` 0 and a `reason`, or "error" to
         raise. It is always an error if none can be done.
+    min_cells
+        Perturbations that fewer cells allow come last in the table, because their means are uncertain.
     {n_bootstrap}
     precision
         "fp32", or "bf16" for blocks of the network in bfloat16, which is faster on processors that support it.
@@ -107,7 +110,8 @@ def perturb(
     - `label_shift_...`: the same for the change of the log-odds, instead of the others
     - `excess_...`, `goal_excess_...`, `label_excess_...`: for combinations, the effect minus the sum of the effects of the
       single genes in the same cell
-    - `null`, a description of the null of the chosen measure, and `null_mean`; `attrs["null_genes"]` lists its genes
+    - `null`, a description of the null of the chosen measure, and `null_mean`; `attrs["null_genes"]` lists its genes, and
+      `attrs["null_means"]` their mean effects
     - `effect_size`, the rank-biserial correlation with the null, from -1 to 1
     - `p_value` of the rank-sum test, and `fdr`, the false discovery rate (Benjamini-Hochberg) over the requested genes
     - `reason`, with `genes`: why a perturbation could not be done, empty for the others
@@ -161,6 +165,7 @@ def perturb(
         goal=goal,
         null_genes=null_genes,
         missing=missing,
+        min_cells=min_cells,
         n_bootstrap=n_bootstrap,
         precision=precision,
         checkpoint=checkpoint,

@@ -28,7 +28,7 @@ def screen(
     n_verify: int = 75,
     n_check: int = 20,
     n_projections: int = 8,
-    min_cells: int = 1,
+    min_cells: int = 3,
     n_bootstrap: int = 1000,
     precision: Precision = "fp32",
     layer: str | None = None,
@@ -66,7 +66,7 @@ def screen(
         directions are slower and more accurate. Each call computes the directions from at most 640 exact deletions in ten
         random cells.
     min_cells
-        Minimum number of cells that express a gene for it to be verified.
+        Minimum number of cells that express a gene for it to be verified; the others come last in the table.
     {n_bootstrap}
     precision
         Precision of the estimates: "fp32", or "bf16" for blocks of the network in bfloat16, which is faster on processors

@@ -87,7 +87,7 @@ def slow_deletions(model, adata):
 @pytest.mark.parametrize("kind", ["rank", "bin"])
 def test_deletions_agree_with_a_plain_loop(cells, kind):
     model = toy_model(cells, kind)
-    table = scfm.tl.perturb(cells, model, progress=False)
+    table = scfm.tl.perturb(cells, model, min_cells=1, progress=False)
     oracle = slow_deletions(model, cells)
     assert set(table.index) == set(oracle)
     for gene, shifts in oracle.items():
@@ -467,3 +467,12 @@ def test_bad_arguments_are_named(cells, rank_model, arguments, error, message):
     adata.obs["state"] = "a"
     with pytest.raises(error, match=message):
         scfm.tl.perturb(adata, rank_model, progress=False, **arguments)
+
+
+def test_perturbations_of_few_cells_come_last(cells, rank_model):
+    every = scfm.tl.perturb(cells, rank_model, min_cells=1, n_bootstrap=0, progress=False)
+    table = scfm.tl.perturb(cells, rank_model, n_bootstrap=0, progress=False)
+    many, few = every[every["n_cells"] >= 3], every[every["n_cells"] < 3]
+    assert len(few) > 0
+    assert every["shift_mean"].is_monotonic_decreasing
+    pd.testing.assert_frame_equal(table, pd.concat([many, few]))

@@ -93,6 +93,22 @@ def test_embedding_takes_the_colors_of_uns_and_of_the_palette(adata):
         shown(palette=given[:3])
 
 
+def test_names_that_panels_share_have_the_stored_color_whatever_the_order(adata):
+    adata.uns["bulk_labels_colors"] = COLORS[5:15]
+    for color in (["bulk_labels", "other"], ["other", "bulk_labels"]):
+        panels = scfm.pl.embedding(adata, color=color, show=False)
+        seen = [
+            {
+                text.get_text(): to_hex(handle.get_facecolor()[0])
+                for text, handle in zip(legend.get_texts(), legend.legend_handles)
+            }
+            for legend in (panel.get_legend() for panel in panels)
+            if legend is not None
+        ]
+        assert all(shown[name] == seen[-1][name] for shown in seen for name in set(shown) & set(seen[-1]))
+        assert seen[-1]["CD34+"] == COLORS[5 + list(adata.obs["bulk_labels"].cat.categories).index("CD34+")].lower()
+
+
 def test_embedding_starts_with_the_first_color_in_each_panel_without_shared_names(adata):
     adata.obs["side"] = np.where(adata.obs["S_score"] < 0, "left", "right")
     _, ax = scfm.pl.embedding(adata, color=["bulk_labels", "side"], show=False)
@@ -252,15 +268,57 @@ def test_volcano_colors_and_names_what_is_sure(effects):
 
 
 def test_names_of_points_stay_inside_and_apart():
-    """The name of a point at the right edge is to its left; of five points in one position, four have a free side."""
+    """Names of a point at the right edge and of five points in one position are inside the axes and do not overlap."""
     crowded = pd.DataFrame(
         {"shift_mean": [0.05, *[0.02] * 5, 0.01], "fdr": [1e-9, *[1e-4] * 5, 0.9]}, index=["EDGE", *"ABCDE", "NOT"]
     )
     ax = scfm.pl.volcano(crowded, show=False)
-    assert [text.get_text() for text in ax.texts[1:]] == ["EDGE", "A", "B", "C", "D"]
+    assert [text.get_text() for text in ax.texts[1:]] == ["EDGE", "A", "B", "C", "D", "E"]
     assert texts_that_overlap(ax.figure) == []
-    box, frame = ax.texts[1].get_window_extent(), ax.get_window_extent()
-    assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+    frame = ax.get_window_extent()
+    for text in ax.texts[1:]:
+        box = text.get_window_extent()
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+
+
+def test_names_keep_clear_of_points():
+    """A point to the upper right of another one leaves the other sides free; no name covers a point."""
+    close = pd.DataFrame({"shift_mean": [0.02, 0.0202, 0.01, 0.03], "fdr": [1e-4, 9e-5, 0.9, 0.9]}, index=list("ABCD"))
+    ax = scfm.pl.volcano(close, show=False)
+    ax.figure.draw_without_rendering()
+    points = ax.transData.transform(np.concatenate([found.get_offsets() for found in ax.collections]))
+    for text in ax.texts[1:]:
+        box = text.get_window_extent()
+        assert not any(box.contains(x, y) for x, y in points)
+
+
+def test_effects_on_a_label_put_the_lowest_on_top(effects):
+    columns = {"shift_mean": "label_shift_mean", "shift_sem": "label_shift_sem"}
+    lowest = effects.rename(columns=columns).assign(label_shift_mean=np.linspace(-0.2, 0.1, 30), fdr=0.01)
+    ax = scfm.pl.perturbation(lowest, n_genes=3, show=False)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["GENE2", "GENE1", "GENE0"]
+    assert "log-odds" in ax.get_xlabel()
+    volcano = scfm.pl.volcano(lowest.assign(fdr=np.linspace(0.001, 0.9, 30)), n_names=1, show=False)
+    assert [text.get_text() for text in volcano.texts] == ["FDR = 0.05", "GENE0"]
+    lowest = lowest.assign(estimate_mean=lowest["label_shift_mean"], exact=True)
+    screen = scfm.pl.screen(lowest, n_names=1, show=False)
+    assert [text.get_text() for text in screen.texts] == ["GENE0"]
+
+
+def test_the_band_is_of_the_null_genes_that_the_table_names(effects):
+    effects.attrs["null_means"] = np.linspace(-1, 1, 21).tolist()
+    ax = scfm.pl.perturbation(effects[:2], show=False)
+    band = ax.patches[0].get_extents()
+    (x0, _), (x1, _) = ax.transData.inverted().transform([(band.x0, 0), (band.x1, 0)])
+    np.testing.assert_allclose([x0, x1], [-0.95, 0.95])
+    assert "middle 95 % of 21 null genes" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_pairs_of_genes_are_named_by_both():
+    pairs = pd.DataFrame({"gene": ["A", "A"], "affected": ["B", "C"], "n_cells": 9, "shift_mean": [2.0, 1.0]})
+    ax = scfm.pl.perturbation(pairs.assign(shift_sem=0.1), show=False)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["A on C", "A on B"]
 
 
 def test_screen_draws_estimate_against_exact_for_verified_genes_only(effects):

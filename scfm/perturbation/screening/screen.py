@@ -25,6 +25,7 @@ from scfm.perturbation.screening.estimate import Estimator, require_screenable
 from scfm.perturbation.screening.recall import recall_estimate
 from scfm.perturbation.shifts import ShiftRecord
 from scfm.perturbation.states import States, checked_measure, read_states
+from scfm.perturbation.statistics import ranked
 from scfm.perturbation.variants import Perturbations
 
 N_TOP = 50  # best genes whose recall is estimated
@@ -45,7 +46,7 @@ def screen(
     n_verify: int = 75,
     n_check: int = 20,
     n_projections: int = 8,
-    min_cells: int = 1,
+    min_cells: int = 3,
     n_bootstrap: int = 1000,
     precision: Precision = "fp32",
     layer: str | None = None,
@@ -79,6 +80,7 @@ def screen(
         directions = projections(model, states.cells, positions=positions, n_projections=n_projections, seed=seed)
     network = model.network_in(precision)
     estimate_all(network, states, estimates, directions, readout=readout, positions=positions, progress=progress)
+    min_cells = min(min_cells, len(states.cells))
     candidates = _candidates(estimates, measured, min_cells)
     best, others = candidates.index[:n_verify].to_numpy(), candidates.index[n_verify:].to_numpy()
     n_check = min(n_check if n_verify else 0, len(others))
@@ -86,6 +88,7 @@ def screen(
     exact = _verify(model, states, np.concatenate([best, checked]), readout, positions, seed, progress)
 
     table = _joined(estimates, exact, measured, model, n_bootstrap=n_bootstrap, seed=seed)
+    table = ranked(table, f"{measured}_mean", min_cells=min_cells)
     table.attrs = _summary(candidates, exact, measured, best, checked)
     return table
 
@@ -186,7 +189,7 @@ def _joined(
         columns = [name for name in verified if name.startswith(measure)]
         table.loc[verified.index, columns] = verified[columns]
         table.loc[verified.index, "exact"] = True
-    return table.sort_values(f"{measure}_mean", ascending=measure == "label_shift", kind="stable")
+    return table
 
 
 def _summary(
