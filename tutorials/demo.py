@@ -10,9 +10,12 @@ import matplotlib
 
 matplotlib.use("agg")
 
+import matplotlib.pyplot as plt
 import scanpy as sc
 
 import scfm
+
+STATES = ("CD19+ B", "CD14+ Monocyte", "CD56+ NK")
 
 
 def main(folder: Path) -> None:
@@ -30,18 +33,22 @@ def main(folder: Path) -> None:
     # Labels for every cell, with confidence.
     scfm.tl.annotate(adata, model)
 
-    # scanpy takes it from here.
+    # scanpy takes it from here. The figures show only cells that took no part in training.
     sc.pp.neighbors(adata, use_rep="X_scfm")
     sc.tl.umap(adata)
-    scfm.pl.embedding(adata, color=["bulk_labels", "scfm_label"], save=folder / "embedding.png", show=False)
-    held_out = adata[adata.obs["scfm_split"] == "test"]
+    held_out = adata[adata.obs["scfm_split"] == "test"].copy()
+    scfm.pl.embedding(held_out, color=["bulk_labels", "scfm_label"], save=folder / "embedding.png", show=False)
     scfm.pl.confusion(held_out, truth="bulk_labels", save=folder / "confusion.png", show=False)
 
-    # Which genes matter most to the state of a B cell? Delete each in turn and see how far the cell moves.
-    b_cells = adata[adata.obs["bulk_labels"] == "CD19+ B"][:25]
-    effects = scfm.tl.perturb(b_cells, model, kind="delete")
-    effects.to_csv(folder / "perturbation.csv")
-    scfm.pl.perturbation(effects, save=folder / "perturbation.png", show=False)
+    # Which genes hold a cell in its state? Delete each, and see whether the model still gives the cell its label.
+    figure, axes = plt.subplots(1, len(STATES), figsize=(5 * len(STATES), 3.6), layout="constrained")
+    for ax, state in zip(axes, STATES):
+        cells = held_out[held_out.obs["bulk_labels"] == state].copy()
+        effects = scfm.tl.screen(cells, model, measure="label", groupby="bulk_labels")
+        effects.to_csv(folder / f"genes_of_{state.split()[-1]}.csv")
+        scfm.pl.perturbation(effects, n_genes=10, ax=ax, show=False)
+        ax.set_title(f"{state}, {cells.n_obs} held-out cells", pad=24)
+    figure.savefig(folder / "genes_of_states.png", dpi=150)
 
     adata.write_h5ad(folder / "pbmc.h5ad")
     print(report.round(3).to_string())

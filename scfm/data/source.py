@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from scfm.data.matrices import (
 from scfm.errors import CountsError
 from scfm.vocab import Vocabulary, strip_version
 
+logger = logging.getLogger(__name__)
+
 # Rows that are read, checked and encoded at once: enough to make the overhead of calls negligible, and about 100 MB at
 # 3,000 expressed genes per cell.
 BLOCK_ROWS = 8192
@@ -52,6 +55,8 @@ class CountSource:
         Column of `var` with the gene names; None for the index.
     depth
         Total counts of each cell if the matrix does not hold all genes, shape (n_obs,). None to sum the rows.
+    depth_key
+        Column that `depth` was read from, if any.
     obs_names
         Names of the cells, or a function that reads them.
     name
@@ -85,13 +90,14 @@ class CountSource:
         var: pd.DataFrame | None = None,
         gene_key: str | None = None,
         depth: ArrayLike | None = None,
+        depth_key: str | None = None,
         obs_names: Any = None,
         name: str = "the matrix",
         elsewhere: Mapping[str, Any] | None = None,
     ) -> None:
         if len(getattr(matrix, "shape", ())) != 2:
             raise CountsError(f"{name} is {type(matrix).__name__}, not a matrix of cells by genes.")
-        self.name, self.gene_key = name, gene_key
+        self.name, self.gene_key, self.depth_key = name, gene_key, depth_key
         self._matrix = readable_by_rows(matrix, name)
         self.n_obs, n_columns = map(int, self._matrix.shape)
         var = pd.DataFrame(index=pd.RangeIndex(n_columns).astype(str)) if var is None else var
@@ -110,7 +116,13 @@ class CountSource:
 
     @classmethod
     def of(
-        cls, data: Any, *, layer: str | None = None, gene_key: str | None = None, depth_key: str | None = None
+        cls,
+        data: Any,
+        *,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        depth_key: str | None = None,
+        usual_depth_key: str | None = None,
     ) -> CountSource:
         """Return the counts of an AnnData or a file. A `CountSource` is returned unchanged.
 
@@ -127,6 +139,9 @@ class CountSource:
             Column of `adata.obs` with the total counts of each cell over all measured genes, for a matrix that holds
             only some of them. None for the column named in `adata.uns["scfm"]["depth_key"]`, or, without one, for the
             sum of each row.
+        usual_depth_key
+            Column that a model read the depths of its cells from. It is used if nothing else names a column; if there is no
+            such column, a warning in the log says so.
 
         Raises
         ------
@@ -164,12 +179,13 @@ class CountSource:
                 f"{name} has {matrix.shape[0]} rows and {matrix.shape[1]} columns, but there are {data.n_obs} cells and "
                 f"{len(var)} genes: the data are damaged. Write them again from their source."
             )
-        depth_key = depth_key or _named_depth_key(data.uns)
+        depth_key = depth_key or _named_depth_key(data.uns) or _found(usual_depth_key, data.obs)
         return cls(
             matrix,
             var=var,
             gene_key=gene_key,
             depth=None if depth_key is None else columns.totals(data.obs, depth_key),
+            depth_key=depth_key,
             obs_names=lambda: data.obs_names,
             name=name,
             elsewhere=other_matrices(data, layer),
@@ -287,6 +303,18 @@ def _named_depth_key(uns: Mapping[str, Any]) -> str | None:
     records = uns.get("scfm")
     depth_key = records.get("depth_key") if isinstance(records, Mapping) else None
     return depth_key if isinstance(depth_key, str) else None
+
+
+def _found(depth_key: str | None, obs: Any) -> str | None:
+    """The column that a model read depths from, if these cells have it too; else None, and a warning in the log."""
+    if depth_key is None or depth_key in list(obs.columns):
+        return depth_key
+    logger.warning(
+        "The model was fitted with the depth of each cell from `adata.obs[%r]`, which these cells lack: their counts are "
+        "summed. That is right if they hold all measured genes; if not, pass `depth_key=`.",
+        depth_key,
+    )
+    return None
 
 
 def _find_genes(var: pd.DataFrame) -> tuple[NDArray[np.bool_], dict[str, int]]:

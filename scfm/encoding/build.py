@@ -67,7 +67,10 @@ def make_encoding(
         )
     if vocabulary is None and medians is not None:
         raise ValueError("`medians` are indexed by token id. Pass the `vocabulary` that they belong to.")
-    counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    counts = CountSource.of(
+        adata, layer=layer, gene_key=gene_key, depth_key=depth_key, usual_depth_key=config.depth_key
+    )
+    config = config.replace(depth_key=counts.depth_key or config.depth_key)
     if vocabulary is None:
         vocabulary = build_vocabulary(counts, config)
     genes = GeneMap.of(counts, vocabulary, duplicates=config.duplicates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from scfm._config import Config
 from scfm.encoding.registry import ENCODINGS, EncodingClass
@@ -54,6 +54,9 @@ class EncodingConfig(Config):
         If several columns have the same gene: "error" to raise, or "sum" to add their counts (Geneformer V2).
     seed
         Seed of the hash that chooses among the bins of tied values.
+    depth_key
+        Column of `adata.obs` that held the total counts of the cells that the encoding was learned from. It is looked up
+        in new cells too, and a warning in the log says if they lack it. None if the rows were summed.
 
     Examples
     --------
@@ -77,6 +80,7 @@ class EncodingConfig(Config):
     target_depth: float | None = None
     duplicates: DuplicatePolicy = "error"
     seed: int = 0
+    depth_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ENCODINGS:
@@ -85,6 +89,10 @@ class EncodingConfig(Config):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields by name; without `depth_key` if it is None, as in files of earlier versions, whose ids stay the same."""
+        return {name: value for name, value in super().to_dict().items() if name != "depth_key" or value is not None}
 
     def _check(self) -> None:
         rules = [

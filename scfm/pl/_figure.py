@@ -100,9 +100,8 @@ def name_points(ax: Axes, points: pd.DataFrame, *, others: pd.DataFrame | None =
         center = ax.transData.transform((x, y)) * scale + _offsets(box)
         low, high = center - box / 2, center + box / 2
         inside = (low >= (left, bottom)).all(1) & (high <= (right, top)).all(1)
-        free = ~(
-            (low[:, None] < taken[None, :, 2:]).all(-1) & (high[:, None] > taken[None, :, :2]).all(-1)
-        ).any(1)  # fmt: skip
+        apart = np.any((low[:, None] >= taken[None, :, 2:]) | (high[:, None] <= taken[None, :, :2]), axis=-1)
+        free = np.all(apart, axis=1)
         covered = ((dots > low[:, None] - 1) & (dots < high[:, None] + 1)).all(-1).sum(1)
         allowed = np.flatnonzero(inside & free)
         if not len(allowed):

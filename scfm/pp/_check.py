@@ -19,7 +19,7 @@ from scfm.data.source import BLOCK_ROWS, CountSource
 from scfm.encoding.base import Encoding
 from scfm.encoding.genes import GeneMap, GeneReport, guess_species
 from scfm.errors import CountsError, VocabularyMismatchError
-from scfm.pp._encode import empty_cells, encoding_of, gene_map
+from scfm.pp._encode import empty_cells, encoding_of, gene_map, open_counts
 from scfm.vocab import guess_id_type
 
 Verdict = Literal["ok", "note", "problem"]
@@ -161,7 +161,7 @@ def check(
     """
     encoding = encoding_of(model_or_encoding)
     try:
-        counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
+        counts = open_counts(adata, encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
     except CountsError as error:
         report = DataCheck(n_cells=getattr(adata, "n_obs", 0), n_genes=getattr(adata, "n_vars", 0))
         report.add("counts", str(error), "problem")

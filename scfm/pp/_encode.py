@@ -86,7 +86,7 @@ def encode(
     if empty not in ("error", "keep"):
         raise ValueError(f"`empty` is {empty!r}; it must be 'error' or 'keep'.")
     encoding = encoding_of(model_or_encoding)
-    counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    counts = open_counts(adata, encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
     genes = gene_map(counts, encoding)
     parts, empty_B = [], np.zeros(counts.n_obs, dtype=bool)
     for first, block, depth_B in counts.blocks(BLOCK_ROWS):
@@ -119,6 +119,11 @@ def encoding_of(model_or_encoding: Any) -> Encoding:
             "`scfm.load` return, its path, or an encoding from `scfm.encoding.make_encoding`."
         )
     return encoding
+
+
+def open_counts(adata: Any, encoding: Encoding, **where: str | None) -> CountSource:
+    """Open the counts of cells for an encoding, with their depths from the column that it was learned with."""
+    return CountSource.of(adata, **where, usual_depth_key=encoding.config.depth_key)
 
 
 def gene_map(counts: CountSource, encoding: Encoding) -> GeneMap:

@@ -11,7 +11,7 @@ from scfm.data import CountSource
 from scfm.data.counts import log_normalize
 from scfm.data.matrices import sum_columns
 from scfm.encoding import GeneMap
-from scfm.pp._encode import encoding_of
+from scfm.pp._encode import encoding_of, open_counts
 
 
 @document
@@ -57,7 +57,7 @@ def log_expression(
     (700, 767)
     """
     encoding = encoding_of(model_or_encoding)
-    counts = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    counts = open_counts(adata, encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
     genes = GeneMap.of(counts, encoding.vocabulary, duplicates=encoding.config.duplicates, min_coverage=0)
     n_tokens = len(encoding.vocabulary)
     parts = [

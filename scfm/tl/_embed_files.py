@@ -28,7 +28,7 @@ from scfm.data.ranks import gather, range_of_rank, torchrun_rank
 from scfm.encoding import GeneMap
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
-from scfm.pp._encode import empty_cells, gene_map, refuse_empty
+from scfm.pp._encode import empty_cells, gene_map, open_counts, refuse_empty
 from scfm.tl._record import record_of
 from scfm.tl._write_embedding import SUFFIXES, write_embedding
 
@@ -262,7 +262,7 @@ class _Blocks:
 
     def __init__(self, files: list[Path], rows: list[int], share: range, model: Model, where: dict[str, Any]) -> None:
         self._encoding, self.digest = model.encoding, ""
-        sources = [(CountSource.of(path, **where), span) for path, span in _spans(files, rows, share)]
+        sources = [(open_counts(path, model.encoding, **where), span) for path, span in _spans(files, rows, share)]
         # The genes of all files are checked before the work starts.
         self._sources = [(source, gene_map(source, model.encoding), span) for source, span in sources]
         self._blocks = self._read()

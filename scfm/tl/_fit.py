@@ -30,7 +30,7 @@ from scfm.models.initialize import sample_rows, start_from_loadings
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.objectives import make_objective
-from scfm.pp._encode import gene_map, require_cells
+from scfm.pp._encode import gene_map, open_counts, require_cells
 from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
 from scfm.train import FitConfig, run_stage
@@ -236,6 +236,11 @@ class _Counts:
     def make_encoding(self, settings: EncodingConfig, rows: NDArray[np.int64], vocabulary: Any = None) -> Encoding:
         return make_encoding(settings, adata=self.adata[rows], vocabulary=vocabulary, **self.source)
 
+    def with_depth(self, encoding: Encoding) -> Encoding:
+        """The encoding, with the column that these data read the depth of their cells from."""
+        depth_key = open_counts(self.adata, encoding, **self.source).depth_key
+        return encoding if depth_key in (None, encoding.config.depth_key) else encoding.replace(depth_key=depth_key)
+
     def genes_outside(self, encoding: Encoding) -> _MissingGenes:
         """Find the genes that have counts but no token."""
         counts = CountSource.of(self.adata, **self.source)
@@ -300,6 +305,7 @@ def _copied_model(
         rows = sample_rows(split.fitted, seed)
         network = extend_network(network, vocabulary, cells.expression_BV[rows], seed=seed)
     else:
+        encoding = counts.with_depth(encoding)
         cells = counts.cells(encoding, split)
         if missing.names:
             logger.info("%s", missing)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,8 @@ def pretrain(
     if init is not None and init != "svd" and not isinstance(init, Model):
         init = load(init)
     start = _start(init, preset, encoding, objective, vocabulary, medians)
+    if depth_key is not None:
+        start = replace(start, encoding=start.encoding.replace(depth_key=depth_key))
     n_obs = sum(map(count_rows, data.paths))
     config = (config or FitConfig.for_cells(n_obs)).with_defaults(**{**start.stage_defaults, "seed": seed})
     start_process_group(config, training_device(config))

@@ -12,7 +12,7 @@ from scfm.errors import LabelsError, ModelTaskError
 from scfm.perturbation.labels import LabelHead
 from scfm.perturbation.screening.estimate import Estimator
 
-FAST = {"n_bootstrap": 0, "progress": False}
+FAST = {"n_bootstrap": 0, "min_cells": 1, "progress": False}
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def without(cell, tokens):
 def test_shifts_of_genes_agree_with_a_plain_loop(cells, model):
     first, second = commonest(cells, 2)
     groups = {first: [first], f"{first}+{second}": [first, second]}
-    table = scfm.tl.perturb(cells, model, genes=list(groups.values()), effect_on="genes", progress=False)
+    table = scfm.tl.perturb(cells, model, genes=list(groups.values()), effect_on="genes", min_cells=1, progress=False)
     encoded, vocabulary = scfm.pp.encode(cells, model), model.encoding.vocabulary
     expected = {}
     for number in range(cells.n_obs):
