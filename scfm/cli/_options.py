@@ -16,6 +16,7 @@ import docstring_parser
 from cyclopts import Group, Parameter
 
 # What can be written on a command line; other members of a union, such as a Model next to a path, are left out.
+GROUPS = {"FitConfig": "Training"}  # titles of groups of options; others have the name of their configuration
 PLAIN_TYPES = (str, Path, int, float, bool, NoneType)
 
 
@@ -90,7 +91,7 @@ class _Config:
 
     def options(self, taken: Collection[str]) -> list[inspect.Parameter]:
         """One keyword-only parameter for each field that is not `taken`, None by default."""
-        group = Group(f"{self.kind.__name__}", sort_key=1)
+        group = Group(GROUPS.get(self.kind.__name__, self.kind.__name__.removesuffix("Config")), sort_key=1)
         words = parameter_help(self.kind)
         options: list[inspect.Parameter] = []
         for field, hint in self.fields():
@@ -221,6 +222,7 @@ def parameter_help(documented: Callable[..., Any]) -> dict[str, str]:
 
 def as_help(text: str) -> str:
     """A description of a parameter as the help of an option: no markup, and no None, which nobody can type."""
-    text = re.sub(r"\bNone (for|to) ", lambda found: "By default, " if found[1] == "to" else "By default: ", text)
-    text = re.sub(r"([;,:] )By default", r"\1by default", text)
+    text = re.sub(r" Or an? :class:`[^`]*`[^.]*\.|\ba `Model`, ", "", text)  # what nobody can type either
+    text = re.sub(r"\bNone( for|:| to) ", lambda found: "By default, " if found[1] == " to" else "By default: ", text)
+    text = re.sub(r"([;,:] |\()By default", r"\1by default", text)
     return re.sub(r":\w+:`", "", text).replace("`", "")

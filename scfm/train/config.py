@@ -64,7 +64,7 @@ class FitConfig(Config):
         Compile the blocks with torch.compile, for batches of any shape. Needs a C++ compiler; pays off on a GPU.
     validate_every, patience
         Steps between validations where validation cells are given (None: 20 validations in a run), and validations without
-        improvement after which training stops; the best weights are kept. None for patience never stops early.
+        improvement after which training stops; the best weights are kept. Without `patience`, training never stops early.
     checkpoint_every
         Steps between checkpoints where a run folder is given.
     checkpoint_minutes

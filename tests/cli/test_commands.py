@@ -68,6 +68,30 @@ def test_fit_saves_a_model_and_tells_the_scores(result, folder, tmp_path):
     assert (config["n_steps"], config["seed"]) == (2, 3)
 
 
+def test_each_stage_of_fit_has_steps_and_a_rate_of_its_own(command, folder, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(scfm, "fit", lambda adata, **options: calls.append(options) or sys.exit(0))
+    fit = ["fit", folder / "cells.h5ad", tmp_path / "model", "--labels-key", "bulk_labels"]
+    command(*fit)
+    command(*fit, "--accelerator", "cpu")
+    command(*fit, "--n-steps", 7, "--accelerator", "cpu", "--pretrain-steps", 9, "--pretrain-learning-rate", "0.5")
+    plain, machine, both = calls
+    assert (plain["config"], plain.get("pretrain_config")) == (None, None)
+    assert machine["config"].n_steps == 15  # of 60 cells, as without the option
+    assert (both["config"].n_steps, both["config"].accelerator) == (7, "cpu")
+    stage = both["pretrain_config"]
+    assert (stage.n_steps, stage.learning_rate, stage.accelerator) == (9, 0.5, "cpu")
+    code, _, err = command("fit", folder / "cells.h5ad", tmp_path / "model", "--pretrain-steps", 9)
+    assert (code, "--labels-key" in err) == (1, True)
+
+
+def test_help_has_no_words_that_cannot_be_typed(command):
+    code, out, _ = command("fit", "--help")
+    assert code == 0
+    for word in ("EncodingConfig", "FitConfig", "None:", "None for", "a Model,", "MISSING"):
+        assert word not in out
+
+
 def test_annotate_writes_labels_and_confidence(result, folder, cells, tmp_path):
     facts = result("annotate", folder / "cells.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
     written = anndata.read_h5ad(tmp_path / "out.h5ad")
