@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/
 # One process a core, each with one thread: threads of several processes would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: install demo test lint tests tests-without-extension sanitize docs clean
+.PHONY: install demo wheels test lint tests tests-without-extension sanitize docs clean
 
 install: .venv/.installed
 
@@ -21,8 +21,22 @@ install: .venv/.installed
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps scgpt==0.2.4
 	touch $@
 
-demo: install
+# A demo needs the package alone. pip shows its progress, because the first installation downloads torch.
+.venv/.demo: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing torch and scfm into .venv (once; some minutes)"
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch setuptools wheel pybind11 ninja numpy
+	SCFM_REQUIRE_EXT=$(SCFM_REQUIRE_EXT) $(BIN)/pip install --disable-pip-version-check \
+		-c constraints.txt --no-build-isolation -e .
+	touch $@
+
+demo: $(if $(wildcard .venv/.installed),install,.venv/.demo)
 	$(BIN)/python tutorials/demo.py demo_output
+
+# dist/: the sdist, and a wheel for this Python, installed into a fresh environment and tried there.
+wheels: install
+	.ci/wheels
+	.ci/try_wheel dist/*.whl
 
 test: lint tests tests-without-extension
 

@@ -130,3 +130,16 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     imported = {distributions.get(name, name) for name in imported - set(sys.stdlib_module_names)} - {"scfm"}
     assert imported <= required | optional
     assert required <= imported
+
+
+def test_the_conda_recipe_asks_for_what_the_package_asks_for():
+    conda = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    wanted = set()
+    for requirement in PROJECT["dependencies"]:
+        name, version = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(>=.*)", requirement).groups()
+        wanted.add(f"{conda.get(name, name)} {version}")
+    recipe = (ROOT / "recipe" / "meta.yaml").read_text(encoding="utf-8")
+    run = recipe.partition("  run:\n")[2].partition("\ntest:")[0]
+    asked = {line.strip().removeprefix("- ") for line in run.splitlines() if line.strip()}
+    assert asked == wanted | {"python", "leidenalg", "python-igraph"}  # the last two are the extra "leiden" of scanpy
+    assert f'version = "{PROJECT["version"]}"' in recipe
