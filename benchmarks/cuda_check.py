@@ -102,7 +102,12 @@ def check_key_sums(case: Case, batch: Batch, operators: Any, oracle: ModuleType)
         tensors = (batch.grad_out, batch.q, batch.k, batch.v, rounded)
         found = operators.attention_deletion_effects(*tensors, lse.float(), *batch.bounds)
         expected = reference.deletion_effects(
-            double["grad_out"], double["q"], double["k"], double["v"], rounded.double(), OperatorOptions(*batch.bounds)
+            double["grad_out"],
+            double["q"],
+            double["k"],
+            double["v"],
+            OperatorOptions(*batch.bounds),
+            out=rounded.double(),
         )
     return error_of(found, expected) / (1e-4 * max(1.0, expected.abs().max().item()))
 

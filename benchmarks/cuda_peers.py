@@ -135,7 +135,7 @@ def key_calls(case: Case, batch: Batch, operators: Any) -> tuple[Callable[[], An
     if case.operator == "deletion_effects":
         return (
             lambda: operators.attention_deletion_effects(grad, q, k, v, out, lse, *bounds),
-            lambda: reference.deletion_effects(grad, q, k, v, out, OperatorOptions(*bounds)),
+            lambda: reference.deletion_effects(grad, q, k, v, OperatorOptions(*bounds)),
         )
     return (
         lambda: operators.attention_column_sums(q, k, operators.attention_forward(q, k, k, *bounds)[1], *bounds),

@@ -19,7 +19,9 @@ from scfm.ops.options import (
     autocast_qkv,
     check_options,
     check_qkv,
+    full_precision,
     readable,
+    refuse_tangents,
     with_options,
 )
 from scfm.ops.reference import attention as reference
@@ -95,6 +97,8 @@ def attention(
         If shapes, devices, boundaries or `n_known` do not fit, `scale` is not finite, or `backend` is unknown.
     RuntimeError
         If `backend="fused"` is asked for and the kernels do not support the call.
+    NotImplementedError
+        If it is differentiated in forward mode.
 
     Notes
     -----
@@ -113,6 +117,7 @@ def attention(
     """
     q, k, v = autocast_qkv(q, k, v)
     check_qkv(q, k, v)
+    refuse_tangents("attention", q, k, v, options.get("key_bias"))
     checked, backend = check_options(q, k, cu_seqlens, options)
     call = (readable(q), readable(k), readable(v), *checked.arguments)
     name = choose_backend(backend, q, options=checked.in_use)
@@ -258,10 +263,12 @@ def _register_torch() -> None:
     _LIBRARY.define("torch_attention_backward" + _BACKWARD.replace(" Tensor out, Tensor lse,", ""))
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return reference.forward(q, k, v, OperatorOptions(*rest[:-1]), return_lse=rest[-1])
+        with full_precision(q.device):
+            return reference.forward(q, k, v, OperatorOptions(*rest[:-1]), return_lse=rest[-1])
 
     def backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
-        return reference.backward(grad_out, grad_lse, q, k, v, OperatorOptions(*options))
+        with full_precision(q.device):
+            return reference.backward(grad_out, grad_lse, q, k, v, OperatorOptions(*options))
 
     _LIBRARY.impl("torch_attention_forward", forward, "CompositeExplicitAutograd")
     _LIBRARY.impl("torch_attention_backward", backward, "CompositeExplicitAutograd")
@@ -279,11 +286,13 @@ def _register_kernels() -> None:
         _LIBRARY.define(f"kernel_attention_{form}" + schema.replace(OperatorOptions.SCHEMA, options_of.SCHEMA))
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        return torch_kernels.forward(q, k, v, options_of(*options))
+        with full_precision(q.device):
+            return torch_kernels.forward(q, k, v, options_of(*options))
 
     def backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> Any:
         q, k, v, out, lse, *options = rest
-        return torch_kernels.backward(grad_out, grad_lse, q, k, v, out, lse, options_of(*options))
+        with full_precision(q.device):
+            return torch_kernels.backward(grad_out, grad_lse, q, k, v, out, lse, options_of(*options))
 
     _LIBRARY.impl("kernel_attention_forward", forward, "CompositeExplicitAutograd")
     _LIBRARY.impl("kernel_attention_backward", backward, "CompositeExplicitAutograd")

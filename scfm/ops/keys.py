@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Unpack
 
 import torch
@@ -12,8 +13,23 @@ from torch import Tensor
 
 from scfm.ops.attention import attention
 from scfm.ops.backend import choose_backend
-from scfm.ops.options import AttentionOptions, OperatorOptions, check_options, check_qkv, readable, with_options
+from scfm.ops.options import (
+    AttentionOptions,
+    OperatorOptions,
+    check_options,
+    check_qkv,
+    full_precision,
+    readable,
+    refuse_tangents,
+    with_options,
+)
 from scfm.ops.reference import keys as reference
+
+# A probability has the relative error eps |log-sum-exp|. The kernel divides by 1 - P while that costs less than
+# `MAX_ERROR`, and never at less than `MIN_ROOM`. Above `MAX_LSE` the sum of squares is not precise enough to tell.
+MAX_ERROR = 1e-5
+MIN_ROOM = 1 / 16
+MAX_LSE = 1e4
 
 
 @torch.no_grad()
@@ -54,6 +70,8 @@ def attention_scores(
     ------
     ValueError
         If shapes do not fit or a pair has a token number out of range; and as :func:`scfm.ops.attention`.
+    NotImplementedError
+        If it is differentiated in forward mode.
 
     Examples
     --------
@@ -66,6 +84,7 @@ def attention_scores(
     (1.0, 0.0)
     """
     check_qkv(q, k, k)
+    refuse_tangents("attention_scores", q, k, options.get("key_bias"))
     q, k = readable(q), readable(k)
     checked, backend = check_options(q, k, cu_seqlens, options)
     fused = pairs is None and choose_backend(backend, q, options=checked.in_use, operator="column_sums") == "fused"
@@ -73,11 +92,13 @@ def attention_scores(
         lse = attention(q, k, k, cu_seqlens, return_lse=True, **options)[1]
     if pairs is not None:
         assert lse is not None
-        probs = _pair_scores(q, k, _checked_pairs(pairs, q, k), lse, checked)
+        with full_precision(q.device):
+            probs = _pair_scores(q, k, _checked_pairs(pairs, q, k), lse, checked)
     elif fused:
         probs = torch.ops.scfm.attention_column_sums(q, k, lse, *checked.arguments)
     else:
-        probs = reference.column_sums(q, k, checked)
+        with full_precision(q.device):
+            probs = reference.column_sums(q, k, checked)
     return probs.mean(-1) if head_mean else probs
 
 
@@ -108,19 +129,28 @@ def deletion_effects(
     grad_out
         Gradient of the function with respect to the outputs, shape (Tq, H, K), dtype of `q`.
     out, lse
-        Output and log-sum-exp of the same attention, if they are already known; otherwise they are computed.
+        Output and log-sum-exp of the same attention in float32, if they are already known; otherwise they are computed,
+        as they are for 16-bit tensors.
     {options}
 
     Returns
     -------
     Effect of each key and head, shape (Tk, H), float32; sum over heads and layers for the effect of a gene. In
-    self-attention the key's own query is deleted with it and does not count. If a key has all of a query's attention
-    (above 1 - 1e-6), the query's output becomes 0. Not differentiable.
+    self-attention the key's own query is deleted with it and does not count. If a query
+    attends to no other key, its output becomes 0. Not differentiable.
 
     Raises
     ------
     TypeError, ValueError
         If `grad_out` does not fit `q`; and as :func:`scfm.ops.attention`.
+    NotImplementedError
+        If it is differentiated in forward mode.
+
+    Notes
+    -----
+    1 - a_ig cancels if a key has almost all attention. For those queries the mean value of the other keys is computed by
+    itself, from which the effect is `a_ig G_i . (mean - v_g)`. Everything is float32 at least, also for 16-bit tensors:
+    an output rounded to 16 bits does not resolve the effect of a key.
 
     Examples
     --------
@@ -141,12 +171,47 @@ def deletion_effects(
             f"`grad_out` is {grad_out.dtype} of shape {tuple(grad_out.shape)} and `q` {q.dtype} of shape "
             f"{tuple(q.shape)}; they must agree."
         )
+    refuse_tangents("deletion_effects", q, k, v, grad_out, options.get("key_bias"))
+    if q.dtype.itemsize < 4:
+        q, k, v, grad_out = (tensor.float() for tensor in (q, k, v, grad_out))
+        out = lse = None
     checked, backend = check_options(q, k, cu_seqlens, options)
-    if out is None or lse is None:
-        out, lse = attention(q, k, v, cu_seqlens, return_lse=True, **options)
-    if choose_backend(backend, q, options=checked.in_use, operator="deletion_effects") == "fused":
-        return torch.ops.scfm.attention_deletion_effects(grad_out.contiguous(), q, k, v, out, lse, *checked.arguments)
-    return reference.deletion_effects(grad_out, q, k, v, out, checked)
+    name = choose_backend(backend, q, options=checked.in_use, operator="deletion_effects")
+    with full_precision(q.device):
+        if name != "fused":
+            return reference.deletion_effects(grad_out, q, k, v, checked)
+        if out is None or lse is None:
+            out, lse = attention(q, k, v, cu_seqlens, return_lse=True, **options)
+        return _fused_deletion_effects(grad_out, q, k, v, out, lse, checked)
+
+
+def _fused_deletion_effects(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: OperatorOptions
+) -> Tensor:
+    """By the kernel, whose 1 - P must not cancel; queries with a dominant key go to plain torch."""
+    is_sharp_TH = _sharp_queries(q, k, v, lse, options)
+    sharp_queries_T = is_sharp_TH.any(1)
+    if not bool(sharp_queries_T.any()):
+        return torch.ops.scfm.attention_deletion_effects(grad_out.contiguous(), q, k, v, out, lse, *options.arguments)
+    smooth = grad_out.masked_fill(is_sharp_TH[..., None], 0.0)
+    effects_TH = torch.ops.scfm.attention_deletion_effects(smooth, q, k, v, out, lse, *options.arguments)
+    sharp = grad_out.masked_fill(~is_sharp_TH[..., None], 0.0)
+    return effects_TH + reference.deletion_effects(sharp, q, k, v, options, of_queries_T=sharp_queries_T)
+
+
+def _sharp_queries(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, options: OperatorOptions) -> Tensor:
+    """Queries (Tq, H) of which a key may have so much attention that 1 - P loses more than `MAX_ERROR` of its value.
+
+    The largest probability is at most the root of their sum of squares, and the log-sum-exp of the doubled scores less
+    twice that of the scores is the logarithm of this sum.
+    """
+    bias = options.key_bias
+    doubled = replace(options, scale=2.0 * options.scale, key_bias=None if bias is None else 2.0 * bias)
+    lse_of_squares = torch.ops.scfm.attention_forward(q, k, v, *doubled.arguments)[1]
+    largest_TH = torch.exp(0.5 * lse_of_squares - lse)
+    error_TH = lse.abs().clamp(min=1.0) * torch.finfo(lse.dtype).eps
+    room_TH = (error_TH / MAX_ERROR).clamp(min=MIN_ROOM, max=0.5)
+    return (largest_TH > 1.0 - room_TH) | (lse.isfinite() & (lse.abs() > MAX_LSE))
 
 
 def _checked_pairs(pairs: Tensor, q: Tensor, k: Tensor) -> Tensor:

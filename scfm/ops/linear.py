@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scfm.ops.backend import EXTENSION_PATH, FUSED_DTYPES
-from scfm.ops.options import readable
+from scfm.ops.options import has_tangent, readable
 
 # Rows per product without the compiled kernel. torch packs bfloat16 weights again for every product: at 16,384 rows on two
 # cores, blocks of 512 rows take 2 to 3 times as long as one product, blocks of 2,048 1.3 times. In float32 blocks of 512
@@ -67,7 +67,7 @@ def linear(
     True
     """
     by_rows = input_ND.device.type == "cpu" and input_ND.dim() == 2 and input_ND.dtype in ROW_BLOCK
-    if not by_rows or torch.is_grad_enabled():
+    if not by_rows or torch.is_grad_enabled() or has_tangent(input_ND, weight_ED, bias_E, residual_NE):
         return _finished(_product(input_ND, weight_ED, bias_E), relu, residual_NE)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")

@@ -13,7 +13,16 @@ from torch import Tensor
 from scfm.ops.attention import no_second_derivative
 from scfm.ops.backend import EXTENSION_PATH, choose_backend
 from scfm.ops.layout import Layout, lay_out
-from scfm.ops.options import AttentionOptions, Backend, autocast_qkv, check_options, check_qkv, readable
+from scfm.ops.options import (
+    AttentionOptions,
+    Backend,
+    autocast_qkv,
+    check_options,
+    check_qkv,
+    full_precision,
+    has_tangent,
+    readable,
+)
 from scfm.ops.plan import AttentionPlan
 
 # Added to every feature, so that the sum of weights of a query is never 0.
@@ -110,8 +119,8 @@ def linear_attention(
 
     Exponents, sums and the floor are float32 at least. For bfloat16 tensors the kernels round W, features and sums to
     bfloat16 before a product, which makes their error 1.3 to 5 times that of `"torch"`. The features of a whole cell are
-    never in memory, and there are no second derivatives. On a GPU, plain torch takes all cells at once, in chunks of 128
-    tokens of one cell.
+    never in memory, and there are no second derivatives. Forward-mode differentiation uses plain torch. On a GPU, plain torch takes
+    all cells at once, in chunks of 128 tokens of one cell.
 
     Examples
     --------
@@ -132,7 +141,7 @@ def linear_attention(
         )
     options: AttentionOptions = {"cu_seqlens_k": cu_seqlens_k, "plan": plan}
     bounds, _ = check_options(q, k, cu_seqlens, options)
-    if _uses_kernels(q, projection, backend):
+    if _uses_kernels(q, k, v, projection, backend):
         weight_MK = projection.detach().to(device=q.device, dtype=torch.float32).contiguous()
         return torch.ops.scfm.linear_attention_forward(
             readable(q), readable(k), readable(v), bounds.cu_seqlens, bounds.cu_seqlens_k, weight_MK, FEATURE_FLOOR
@@ -147,7 +156,7 @@ def linear_attention(
     lengths, lengths_k = bounds.cu_seqlens.diff().tolist(), bounds_k.diff().tolist()
     dtype = torch.promote_types(q.dtype, torch.float32)
     weight_MK = projection.to(device=q.device, dtype=dtype) * q.shape[2] ** -0.25
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         outs = [
             _cell_attention(query.to(dtype), key.to(dtype), value.to(dtype), weight_MK)
             for query, key, value in zip(q.split(lengths), k.split(lengths_k), v.split(lengths_k))
@@ -155,13 +164,15 @@ def linear_attention(
     return torch.cat(outs).to(q.dtype) if outs else _zeros_of(q, k, v)
 
 
-def _uses_kernels(q: Tensor, projection: Tensor, backend: Backend) -> bool:
+def _uses_kernels(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, backend: Backend) -> bool:
     """Whether the kernels support the call, and are asked for."""
     obstacle = None
     if q.is_cuda:
         obstacle = "linear attention has no kernel for GPUs"
     elif projection.requires_grad and torch.is_grad_enabled():
         obstacle = "the kernels compute no gradient of the projection"
+    elif has_tangent(q, k, v, projection):
+        obstacle = "the kernels cannot be differentiated in forward mode"
     if obstacle is not None:
         if backend == "fused":
             raise RuntimeError(f'`backend="fused"` does not support this call: {obstacle}. Pass `backend="auto"`.')

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.weak import WeakIdKeyDictionary
 
 from scfm.ops.plan import AttentionPlan, make_plan
 
@@ -134,13 +136,38 @@ def _checked_plan(q: Tensor, k: Tensor, cu_seqlens: Tensor, options: AttentionOp
             f"`plan` was made for {plan.n_cells} cells and `cu_seqlens` holds {cu_seqlens.shape[0] - 1}; "
             "make one plan per batch."
         )
-    for name, planned, given in (("cu_seqlens_k", plan.cu_seqlens_k, cu_seqlens_k), ("n_known", plan.n_known, n_known)):
-        if (planned is None) != (given is None):
+    given = {"cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "n_known": n_known}
+    for name, tensor in given.items():
+        planned = getattr(plan, name)
+        if (planned is None) != (tensor is None):
             raise ValueError(
                 f"`plan` was made {'without' if planned is None else 'with'} `{name}`, and the call is "
-                f"{'without' if given is None else 'with'} it; pass the same boundaries to both."
+                f"{'without' if tensor is None else 'with'} it; pass the same boundaries to both."
             )
+        if tensor is not None and not torch.compiler.is_compiling():
+            _check_planned(name, planned, tensor)
+    if torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+        return AttentionPlan(**given)  # the operator checks them when the graph runs
     return plan
+
+
+def _check_planned(name: str, planned: Tensor, given: Tensor) -> None:
+    """Refuse a plan of other numbers. What is on a device is read once, for the first layer of a batch."""
+    if planned is given or _AGREES.get(given) is planned:
+        return
+    host = given.detach().to(device="cpu", dtype=torch.int64)
+    if not torch.equal(planned, host):
+        entry = int((planned != host).nonzero()[0]) if planned.shape == host.shape else 0
+        raise ValueError(
+            f"`plan` was made of another `{name}`: entry {entry} is {planned[entry].tolist()} in the plan and "
+            f"{host[entry].tolist()} in the call; make one plan per batch."
+        )
+    if given.device.type != "cpu":
+        _AGREES[given] = planned
+
+
+# The tensor of a plan that a tensor on a device agrees with. Boundaries are never written in place.
+_AGREES = WeakIdKeyDictionary()
 
 
 def check_key_bias(key_bias: Tensor, k: Tensor) -> Tensor:
@@ -162,8 +189,13 @@ def check_key_bias(key_bias: Tensor, k: Tensor) -> Tensor:
 def _checked_scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return float(q.shape[2] ** -0.5)
-    if not math.isfinite(scale):
-        raise ValueError(f"`scale` is {scale}; it must be finite. Leave it out for head width ** -0.5.")
+    computed = torch.float64 if q.dtype == torch.float64 else torch.float32
+    largest = torch.finfo(computed).max / 2  # the kernels multiply it by log2(e)
+    if not abs(scale) <= largest:  # not a number fails too
+        raise ValueError(
+            f"`scale` is {scale}; scores are computed in {computed}, so it must be finite and at most {largest:.3g}. "
+            "Leave it out for head width ** -0.5."
+        )
     return float(scale)
 
 
@@ -205,3 +237,28 @@ def autocast_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors is differentiated in forward mode."""
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def refuse_tangents(name: str, *tensors: Tensor | None) -> None:
+    """Refuse forward-mode differentiation: an operator without a rule for it would return a tangent of zero."""
+    if has_tangent(*tensors):
+        raise NotImplementedError(
+            f"`{name}` cannot be differentiated in forward mode (`torch.func.jvp`, `jacfwd`, `hessian`). Use reverse mode "
+            "(`torch.func.vjp`, `jacrev`, `backward`), or write this attention in plain torch "
+            "(`torch.nn.functional.scaled_dot_product_attention`)."
+        )
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Turn autocast off: what runs inside chooses the dtype of each product itself."""
+    if torch.amp.is_autocast_available(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield

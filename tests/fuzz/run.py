@@ -1,4 +1,4 @@
-"""Run generated cases through check, encode, embed and annotate, and compare each with its clean data.
+"""Run generated cases through check, encode, embed, annotate and fit, and compare each with its clean data.
 
 `python tests/fuzz/run.py --n 2000 --seed 0` prints what fails, with the seeds; exit status 1 if anything does.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 import sys
 import tempfile
 import time
@@ -22,21 +23,31 @@ import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from cases import Case, clean_data, make_case
+from cases import LAYOUTS, NAMES, Case, clean_data, make_case
 
 import scfm
+from scfm.encoding import make_encoding
 from scfm.errors import ScfmError
+
+SETTINGS: dict[str, Any] = {
+    "labels_key": "type",
+    "config": scfm.FitConfig(n_steps=1),
+    "progress": False,
+    "baselines": False,
+}
+EVERY_FIT = 16  # one case in so many is fitted as well
 
 
 @cache
 def models() -> dict[str, Any]:
-    """Small models with labels, one for each kind of encoding."""
-    found = {}
-    for kind in ("rank", "bin", "bucket", "continuous"):
-        config = scfm.FitConfig(n_steps=1)
+    """Small models with labels, and encodings of the kinds that no small model has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         adata = anndata.concat([clean_data(seed) for seed in range(3)])
         adata.obs_names_make_unique()
-        found[kind] = scfm.fit(adata, labels_key="type", encoding=kind, config=config, progress=False, baselines=False)
+    found: dict[str, Any] = {kind: scfm.fit(adata, encoding=kind, **SETTINGS) for kind in ("rank", "bin")}
+    for kind in ("bucket", "continuous"):
+        found[kind] = make_encoding(kind, vocabulary=scfm.Vocabulary.from_genes(NAMES))
     return found
 
 
@@ -57,6 +68,8 @@ def tokens(data: Any, kind: str, arguments: dict[str, Any]) -> list[Any]:
 
 
 def results(adata: anndata.AnnData, kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(models()[kind], scfm.Model):
+        return {}
     scfm.tl.embed(adata, models()[kind], **arguments)
     others = {name: value for name, value in arguments.items() if name != "depth_key"}
     found = {"embedding": adata.obsm["X_scfm"]}
@@ -93,6 +106,37 @@ def state(adata: anndata.AnnData) -> str:
     return digest.hexdigest()
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether scfm raised the error on purpose, and no library below it."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_own = Path(scfm.__file__).parent in raised_in.parents
+    return isinstance(error, ScfmError) or (isinstance(error, ValueError | TypeError) and is_own)
+
+
+@cache
+def fitted(seed: int) -> Any:
+    adata = clean_data(seed)
+    scfm.fit(adata, **SETTINGS)
+    return adata.obsm["X_scfm"]
+
+
+def compare_fit(case: Case, clean_seed: int) -> str | None:
+    """Fit on the data of a case. Genes in another order, or more of them, give another model."""
+    adata = case.adata.copy()
+    before = state(adata)
+    arguments = {name: value for name, value in case.arguments.items() if name in ("layer", "gene_key")}
+    try:
+        scfm.fit(adata, **SETTINGS, **arguments)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return None if case.is_damaged else f"fit refused: {error}"
+    is_same = not case.is_damaged and set(case.steps) <= {*LAYOUTS, "a layer"}
+    if is_same and not np.array_equal(adata.obsm["X_scfm"], fitted(clean_seed)):
+        return "another fit"
+    return None if state(adata) == before else "fit changed the input"
+
+
 def compare(case: Case, clean_seed: int, kind: str) -> str | None:
     """What is wrong with a case; None if it is right."""
     arguments, adata = case.arguments, case.adata
@@ -102,7 +146,9 @@ def compare(case: Case, clean_seed: int, kind: str) -> str | None:
     report = scfm.pp.check(data, models()[kind], **arguments)
     try:
         found = tokens(data, kind, arguments)
-    except ScfmError as error:
+    except Exception as error:
+        if not is_refusal(error):
+            raise
         if report.ok:
             return f"check says ready, encode says {error}"
         return None if case.is_damaged else f"refused: {error}"
@@ -128,14 +174,23 @@ def run_case(seed: int, folder: Path) -> tuple[Case, str | None]:
     case, clean_seed = make_case(seed, folder)
     kind = list(models())[seed % len(models())]
     expected(kind, clean_seed)
+    fitted(clean_seed)
     try:
         with warnings.catch_warnings(), np.errstate(all="raise", under="ignore"):
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", module="scfm")
-            return case, compare(case, clean_seed, kind)
+            wrong = compare(case, clean_seed, kind)
+            if wrong is None and seed % EVERY_FIT == 0 and case.path is None:
+                wrong = compare_fit(case, clean_seed)
+            return case, wrong
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return case, f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}: {error}"
+    finally:
+        if case.path is not None and case.path.suffix == ".h5ad":
+            case.path.unlink()
+        elif case.path is not None:
+            shutil.rmtree(case.path)
 
 
 def main() -> int:

@@ -243,6 +243,27 @@ def test_autocast_casts_as_torch_does(make_problem, dtype, backend):
     assert torch.equal(out, ops.attention(*low, problem.cu_seqlens, backend=backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_arithmetic_of_every_operator_as_it_is(make_problem, backend):
+    """Only the dtype of what comes in changes; products inside are not rounded to it."""
+    problem = make_problem([30, 65], known=[10, 40], bias="head", dtype=torch.bfloat16)
+    calls = {
+        "attention": lambda: tuple(problem.run(ops.attention, return_lse=True, backend=backend).values()),
+        "columns": lambda: ops.attention_scores(
+            problem.q, problem.k, problem.cu_seqlens, **problem.options, backend=backend
+        ),
+        "effects": lambda: ops.deletion_effects(
+            problem.q, problem.k, problem.v, problem.cu_seqlens, problem.grad_out, **problem.options, backend=backend
+        ),
+    }
+    for name, call in calls.items():
+        expected = call()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = call()
+        for one, other in zip(found, expected):
+            assert torch.equal(one, other), name
+
+
 def main():
     for dtype in DTYPES:
         for options in OPTIONS.values():

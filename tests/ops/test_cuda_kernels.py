@@ -295,7 +295,7 @@ def test_column_sums_and_deletion_effects(make_problem, options, dtype, head_dim
     effects = machine.operators().attention_deletion_effects(
         problem.grad_out, problem.q, problem.k, problem.v, out, lse.float(), *bounds
     )
-    expected = reference.deletion_effects(grad, q, k, v, out.double(), OperatorOptions(*bounds))
+    expected = reference.deletion_effects(grad, q, k, v, OperatorOptions(*bounds), out=out.double())
     torch.testing.assert_close(effects.double(), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -89,3 +89,48 @@ def test_a_gradient_of_another_shape_is_an_error():
     q = torch.zeros(4, 1, 8)
     with pytest.raises(ValueError, match=r"`grad_out` is torch\.float32 of shape"):
         ops.deletion_effects(q, q, q, torch.tensor([0, 4]), q[:3])
+
+
+def effects_by_removal(q, k, v, grad_out, lengths, lengths_k, bias):
+    """Effect of each key, (Tk, H), float64: softmax over the remaining keys, once per key; the key's own query is left out."""
+    effects, first, first_k = [], 0, 0
+    for n, n_keys in zip(lengths, lengths_k or lengths):
+        query, grad = (t[first : first + n].double().transpose(0, 1) for t in (q, grad_out))
+        key, value = (t[first_k : first_k + n_keys].double().transpose(0, 1) for t in (k, v))
+        scores = query @ key.mT * q.shape[2] ** -0.5 + bias[first_k : first_k + n_keys].double()
+        before = scores.softmax(-1) @ value
+        for deleted in range(n_keys):
+            kept = torch.arange(n_keys) != deleted
+            after = scores[..., kept].softmax(-1) @ value[:, kept] if n_keys > 1 else torch.zeros_like(before)
+            moved = (grad * (after - before)).sum(-1)
+            if lengths_k is None:
+                moved[:, deleted] = 0.0
+            effects.append(moved.sum(-1))
+        first, first_k = first + n, first_k + n_keys
+    return torch.stack(effects)
+
+
+SHARP = {
+    "one key": ([1] * 300, [1] * 300, 4.0, 0.0),
+    "cells of 20": ([20] * 15, None, 4.0, 0.0),
+    "some queries": ([70, 3], None, 2.0, 0.0),
+    "large scores": ([20] * 8, None, 12.0, 0.0),
+    "one key far above": ([5, 40], None, 1.0, 300.0),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("lengths", "lengths_k", "factor", "peak"), SHARP.values(), ids=SHARP.keys())
+def test_effects_of_keys_with_almost_all_attention(make_problem, lengths, lengths_k, factor, peak, dtype, backend):
+    problem = make_problem(lengths, head_dim=64, dtype=dtype, **({"lengths_k": lengths_k} if lengths_k else {}))
+    q, k = factor * problem.q, factor * problem.k
+    bias = torch.zeros(k.shape[0])
+    bias[::7] = peak
+    found = ops.deletion_effects(
+        q, k, problem.v, problem.cu_seqlens, problem.grad_out, key_bias=bias, **problem.options, backend=backend
+    )
+    expected = effects_by_removal(q, k, problem.v, problem.grad_out, lengths, lengths_k, bias)
+    # A probability has the relative error of a few roundings of its score and its log-sum-exp.
+    tolerance = 8 * torch.finfo(torch.float32).eps * max(30.0, factor**2 * 8 * 4 + peak)
+    assert ((found - expected).abs() / (1 + expected.abs())).max() <= tolerance

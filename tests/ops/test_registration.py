@@ -88,6 +88,15 @@ def test_boundaries_are_checked_when_a_compiled_graph_runs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_graph_follows_the_boundaries_and_not_another_plan(backend):
+    torch.compiler.reset()  # other tests compile the same code for other shapes
+    layer, hidden, bounds = Layer(backend), torch.randn(5, 32), torch.tensor([0, 2, 5])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = compiled(hidden, bounds, ops.make_plan(torch.tensor([0, 4, 5])))
+    torch.testing.assert_close(found, layer(hidden, bounds, None))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_derivative_is_an_error(backend):
     q = torch.randn(5, 2, 8, requires_grad=True)
     out = ops.attention(q, q, q, torch.tensor([0, 5]), backend=backend)
@@ -123,8 +132,20 @@ ERRORS = {
     "bias shape": ({"key_bias": torch.zeros(6, 3)}, ValueError, r"`key_bias` has shape \(6, 3\)"),
     "bias dtype": ({"key_bias": torch.zeros(6, dtype=torch.int64)}, TypeError, "`key_bias` holds torch.int64"),
     "scale": ({"scale": float("nan")}, ValueError, "`scale` is nan"),
+    "scale beyond float32": ({"scale": 1e300}, ValueError, "`scale` is 1e.300; scores are computed in torch.float32"),
     "backend": ({"backend": "cuda"}, ValueError, "`backend` is 'cuda'"),
     "plan": ({"plan": ops.make_plan(torch.tensor([0, 6]))}, ValueError, "`plan` was made for 1 cells"),
+    "plan of other bounds": ({"plan": ops.make_plan(torch.tensor([0, 3, 6]))}, ValueError, "entry 1 is 3 in the plan and 2"),
+    "plan of other known": (
+        {"plan": ops.make_plan(BOUNDS, n_known=torch.tensor([2, 1])), "n_known": torch.tensor([2, 3])},
+        ValueError,
+        "another `n_known`: entry 1 is 1 in the plan and 3",
+    ),
+    "plan of other keys": (
+        {"plan": ops.make_plan(BOUNDS, cu_seqlens_k=torch.tensor([0, 1, 6])), "cu_seqlens_k": BOUNDS},
+        ValueError,
+        "another `cu_seqlens_k`",
+    ),
     "plan known": ({"plan": ops.make_plan(BOUNDS), "n_known": BOUNDS[:2]}, ValueError, "made without `n_known`"),
 }
 

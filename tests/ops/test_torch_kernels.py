@@ -347,7 +347,7 @@ def test_no_backend_has_a_matrix_of_scores_in_memory(aten, monkeypatch, route, s
             reference.forward(q, k, v, options, return_lse=False)
             reference.backward(grad_out, torch.ones_like(lse), q, k, v, options)
             reference_keys.column_sums(q, k, options)
-            reference_keys.deletion_effects(grad_out, q, k, v, out, options)
+            reference_keys.deletion_effects(grad_out, q, k, v, options)
     assert N * 32 <= watch.elements < N * N / 4
 
 

@@ -167,18 +167,22 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, cell: Cell, scale: float) 
     return out_1HQK[0].transpose(0, 1)
 
 
-def scores(q: Tensor, k: Tensor, chunk: Chunk, options: OperatorOptions) -> Tensor:
-    """Scaled and biased scores (H, Q, N) of a chunk of queries; a last column holds each query's own key."""
+def scores(q: Tensor, k: Tensor, chunk: Chunk, options: OperatorOptions, query_Q: Tensor | None = None) -> Tensor:
+    """Scaled and biased scores (H, Q, N) of a chunk of queries; a last column holds each query's own key.
+
+    `query_Q` chooses some of the chunk's queries.
+    """
     dtype = _compute_dtype(q)
-    query_HQK = q[chunk.queries].to(dtype).transpose(0, 1) * options.scale
+    queries = chunk.queries if query_Q is None else query_Q
+    query_HQK = q[queries].to(dtype).transpose(0, 1) * options.scale
     scores_HQN = query_HQK @ k[chunk.keys].to(dtype).permute(1, 2, 0)
     if options.key_bias is not None:
         scores_HQN += options.key_bias[chunk.keys].to(dtype).T[:, None]
     if not chunk.attends_to_itself:
         return scores_HQN
-    own_HQ = (query_HQK * k[chunk.queries].to(dtype).transpose(0, 1)).sum(-1)
+    own_HQ = (query_HQK * k[queries].to(dtype).transpose(0, 1)).sum(-1)
     if options.key_bias is not None:
-        own_HQ = own_HQ + options.key_bias[chunk.queries].to(dtype).T
+        own_HQ = own_HQ + options.key_bias[queries].to(dtype).T
     return torch.cat([scores_HQN, own_HQ[..., None]], -1)
 
 
