@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/
 # One process a core, each with one thread: threads of several processes would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: install demo wheels test lint tests tests-without-extension sanitize docs clean
+.PHONY: install demo wheels test lint tests tests-without-extension fuzz sanitize docs clean
 
 install: .venv/.installed
 
@@ -51,6 +51,12 @@ tests: install
 # What needs the extension skips itself; the rest must hold in pure torch and NumPy.
 tests-without-extension: install
 	SCFM_DISABLE_EXT=1 $(PYTEST) -m "not slow"
+
+# 10,000 AnnData in many forms, 1,000 damaged models and 20 kills of each program; a short part is among the tests.
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --n 10000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/models.py --n 1000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kills.py --n 20
 
 # The kernels built again with the address and undefined-behavior sanitizers.
 sanitize: install

@@ -52,6 +52,19 @@ class Config:
         return cls(**{name: _converted(cls, name, value, hints[name]) for name, value in content.items()})
 
 
+def require_whole(argument: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse an argument that is not a whole number, or outside its limits."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)
+    if not is_whole or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"`{argument}` is {value!r}; it must be a whole number {limits}.")
+
+
+def require_seed(seed: Any) -> None:
+    """Refuse a seed that NumPy or torch would not take."""
+    require_whole("seed", seed, 0, 2**32 - 1)
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return " Did you mean ...?" with the most similar of `known`, or an empty string if none is similar."""
     similar = difflib.get_close_matches(name, known, n=1)

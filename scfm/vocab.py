@@ -268,6 +268,8 @@ class Vocabulary:
                 f"The vocabulary has format version {version!r}; this scfm reads {FORMAT_VERSION}. "
                 "Update scfm, or read a published vocabulary with `scfm.encoding.read_vocabulary`."
             )
+        if missing := [name for name in ("tokens", "special", "id_type") if name not in content]:
+            raise ModelFileError(f"The vocabulary has no entry {missing[0]!r}; it is damaged. Save the model again.")
         return cls(
             content["tokens"],
             special=content["special"],

@@ -335,10 +335,10 @@ def _valid_depth(depth: ArrayLike, n_obs: int, name: str) -> NDArray[np.float64]
     depth_B = np.ascontiguousarray(depth, dtype=np.float64)
     if depth_B.shape != (n_obs,):
         raise CountsError(f"The depths have shape {depth_B.shape}; {name} has {n_obs} cells.")
-    wrong = ~(np.isfinite(depth_B) & (depth_B >= 0))
+    wrong = ~((depth_B <= np.finfo(np.float32).max) & (depth_B >= 0))  # what is not a number is wrong too
     if wrong.any():
         raise CountsError(
-            f"{int(wrong.sum())} of {n_obs} depths are negative or not numbers (cell {int(wrong.argmax())}: "
-            f"{depth_B[wrong.argmax()]}). Total counts must be finite and not negative."
+            f"{int(wrong.sum())} of {n_obs} depths are negative, not numbers or beyond float32 (cell "
+            f"{int(wrong.argmax())}: {depth_B[wrong.argmax()]}). Total counts must be finite and not negative."
         )
     return depth_B

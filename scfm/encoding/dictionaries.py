@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def read_vocabulary(
 def _read_ids(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".json":
         return _read_json(path)
-    return _read_pickle(path) if _is_pickle(path) else dict(row[:2] for row in _read_rows(path))
+    if _is_pickle(path):
+        return _read_pickle(path)
+    return _unique((row[:2] for row in _read_rows(path)), repr(str(path)))
 
 
 def read_medians(path: str | Path | Mapping[str, float], vocabulary: Vocabulary) -> NDArray[np.float64]:
@@ -218,11 +220,22 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     require_downloaded(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, repr(str(path))))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelFileError(f"{str(path)!r} is not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ModelFileError(f"{str(path)!r} holds a {type(content).__name__}, not a dictionary.")
+    return content
+
+
+def _unique(pairs: Iterable[Sequence[Any]], source: str) -> dict[str, Any]:
+    """The pairs as a dictionary; a name that occurs twice has no one value."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ModelFileError(f"{source} has the entry {name!r} twice, with {content[name]!r} and {value!r}.")
+        content[name] = value
     return content
 
 
@@ -234,8 +247,11 @@ def _read_rows(path: Path, *, header: bool = True) -> list[list[str]]:
     if path.suffix not in (".tsv", ".csv", ".txt"):
         raise ModelFileError(f"The format of {str(path)!r} is not supported; .json, .tsv, .csv and .pkl are.")
     require_downloaded(path)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="," if path.suffix == ".csv" else "\t"))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="," if path.suffix == ".csv" else "\t"))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ModelFileError(f"{str(path)!r} is not a table in UTF-8 ({error}). Save it as UTF-8 text.") from error
     if rows and min(map(len, rows)) < 2:
         raise ModelFileError(f"{str(path)!r} has lines with fewer than two columns; at least two are needed.")
     return rows[1:] if header else rows
@@ -244,7 +260,7 @@ def _read_rows(path: Path, *, header: bool = True) -> list[list[str]]:
 def _in_order(ids: Mapping[str, Any], source: str) -> list[str]:
     """Return the tokens in the order of their ids, which must be 0..n - 1."""
     try:
-        by_id = {int(place): token for token, place in ids.items()}
+        by_id = {_whole(number): token for token, number in ids.items()}
     except (TypeError, ValueError, OverflowError) as error:
         raise ModelFileError(f"{source} does not map tokens to whole numbers ({error}).") from error
     if not by_id or len(by_id) < len(ids) or min(by_id) != 0 or max(by_id) != len(by_id) - 1:
@@ -253,3 +269,10 @@ def _in_order(ids: Mapping[str, Any], source: str) -> list[str]:
             f"{min(by_id, default=None)}..{max(by_id, default=None)}; ids must be 0..n - 1, and each must occur once."
         )
     return [by_id[place] for place in range(len(by_id))]
+
+
+def _whole(number: Any) -> int:
+    whole = int(number)
+    if isinstance(number, bool) or (not isinstance(number, str) and whole != number):
+        raise ValueError(f"{number!r} is not a whole number")
+    return whole

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
+from scfm.errors import CountsError
 from scfm.models.network import CellTransformer
 
 N_COMPONENTS = 50
@@ -25,6 +26,11 @@ def start_from_loadings(network: CellTransformer, expression_BV: sparse.csr_matr
 def gene_loadings(expression_BV: sparse.csr_matrix, n_components: int, seed: int = 0) -> torch.Tensor:
     """Return right singular vectors of the cells-by-genes matrix, scaled by `compressed_loadings`, shape (V, R), float32."""
     n_components = min(n_components, *(size - 1 for size in expression_BV.shape))
+    if n_components < 1:
+        raise CountsError(
+            f"Gene embeddings start from principal components, which need two cells, and there is {expression_BV.shape[0]}. "
+            "Pass more cells, or a pretrained model (`model=`)."
+        )
     return compressed_loadings(TruncatedSVD(n_components, random_state=seed).fit(expression_BV).components_.T)
 
 

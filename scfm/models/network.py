@@ -143,7 +143,7 @@ class CellTransformer(nn.Module):
         Later blocks are not computed. `first_BD` replaces the input of each cell's first token.
         """
         n_states = self.config.n_layers + 1
-        if not -n_states <= hidden_layer < n_states:
+        if not isinstance(hidden_layer, int) or not -n_states <= hidden_layer < n_states:
             raise IndexError(
                 f"`hidden_layer` is {hidden_layer}; a network of {self.config.n_layers} blocks has the hidden states "
                 f"{-n_states} to {n_states - 1}."

@@ -12,6 +12,7 @@ from scfm import perturbation
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model
+from scfm.pp._encode import require_cells
 
 
 @document
@@ -69,6 +70,7 @@ def attention(
     >>> scfm.tl.attention(b_cells, model, ["CD74", "CD79A", "HLA-DRA"]).shape
     (3, 3)
     """
+    require_cells(adata)
     model = opened(model)
     return perturbation.attention(
         adata,

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm import baselines, pp
+from scfm._config import require_seed, require_whole
 from scfm._docs import document
 from scfm.data import CellBatch, CountSource
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
 from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
+from scfm.pp._encode import require_cells
 from scfm.tl._record import record
 
 
@@ -83,6 +85,7 @@ def denoise(
     >>> adata.layers["scfm_denoised"].shape
     (20, 50)
     """
+    require_cells(adata)
     model = opened(model)
     if "target_depth" not in model.encoding.config.special_roles or model.network.value_head is None:
         raise ModelTaskError(
@@ -190,6 +193,9 @@ def evaluate_denoising(
     >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
     ['scfm', 'no change', 'mean of 15 nearest neighbors', 'own counts and neighbors, weighed']
     """
+    require_seed(seed)
+    require_whole("n_neighbors", n_neighbors, 1)
+    require_cells(adata)
     model = opened(model)
     source = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
     blocks, depths = zip(*((block, depth_B) for _, block, depth_B in source.blocks()))

@@ -8,6 +8,7 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._config import require_seed
 from scfm._docs import document
 
 
@@ -88,6 +89,7 @@ def evaluate_perturbation(
     >>> list(scores.index)
     ['scfm', 'expression rank', 'differential expression', 'linear map on components']
     """
+    require_seed(seed)
     return perturbation.evaluate_perturbation(
         table,
         truth,

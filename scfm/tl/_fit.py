@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from scfm import pp
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.annotation.finetune import Cells, finetune, inference_precision, score_from_scratch, stage_config
 from scfm.annotation.scores import score_baselines, score_model, score_probe
@@ -30,7 +31,7 @@ from scfm.models.initialize import sample_rows, start_from_loadings
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.objectives import make_objective
-from scfm.pp._encode import gene_map, open_counts, require_cells
+from scfm.pp._encode import gene_map, open_counts, require_cells, select_cells
 from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
 from scfm.train import FitConfig, run_stage
@@ -177,6 +178,7 @@ def fit(
     >>> "linear probe on the frozen embedding" in annotator.report().index
     True
     """
+    require_seed(seed)
     require_cells(adata)
     if pretrain is None:
         pretrain = model is None or labels_key is None
@@ -234,7 +236,7 @@ class _Counts:
         return {"layer": self.layer, "gene_key": self.gene_key, "depth_key": self.depth_key}
 
     def make_encoding(self, settings: EncodingConfig, rows: NDArray[np.int64], vocabulary: Any = None) -> Encoding:
-        return make_encoding(settings, adata=self.adata[rows], vocabulary=vocabulary, **self.source)
+        return make_encoding(settings, adata=select_cells(self.adata, rows), vocabulary=vocabulary, **self.source)
 
     def with_depth(self, encoding: Encoding) -> Encoding:
         """The encoding, with the column that these data read the depth of their cells from."""

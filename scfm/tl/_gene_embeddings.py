@@ -16,6 +16,7 @@ from scfm._docs import document
 from scfm.data import CellBatch
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
+from scfm.pp._encode import require_cells
 
 
 @document
@@ -73,6 +74,7 @@ def gene_embeddings(
         with torch.inference_mode():
             embedding_GD = model.network.embedding.genes(gene_ids).float().cpu().numpy()
         return pd.DataFrame(embedding_GD, index=pd.Index(vocabulary.genes, name="gene"))
+    require_cells(adata)
     encoding = model.encoding
     if model.network.decoder is not None and hidden_layer is None:  # the decoder has states of all genes
         encoding = encoding.replace(include_zeros=True)

@@ -8,9 +8,11 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model
+from scfm.pp._encode import require_cells
 from scfm.tl._record import store_table
 
 
@@ -91,6 +93,8 @@ def gene_network(
     >>> len(edges)
     6
     """
+    require_seed(seed)
+    require_cells(adata)
     model = opened(model)
     table = perturbation.gene_network(
         adata,

@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scfm import pp
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.data import CellBatch, CountSource
 from scfm.errors import LabelsError, VocabularyMismatchError
@@ -167,6 +168,7 @@ def classify_genes(
     >>> list(scfm.tl.classify_genes(embeddings, labels, adata, n_folds=2).index)
     ['scfm gene embedding', 'expression level', 'majority class']
     """
+    require_seed(seed)
     if model is None and (finetune or embeddings is None):
         raise ValueError("`model` is None. Pass a model for gene embeddings or fine-tuning.")
     model = None if model is None else opened(model)

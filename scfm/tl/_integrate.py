@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from scfm import pp
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.data import columns
 from scfm.data.columns import Labels
@@ -20,6 +21,7 @@ from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.objectives import Integration
+from scfm.pp._encode import require_cells
 from scfm.tl._record import record
 from scfm.train import FitConfig, train
 
@@ -89,6 +91,8 @@ def integrate(
     >>> adata.obsm["X_scfm_integrated"].shape
     (100, 128)
     """
+    require_seed(seed)
+    require_cells(adata)
     model = opened(model)
     if not model.encoding.config.has_values or model.network.config.heads.values != "mlp":
         raise ModelTaskError(

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from scfm import pp
+from scfm._config import require_whole
 from scfm._docs import document
 from scfm.data import columns
 from scfm.errors import LabelsError
 from scfm.families.loading import opened
 from scfm.models.model import Model
-from scfm.pp._encode import require_cells
+from scfm.pp._encode import require_cells, select_cells
 from scfm.tl._record import record
 
 
@@ -88,6 +89,7 @@ def map_reference(
     >>> query.obsm["scfm_mapped_neighbors"].shape
     (50, 15)
     """
+    require_whole("n_neighbors", n_neighbors, 1)
     model = opened(model)
     require_cells(query)
     labels = columns.labels(reference.obs, labels_key)
@@ -98,7 +100,7 @@ def map_reference(
     query = query.copy() if copy else query
     reference_RD, query_QD = (
         model.embed(pp.encode(cells, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key))
-        for cells in (reference[labels.labeled], query)
+        for cells in (select_cells(reference, labels.labeled), query)
     )
     center_D, scale_D = reference_RD.mean(0), np.maximum(reference_RD.std(0), 1e-6)
     found = NearestNeighbors(n_neighbors=n_neighbors).fit((reference_RD - center_D) / scale_D)

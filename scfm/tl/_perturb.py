@@ -8,6 +8,7 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
@@ -148,6 +149,7 @@ def perturb(
     >>> scfm.tl.perturb(adata, model, genes=["CD74", "CST3"], progress=False).index.name
     'gene'
     """
+    require_seed(seed)
     model = opened(model)
     table = perturbation.perturb(
         adata,

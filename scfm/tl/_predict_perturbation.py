@@ -9,9 +9,11 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model
+from scfm.pp._encode import require_cells
 
 
 @document
@@ -98,6 +100,8 @@ def predict_perturbation(
     >>> change.loc["scfm"].shape
     (2, 765)
     """
+    require_seed(seed)
+    require_cells(adata)
     model = opened(model)
     return perturbation.predict_perturbation(
         adata,

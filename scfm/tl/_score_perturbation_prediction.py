@@ -8,9 +8,11 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model
+from scfm.pp._encode import require_cells
 
 
 @document
@@ -85,6 +87,8 @@ def score_perturbation_prediction(
     >>> sorted(set(scores["method"]))
     ['additive', 'bilinear ridge', 'no change', 'scfm', 'train mean']
     """
+    require_seed(seed)
+    require_cells(adata)
     model = opened(model)
     return perturbation.score_perturbation_prediction(
         adata,

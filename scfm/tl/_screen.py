@@ -8,6 +8,7 @@ import anndata
 import pandas as pd
 
 from scfm import perturbation
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
@@ -121,6 +122,7 @@ def screen(
     >>> int(table["exact"].sum()) - 20
     5
     """
+    require_seed(seed)
     model = opened(model)
     table = perturbation.screen(
         adata,

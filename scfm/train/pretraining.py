@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm._files import as_paths
 from scfm.data import CellBatch
@@ -139,6 +140,7 @@ def pretrain(
     >>> scfm.load("run/model").id == model.id
     True
     """
+    require_seed(seed)
     data = Data(paths=as_paths(paths), layer=layer, gene_key=gene_key, depth_key=depth_key)
     if not data.paths:
         raise ValueError("`paths` is empty; name at least one .h5ad file or .zarr folder.")

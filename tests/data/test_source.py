@@ -158,7 +158,7 @@ def test_missing_places_are_named(counts, arguments, message):
         CountSource.of(make(counts, counts=counts), **arguments)
 
 
-@pytest.mark.parametrize("depth", [np.full(23, -1.0), np.full(23, np.nan), np.ones(22)])
+@pytest.mark.parametrize("depth", [np.full(23, -1.0), np.full(23, np.nan), np.full(23, 1e300), np.ones(22)])
 def test_impossible_depths_are_refused(counts, depth):
     with pytest.raises(CountsError, match="depths"):
         CountSource(counts, depth=depth)

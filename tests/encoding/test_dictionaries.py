@@ -108,3 +108,23 @@ def test_scgpts_vocabulary_has_its_specials_last(scfm_data):
     vocabulary = read_vocabulary(scfm_data / "vocab" / "scgpt_human_finetuned_model_vocab.json")
     assert len(vocabulary) == 60697
     assert (vocabulary.pad_id, vocabulary.cls_id, vocabulary.eos_id) == (60694, 60695, 60696)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("v.json", b'{"a": 0.7, "b": 1.9}', "0.7 is not a whole number"),
+        ("v.json", b'{"a": true, "b": false}', "True is not a whole number"),
+        ("v.json", b'{"a": 0, "a": 1, "b": 0}', "the entry 'a' twice, with 0 and 1"),
+        ("v.json", b'{"a": Infinity}', "does not map tokens to whole numbers"),
+        ("v.json", b'{"format_version": 1}', "no entry 'tokens'"),
+        ("v.json", b'{"a":' * 100_000 + b"0" + b"}" * 100_000, "is not JSON"),
+        ("v.tsv", b"gene\tid\na\t0\na\t1\nb\t0\n", "the entry 'a' twice"),
+        ("v.tsv", b"gene\tid\na\t0.5\n", "does not map tokens to whole numbers"),
+        ("v.tsv", b"gene\tid\n\xff\t0\n", "is not a table in UTF-8"),
+    ],
+)
+def test_tables_that_do_not_number_the_tokens_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelFileError, match=words):
+        read_vocabulary(tmp_path / name)

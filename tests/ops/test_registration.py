@@ -135,7 +135,11 @@ ERRORS = {
     "scale beyond float32": ({"scale": 1e300}, ValueError, "`scale` is 1e.300; scores are computed in torch.float32"),
     "backend": ({"backend": "cuda"}, ValueError, "`backend` is 'cuda'"),
     "plan": ({"plan": ops.make_plan(torch.tensor([0, 6]))}, ValueError, "`plan` was made for 1 cells"),
-    "plan of other bounds": ({"plan": ops.make_plan(torch.tensor([0, 3, 6]))}, ValueError, "entry 1 is 3 in the plan and 2"),
+    "plan of other bounds": (
+        {"plan": ops.make_plan(torch.tensor([0, 3, 6]))},
+        ValueError,
+        "entry 1 is 3 in the plan and 2",
+    ),
     "plan of other known": (
         {"plan": ops.make_plan(BOUNDS, n_known=torch.tensor([2, 1])), "n_known": torch.tensor([2, 3])},
         ValueError,

@@ -74,18 +74,20 @@ def deletion_effects(
 def _effects(scores_HQN: Tensor, moved_HQN: Tensor, total_HQ1: Tensor | None) -> Tensor:
     """Effect of each key on each query: P / (1 - P) (sum of P G . v, less its own G . v); `moved_HQN` holds G . v.
 
-    `total_HQ1` replaces that sum.
+    `total_HQ1` replaces that sum, and then 1 - P is used throughout, as a kernel does.
 
     At most one key of a query has more than half of the attention. For the largest 1 - P may cancel, so the mean over the
     other keys is computed from their own softmax: P (mean of G . v over the others, less its own G . v).
     """
     probs_HQN = torch.exp(scores_HQN - finite_lse(scores_HQN)[..., None])
+    if total_HQ1 is not None:
+        effects_HQN = probs_HQN / (1.0 - probs_HQN) * (total_HQ1 - moved_HQN)
+        return torch.where(probs_HQN < 1.0 - 1e-6, effects_HQN, -total_HQ1)
     top_HQ1 = scores_HQN.argmax(-1, keepdim=True)
     others_HQN = scores_HQN.scatter(-1, top_HQ1, -math.inf)
     others_HQN = torch.exp(others_HQN - finite_lse(others_HQN)[..., None])
     mean_HQ1 = (others_HQN * moved_HQN).sum(-1, keepdim=True)
-    if total_HQ1 is None:
-        total_HQ1 = (probs_HQN * moved_HQN).sum(-1, keepdim=True)
+    total_HQ1 = (probs_HQN * moved_HQN).sum(-1, keepdim=True)
     effects_HQN = probs_HQN / (1.0 - probs_HQN) * (total_HQ1 - moved_HQN)
     effect_HQ1 = probs_HQN.gather(-1, top_HQ1) * (mean_HQ1 - moved_HQN.gather(-1, top_HQ1))
     return effects_HQN.scatter(-1, top_HQ1, effect_HQ1)
