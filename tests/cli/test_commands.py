@@ -1,6 +1,7 @@
 """Each command does what the public function of its name does, and leaves whole files or none."""
 
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -70,7 +71,8 @@ def test_fit_saves_a_model_and_tells_the_scores(result, folder, tmp_path):
 
 def test_each_stage_of_fit_has_steps_and_a_rate_of_its_own(command, folder, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(scfm, "fit", lambda adata, **options: calls.append(options) or sys.exit(0))
+    stub = functools.wraps(scfm.fit)(lambda adata, **options: calls.append(options) or sys.exit(0))
+    monkeypatch.setattr(scfm, "fit", stub)
     fit = ["fit", folder / "cells.h5ad", tmp_path / "model", "--labels-key", "bulk_labels"]
     command(*fit)
     command(*fit, "--accelerator", "cpu")
