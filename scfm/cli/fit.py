@@ -70,7 +70,7 @@ def _stages(
     n_cells: int,
 ) -> dict[str, Any]:
     """Settings of the stages; what was not given is chosen by the number of cells, as without any option."""
-    usual = scfm.FitConfig.for_cells(n_cells, seed=options["seed"])
+    usual = scfm.FitConfig.for_cells(n_cells, seed=options.get("seed"))
     stages = {}
     tuning = options.get("config")
     if tuning is not None or n_steps is not None:
