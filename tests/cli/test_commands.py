@@ -78,7 +78,7 @@ def test_each_stage_of_fit_has_steps_and_a_rate_of_its_own(command, folder, monk
     command(*fit, "--accelerator", "cpu")
     command(*fit, "--n-steps", 7, "--accelerator", "cpu", "--pretrain-steps", 9, "--pretrain-learning-rate", "0.5")
     plain, machine, both = calls
-    assert (plain["config"], plain.get("pretrain_config")) == (None, None)
+    assert (plain.get("config"), plain.get("pretrain_config")) == (None, None)
     assert machine["config"].n_steps == 15  # of 60 cells, as without the option
     assert (both["config"].n_steps, both["config"].accelerator) == (7, "cpu")
     stage = both["pretrain_config"]
