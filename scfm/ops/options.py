@@ -147,7 +147,8 @@ def _checked_plan(q: Tensor, k: Tensor, cu_seqlens: Tensor, options: AttentionOp
         if tensor is not None and not torch.compiler.is_compiling():
             _check_planned(name, planned, tensor)
     if torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
-        return AttentionPlan(**given)  # the operator checks them when the graph runs
+        # The operator checks them when the graph runs.
+        return AttentionPlan(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, n_known=n_known)
     return plan
 
 
