@@ -22,6 +22,7 @@ from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
 from scfm.perturbation.edits import Editor
 from scfm.perturbation.shifts import cosine_distance
 from scfm.perturbation.variants import cell_of, pack
+from scfm.pp._encode import open_counts
 
 N_GENES = 50  # of the network, if none are named
 
@@ -46,6 +47,7 @@ def gene_network(
         raise ValueError(f"`kind` is {kind!r}; choose 'attention' or 'deletion'.")
     if n_shuffles < 2:
         raise ValueError(f"`n_shuffles` is {n_shuffles}; a null needs at least 2.")
+    depth_key = open_counts(adata, model.encoding, layer=layer, depth_key=depth_key).depth_key  # of the null too
     cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key, empty="keep")
     tokens = _tokens(genes, cells, model)
     measure = attention_edges if kind == "attention" else deletion_edges

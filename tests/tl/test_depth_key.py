@@ -38,6 +38,7 @@ def test_what_takes_a_layer_takes_a_depth(function):
 @pytest.fixture(scope="module")
 def cells():
     adata = scfm.datasets.pbmc()[:40].copy()
+    del adata.uns["scfm"]  # it names a column of depths
     adata.obs["deep"] = np.asarray(adata.X.sum(1)).ravel() * np.linspace(1, 60, adata.n_obs)
     adata.obs["target"] = ["control"] * 10 + ["LYZ", "CST3", "CD74"] * 10
     return adata
@@ -63,3 +64,20 @@ def test_a_depth_that_is_given_is_one_that_the_data_name(cells, model):
     np.testing.assert_array_equal(given.obsm["scfm_proba"], named.obsm["scfm_proba"])
     summed = scfm.tl.annotate(cells, model, copy=True).obsm["scfm_proba"]
     assert (given.obsm["scfm_proba"] != summed).any()
+
+
+def test_shuffled_cells_have_the_depths_that_a_model_finds(cells):
+    """Tokens of this encoding depend on depth; the column is named by the model, or by the call."""
+    settings = scfm.EncodingConfig(kind="bucket", depth_over="matrix")
+    encoding = scfm.encoding.make_encoding(settings, adata=cells)
+    vocabulary = encoding.vocabulary
+    config = scfm.families.preset("scbert").model_config(
+        n_tokens=len(vocabulary), pad_id=vocabulary.pad_id, context_length=len(vocabulary), d_model=16, n_heads=2,
+        n_layers=1, d_ff=16, attention={"head_width": 8, "n_random_features": 8},
+    )  # fmt: skip
+    network = scfm.models.CellTransformer.for_vocabulary(config, vocabulary)
+    models = [scfm.Model(network, each) for each in (encoding, encoding.replace(depth_key="deep"))]
+    options = {"kind": "deletion", "genes": ["CD74", "LYZ", "CST3"], "n_shuffles": 2, "progress": False}
+    given = scfm.tl.gene_network(cells, models[0], depth_key="deep", **options)
+    assert scfm.tl.gene_network(cells, models[1], **options).equals(given)
+    assert not scfm.tl.gene_network(cells, models[0], **options).equals(given)
