@@ -129,15 +129,15 @@ def deletion_effects(
     grad_out
         Gradient of the function with respect to the outputs, shape (Tq, H, K), dtype of `q`.
     out, lse
-        Output and log-sum-exp of the same attention in float32, if they are already known; otherwise they are computed,
-        as they are for 16-bit tensors.
+        Output and log-sum-exp of the same attention in float32, if both are already known; otherwise, and for 16-bit
+        tensors, they are computed.
     {options}
 
     Returns
     -------
-    Effect of each key and head, shape (Tk, H), float32; sum over heads and layers for the effect of a gene. In
-    self-attention the key's own query is deleted with it and does not count. If a query
-    attends to no other key, its output becomes 0. Not differentiable.
+    Effect of each key and head, shape (Tk, H), float32 (float64 for float64); sum over heads and layers for the effect of a
+    gene. In self-attention the key's own query is deleted with it and does not count. If a query attends to no other key,
+    its output becomes 0. Not differentiable.
 
     Raises
     ------
