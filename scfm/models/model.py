@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from scfm.data.batch import CellBatch
 from scfm.errors import ModelTaskError
+from scfm.models.device import resolved_device
 from scfm.models.io.hub import fetched, push, save_pretrained
 from scfm.models.io.load import load_saved
 from scfm.models.io.save import save
@@ -75,7 +76,7 @@ class Model(ModelState):
 
     def to(self, device: torch.device | str) -> Model:
         """Move the network to a device, in place, and return the model."""
-        self.network.to(device)
+        self.network.to(resolved_device(device))
         return self
 
     def save(self, path: str | Path) -> None:

@@ -56,7 +56,8 @@ def _no_cell_for(name: str, tokens: tuple[int, ...]) -> str:
 def none_or_some(absent: Mapping[str, str], n_asked: int) -> str:
     """Return the error text for perturbations that cannot be done."""
     shown = "; ".join(list(absent.values())[:5])
-    return f"{len(absent)} of {n_asked} perturbations cannot be done in any of these cells: {shown}."
+    end = "" if shown.endswith("?") else "."
+    return f"{len(absent)} of {n_asked} perturbations cannot be done in any of these cells: {shown}{end}"
 
 
 def with_absent(table: pd.DataFrame, absent: Mapping[str, str]) -> pd.DataFrame:

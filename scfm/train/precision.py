@@ -12,7 +12,20 @@ from scfm.train.config import FitConfig
 
 
 def training_device(config: FitConfig) -> torch.device:
-    """Return the type of device that Lightning will choose for these settings."""
+    """Return the type of device that Lightning will choose for these settings.
+
+    Raises
+    ------
+    ValueError
+        If the settings ask for a GPU and torch finds none.
+    """
+    if (
+        config.accelerator in ("gpu", "cuda")
+        and not torch.cuda.is_available()
+        and not torch.backends.mps.is_available()
+    ):
+        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
+        raise ValueError(f"`accelerator` is {config.accelerator!r}, but {reason}. Pass 'cpu', or leave it out.")
     if config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available()):
         return torch.device("cuda")
     return torch.device("cpu")
