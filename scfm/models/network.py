@@ -272,7 +272,7 @@ class CellTransformer(nn.Module):
         return pool_cells(hidden_TD, cells.cu_seqlens, keep_T, how=how, weight_T=weight_T)
 
     def pooling_weights(self, cells: CellBatch, how: str) -> Tensor:
-        """Weight of each token in a "mean" or "weighted" pooling before normalization, shape (T,), float32; 0 if it is no gene."""
+        """Return the weight of each token for "mean" or "weighted" pooling, shape (T,), float32; 0 for special tokens."""
         is_gene_T = self.is_gene_T(cells).float()
         return is_gene_T * expression_weights(cells.position_T(), cells.values_T) if how == "weighted" else is_gene_T
 

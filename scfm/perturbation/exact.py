@@ -92,19 +92,9 @@ def perturb(
     measures = ["shift"] if on_genes else _measures(states, perturbations)
     n_rows = len(perturbations.names) * (len(vocabulary) if on_genes else 1)
     shifts = ShiftRecord(measures, n_rows=n_rows, seed=seed)
-    saved = None
-    if checkpoint is not None:
-        settings = {
-            "editor": editor,
-            "perturbations": perturbations,
-            "goal": states.goal_D,
-            "seed": seed,
-            "effect_on": effect_on,
-            "measure": by,
-            "center": states.center_D,
-            "labels": None if states.label_B is None else states.label_B.tolist(),
-        }
-        saved = Checkpoint.of(checkpoint, model, states.cells, precision=precision, **settings)
+    saved = (
+        None if checkpoint is None else _checkpoint(checkpoint, runner, states, seed, effect_on=effect_on, measure=by)
+    )
     run(runner, states, shifts, checkpoint=saved, progress=progress)
 
     options: dict[str, Any] = {"null": null_of(perturbations), "n_bootstrap": n_bootstrap, "seed": seed}
@@ -119,6 +109,23 @@ def perturb(
         table = with_absent(table[table.index.isin(asked.names)], absent)
         table.attrs = {"null_genes": null_names, "null_means": null_means}
     return table
+
+
+def _checkpoint(
+    path: str | Path, runner: VariantRunner, states: States, seed: int, *, effect_on: str, measure: Measure
+) -> Checkpoint:
+    """Return the checkpoint of a run, with all settings that its results depend on."""
+    settings = {
+        "editor": runner.editor,
+        "perturbations": runner.perturbations,
+        "goal": states.goal_D,
+        "seed": seed,
+        "effect_on": effect_on,
+        "measure": measure,
+        "center": states.center_D,
+        "labels": None if states.label_B is None else states.label_B.tolist(),
+    }
+    return Checkpoint.of(path, runner.model, states.cells, precision=runner.precision, **settings)
 
 
 def _on_genes(effect_on: str, genes: Genes | None, by: Measure) -> bool:

@@ -110,7 +110,7 @@ def backward(
     v: Tensor,
     options: OperatorOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k`, `v` and `key_bias` ((Tk, H), or (0, H) without one), from scores that are computed again chunk by chunk."""
+    """Gradients of `q`, `k`, `v` and `key_bias` ((Tk, H), or (0, H) without one); scores are computed again in chunks."""
     dtype = _compute_dtype(q)
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     grad_k = torch.zeros(k.shape, dtype=dtype, device=k.device)
