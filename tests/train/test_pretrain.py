@@ -385,5 +385,5 @@ def test_one_path_is_a_list_of_one(files, tmp_path):
 
 def test_what_a_model_to_continue_has_already_is_refused(files, tmp_path):
     model = run(files, tmp_path / "first", CONFIG.replace(n_steps=1))
-    with pytest.raises(ValueError, match="leave `preset` out"):
+    with pytest.raises(ValueError, match="Omit `preset`"):
         run(files, tmp_path / "second", init=model, preset="small")
