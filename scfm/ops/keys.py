@@ -115,10 +115,11 @@ def deletion_effects(
     lse: Tensor | None = None,
     **options: Unpack[AttentionOptions],
 ) -> Tensor:
-    """The effect of deleting each key on a function of the outputs, for all keys at about the cost of one backward pass.
+    """Estimate the change of a function of the outputs if a key is deleted, for all keys at the cost of about one backward pass.
 
-    With a_ig the probability of key g for query i, o_i the output and G_i the function's gradient there, the effect of key g
-    is `sum over i != g of a_ig / (1 - a_ig) G_i . (o_i - v_g)`: the softmax without key g in closed form.
+    Let a_ig be the probability of key g for query i, o_i the output, and G_i the gradient of the function with respect to o_i.
+    The estimate for key g is `sum over i != g of a_ig / (1 - a_ig) G_i . (o_i - v_g)`. The change of the outputs is exact (the
+    softmax without key g in closed form), and the function is approximated to first order.
 
     Parameters
     ----------

@@ -52,11 +52,10 @@ def linear(
 
     Notes
     -----
-    A library's matrix product chooses its kernel, and so the order of its sums, by the shape of the whole matrix. Measured on
-    an AVX-512 machine, a row of a float32 product differs below 16 to 60 rows, and a row of a bfloat16 product for almost
-    every number of rows. Without gradients the compiled kernel is used instead: its sums have one order, and it adds bias
-    and residual before a result leaves the cache. If that kernel is not built, rows are multiplied in blocks of one
-    fixed shape, the last one padded with zeros. Training uses torch's own product.
+    The matrix products of libraries choose a kernel, and with it the order of sums, by the shape of the matrix. On an AVX-512
+    machine, the result of a row in float32 changed if the matrix had fewer than 16 to 60 rows, and in bfloat16 for almost every
+    number of rows. Without gradients the compiled kernel is used instead, whose sums have a fixed order. If it is not built,
+    rows are multiplied in blocks of a fixed shape, the last of which is padded with zeros. Training uses torch's product.
 
     Examples
     --------

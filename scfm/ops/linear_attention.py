@@ -114,10 +114,10 @@ def linear_attention(
     -----
     With x' = x K^(-1/4): phi(x) = M^(-1/2) (exp(W x' - |x'|^2 / 2 - c) + 1e-4) and out = phi(q) (phi(K)^T V) /
     (phi(q) sum phi(K)), as in Performer (Choromanski et al. 2021). The stabilizer c is the maximum of W x' over the row
-    for queries, and over the cell and head for keys. Published code takes the latter over the whole batch, so that the result of
-    a cell depends on the rest of the batch. It is a constant in the gradient.
+    for queries, and over the cell and head for keys. The published code takes the maximum for keys over the whole batch, so that
+    the result of a cell depends on the rest of the batch. The gradient treats c as a constant.
 
-    Exponents, sums and the floor are float32 at least. For bfloat16 tensors the kernels round W, features and sums to
+    Exponents, sums and the constant 1e-4 are at least float32. For bfloat16 tensors the kernels round W, features and sums to
     bfloat16 before a product, which makes their error 1.3 to 5 times that of `"torch"`. The features of a whole cell are
     never in memory, and there are no second derivatives. Forward-mode differentiation uses plain torch. On a GPU, plain torch takes
     all cells at once, in chunks of 128 tokens of one cell.

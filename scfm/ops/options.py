@@ -38,14 +38,15 @@ _TEXT = """cu_seqlens_k
         Cell boundaries of the keys, shape (B + 1,), int32 or int64, last Tk, for cross-attention. By default keys and
         queries share `cu_seqlens`.
     n_known
-        The generative mask, shape (B,), int32 or int64: the first `n_known` tokens of a cell are its context. Every
-        query attends to those, and a target token (one after them) to itself as well. Self-attention only.
+        Length of the context of each cell for the generative mask, shape (B,), int32 or int64. Every query attends to the
+        context, and each token after the context (a target token) also to itself. Self-attention only.
     key_bias
         Added to every score of a key after scaling, shape (Tk,) or (Tk, H), any real dtype. `-inf` hides a key.
     scale
         Factor on the scores; K ** -0.5 by default.
     plan
-        :func:`scfm.ops.make_plan` of the same boundaries, built once per batch; by default the function builds one.
+        Result of :func:`scfm.ops.make_plan` for the same boundaries, so that they are checked once per batch and not in every
+        layer. By default the function makes one.
     backend
         `"fused"` (compiled kernels), `"torch"` (plain torch), or `"auto"`. On the CPU `"auto"` uses the compiled kernels for
         every call that they support. On a GPU it uses them for the cases in which they passed their device tests and were

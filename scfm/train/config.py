@@ -22,36 +22,42 @@ CPU_TOKENS_PER_STEP = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig(Config):
-    """One stage of training.
+    """Settings of one stage of training.
 
     Attributes
     ----------
     n_steps
-        Optimizer steps.
+        Number of optimizer steps.
     tokens_per_step
-        Token budget of a batch on each device: batches are filled to a number of tokens, not of cells, so memory stays
-        flat. None: 8,192 on a CPU; on a GPU, the memory of a token is measured there, and half of the free memory is used.
+        Maximum number of tokens of a batch on each device, so that all batches need about the same memory. None for 8,192 on
+        a CPU; on a GPU, the memory per token is measured, and the batch uses half of the free memory.
     accumulate
-        Batches on each device in a step. The loss of a step is the mean of the losses of its batches on all devices, so that
-        2 devices with 1 batch each do the same as 1 device with 2.
+        Number of batches per step on each device (gradient accumulation). The loss of a step is the mean over all batches of
+        all devices, so 2 devices with 1 batch each compute the same as 1 device with 2.
     learning_rate
         Peak learning rate of AdamW. None: 1e-3; in `scfm.pretrain` 3e-4; in the fine-tuning of `scfm.fit` 1e-4 for
         `trainable` "all" and "last:N", 5e-4 for "lora:R" and 1e-3 for "head"; in `scfm.tl.classify_genes` 2e-4, and 5e-4
         for models of more than 20 million parameters.
     embedding_learning_rate_scale
-        Factor of the learning rate of the gene embedding; 0 keeps it as it starts. None: 1; in `scfm.pretrain` 0.1 for
-        embeddings that start from a decomposition or a model.
-    weight_decay, warmup_fraction, schedule
-        AdamW's decay (matrices only); linear warm-up over a fraction of the steps, then the schedule to 0.
+        Factor of the learning rate of the gene embedding; with 0 it is not trained. None for 1, and in `scfm.pretrain` 0.1
+        if the embedding is initialized by a decomposition or a model.
+    weight_decay
+        Weight decay of AdamW, for matrices only.
+    warmup_fraction
+        Fraction of the steps in which the learning rate increases linearly to its peak.
+    schedule
+        Schedule of the learning rate after the warm-up: "cosine" or "linear" to 0, or "constant".
     clip_norm
         Maximum norm of the gradient.
     precision
-        "32-true", "bf16-mixed", "16-mixed" or "bf16-true" (weights in bfloat16 too), as Lightning names them. "auto":
-        bf16-mixed on a CUDA device that computes in bfloat16, else 32-true, with TF32 on CUDA devices.
+        "32-true", "bf16-mixed", "16-mixed" or "bf16-true" (weights in bfloat16 too), the names of Lightning. "auto" for
+        bf16-mixed on a CUDA device with bfloat16, otherwise 32-true, with TF32 on CUDA devices.
     accelerator
-        As Lightning's Trainer takes it.
-    devices, n_nodes
-        Processes on each node, and nodes. "auto": as many as torchrun started, or one.
+        "cpu", "gpu", "mps" or "auto", as in `lightning.Trainer`.
+    devices
+        Number of processes per node. "auto" for as many as torchrun has started, or one.
+    n_nodes
+        Number of nodes.
     strategy
         "ddp": each device holds the complete model; "fsdp": a shard of it, and its checkpoints are directories of shards.
         "auto": ddp for several processes.
@@ -59,16 +65,19 @@ class FitConfig(Config):
         "all", "head", "last:N" (head and the last N blocks), or "lora:R" (head, and low-rank updates of rank R). None:
         "all" for pretraining; for fine-tuning `scfm.fit` chooses by the size of the model.
     activation_checkpointing
-        Recompute each block in the backward pass instead of keeping its activations: less memory, a third more time.
+        Whether to recompute each block in the backward pass instead of keeping its activations, which needs less memory and
+        about a third more time.
     compile
-        Compile the blocks with torch.compile, for batches of any shape. Needs a C++ compiler; pays off on a GPU.
-    validate_every, patience
-        Steps between validations where validation cells are given (None: 20 validations in a run), and validations without
-        improvement after which training stops; the best weights are kept. Without `patience`, training never stops early.
+        Whether to compile the blocks with torch.compile, for batches of any shape. Needs a C++ compiler; meant for GPUs.
+    validate_every
+        Number of steps between validations, if there are validation cells. None for 20 validations in a run.
+    patience
+        Number of validations without improvement after which training stops. None to never stop early. The weights with the
+        lowest validation loss are kept in both cases.
     checkpoint_every
-        Steps between checkpoints where a run folder is given.
+        Number of steps between checkpoints, if there is a run folder.
     checkpoint_minutes
-        Minutes after which a checkpoint is written too; None for none.
+        Number of minutes after which a checkpoint is also written. None for no such checkpoints.
     seed
         Seed of the order of cells, masks and dropout. None: the `seed` of the function that trains.
 
