@@ -291,6 +291,7 @@ class CellTransformer(nn.Module):
     def values_from_cells(self, cell_ND: Tensor, gene_ids_N: Tensor, batch_ids_N: Tensor | None = None) -> Tensor:
         """Return the value of each chosen gene, predicted from the embedding of its cell, shape (N,)."""
         genes_ND = self.embedding.genes(gene_ids_N)
+        cell_ND = cell_ND.to(genes_ND.dtype)  # a mean over tokens is float32, also of a bfloat16 network
         return self._head("value_from_cell_head")(self.with_batch(cell_ND, batch_ids_N), genes_ND)
 
     def with_batch(self, hidden_ND: Tensor, batch_ids_N: Tensor | None) -> Tensor:

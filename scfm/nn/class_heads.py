@@ -40,6 +40,8 @@ class ClassHead(nn.Module):
         return self.linear(F.dropout(self._normalized(cell_BD), self.dropout, self.training))
 
     def _normalized(self, cell_BD: Tensor) -> Tensor:
+        assert self.norm.running_mean is not None
+        cell_BD = cell_BD.to(self.norm.running_mean.dtype)  # a mean over tokens is float32, also of a bfloat16 network
         if cell_BD.shape[0] > 1:
             return self.norm(cell_BD)
         # The last batch of an epoch may hold one cell, which has no variance.

@@ -202,7 +202,8 @@ def _save(ctx: Any, tensors: tuple[Tensor, ...], options: tuple[Any, ...]) -> No
 
 
 def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    tensors, options = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no second time
+    tensors, options = saved[: ctx.n_tensors], saved[ctx.n_tensors :]
     return tensors, tuple(other if tensor is None else tensor for tensor, other in zip(options, ctx.others))
 
 
