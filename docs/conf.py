@@ -46,6 +46,7 @@ napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Returns"]  # prose, as the signature has the types; by default its lines become a list
 default_role = "code"
+smartquotes_action = "qe"  # quotes and ellipses; `--` of an option is not a dash
 
 nb_execution_mode = "off"
 nb_output_stderr = "remove"
