@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import anndata
@@ -16,12 +18,15 @@ from scipy import sparse
 from scfm import baselines, pp
 from scfm._config import require_seed, require_whole
 from scfm._docs import document
-from scfm.data import CellBatch, CountSource
+from scfm.data import CountSource
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
 from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
 from scfm.pp._encode import require_cells
 from scfm.tl._record import record
+
+MAX_RATE = 0.5  # of counts that are kept to fit the weights
+ROWS_AT_A_TIME = 512
 
 
 @document
@@ -30,13 +35,19 @@ def denoise(
     model: Model | str | Path,
     *,
     target_depth: float | None = None,
+    n_neighbors: int = 15,
     layer: str | None = None,
     gene_key: str | None = None,
     depth_key: str | None = None,
+    seed: int = 0,
     key_added: str = "scfm_denoised",
     copy: bool = False,
 ) -> anndata.AnnData | None:
     """Predict the expression of each cell for a total count of `target_depth`.
+
+    The prediction is a weighted sum of the cell's own log-expression, the mean of its nearest neighbors, and what the model
+    predicts. The weights are fitted by least squares on the same cells, whose counts are downsampled once more and
+    predicted from what is left.
 
     Parameters
     ----------
@@ -44,10 +55,15 @@ def denoise(
     model
         A model with a continuous encoding and a value head, trained with `scfm.objectives.ReadDepth` (scFoundation).
     target_depth
-        Total count for which expression is predicted. None for the total of each cell.
+        Total counts to predict for. None for the total of each cell.
+    n_neighbors
+        Number of cells, the cell itself included, in the mean of neighbors. 0 for the prediction of the model alone, which
+        does not depend on the other cells.
     {layer}
     {gene_key}
     {depth_key}
+    seed
+        Seed of the downsampling and of the components that neighbors are found on.
     key_added
         Key of `adata.layers` for the result.
     {copy}
@@ -62,6 +78,8 @@ def denoise(
     ------
     ModelTaskError
         If the model cannot predict values from read depth.
+    ValueError
+        If `n_neighbors` is negative.
 
     Notes
     -----
@@ -93,29 +111,34 @@ def denoise(
             f"{model.encoding.config.kind} encoding. Load a scFoundation model, or train one with "
             "`scfm.objectives.ReadDepth`."
         )
+    if n_neighbors < 0:
+        raise ValueError(f"`n_neighbors` is {n_neighbors}; it must be at least 0.")
     adata = adata.copy() if copy else adata
-    every_gene = model.encoding.replace(include_zeros=True, target_depth=target_depth)
-    cells = pp.encode(adata, every_gene, layer=layer, gene_key=gene_key, depth_key=depth_key)
-    adata.layers[key_added] = _predict(model, cells, _tokens_of_columns(adata, model, layer, gene_key))
-    record(adata, model, key_added, layer=layer, gene_key=gene_key, depth_key=depth_key, target_depth=target_depth)
+    source = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    value_BG = _predict(source, model, target_depth)
+    if n_neighbors:
+        value_BG = _with_neighbors(source, value_BG, model, target_depth, n_neighbors=n_neighbors, seed=seed)
+    adata.layers[key_added] = _in_columns(value_BG, adata, layer)
+    settings = {"target_depth": target_depth, "n_neighbors": n_neighbors, "seed": seed}
+    record(adata, model, key_added, layer=layer, gene_key=gene_key, depth_key=depth_key, **settings)
     return adata if copy else None
 
 
-def _tokens_of_columns(
-    adata: anndata.AnnData, model: Model, layer: str | None, gene_key: str | None
-) -> NDArray[np.int32]:
-    """Return the token of each column of `adata`, shape (G,); the result has these columns even if counts are in `raw`."""
-    source = CountSource.of(
-        adata, layer=None if layer == "raw" and layer not in adata.layers else layer, gene_key=gene_key
-    )
-    token_ids_G = np.full(adata.n_vars, -1, dtype=np.int32)
-    token_ids_G[source.columns] = model.encoding.vocabulary.find(source.names(model.encoding.vocabulary)[0])[0]
-    return token_ids_G
+def _in_columns(value_BG: NDArray[np.float32], adata: anndata.AnnData, layer: str | None) -> NDArray[np.float32]:
+    """Spread the genes of the counts over the columns of `adata`, which the result is for even if the counts are those of
+    `adata.raw`; NaN for the others.
+    """
+    columns = CountSource.of(adata, layer=None if layer == "raw" and layer not in adata.layers else layer).columns
+    spread_BG = np.full((adata.n_obs, adata.n_vars), np.nan, dtype=np.float32)
+    spread_BG[:, columns] = value_BG
+    return spread_BG
 
 
-def _predict(model: Model, cells: CellBatch, token_ids_G: NDArray[np.int32]) -> NDArray[np.float32]:
-    network = model.network.eval()
-    known_G = token_ids_G >= 0
+def _predict(source: CountSource, model: Model, target_depth: float | None) -> NDArray[np.float32]:
+    """Return what the model predicts for every gene of `source`, shape (B, G); NaN for genes without a token."""
+    cells = pp.encode(source, model.encoding.replace(include_zeros=True, target_depth=target_depth))
+    token_ids_G = model.encoding.vocabulary.find(source.names(model.encoding.vocabulary)[0])[0]
+    network, known_G = model.network.eval(), token_ids_G >= 0
     predicted_BG = np.full((len(cells), len(token_ids_G)), np.nan, dtype=np.float32)
     with torch.inference_mode():
         for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
@@ -125,6 +148,78 @@ def _predict(model: Model, cells: CellBatch, token_ids_G: NDArray[np.int32]) -> 
             value_BV[batch.cell_of_token_T(), batch.gene_ids_T.long()] = value_T
             predicted_BG[rows, known_G] = value_BV.cpu().numpy()[:, token_ids_G[known_G]]
     return predicted_BG
+
+
+def _with_neighbors(
+    source: CountSource,
+    model_BG: NDArray[np.float32],
+    model: Model,
+    target_depth: float | None,
+    *,
+    n_neighbors: int,
+    seed: int,
+) -> NDArray[np.float32]:
+    """Weighted sum of own values, neighbors and the model's prediction, shape (B, G), at least 0."""
+    counts_BG, depth_B = _counts_and_depths(source)
+    known_G = ~np.isnan(model_BG).any(0)
+    typical_depth = float(np.median(depth_B))
+    rate = MAX_RATE if target_depth is None else min(typical_depth / target_depth, MAX_RATE)
+    again_BG = thin_counts(counts_BG, rate, seed + 1)
+    keep_B = np.asarray(again_BG[:, known_G].sum(1)).ravel() > 0
+    again_BG = again_BG[keep_B]
+    named = source.named_depth is not None
+    again_depth_B = depth_B[keep_B] * rate if named else np.asarray(again_BG.sum(1), dtype=np.float64).ravel()
+    shallower = CountSource(again_BG, var=source.var, gene_key=source.gene_key, depth=again_depth_B)
+    learned = _Inputs.of(again_BG, again_depth_B, _predict(shallower, model, typical_depth), n_neighbors, seed)
+    weights = learned.weights(baselines.log_normalize(counts_BG, depth_B)[keep_B], known_G)
+    return _Inputs.of(counts_BG, depth_B, model_BG, n_neighbors, seed).weighted(weights)
+
+
+def _counts_and_depths(source: CountSource) -> tuple[sparse.csr_matrix, NDArray[np.float64]]:
+    blocks, depths = zip(*((block, depth_B) for _, block, depth_B in source.blocks()))
+    return sparse.vstack(blocks, format="csr"), np.concatenate(depths)
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """What a prediction is a weighted sum of: own values, neighbors, whether the gene was seen, 1, and the model's prediction."""
+
+    own_BG: sparse.csr_matrix
+    neighbors_BG: NDArray[np.float32]
+    model_BG: NDArray[np.float32]
+
+    @classmethod
+    def of(
+        cls,
+        counts_BG: sparse.csr_matrix,
+        depth_B: NDArray[np.float64],
+        model_BG: NDArray[np.float32],
+        n_neighbors: int,
+        seed: int,
+    ) -> _Inputs:
+        own_BG = baselines.log_normalize(counts_BG, depth_B)
+        return cls(own_BG, baselines.smooth_over_neighbors(own_BG, n_neighbors, seed), model_BG)
+
+    def rows(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Yield the inputs of some rows at a time, shape (rows, G, 5)."""
+        for start in range(0, len(self.model_BG), ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            own = self.own_BG[rows].toarray()
+            parts = [own, self.neighbors_BG[rows], own > 0, np.ones_like(own), self.model_BG[rows]]
+            yield rows, np.stack(parts, -1, dtype=np.float32)
+
+    def weights(self, target_BG: sparse.csr_matrix, known_G: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Return the weights of least squares over the known genes, shape (5,)."""
+        gram, moment = np.zeros((5, 5)), np.zeros(5)
+        for rows, inputs in self.rows():
+            flat = inputs[:, known_G].reshape(-1, 5).astype(np.float64)
+            gram += flat.T @ flat
+            moment += flat.T @ target_BG[rows].toarray()[:, known_G].ravel()
+        return np.linalg.lstsq(gram, moment, rcond=None)[0]
+
+    def weighted(self, weights: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return the weighted sum, at least 0, shape (B, G); NaN where the model predicts nothing."""
+        return np.concatenate([(inputs @ weights.astype(np.float32)).clip(min=0) for _, inputs in self.rows()])
 
 
 def thin_counts(counts_BG: sparse.csr_matrix, rate: float, seed: int = 0) -> sparse.csr_matrix:
@@ -191,28 +286,33 @@ def evaluate_denoising(
     >>> config = ModelConfig.from_dict(scfoundation.ARCHITECTURE | sizes)
     >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
-    ['scfm', 'no change', 'mean of 15 nearest neighbors', 'own counts and neighbors, weighed']
+    ['scfm', 'scfm, network alone', 'no change', 'mean of 15 nearest neighbours', 'own counts and neighbours, weighed']
     """
     require_seed(seed)
     require_whole("n_neighbors", n_neighbors, 1)
     require_cells(adata)
     model = opened(model)
     source = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
-    blocks, depths = zip(*((block, depth_B) for _, block, depth_B in source.blocks()))
-    counts_BG = sparse.vstack(blocks, format="csr")
-    original_BG = baselines.log_normalize(counts_BG, np.concatenate(depths)).toarray()
-    # Totals named in `uns` are those of the original cells, so they are not used.
-    thinned = anndata.AnnData(thin_counts(counts_BG, rate, seed), obs=adata.obs.copy(), var=source.var.copy())
-    keep_B = np.asarray(thinned.X.sum(1)).ravel() > 0
-    thinned, original_BG = thinned[keep_B].copy(), original_BG[keep_B]
-    depth = np.median(np.asarray(counts_BG.sum(1)))
-    denoise(thinned, model, target_depth=float(depth), gene_key=gene_key)
-    shallow_BG = baselines.log_normalize(thinned.X)
+    counts_BG, depth_B = _counts_and_depths(source)
+    thinned_BG = thin_counts(counts_BG, rate, seed)
+    keep_B = np.asarray(thinned_BG.sum(1)).ravel() > 0
+    thinned_BG, original_BG = thinned_BG[keep_B], baselines.log_normalize(counts_BG, depth_B)[keep_B].toarray()
+    thinned = anndata.AnnData(thinned_BG, obs=adata.obs[keep_B].copy(), var=source.var.copy())
+    named = source.named_depth is not None
+    thinned.obs["depth"] = depth_B[keep_B] * rate if named else np.asarray(thinned_BG.sum(1)).ravel()
+    settings = {"target_depth": float(np.median(depth_B)), "gene_key": gene_key, "depth_key": "depth", "seed": seed}
+    for key, n in (("joined", n_neighbors), ("alone", 0)):
+        denoise(thinned, model, n_neighbors=n, key_added=key, **settings)
+    shallow_BG = baselines.log_normalize(thinned_BG, thinned.obs["depth"].to_numpy())
+    weighted_BG = own_and_neighbors_weighed(
+        thinned_BG, rate, n_neighbors, seed, depth_B=thinned.obs["depth"].to_numpy() if named else None
+    )
     methods = {
-        "scfm": thinned.layers["scfm_denoised"],
+        "scfm": thinned.layers["joined"],
+        "scfm, network alone": thinned.layers["alone"],
         "no change": shallow_BG.toarray(),
-        f"mean of {n_neighbors} nearest neighbors": baselines.smooth_over_neighbors(shallow_BG, n_neighbors, seed),
-        "own counts and neighbors, weighed": own_and_neighbors_weighed(thinned.X, rate, n_neighbors, seed),
+        f"mean of {n_neighbors} nearest neighbours": baselines.smooth_over_neighbors(shallow_BG, n_neighbors, seed),
+        "own counts and neighbours, weighed": weighted_BG,
     }
     known = ~np.isnan(methods["scfm"]).any(0)
     rows = {name: _errors(values_BG[:, known], original_BG[:, known]) for name, values_BG in methods.items()}
@@ -220,18 +320,25 @@ def evaluate_denoising(
 
 
 def own_and_neighbors_weighed(
-    counts_BG: sparse.csr_matrix, rate: float, n_neighbors: int, seed: int
+    counts_BG: sparse.csr_matrix,
+    rate: float,
+    n_neighbors: int,
+    seed: int,
+    depth_B: NDArray[np.float64] | None = None,
 ) -> NDArray[np.floating]:
     """Linear regression on a cell's values and the mean of its neighbors, fitted on the same cells after downsampling again."""
     again_BG = thin_counts(counts_BG, rate, seed + 1)
-    inputs = [_own_and_neighbors(counts, n_neighbors, seed) for counts in (again_BG, counts_BG)]
-    target = baselines.log_normalize(counts_BG).toarray().ravel()
+    again_depth_B = None if depth_B is None else depth_B * rate
+    inputs = [
+        _own_and_neighbors(baselines.log_normalize(counts, depth), n_neighbors, seed)
+        for counts, depth in ((again_BG, again_depth_B), (counts_BG, depth_B))
+    ]
+    target = baselines.log_normalize(counts_BG, depth_B).toarray().ravel()
     weights = np.linalg.lstsq(inputs[0], target, rcond=None)[0]
     return (inputs[1] @ weights).clip(min=0).reshape(counts_BG.shape)
 
 
-def _own_and_neighbors(counts_BG: sparse.csr_matrix, n_neighbors: int, seed: int) -> NDArray[np.floating]:
-    values_BG = baselines.log_normalize(counts_BG)
+def _own_and_neighbors(values_BG: sparse.csr_matrix, n_neighbors: int, seed: int) -> NDArray[np.floating]:
     own, neighbors = values_BG.toarray(), baselines.smooth_over_neighbors(values_BG, n_neighbors, seed)
     return np.stack([own.ravel(), neighbors.ravel(), own.ravel() > 0, np.ones(own.size)], 1)
 

@@ -35,8 +35,8 @@ def model(blood):
 
 def test_predictions_follow_the_genes_when_columns_are_shuffled(blood, model):
     order = np.random.default_rng(0).permutation(blood.n_vars)
-    plain = scfm.tl.denoise(blood, model, copy=True).layers["scfm_denoised"]
-    shuffled = scfm.tl.denoise(blood[:, order].copy(), model, copy=True).layers["scfm_denoised"]
+    plain = scfm.tl.denoise(blood, model, n_neighbors=0, copy=True).layers["scfm_denoised"]
+    shuffled = scfm.tl.denoise(blood[:, order].copy(), model, n_neighbors=0, copy=True).layers["scfm_denoised"]
     known = ~np.isnan(plain).any(0)
     assert known.sum() == model.encoding.vocabulary.n_genes
     assert (plain[:, known] >= 0).all()
@@ -45,7 +45,8 @@ def test_predictions_follow_the_genes_when_columns_are_shuffled(blood, model):
 
 def test_asking_for_more_depth_changes_the_prediction(blood, model):
     shallow, deep = (
-        scfm.tl.denoise(blood, model, target_depth=depth, copy=True).layers["scfm_denoised"] for depth in (1e2, 1e6)
+        scfm.tl.denoise(blood, model, target_depth=depth, n_neighbors=0, copy=True).layers["scfm_denoised"]
+        for depth in (1e2, 1e6)
     )
     assert not np.allclose(shallow, deep, equal_nan=True, atol=1e-7)
 
@@ -72,7 +73,7 @@ def test_smoothing_over_one_neighbor_changes_nothing_and_over_all_gives_the_mean
 
 def test_scores_stand_beside_their_baselines(blood, model):
     table = evaluate_denoising(blood, model, rate=0.5)
-    assert list(table.index)[:3] == ["scfm", "no change", "mean of 15 nearest neighbors"]
+    assert list(table.index)[:4] == ["scfm", "scfm, network alone", "no change", "mean of 15 nearest neighbours"]
     assert np.isfinite(table.to_numpy()).all()
 
 
@@ -84,3 +85,19 @@ def test_weighing_own_counts_and_neighbors_beats_either_alone():
     alone = shallow.toarray(), baselines.smooth_over_neighbors(shallow, 15)
     weighed = own_and_neighbors_weighed(thinned[kept], 0.5, 15, seed=0)
     assert ((weighed - truth) ** 2).mean() < 0.9 * min(((values - truth) ** 2).mean() for values in alone)
+
+
+def test_an_uninformative_network_leaves_the_weighted_mean_as_it_is(model):
+    adata = scfm.datasets.pbmc()[:300, :60].copy()
+    adata = adata[np.asarray(adata.X.sum(1)).ravel() > 0].copy()
+    table = evaluate_denoising(adata, model, rate=0.5)["mse"]
+    assert table["scfm"] <= 1.01 * table["own counts and neighbours, weighed"]
+    assert table["scfm"] < 0.9 * table["no change"]
+
+
+def test_without_neighbors_a_cell_does_not_depend_on_the_others(blood, model):
+    alone = scfm.tl.denoise(blood[:3].copy(), model, n_neighbors=0, copy=True).layers["scfm_denoised"]
+    together = scfm.tl.denoise(blood, model, n_neighbors=0, copy=True).layers["scfm_denoised"]
+    np.testing.assert_array_equal(alone, together[:3])
+    with pytest.raises(ValueError, match="`n_neighbors` is -1"):
+        scfm.tl.denoise(blood, model, n_neighbors=-1)
