@@ -1,12 +1,15 @@
 """`scfm.tl.map_reference` and `scfm.tl.integrate`."""
 
+import sys
+
 import anndata
 import numpy as np
 import pytest
 
 import scfm
+from scfm.data.columns import Labels
 from scfm.errors import EmptyCellError, LabelsError, ModelTaskError
-from scfm.tl._integrate import _with_integration_heads
+from scfm.tl._integrate import _components, _crossed, _harmony, _with_integration_heads
 from scfm.tl._map_reference import _shares
 
 SHORT = scfm.FitConfig(n_steps=2, tokens_per_step=2048)
@@ -63,17 +66,66 @@ def test_nearer_neighbors_weigh_more():
     np.testing.assert_allclose(share, [[(middle + far) / (near + middle + far), near / (near + middle + far)]])
 
 
-def test_integration_leaves_the_model_alone_and_moves_the_embedding(blood, bin_model):
+def with_donors(blood):
     adata = blood.copy()
     adata.obs["donor"] = np.where(np.arange(adata.n_obs) % 2, "a", "b")
+    adata.obs["chemistry"] = np.where(np.arange(adata.n_obs) < 60, "v2", "v3")
+    return adata
+
+
+def test_training_to_integrate_leaves_the_model_alone_and_moves_the_embedding(blood, bin_model):
+    adata = with_donors(blood)
     before = bin_model.id
-    scfm.tl.integrate(adata, bin_model, batch_key="donor", config=SHORT, progress=False)
+    scfm.tl.integrate(adata, bin_model, batch_key="donor", method="train", config=SHORT, progress=False)
     assert bin_model.id == before
     plain = scfm.tl.embed(adata, bin_model, copy=True).obsm["X_scfm"]
     integrated = adata.obsm["X_scfm_integrated"]
     assert integrated.shape == plain.shape
     assert np.isfinite(integrated).all()
     assert not np.allclose(integrated, plain, atol=1e-3)
+
+
+def test_harmony_takes_a_shift_between_batches_away_and_leaves_types_apart():
+    pytest.importorskip("harmonypy")
+    rng = np.random.default_rng(0)
+    types, donors = rng.integers(0, 2, 400), rng.integers(0, 2, 400)
+    cells = rng.normal(0, 0.1, (400, 3))
+    cells[:, 0] += types
+    cells[:, 1] += 0.5 * donors
+    labels = Labels(("a", "b"), donors)
+    corrected = _harmony(_components(cells, 3), {"donor": labels}, seed=0)
+    apart = {name: _gap(values, donors) / _gap(values, types) for name, values in (("raw", cells), ("new", corrected))}
+    assert apart["raw"] > 0.4
+    assert apart["new"] < 0.15
+
+
+def _gap(cells, groups):
+    return np.linalg.norm(cells[groups == 1].mean(0) - cells[groups == 0].mean(0))
+
+
+@pytest.mark.parametrize("method", ["harmony", "harmony-embedding"])
+def test_harmony_works_for_every_encoding_and_for_several_kinds_of_batch(blood, rank_model, method, tmp_path):
+    pytest.importorskip("harmonypy")
+    adata = with_donors(blood)
+    scfm.tl.integrate(adata, rank_model, batch_key=["donor", "chemistry"], method=method)
+    integrated = adata.obsm["X_scfm_integrated"]
+    assert integrated.shape == (120, 20 + 50 * (method == "harmony"))
+    assert integrated.dtype == np.float32
+    assert np.isfinite(integrated).all()
+    again = scfm.tl.integrate(adata, rank_model, batch_key=["donor", "chemistry"], method=method, copy=True)
+    np.testing.assert_array_equal(again.obsm["X_scfm_integrated"], integrated)
+    adata.write_h5ad(tmp_path / "integrated.h5ad")
+
+
+def test_without_harmonypy_the_error_says_what_to_do(blood, rank_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "harmonypy", None)
+    with pytest.raises(ImportError, match=r"single-cell-fm\[harmony\].*method=\"train\""):
+        scfm.tl.integrate(with_donors(blood), rank_model, batch_key="donor")
+
+
+def test_combinations_of_batches_are_batches():
+    crossed = _crossed([Labels(("a", "b"), np.array([0, 1, 0, 1])), Labels(("x", "y"), np.array([0, 0, 1, 0]))])
+    assert [crossed.names[code] for code in crossed.codes] == ["a x", "b x", "a y", "b x"]
 
 
 def test_integration_starts_from_the_weights_of_the_model(bin_model):
@@ -87,9 +139,13 @@ def test_integration_starts_from_the_weights_of_the_model(bin_model):
 def test_integration_needs_values_and_two_batches(blood, rank_model, bin_model):
     adata = blood.copy()
     adata.obs["donor"] = "a"
-    with pytest.raises(ModelTaskError, match='encoding="bin"'):
-        scfm.tl.integrate(adata, rank_model, batch_key="donor")
     with pytest.raises(LabelsError, match="only one batch"):
         scfm.tl.integrate(adata, bin_model, batch_key="donor")
     with pytest.raises(LabelsError, match=r"doner.*donor"):
         scfm.tl.integrate(adata, bin_model, batch_key="doner")
+    with pytest.raises(ModelTaskError, match='encoding="bin"'):
+        scfm.tl.integrate(with_donors(blood), rank_model, batch_key="donor", method="train")
+    with pytest.raises(ValueError, match="`method` is 'scvi'"):
+        scfm.tl.integrate(adata, bin_model, batch_key="donor", method="scvi")
+    with pytest.raises(ValueError, match="`config`"):
+        scfm.tl.integrate(with_donors(blood), bin_model, batch_key="donor", config=SHORT)
