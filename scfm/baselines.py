@@ -92,6 +92,10 @@ class RowSpace(TransformerMixin, BaseEstimator):
         """Return coordinates, shape (B, R), or the unchanged rows if there were too many fitted rows to project."""
         return rows_BG if self.rows_BG_ is None else _products(rows_BG, self.rows_BG_) @ self.projection_BR_
 
+    def weights_of_columns(self, weight_CR: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Weights of the original columns, shape (G, C), from weights of coordinates, shape (C, R)."""
+        return weight_CR.T if self.rows_BG_ is None else self.rows_BG_.T @ (self.turn_BR_ @ weight_CR.T)
+
 
 def _products(first_BG: sparse.csr_matrix, second_NG: sparse.csr_matrix) -> NDArray[np.float64]:
     """Scalar products of rows, shape (B, N), by dense blocks of columns: counts are not sparse enough for sparse products."""

@@ -1,88 +1,59 @@
-"""Weights of the two ensemble members, the transformer and the gene classifier."""
+"""Weights of the ensemble members: the transformer, a regression on components of expression, and one on all genes."""
 
-# Axes: B cells, X inputs of a member, R components, C classes.
+# Axes: B cells, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from scfm.annotation.probe import balanced_regression, standardized
-from scfm.models.network import CellTransformer
+# Median of each weight before calibration cells are seen: transformer, components, genes. Chosen on development data:
+# a fine-tuned transformer is the most confident of the three, and the least reliable on cells of another condition.
+PRIOR_WEIGHTS = (0.15, 0.7, 1.5)
+PRIOR_DEVIATION = 0.5  # of the logarithms of the weights
+LABELS_FOR_HALF_THE_WEIGHT = 40  # labels per class (median) at which the regression on all genes has half of its weight
 
-N_FOLDS = 5
-MAX_LOG_WEIGHT = 4.0
 
-
-@torch.no_grad()
-def fit_ensemble_weights(
-    network: CellTransformer,
-    features_BX: NDArray[np.float32],
-    component_BR: NDArray[np.float64],
-    labels_B: NDArray[np.int64],
-    *,
-    seed: int = 0,
-) -> None:
-    """Weight the members by what each predicts for training cells that it was not fitted on.
-
-    Both regressions are fitted on four fifths of the cells and predict the last fifth, in turn. The weights maximize
-    the class-weighted log-likelihood of the weighted sum of log-probabilities, with a standard normal prior on their
-    logarithms. A member that adds nothing to the other loses its weight. A class of one cell takes part in fitting
-    only.
+def prior_weights(labels_B: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Weights without calibration cells, shape (3,); the regression on all genes needs many labels per class.
 
     Parameters
     ----------
-    network
-        With a gene classifier; its `ensemble_weights` are set in place.
-    features_BX, component_BR
-        What the class head and the gene classifier read of the training cells.
     labels_B
-        Their classes, shape (B,), int64; every class occurs.
-    seed
-        Seed of the folds.
+        Classes of the training cells, shape (B,), int64.
     """
-    fold_B = _folds(labels_B, seed)
-    scored = np.flatnonzero(fold_B >= 0)
-    if not len(scored):
-        return
-    members = [
-        _out_of_fold(inputs_BX, labels_B, fold_B)[scored] for inputs_BX in (standardized(features_BX), component_BR)
-    ]
-    labels = labels_B[scored]
-    weight_B = 1 / np.sqrt(np.bincount(labels)[labels])  # as in fine-tuning
+    counts_C = np.bincount(labels_B)
+    typical = float(np.median(counts_C[counts_C > 0]))
+    return np.array(PRIOR_WEIGHTS) * (1, 1, typical / (typical + LABELS_FOR_HALF_THE_WEIGHT))
+
+
+def fit_weights(
+    logits: Sequence[NDArray[np.floating]], labels_B: NDArray[np.int64], prior: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the weights of the members' log-probabilities that fit cells which no member has learned from.
+
+    They maximise the log-likelihood of the weighted sum, with a normal prior on their logarithms. A member that is confident
+    only on the cells that it was fitted on gets no trust from it. The sum of the weights is the inverse of a temperature.
+
+    Parameters
+    ----------
+    logits
+        Of each member for the calibration cells, shape (B, C); B may be 0.
+    labels_B
+        Classes of these cells, shape (B,), int64.
+    prior
+        Medians of the weights, shape (members,).
+    """
+    members = [log_softmax(np.asarray(logits_BC, dtype=np.float64), axis=1) for logits_BC in logits]
+    rows, log_prior = np.arange(len(labels_B)), np.log(prior)
 
     def negative_log_posterior(log_weights: NDArray[np.float64]) -> float:
         joint_BC = log_softmax(sum(w * member_BC for w, member_BC in zip(np.exp(log_weights), members)), axis=1)
-        mean = np.average(joint_BC[np.arange(len(labels)), labels], weights=weight_B)
-        return -len(labels) * mean + 0.5 * float((log_weights**2).sum())
+        distance = (log_weights - log_prior) / PRIOR_DEVIATION
+        return -float(joint_BC[rows, labels_B].sum()) + 0.5 * float((distance**2).sum())
 
-    bounds = [(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT)] * 2
-    best = minimize(negative_log_posterior, np.zeros(2), method="L-BFGS-B", bounds=bounds)
-    network.gene_classifier.ensemble_weights.copy_(torch.from_numpy(np.exp(best.x)))  # type: ignore[union-attr]
-
-
-def _folds(labels_B: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Fold of each cell, every class spread evenly; -1 for the only cell of a class."""
-    rng = np.random.default_rng(seed)
-    fold_B = np.full(len(labels_B), -1)
-    for label in np.unique(labels_B):
-        members = rng.permutation(np.flatnonzero(labels_B == label))
-        if len(members) > 1:
-            fold_B[members] = (np.arange(len(members)) + rng.integers(N_FOLDS)) % N_FOLDS
-    return fold_B
-
-
-def _out_of_fold(
-    inputs_BX: NDArray[np.float64], labels_B: NDArray[np.int64], fold_B: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Log-probabilities of each cell by a regression on the other folds, shape (B, C)."""
-    log_proba_BC = np.zeros((len(labels_B), labels_B.max() + 1))
-    for fold in np.unique(fold_B[fold_B >= 0]):
-        scored_B = fold_B == fold
-        log_proba_BC[scored_B] = (
-            balanced_regression().fit(inputs_BX[~scored_B], labels_B[~scored_B]).predict_log_proba(inputs_BX[scored_B])
-        )
-    return log_proba_BC
+    return np.exp(minimize(negative_log_posterior, log_prior, method="L-BFGS-B").x)

@@ -1,60 +1,109 @@
-"""The linear classifier of gene expression that is an ensemble member next to the transformer."""
+"""The linear classifier of gene expression that forms an ensemble with the transformer: two regressions in one.
+
+One regression reads components of the most variable genes and needs few labels. The other reads every gene, needs more
+labels, and holds better on cells of another study or condition.
+"""
 
 # Axes: B cells, V tokens of the vocabulary, R components, C classes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
-from scfm.annotation.probe import balanced_regression, softmax_weights
-from scfm.models.network import CellTransformer
+from scfm.annotation.probe import softmax_weights
+from scfm.baselines import RowSpace
+from scfm.nn.class_heads import MAX_SCALED
 
-N_COMPONENTS = 50  # of the singular value decomposition
+NUMBERS_OF_COMPONENTS = (25, 50, 100)  # to choose from
+N_FOLDS = 3  # of the cross-validation that chooses
 N_DISPERSED = 2000  # genes that components are made of
+INVERSE_PENALTY_OF_COMPONENTS, INVERSE_PENALTY_OF_GENES = 0.1, 1.0  # scikit-learn's C
 
 
-@torch.no_grad()
-def fit_gene_classifier(
-    network: CellTransformer, expression_BV: sparse.csr_matrix, labels_B: NDArray[np.int64], *, seed: int = 0
-) -> NDArray[np.float64]:
-    """Fit a balanced logistic regression on components of scaled expression and store it in the network.
+@dataclass(frozen=True, eq=False)
+class LinearMember:
+    """A classifier of scaled expression, linear in every gene: weights (V, C) and biases (C,)."""
 
-    Components are learned from all cells, labeled or not; the weights of the regression are folded back to genes.
-    The components keep their variances, so that the penalty falls mostly on the weak ones.
+    weight_VC: NDArray[np.float64]
+    bias_C: NDArray[np.float64]
+
+    def logits(self, scaled_BV: sparse.csr_matrix) -> NDArray[np.float64]:
+        """Logits, shape (B, C)."""
+        return scaled_BV @ self.weight_VC + self.bias_C
+
+
+class GeneMembers:
+    """What the two regressions read of the cells to learn from, so that they can be fitted to more than one set of labels.
 
     Parameters
     ----------
-    network
-        With a gene classifier; changed in place.
-    expression_BV
-        log1p counts per 10,000 by token id of all cells to learn from, shape (B, V).
-    labels_B
-        Their classes, shape (B,), int64, -1 if unlabeled.
+    scaled_BV
+        Scaled expression of all cells to learn from, labelled or not, shape (B, V).
+    importance_V
+        Factor of each scaled gene in the components, shape (V,), 0 for genes that take no part.
     seed
         Seed of the decomposition.
-
-    Returns
-    -------
-    Components of the labeled cells, as the regression reads them, shape (labeled cells, R).
     """
-    classifier = network.gene_classifier
-    assert classifier is not None
-    classifier.scale_V.copy_(torch.from_numpy(gene_scales(expression_BV)))
-    scaled_BV = classifier.scaled(expression_BV)
-    svd = TruncatedSVD(min(N_COMPONENTS, *(size - 1 for size in scaled_BV.shape)), random_state=seed)
-    component_BR = svd.fit_transform(scaled_BV)
-    mean_R = component_BR.mean(0)
-    scale = np.sqrt(((component_BR - mean_R) ** 2).mean())
-    labeled = np.flatnonzero(labels_B >= 0)
-    read_BR = (component_BR[labeled] - mean_R) / scale
-    weight_CR, bias_C = softmax_weights(balanced_regression().fit(read_BR, labels_B[labeled]))
-    classifier.weight_VC.copy_(torch.from_numpy((weight_CR @ svd.components_ / scale).T))
-    classifier.bias_C.copy_(torch.from_numpy(bias_C - weight_CR @ mean_R / scale))
-    return read_BR
+
+    def __init__(self, scaled_BV: sparse.csr_matrix, importance_V: NDArray[np.float64], *, seed: int = 0) -> None:
+        self.scaled_BV, self.importance_V, self.seed = scaled_BV, importance_V, seed
+        chosen = np.flatnonzero(importance_V)
+        part_BG = (scaled_BV[:, chosen] @ sparse.diags_array(importance_V[chosen])).tocsr()
+        n_components = max(1, min(NUMBERS_OF_COMPONENTS[-1], *(size - 1 for size in part_BG.shape)))
+        svd = TruncatedSVD(n_components, random_state=seed)
+        component_BR = svd.fit_transform(part_BG)
+        self.mean_R = component_BR.mean(0)
+        self.scale = max(float(np.sqrt(((component_BR - self.mean_R) ** 2).mean())), 1e-12)
+        self.component_BR = (component_BR - self.mean_R) / self.scale
+        self.loading_RV = np.zeros((n_components, scaled_BV.shape[1]))
+        self.loading_RV[:, chosen] = svd.components_ * importance_V[chosen]
+        self.space = RowSpace().fit(scaled_BV)
+        self.coordinate_BN = self.space.transform(scaled_BV)
+
+    def fit_components(self, rows: NDArray[np.int64], labels_B: NDArray[np.int64]) -> LinearMember:
+        """Fit the regression on as many components as predict labels best in cross-validation.
+
+        Components keep their variances, so that the penalty falls mostly on the weak ones.
+        """
+        n_components = choose_n_components(self.component_BR[rows], labels_B, self.seed)
+        read_BR = self.component_BR[rows, :n_components]
+        weight_CR, bias_C = softmax_weights(_regression(INVERSE_PENALTY_OF_COMPONENTS).fit(read_BR, labels_B))
+        weight_CR = weight_CR / self.scale
+        bias_C = bias_C - weight_CR @ self.mean_R[:n_components]
+        return LinearMember((weight_CR @ self.loading_RV[:n_components]).T, bias_C)
+
+    def fit_genes(self, rows: NDArray[np.int64], labels_B: NDArray[np.int64]) -> LinearMember:
+        """Fit the regression on all genes."""
+        regression = _regression(INVERSE_PENALTY_OF_GENES).fit(self.coordinate_BN[rows], labels_B)
+        weight_CN, bias_C = softmax_weights(regression)
+        return LinearMember(self.space.weights_of_columns(weight_CN), bias_C)
+
+
+def max_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
+    """Return `MAX_SCALED` / maximum of each gene, 0 for a gene without counts, shape (V,).
+
+    The classifier cuts off scaled values at `MAX_SCALED`: a gene that is higher in a new cell than in any cell to learn from
+    counts as if it were as high as there. Without this, the genes that respond to an unseen condition decide.
+    """
+    max_V = expression_BV.max(0).toarray().ravel().astype(np.float64)
+    return np.divide(MAX_SCALED, max_V, out=np.zeros_like(max_V), where=max_V > 0)
+
+
+def component_importance(expression_BV: sparse.csr_matrix, scale_V: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 1 / root of the standard deviation for the `N_DISPERSED` most dispersed genes, for scaled values; 0 for others.
+
+    With 1 / standard deviation, weakly expressed genes have as much influence as strong ones, and components say less about
+    cells of another condition.
+    """
+    root_V = np.sqrt(gene_scales(expression_BV))
+    return np.divide(root_V, scale_V, out=np.zeros_like(root_V), where=scale_V > 0)
 
 
 def gene_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
@@ -71,6 +120,36 @@ def gene_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
     scale_V = np.zeros(expression_BV.shape[1])
     scale_V[chosen] = np.divide(1, deviation_V[chosen], out=np.zeros(len(chosen)), where=deviation_V[chosen] > 0)
     return scale_V
+
+
+def choose_n_components(component_BR: NDArray[np.float64], labels_B: NDArray[np.int64], seed: int) -> int:
+    """Return the number of leading components with the largest class-balanced log-likelihood in cross-validation.
+
+    Parallel analysis, which does not read labels, keeps about ten components of a thousand cells; they predict cells of
+    another condition much worse than a hundred.
+    """
+    counts_C = np.bincount(labels_B)
+    often_B = counts_C[labels_B] >= N_FOLDS
+    sizes = [size for size in NUMBERS_OF_COMPONENTS if size < component_BR.shape[1]] + [component_BR.shape[1]]
+    if len(np.unique(labels_B[often_B])) < 2:
+        return sizes[0]
+    read_BR, labels_B = component_BR[often_B], labels_B[often_B]
+    weight_B = 1 / counts_C[labels_B]
+    folds = list(StratifiedKFold(N_FOLDS, shuffle=True, random_state=seed).split(read_BR, labels_B))
+    likelihoods = []
+    for size in sizes:
+        total = 0.0
+        for train, test in folds:
+            regression = _regression(INVERSE_PENALTY_OF_COMPONENTS).fit(read_BR[train, :size], labels_B[train])
+            column_B = np.searchsorted(regression.classes_, labels_B[test])
+            log_proba_BC = regression.predict_log_proba(read_BR[test, :size])
+            total += float(weight_B[test] @ log_proba_BC[np.arange(len(test)), column_B])
+        likelihoods.append(total)
+    return sizes[int(np.argmax(likelihoods))]
+
+
+def _regression(inverse_penalty: float) -> LogisticRegression:
+    return LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=2000)
 
 
 def _moments(matrix_BV: sparse.csr_matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
