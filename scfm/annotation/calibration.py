@@ -17,7 +17,7 @@ PRIOR_DEVIATION = 0.5  # of the logarithm of a temperature
 def fit_temperature(proba_BC: NDArray[np.floating], labels_B: NDArray[np.int64]) -> float:
     """Return the temperature that fits the labels (Guo et al. 2017, arXiv:1706.04599); 1 with too few cells to fit it.
 
-    It maximises the log-likelihood with a normal prior on its logarithm. Without the prior, few cells that are all predicted
+    It maximizes the log-likelihood with a normal prior on its logarithm. Without the prior, few cells that are all predicted
     correctly would ask for a temperature of 0.
     """
     if len(labels_B) < MIN_CELLS:

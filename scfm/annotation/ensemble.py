@@ -36,7 +36,7 @@ def fit_weights(
 ) -> NDArray[np.float64]:
     """Return the weights of the members' log-probabilities that fit cells which no member has learned from.
 
-    They maximise the log-likelihood of the weighted sum, with a normal prior on their logarithms. A member that is confident
+    They maximize the log-likelihood of the weighted sum, with a normal prior on their logarithms. A member that is confident
     only on the cells that it was fitted on gets no trust from it. The sum of the weights is the inverse of a temperature.
 
     Parameters

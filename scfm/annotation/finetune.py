@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,25 +11,29 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from scfm.annotation.calibration import calibrate, distances, has_distances, typical_distance
-from scfm.annotation.ensemble import fit_ensemble_weights
-from scfm.annotation.gene_classifier import fit_gene_classifier
-from scfm.annotation.probe import start_from_probe
+from scfm.annotation.calibration import fit_temperature
+from scfm.annotation.ensemble import fit_weights, prior_weights
+from scfm.annotation.gene_classifier import GeneMembers, component_importance, max_scales
+from scfm.annotation.novelty import N_COMPONENTS as N_NOVELTY_COMPONENTS
+from scfm.annotation.novelty import fit_gaussians, standardize
+from scfm.annotation.probe import balanced_rows, start_from_probe
 from scfm.annotation.scores import Row, score_row
 from scfm.annotation.splits import FitSplit
 from scfm.data import CellBatch
 from scfm.models.initialize import sample_rows
 from scfm.models.model import Model, Precision
 from scfm.models.network import CellTransformer
+from scfm.models.state import Calibration
 from scfm.objectives import Classification, class_weights
 from scfm.train import FitConfig, run_stage
-from scfm.train.config import STAGE_DEFAULTS
-from scfm.train.precision import resolved_precision
+from scfm.train.config import CPU_TOKENS_PER_STEP, STAGE_DEFAULTS
 
 # Models up to this size are fine-tuned whole: on two CPU cores a step still takes seconds.
 MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000
 # Fewer labeled cells than this per class do not constrain the weights of a large network.
 MIN_CELLS_PER_CLASS_FOR_LORA = 5
+MAX_PROBE_CELLS = 1000
+CELLS_PER_STEP = 32  # by default
 # Peak learning rates. The class head starts from a linear probe, so all weights move by small steps.
 LEARNING_RATES = {"all": 1e-4, "last": 1e-4, "lora": 5e-4, "head": 1e-3}
 
@@ -84,19 +87,28 @@ def default_trainable(network: CellTransformer, labels_B: NDArray[np.int64]) -> 
     return "lora:8" if per_class >= MIN_CELLS_PER_CLASS_FOR_LORA else "head"
 
 
+def short_stage(n_cells: int, tokens: CellBatch) -> FitConfig:
+    """Return the default settings of both stages of annotation: few steps of about 32 cells.
+
+    Steps grow with the square root of the number of cells, from 30. In our benchmarks more steps, or more tokens in each, do
+    not change the predictions of the ensemble.
+    """
+    tokens_per_step = min(max(CELLS_PER_STEP * int(tokens.lengths_B.max()), 1024), CPU_TOKENS_PER_STEP)
+    return FitConfig(n_steps=int(min(max(0.75 * n_cells**0.5, 30), 4000)), tokens_per_step=tokens_per_step)
+
+
 def stage_config(config: FitConfig | None, network: CellTransformer, cells: Cells, seed: int) -> FitConfig:
     """Complete the settings of fine-tuning: steps by the number of cells, weights and learning rate by the network."""
     labels_B = cells.train_labels_B
     if config is None:
-        config = FitConfig.for_cells(len(labels_B))
-        config = config.replace(n_steps=max(15, config.n_steps // 2))
+        config = short_stage(len(labels_B), cells.tokens)
     config = config.with_defaults(trainable=default_trainable(network, labels_B), seed=seed)
     assert config.trainable is not None
     return config.with_defaults(learning_rate=LEARNING_RATES[config.trainable.partition(":")[0]])
 
 
 def finetune(model: Model, cells: Cells, config: FitConfig, *, seed: int, progress: bool) -> Outputs:
-    """Fit both ensemble members on the training cells and calibrate them; `model` is changed in place.
+    """Fit the members of the ensemble on the training cells and calibrate them; `model` is changed in place.
 
     The transformer starts from a linear probe on its frozen embedding, unless its class head already predicts the same
     labels; then it starts from that head.
@@ -120,20 +132,66 @@ def finetune(model: Model, cells: Cells, config: FitConfig, *, seed: int, progre
     """
     split, labels_B = cells.split, cells.train_labels_B
     assert split.labels is not None
-    network, training = model.network, cells.training_tokens()
+    training = cells.training_tokens()
     has_head = set_labels(model, split.labels.names)
-    component_BR = _fit_gene_classifier(model, cells, seed)
-    features_BX = model.class_features(training, precision=inference_precision(config))
     if not has_head:
-        start_from_probe(network, features_BX, labels_B)
-    fit_ensemble_weights(network, features_BX, component_BR, labels_B, seed=seed)
+        rows = balanced_rows(labels_B, MAX_PROBE_CELLS, seed)
+        features_BX = model.class_features(training.select(rows), precision=inference_precision(config))
+        start_from_probe(model.network, features_BX, labels_B[rows])
     train_classifier(model, training, config, progress=progress)
     outputs = class_outputs(model, cells, inference_precision(config))
-    model.calibration = calibrate(model, outputs.logits_BC, cells.expression_BV, split)
-    if has_distances(model) and len(split.calibration):
-        distance_B = distances(model, outputs.features_BX[split.calibration])
-        model.calibration = dataclasses.replace(model.calibration, typical_distance=typical_distance(distance_B))
+    fit_linear_parts(model, cells, outputs.logits_BC, seed=seed)
     return outputs
+
+
+@torch.no_grad()
+def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, seed: int) -> None:
+    """Fit the gene classifier, the weights of the ensemble, the temperatures and the novelty score; `model` is changed.
+
+    The weights are fitted on the calibration cells, which no member has learned from. Then both regressions on genes are
+    fitted again, with the calibration cells among the training cells, so that no label is lost.
+    """
+    split, network = cells.split, model.network
+    classifier, labels = network.gene_classifier, split.labels
+    assert classifier is not None
+    assert labels is not None
+    learn = np.union1d(split.train, split.calibration)
+    rows = sample_rows(split.fitted, seed, keep=learn)
+    rows_of_learn, train, held = (np.searchsorted(rows, part) for part in (learn, split.train, split.calibration))
+    is_fitted_B = np.isin(rows, split.calibration, invert=True) | split.transductive
+    fitted_BV = cells.expression_BV[rows[is_fitted_B]]
+    classifier.scale_V.copy_(torch.from_numpy(max_scales(fitted_BV)))
+    scaled_BV = classifier.scaled(cells.expression_BV[rows])
+    codes_B = np.where(np.isin(rows, learn), labels.codes[rows], -1)
+    importance_V = component_importance(fitted_BV, classifier.scale_V.cpu().numpy())
+    members = GeneMembers(scaled_BV, codes_B, importance_V, is_fitted_B, seed=seed)
+    linear = [members.fit_components(train), members.fit_genes(train)]
+
+    held_logits_BC = logits_BC[split.calibration]
+    logits = [held_logits_BC.numpy(), *(member.logits(scaled_BV[held]) for member in linear)]
+    weights = fit_weights(logits, codes_B[held], prior_weights(cells.train_labels_B))
+    uncalibrated_BC = model.proba_of_logits(held_logits_BC, calibrated=False)
+    model.calibration = Calibration(
+        n_cells=len(held),
+        transformer_temperature=fit_temperature(uncalibrated_BC, codes_B[held]),
+        ensemble_temperature=1 / float(weights.sum()),
+        novelty_threshold=_fit_novelty(network, cells, members),
+    )
+    if len(held):
+        linear = [members.fit_components(rows_of_learn), members.fit_genes(rows_of_learn)]
+    classifier.set_members(linear, weights / weights.sum())
+
+
+def _fit_novelty(network: CellTransformer, cells: Cells, members: GeneMembers) -> float | None:
+    """Fit the Gaussians of the classes on training cells; returns the threshold from the calibration cells."""
+    classifier, split = network.gene_classifier, cells.split
+    assert classifier is not None
+    loading_RV = members.loading_RV[:N_NOVELTY_COMPONENTS] * classifier.scale_V.cpu().numpy()
+    network.add_novelty(len(loading_RV))
+    assert network.novelty is not None
+    genes = np.flatnonzero(loading_RV.any(0))
+    fit_gaussians(network.novelty, cells.expression_BV[split.train], cells.train_labels_B, loading_RV.T, genes)
+    return standardize(network.novelty, cells.expression_BV[split.calibration])
 
 
 def set_labels(model: Model, labels: tuple[str, ...]) -> bool:
@@ -182,14 +240,10 @@ def score_from_scratch(model: Model, cells: Cells, config: FitConfig, *, progres
     scratch = Model(network, model.encoding, labels=model.labels)
     train_classifier(scratch, cells.training_tokens(), config, progress=progress)
     outputs = class_outputs(scratch, cells, inference_precision(config))
-    scratch.calibration = calibrate(scratch, outputs.logits_BC, cells.expression_BV, cells.split)
+    held, labels = cells.split.calibration, cells.split.labels
+    assert labels is not None
+    proba_BC = scratch.proba_of_logits(outputs.logits_BC[held], calibrated=False)
+    temperature = fit_temperature(proba_BC, labels.codes[held])
+    scratch.calibration = Calibration(n_cells=len(held), transformer_temperature=temperature)
     test = cells.split.test
     return score_row("same architecture from scratch", scratch.proba_of_logits(outputs.logits_BC[test]), cells.split)
-
-
-def _fit_gene_classifier(model: Model, cells: Cells, seed: int) -> NDArray[np.float64]:
-    split = cells.split
-    assert split.labels is not None
-    rows = sample_rows(split.fitted, seed, keep=split.train)
-    codes_B = np.where(np.isin(rows, split.train), split.labels.codes[rows], -1)
-    return fit_gene_classifier(model.network, cells.expression_BV[rows], codes_B, seed=seed)

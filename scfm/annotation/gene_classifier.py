@@ -17,14 +17,16 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
-from scfm.annotation.probe import softmax_weights
+from scfm.annotation.probe import balanced_rows, softmax_weights
 from scfm.baselines import RowSpace
 from scfm.nn.class_heads import MAX_SCALED
 
 NUMBERS_OF_COMPONENTS = (25, 50, 100)  # to choose from
 N_FOLDS = 3  # of the cross-validation that chooses
+MAX_CELLS_FOR_GENES = 4000  # labeled ones, for the regression on all genes
 N_DISPERSED = 2000  # genes that components are made of
-INVERSE_PENALTY_OF_COMPONENTS, INVERSE_PENALTY_OF_GENES = 0.1, 1.0  # scikit-learn's C
+# scikit-learn's C; that of genes is 1 for values with a maximum of 1
+INVERSE_PENALTY_OF_COMPONENTS, INVERSE_PENALTY_OF_GENES = 0.1, 1 / MAX_SCALED**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,33 +47,50 @@ class GeneMembers:
     Parameters
     ----------
     scaled_BV
-        Scaled expression of all cells to learn from, labelled or not, shape (B, V).
+        Scaled expression of all cells to learn from, labeled or not, shape (B, V).
+    labels_B
+        Their classes, shape (B,), int64, -1 if unlabeled.
     importance_V
         Factor of each scaled gene in the components, shape (V,), 0 for genes that take no part.
+    is_fitted_B
+        Which cells the components are learned from, shape (B,), bool.
     seed
-        Seed of the decomposition.
+        Seed of the decomposition and of the folds.
     """
 
-    def __init__(self, scaled_BV: sparse.csr_matrix, importance_V: NDArray[np.float64], *, seed: int = 0) -> None:
-        self.scaled_BV, self.importance_V, self.seed = scaled_BV, importance_V, seed
+    def __init__(
+        self,
+        scaled_BV: sparse.csr_matrix,
+        labels_B: NDArray[np.int64],
+        importance_V: NDArray[np.float64],
+        is_fitted_B: NDArray[np.bool_],
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.labels_B, self.seed = labels_B, seed
         chosen = np.flatnonzero(importance_V)
         part_BG = (scaled_BV[:, chosen] @ sparse.diags_array(importance_V[chosen])).tocsr()
-        n_components = max(1, min(NUMBERS_OF_COMPONENTS[-1], *(size - 1 for size in part_BG.shape)))
-        svd = TruncatedSVD(n_components, random_state=seed)
-        component_BR = svd.fit_transform(part_BG)
-        self.mean_R = component_BR.mean(0)
-        self.scale = max(float(np.sqrt(((component_BR - self.mean_R) ** 2).mean())), 1e-12)
+        n_components = min(NUMBERS_OF_COMPONENTS[-1], int(is_fitted_B.sum()) - 1, len(chosen) - 1)
+        svd = TruncatedSVD(max(1, n_components), random_state=seed).fit(part_BG[is_fitted_B])
+        component_BR = svd.transform(part_BG)
+        self.mean_R = component_BR[is_fitted_B].mean(0)
+        spread_BR = component_BR[is_fitted_B] - self.mean_R
+        self.scale = max(float(np.sqrt((spread_BR**2).mean())), 1e-12)
         self.component_BR = (component_BR - self.mean_R) / self.scale
-        self.loading_RV = np.zeros((n_components, scaled_BV.shape[1]))
+        self.loading_RV = np.zeros((component_BR.shape[1], scaled_BV.shape[1]))
         self.loading_RV[:, chosen] = svd.components_ * importance_V[chosen]
-        self.space = RowSpace().fit(scaled_BV)
-        self.coordinate_BN = self.space.transform(scaled_BV)
+        labeled = np.flatnonzero(labels_B >= 0)
+        self.rows_of_genes = labeled[balanced_rows(labels_B[labeled], MAX_CELLS_FOR_GENES, seed)]
+        # A regression with an L2 penalty is the same in any space that holds its cells, so more cells do no harm.
+        self.space = RowSpace().fit(scaled_BV[self.rows_of_genes])
+        self.coordinate_NR = self.space.transform(scaled_BV[self.rows_of_genes])
 
-    def fit_components(self, rows: NDArray[np.int64], labels_B: NDArray[np.int64]) -> LinearMember:
+    def fit_components(self, rows: NDArray[np.int64]) -> LinearMember:
         """Fit the regression on as many components as predict labels best in cross-validation.
 
         Components keep their variances, so that the penalty falls mostly on the weak ones.
         """
+        labels_B = self.labels_B[rows]
         n_components = choose_n_components(self.component_BR[rows], labels_B, self.seed)
         read_BR = self.component_BR[rows, :n_components]
         weight_CR, bias_C = softmax_weights(_regression(INVERSE_PENALTY_OF_COMPONENTS).fit(read_BR, labels_B))
@@ -79,11 +98,13 @@ class GeneMembers:
         bias_C = bias_C - weight_CR @ self.mean_R[:n_components]
         return LinearMember((weight_CR @ self.loading_RV[:n_components]).T, bias_C)
 
-    def fit_genes(self, rows: NDArray[np.int64], labels_B: NDArray[np.int64]) -> LinearMember:
-        """Fit the regression on all genes."""
-        regression = _regression(INVERSE_PENALTY_OF_GENES).fit(self.coordinate_BN[rows], labels_B)
-        weight_CN, bias_C = softmax_weights(regression)
-        return LinearMember(self.space.weights_of_columns(weight_CN), bias_C)
+    def fit_genes(self, rows: NDArray[np.int64]) -> LinearMember:
+        """Fit the regression on all genes, with at most `MAX_CELLS_FOR_GENES` cells."""
+        takes_part_N = np.isin(self.rows_of_genes, rows)
+        regression = _regression(INVERSE_PENALTY_OF_GENES)
+        regression.fit(self.coordinate_NR[takes_part_N], self.labels_B[self.rows_of_genes[takes_part_N]])
+        weight_CR, bias_C = softmax_weights(regression)
+        return LinearMember(self.space.weights_of_columns(weight_CR), bias_C)
 
 
 def max_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:

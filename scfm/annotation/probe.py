@@ -25,6 +25,16 @@ def standardized(features_BX: NDArray[np.floating]) -> NDArray[np.float64]:
     return StandardScaler().fit_transform(features_BX.astype(np.float64))
 
 
+def balanced_rows(labels_B: NDArray[np.int64], n_rows: int, seed: int) -> NDArray[np.int64]:
+    """Return at most `n_rows` rows, ascending, drawn at random with as equal numbers of each class as it has."""
+    order = np.random.default_rng(seed).permutation(len(labels_B))
+    shuffled_B = labels_B[order]
+    by_class = np.argsort(shuffled_B, kind="stable")
+    number_B = np.empty(len(labels_B), dtype=np.int64)  # of each cell among those of its class
+    number_B[by_class] = np.arange(len(labels_B)) - np.searchsorted(shuffled_B[by_class], shuffled_B[by_class])
+    return np.sort(order[np.argsort(number_B, kind="stable")[:n_rows]])
+
+
 def softmax_weights(regression: LogisticRegression) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return weights (C, X) and biases (C,) for a softmax; for two classes scikit-learn keeps a single row."""
     weight_CX, bias_C = regression.coef_, regression.intercept_

@@ -88,7 +88,9 @@ def extend_network(
         Seed of the decomposition.
     """
     n_old = network.config.n_tokens
-    config = network.config.replace(n_tokens=len(vocabulary), classes={"gene_classifier": False})
+    config = network.config.replace(
+        n_tokens=len(vocabulary), classes={"gene_classifier": False, "n_novelty_components": 0}
+    )
     extended = CellTransformer.for_vocabulary(config, vocabulary).to(network.embedding.gene.weight.device)
     state = extended.state_dict()
     for name, tensor in network.state_dict().items():

@@ -22,6 +22,7 @@ from scfm.nn import (
     Attention,
     BatchLabels,
     Block,
+    ClassGaussians,
     GeneClassifier,
     GeneHead,
     TokenEmbedding,
@@ -125,6 +126,9 @@ class CellTransformer(nn.Module):
             widths = {"d_model": config.d_model, "d_embedding": config.d_embedding}
             self.class_head = make_class_head(classes, **widths, context_length=config.context_length)
         self.gene_classifier = GeneClassifier(config.n_tokens, classes.n_classes) if classes.gene_classifier else None
+        self.novelty = None
+        if classes.n_novelty_components:
+            self.novelty = ClassGaussians(config.n_tokens, classes.n_classes, classes.n_novelty_components)
 
     @classmethod
     def for_vocabulary(cls, config: ModelConfig, vocabulary: Vocabulary) -> CellTransformer:
@@ -319,8 +323,8 @@ class CellTransformer(nn.Module):
         return self.config.classes.kind not in ("pooler", "mlp")
 
     def add_class_head(self, n_classes: int, *, kind: str = "batch_norm", gene_classifier: bool = True) -> None:
-        """Replace the class head, by default by one on the cell embedding, and add a gene classifier."""
-        classes = {"kind": kind, "n_classes": n_classes, "gene_classifier": gene_classifier}
+        """Replace the class head by a new one, by default one that reads the cell embedding, and the gene classifier too."""
+        classes = {"kind": kind, "n_classes": n_classes, "gene_classifier": gene_classifier, "n_novelty_components": 0}
         self.config = self.config.replace(classes=classes)
         self._add_classes()
         for module in (self.class_head, self.gene_classifier):
@@ -334,10 +338,17 @@ class CellTransformer(nn.Module):
         classifier = GeneClassifier(self.config.n_tokens, self.config.classes.n_classes)
         self.gene_classifier = classifier.to(self.embedding.gene.weight.device)
 
+    def add_novelty(self, n_components: int) -> None:
+        """Replace the Gaussians of the classes by new ones."""
+        self.config = self.config.replace(classes={"n_novelty_components": n_components})
+        gaussians = ClassGaussians(self.config.n_tokens, self.config.classes.n_classes, n_components)
+        self.novelty = gaussians.to(self.embedding.gene.weight.device)
+
     def remove_class_head(self) -> None:
-        """Remove the class head and the gene classifier, if the network has them."""
-        self.config = self.config.replace(classes={"n_classes": 0, "gene_classifier": False})
-        self.class_head = self.gene_classifier = None
+        """Take the classification head, the gene classifier and the novelty score off the network, if it has them."""
+        none = {"n_classes": 0, "gene_classifier": False, "n_novelty_components": 0}
+        self.config = self.config.replace(classes=none)
+        self.class_head = self.gene_classifier = self.novelty = None
 
     def in_bfloat16(self) -> CellTransformer:
         """Return a copy for inference with blocks in bfloat16; embedding and heads stay in float32."""

@@ -25,22 +25,22 @@ class Calibration(Config):
     n_cells
         Number of calibration cells.
     transformer_temperature, ensemble_temperature
-        Divisors of the log-probabilities of the transformer alone, and of the ensemble with the gene classifier.
-    typical_distance
-        Distance to the training cells that 99 % of the calibration cells do not exceed; None if it was not measured.
+        Divisors of the log-probabilities of the transformer alone, and of its ensemble with the gene classifier.
+    novelty_threshold
+        Novelty below which 95 of 100 cells of known classes lie; None if it was not measured.
     """
 
     n_cells: int
     transformer_temperature: float = 1.0
     ensemble_temperature: float = 1.0
-    typical_distance: float | None = None
+    novelty_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("transformer_temperature", "ensemble_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be positive and finite.")
-        if self.typical_distance is not None and not math.isfinite(self.typical_distance):
-            raise ValueError(f"Calibration.typical_distance is {self.typical_distance}; it must be finite.")
+        if self.novelty_threshold is not None and not math.isfinite(self.novelty_threshold):
+            raise ValueError(f"Calibration.novelty_threshold is {self.novelty_threshold}; it must be finite.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from scfm.nn.config import (
 from scfm.nn.embedding import TokenEmbedding
 from scfm.nn.heads import BatchLabels, BucketHead, GeneHead, LinearValueHead, ValueFromCellHead, ValueHead
 from scfm.nn.linear import Linear
-from scfm.nn.pooling import expression_weights, pool_cells
+from scfm.nn.novelty import ClassGaussians
+from scfm.nn.pooling import pool_cells
 
 __all__ = [
     "PoolingConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "BatchLabels",
     "Block",
     "BucketHead",
+    "ClassGaussians",
     "ClassHead",
     "FeedForward",
     "GeneClassifier",

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from scfm.ops.linear import linear
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-MAX_SCALED = 10.0  # maximum value of a gene in the gene classifier, in standard deviations
+MAX_SCALED = 10.0  # scaled value at which the gene classifier clips a gene
 
 
 class ClassHead(nn.Module):
@@ -63,11 +64,22 @@ class ClassHead(nn.Module):
         self.linear.bias.copy_(bias_C)
 
 
-class GeneClassifier(nn.Module):
-    """A linear classifier of scaled log1p counts per 10,000, the second member of the ensemble.
+class LinearClassifier(Protocol):
+    """A classifier of scaled expression that is linear in every gene: weights (V, C) and biases (C,)."""
 
-    Each gene is multiplied by its scale and clipped at `MAX_SCALED`, so that no single gene dominates. The weights are
-    buffers because they are fitted by logistic regression, and no optimizer changes them.
+    @property
+    def weight_VC(self) -> NDArray[np.float64]: ...
+
+    @property
+    def bias_C(self) -> NDArray[np.float64]: ...
+
+
+class GeneClassifier(nn.Module):
+    """A linear classifier of scaled log1p counts per 10,000, which forms an ensemble with the transformer.
+
+    Each gene is multiplied by its scale and cut off at `MAX_SCALED`, so that no gene decides alone. Several linear
+    classifiers are kept as one, because a weighted sum of them is linear too. What is saved are buffers: they are fitted
+    once, by logistic regression, and no optimizer touches them.
     """
 
     scale_V: Tensor
@@ -81,6 +93,15 @@ class GeneClassifier(nn.Module):
         self.register_buffer("weight_VC", torch.zeros(n_tokens, n_classes))
         self.register_buffer("bias_C", torch.zeros(n_classes))
         self.register_buffer("ensemble_weights", torch.ones(2))  # of the network, of this classifier
+
+    @torch.no_grad()
+    def set_members(self, members: Sequence[LinearClassifier], weights: NDArray[np.float64]) -> None:
+        """Keep the weighted sum of linear classifiers; the first of `weights`, shape (1 + members,), is the network's."""
+        weight_VC = sum(weight * member.weight_VC for weight, member in zip(weights[1:], members))
+        bias_C = sum(weight * member.bias_C for weight, member in zip(weights[1:], members))
+        self.weight_VC.copy_(torch.from_numpy(weight_VC / weights[1:].sum()))
+        self.bias_C.copy_(torch.from_numpy(bias_C / weights[1:].sum()))
+        self.ensemble_weights.copy_(torch.tensor([weights[0], weights[1:].sum()]))
 
     def scaled(self, expression_BV: csr_matrix) -> csr_matrix:
         """Scale and clip log1p counts per 10,000 by token id, shape (B, V)."""

@@ -205,6 +205,8 @@ class ClassHeadConfig(Config):
         Dropout probability in the head.
     gene_classifier
         Whether predictions are those of an ensemble of the head and a linear classifier of log-expression.
+    n_novelty_components
+        Components of log-expression in which the distance of a cell from all classes is measured; 0 for no novelty score.
     """
 
     kind: Literal["batch_norm", "pooler", "token", "mlp", "panel"] = "batch_norm"
@@ -212,10 +214,12 @@ class ClassHeadConfig(Config):
     n_layers: int = 3
     dropout: float = 0.0
     gene_classifier: bool = False
+    n_novelty_components: int = 0
 
     def __post_init__(self) -> None:
         require_between(self, "n_classes", 0, 10_000_000)
         require_between(self, "n_layers", 1, 100)
+        require_between(self, "n_novelty_components", 0, 1000)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"ClassHeadConfig.dropout is {self.dropout}; it must be in [0, 1).")
 

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anndata
 import numpy as np
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 
 from scfm import pp
 from scfm._docs import document
-from scfm.annotation.calibration import distances, has_distances
 from scfm.data import columns
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import require_cells
 from scfm.tl._record import record
+
+logger = logging.getLogger(__name__)
 
 UNASSIGNED = "unassigned"
 
@@ -34,7 +36,7 @@ def annotate(
     gene_key: str | None = None,
     depth_key: str | None = None,
     min_confidence: float = 0.0,
-    max_distance: float | None = None,
+    max_novelty: float | Literal["calibrated"] | None = None,
     majority_key: str | None = None,
     key_added: str = "scfm",
     copy: bool = False,
@@ -51,10 +53,9 @@ def annotate(
     {depth_key}
     min_confidence
         Cells whose predicted label has a lower probability become "unassigned".
-    max_distance
-        Cells at a larger distance from the training cells become "unassigned". The distance is the root mean square of the
-        inputs of the class head, standardized with the training cells. For 99 % of the calibration cells it is at most
-        `model.calibration.typical_distance`, which is None if it was not measured. None rejects no cell.
+    max_novelty
+        Cells with a larger novelty score become "unassigned". "calibrated" for `model.calibration.novelty_threshold`, which
+        keeps 95 of 100 held-out cells of the known types. None rejects no cell, and logs how many "calibrated" would.
     majority_key
         Column of `adata.obs` with clusters. Every cell then gets the label that is predicted most often in its cluster, and
         its confidence is its own probability of this label. Cells are rejected afterward. Cells without a cluster (NaN)
@@ -64,18 +65,15 @@ def annotate(
 
     Returns
     -------
-    None, or the copy. Writes a record of model and settings to `uns["scfm"]`, and
-
-    - `obs["<key>_label"]`, categorical
-    - `obs["<key>_confidence"]`: calibrated probability of the label, from 0 to 1
-    - `obs["<key>_distance"]`, with `max_distance`
-    - `obsm["<key>_proba"]`: probability of each label in the order of `model.labels`, shape (n_obs, n_labels), float32
+    None, or the copy. Writes `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (calibrated probability of
+    the label, 0 to 1), `obs["<key>_novelty"]` and `obsm["<key>_proba"]`, shape (n_obs, n_labels), float32, with columns in
+    the order of `model.labels`; and a record under `uns["scfm"]`. Novelty says how unlike every known class the expression
+    of a cell is; 0 is typical of known cells. A published classifier has none.
 
     Raises
     ------
     ModelTaskError
-        If the model was fitted without labels, or `max_distance` is given and the model has a published class head, which
-        stores no statistics of training cells.
+        If the model was fitted without labels, or `max_novelty` needs a score or a threshold that it does not have.
     CountsError, VocabularyMismatchError
         If the matrix does not hold raw counts, or its genes do not match the model.
     LabelsError
@@ -103,25 +101,23 @@ def annotate(
     clusters_B = (
         None if majority_key is None else columns.groups(adata.obs, majority_key, argument="majority_key").codes
     )
-    if max_distance is not None and not has_distances(model):
-        raise ModelTaskError(
-            "The class head of this model is that of a published classifier, which stores no statistics of its training "
-            "cells, so distances cannot be computed. Use `min_confidence`, or fine-tune the model with `scfm.fit(model=...)`."
-        )
+    limit = _novelty_limit(model, max_novelty)
     adata = adata.copy() if copy else adata
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     cells = pp.encode(adata, model.encoding, **source)
-    proba_BC = model.predict_proba(cells, pp.log_expression(adata, model.encoding, **source))
+    expression_BV = pp.log_expression(adata, model.encoding, **source)
+    proba_BC = model.predict_proba(cells, expression_BV)
     code_B = proba_BC.argmax(1)
     if clusters_B is not None:
         code_B = _majority(code_B, clusters_B)
     confidence_B = proba_BC[np.arange(len(code_B)), code_B]
     rejected_B = confidence_B < min_confidence
-    if max_distance is not None:
-        distance_B = distances(model, model.class_features(cells))
-        rejected_B |= distance_B > max_distance
-        adata.obs[f"{key_added}_distance"] = distance_B
-    rejects = min_confidence > 0 or max_distance is not None
+    if model.network.novelty is not None:
+        novelty_B = model.network.novelty(expression_BV)
+        rejected_B |= novelty_B > limit
+        adata.obs[f"{key_added}_novelty"] = novelty_B
+        _report_novel(novelty_B, model, max_novelty)
+    rejects = min_confidence > 0 or max_novelty is not None
     names = [*model.labels, UNASSIGNED] if rejects and UNASSIGNED not in model.labels else list(model.labels)
     code_B = np.where(rejected_B, names.index(UNASSIGNED), code_B) if rejects else code_B
     adata.obs[f"{key_added}_label"] = pd.Categorical.from_codes(code_B, categories=names)
@@ -134,10 +130,44 @@ def annotate(
         **source,
         labels=list(model.labels),
         min_confidence=min_confidence,
-        max_distance=max_distance,
+        max_novelty=max_novelty,
         majority_key=majority_key,
     )
     return adata if copy else None
+
+
+def _novelty_limit(model: Model, max_novelty: float | Literal["calibrated"] | None) -> float:
+    """Novelty above which a cell is rejected; infinite for None."""
+    if max_novelty is None:
+        return np.inf
+    if model.network.novelty is None:
+        raise ModelTaskError(
+            "This model has no novelty score: it was not fine-tuned by `scfm.fit`. Use `min_confidence`, or fine-tune it with "
+            "`scfm.fit(model=...)`."
+        )
+    if max_novelty != "calibrated":
+        return float(max_novelty)
+    threshold = None if model.calibration is None else model.calibration.novelty_threshold
+    if threshold is None:
+        raise ModelTaskError(
+            "This model has no calibrated threshold, because it was fitted with too few labeled cells to hold some out. Give "
+            "`max_novelty` a number, such as 2."
+        )
+    return threshold
+
+
+def _report_novel(novelty_B: NDArray[np.floating], model: Model, max_novelty: object) -> None:
+    """Log how many cells the calibrated threshold would reject, unless cells are rejected already."""
+    threshold = None if model.calibration is None else model.calibration.novelty_threshold
+    if max_novelty is None and threshold is not None:
+        n_novel = int((novelty_B > threshold).sum())
+        logger.info(
+            '%s of %s cells (%.0f %%) are less like the known types than 95 %% of known cells; `max_novelty="calibrated"` '
+            "rejects them.",
+            n_novel,
+            len(novelty_B),
+            100 * n_novel / len(novelty_B),
+        )
 
 
 def _majority(code_B: NDArray[np.int64], cluster_B: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -161,7 +162,7 @@ def _with_neighbors(
 ) -> NDArray[np.float32]:
     """Weighted sum of own values, neighbors and the model's prediction, shape (B, G), at least 0."""
     counts_BG, depth_B = _counts_and_depths(source)
-    known_G = ~np.isnan(model_BG).any(0)
+    known_G = np.logical_not(np.isnan(model_BG).any(axis=0))
     typical_depth = float(np.median(depth_B))
     rate = MAX_RATE if target_depth is None else min(typical_depth / target_depth, MAX_RATE)
     again_BG = thin_counts(counts_BG, rate, seed + 1)
@@ -215,7 +216,7 @@ class _Inputs:
             flat = inputs[:, known_G].reshape(-1, 5).astype(np.float64)
             gram += flat.T @ flat
             moment += flat.T @ target_BG[rows].toarray()[:, known_G].ravel()
-        return np.linalg.lstsq(gram, moment, rcond=None)[0]
+        return np.asarray(np.linalg.lstsq(gram, moment, rcond=None)[0], dtype=np.float64)
 
     def weighted(self, weights: NDArray[np.float64]) -> NDArray[np.float32]:
         """Return the weighted sum, at least 0, shape (B, G); NaN where the model predicts nothing."""
@@ -286,7 +287,7 @@ def evaluate_denoising(
     >>> config = ModelConfig.from_dict(scfoundation.ARCHITECTURE | sizes)
     >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
-    ['scfm', 'scfm, network alone', 'no change', 'mean of 15 nearest neighbours', 'own counts and neighbours, weighed']
+    ['scfm', 'scfm, network alone', 'no change', 'mean of 15 nearest neighbors', 'own counts and neighbors, weighed']
     """
     require_seed(seed)
     require_whole("n_neighbors", n_neighbors, 1)
@@ -300,9 +301,9 @@ def evaluate_denoising(
     thinned = anndata.AnnData(thinned_BG, obs=adata.obs[keep_B].copy(), var=source.var.copy())
     named = source.named_depth is not None
     thinned.obs["depth"] = depth_B[keep_B] * rate if named else np.asarray(thinned_BG.sum(1)).ravel()
-    settings = {"target_depth": float(np.median(depth_B)), "gene_key": gene_key, "depth_key": "depth", "seed": seed}
     for key, n in (("joined", n_neighbors), ("alone", 0)):
-        denoise(thinned, model, n_neighbors=n, key_added=key, **settings)
+        settings: dict[str, Any] = {"gene_key": gene_key, "depth_key": "depth", "seed": seed, "key_added": key}
+        denoise(thinned, model, target_depth=float(np.median(depth_B)), n_neighbors=n, **settings)
     shallow_BG = baselines.log_normalize(thinned_BG, thinned.obs["depth"].to_numpy())
     weighted_BG = own_and_neighbors_weighed(
         thinned_BG, rate, n_neighbors, seed, depth_B=thinned.obs["depth"].to_numpy() if named else None
@@ -311,8 +312,8 @@ def evaluate_denoising(
         "scfm": thinned.layers["joined"],
         "scfm, network alone": thinned.layers["alone"],
         "no change": shallow_BG.toarray(),
-        f"mean of {n_neighbors} nearest neighbours": baselines.smooth_over_neighbors(shallow_BG, n_neighbors, seed),
-        "own counts and neighbours, weighed": weighted_BG,
+        f"mean of {n_neighbors} nearest neighbors": baselines.smooth_over_neighbors(shallow_BG, n_neighbors, seed),
+        "own counts and neighbors, weighed": weighted_BG,
     }
     known = ~np.isnan(methods["scfm"]).any(0)
     rows = {name: _errors(values_BG[:, known], original_BG[:, known]) for name, values_BG in methods.items()}

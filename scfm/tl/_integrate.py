@@ -189,9 +189,9 @@ def _trained(
             'have. Use "harmony", or fit a model with `scfm.fit(adata, encoding="bin")`.'
         )
     network = _with_integration_heads(model, len(batches.names), stage.seed)
-    labelled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
+    labeled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
     objective = Integration(is_gene_V=network.is_gene_V.cpu())
-    train(network, objective, labelled, stage, title="integration", progress=progress)
+    train(network, objective, labeled, stage, title="integration", progress=progress)
     return Model(network, model.encoding).embed(cells)
 
 
@@ -221,7 +221,7 @@ def _with_integration_heads(model: Model, n_batches: int, seed: int) -> CellTran
     config = model.network.config.replace(
         n_batches=n_batches,
         heads={"batches": True, "zeros": True, "values_from_cells": True},
-        classes={"n_classes": 0, "gene_classifier": False},
+        classes={"n_classes": 0, "gene_classifier": False, "n_novelty_components": 0},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -13,3 +13,8 @@ def test_temperature_recovers_the_one_that_labels_were_drawn_with():
     labels = np.array([rng.choice(4, p=p) for p in softmax(logits, axis=1)])
     assert fit_temperature(softmax(logits * 3, axis=1), labels) == pytest.approx(3, rel=0.05)
     assert fit_temperature(softmax(logits[:5], axis=1), labels[:5]) == 1  # too few to tell
+
+
+def test_few_cells_that_are_all_right_do_not_make_probabilities_certain():
+    proba = np.tile([0.6, 0.4], (12, 1))
+    assert fit_temperature(proba, np.zeros(12, dtype=np.int64)) > 0.3

@@ -183,7 +183,7 @@ def test_the_id_covers_everything_that_changes_an_output():
     others = [
         make_model(labels=LABELS[::-1]),
         make_model(calibration=Calibration(n_cells=9, transformer_temperature=1.6)),
-        make_model(calibration=Calibration(n_cells=9, transformer_temperature=1.5, typical_distance=2.0)),
+        make_model(calibration=Calibration(n_cells=9, transformer_temperature=1.5, novelty_threshold=2.0)),
         make_model(calibration=None),
         with_vocabulary(aliases={"OLD": "GENE3"}),
         with_medians(),

@@ -44,9 +44,7 @@ def test_format_1_is_read_and_gives_the_same_numbers(adata):
 def test_format_2_is_read_and_gives_the_same_numbers(adata):
     model = scfm.load(GOLDEN / "format_2")
     assert (model.labels, model.objective, model.history) == (("A", "B"), "masked_genes", {"preset": "golden"})
-    assert model.calibration == Calibration(
-        n_cells=20, transformer_temperature=0.5, ensemble_temperature=2.0, typical_distance=1.5
-    )
+    assert model.calibration == Calibration(n_cells=20, transformer_temperature=0.5, ensemble_temperature=2.0)
     assert model.scores == [{"method": "scfm", "accuracy": 0.75, "macro_f1": 0.5}]
     assert model.encoding.vocabulary.aliases == {"OLD0": "GENE0"}
     cells = scfm.pp.encode(adata, model)

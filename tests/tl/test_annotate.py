@@ -1,15 +1,15 @@
 """`scfm.tl.annotate`: rejection, majority of clusters, the two ensemble members."""
 
+import copy
+
 import numpy as np
 import pytest
 from scipy.special import softmax
-from sklearn.linear_model import LogisticRegression
 
 import scfm
 from scfm import baselines, pp
-from scfm.annotation.gene_classifier import N_COMPONENTS, N_DISPERSED
-from scfm.annotation.probe import INVERSE_PENALTY
 from scfm.errors import LabelsError, ModelTaskError
+from scfm.models.state import Calibration
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +30,6 @@ def test_labels_are_the_most_probable_and_probabilities_add_up(fitted):
     assert "scfm_label" not in adata.obs
 
 
-def test_the_gene_classifier_is_a_regression_on_components_of_scaled_genes(fitted):
-    adata, model = fitted
-    train = (adata.obs["scfm_split"] == "train").to_numpy()
-    expression = pp.log_expression(adata, model).toarray()
-    deviation = expression[train].std(0)
-    assert len(deviation) < N_DISPERSED  # here every gene takes part
-    scaled = np.minimum(np.divide(expression, deviation, out=np.zeros_like(expression), where=deviation > 0), 10)
-    # The whole spectrum by LAPACK; the randomized solver must find its head.
-    right = np.linalg.svd(scaled[train], full_matrices=False)[2][:N_COMPONENTS]
-    components = scaled @ right.T
-    components = components - components[train].mean(0)
-    components /= np.sqrt((components[train] ** 2).mean())
-    regression = LogisticRegression(class_weight="balanced", C=INVERSE_PENALTY, max_iter=2000)
-    regression.fit(components[train], adata.obs["bulk_labels"][train].astype(str))
-    logits = model.network.gene_classifier.logits(pp.log_expression(adata, model))
-    assert tuple(regression.classes_) == model.labels
-    np.testing.assert_allclose(softmax(logits, axis=1), regression.predict_proba(components), atol=2e-2)
-
-
 def test_members_count_by_their_weights(fitted):
     adata, model = fitted
     cells, expression = pp.encode(adata, model), pp.log_expression(adata, model)
@@ -65,9 +46,40 @@ def test_unsure_and_distant_cells_are_unassigned(fitted):
     sure = scfm.tl.annotate(adata, model, min_confidence=0.8, copy=True)
     unassigned = (sure.obs["scfm_label"] == "unassigned").to_numpy()
     np.testing.assert_array_equal(unassigned, sure.obs["scfm_confidence"].to_numpy() < 0.8)
-    near = scfm.tl.annotate(adata, model, max_distance=0.0, copy=True)
-    assert (near.obs["scfm_label"] == "unassigned").all()
-    assert (near.obs["scfm_distance"] > 0).all()
+    novelty = sure.obs["scfm_novelty"].to_numpy()
+    near = scfm.tl.annotate(adata, model, max_novelty=0.5, copy=True)
+    np.testing.assert_array_equal(near.obs["scfm_label"] == "unassigned", novelty > 0.5)
+
+
+def test_novel_cells_are_counted_or_rejected_at_the_calibrated_threshold(fitted, caplog):
+    adata, model = fitted
+    threshold = model.calibration.novelty_threshold
+    with caplog.at_level("INFO", logger="scfm.tl._annotate"):
+        novelty = scfm.tl.annotate(adata, model, copy=True).obs["scfm_novelty"].to_numpy()
+    n_novel = int((novelty > threshold).sum())
+    assert f"{n_novel} of {adata.n_obs} cells" in caplog.text
+    rejected = scfm.tl.annotate(adata, model, max_novelty="calibrated", copy=True)
+    assert (rejected.obs["scfm_label"] == "unassigned").sum() == n_novel
+    uncalibrated = copy.copy(model)
+    uncalibrated.calibration = Calibration(n_cells=0)
+    with pytest.raises(ModelTaskError, match="no calibrated threshold"):
+        scfm.tl.annotate(adata, uncalibrated, max_novelty="calibrated")
+
+
+def test_the_calibration_cells_are_given_back_to_the_gene_classifier(fitted):
+    """Its weights lie in the span of the cells that it learned from, which the training cells alone do not fill."""
+    adata, model = fitted
+    expression = model.network.gene_classifier.scaled(pp.log_expression(adata, model)).toarray()
+    weights = model.network.gene_classifier.weight_VC.numpy()
+    part = adata.obs["scfm_split"].to_numpy()
+    assert (part == "calibration").sum() >= 5
+
+    def residual(rows):
+        span = np.linalg.qr(expression[rows].T)[0]
+        return np.linalg.norm(weights - span @ (span.T @ weights)) / np.linalg.norm(weights)
+
+    used = residual(np.isin(part, ["train", "calibration"]))
+    assert residual(part == "train") > 1.3 * used
 
 
 def test_cells_get_the_majority_label_of_their_cluster_or_keep_their_own(fitted):

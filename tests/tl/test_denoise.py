@@ -73,7 +73,7 @@ def test_smoothing_over_one_neighbor_changes_nothing_and_over_all_gives_the_mean
 
 def test_scores_stand_beside_their_baselines(blood, model):
     table = evaluate_denoising(blood, model, rate=0.5)
-    assert list(table.index)[:4] == ["scfm", "scfm, network alone", "no change", "mean of 15 nearest neighbours"]
+    assert list(table.index)[:4] == ["scfm", "scfm, network alone", "no change", "mean of 15 nearest neighbors"]
     assert np.isfinite(table.to_numpy()).all()
 
 
@@ -91,7 +91,7 @@ def test_an_uninformative_network_leaves_the_weighted_mean_as_it_is(model):
     adata = scfm.datasets.pbmc()[:300, :60].copy()
     adata = adata[np.asarray(adata.X.sum(1)).ravel() > 0].copy()
     table = evaluate_denoising(adata, model, rate=0.5)["mse"]
-    assert table["scfm"] <= 1.01 * table["own counts and neighbours, weighed"]
+    assert table["scfm"] <= 1.01 * table["own counts and neighbors, weighed"]
     assert table["scfm"] < 0.9 * table["no change"]
 
 

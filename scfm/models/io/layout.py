@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 FORMAT = "scfm"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocabulary.json", "weights.safetensors"
 ARRAYS = "encoding.safetensors"

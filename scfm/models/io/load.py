@@ -52,8 +52,10 @@ def load_saved(path: Path) -> ModelState:
     except (TypeError, ValueError, AttributeError, SafetensorError, OSError) as error:
         what = str(error).rstrip(".")
         raise ModelFileError(f"{path} is damaged or incomplete: {what}. Save the model again.") from error
-    if "files" in config and config.get("model_id") != model.id:
-        changed = digest(path / WEIGHTS) != config["files"].get(WEIGHTS)
+    # The id covers fields that older formats do not have, so that of an older file cannot be computed again.
+    is_current = config["format_version"] == FORMAT_VERSION
+    if "files" in config and (config.get("model_id") != model.id if is_current else _weights_changed(config, path)):
+        changed = _weights_changed(config, path)
         raise ModelFileError(
             f"{path / (WEIGHTS if changed else CONFIG)} is not the file that this model was saved with: the id of the model is "
             f"{model.id}, not {config.get('model_id')!r}. Restore the files of one model, or save the model again."
@@ -70,6 +72,10 @@ def _require_known_version(config: Mapping[str, Any], path: Path) -> None:
             f"{path} has format version {version}; this scfm reads up to {FORMAT_VERSION}. "
             "Upgrade: pip install -U single-cell-fm"
         )
+
+
+def _weights_changed(config: Mapping[str, Any], path: Path) -> bool:
+    return digest(path / WEIGHTS) != config["files"].get(WEIGHTS)
 
 
 def _require_files(config: Mapping[str, Any], path: Path) -> None:
@@ -92,6 +98,9 @@ def _require_files(config: Mapping[str, Any], path: Path) -> None:
 def _state_of(config: Mapping[str, Any], path: Path) -> ModelState:
     if config["format_version"] == 1:
         config = format_1.content(config)
+    if config["format_version"] < 3 and config["calibration"]:
+        config = {**config, "calibration": {**config["calibration"]}}
+        config["calibration"].pop("typical_distance", None)  # replaced by a novelty score
     network_config = ModelConfig.from_dict(config["network"])
     vocabulary = Vocabulary.from_json(path / VOCABULARY)
     if config.get("vocabulary", vocabulary.fingerprint) != vocabulary.fingerprint:  # format 1

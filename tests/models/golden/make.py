@@ -1,8 +1,9 @@
 """Writes the golden model of the current format version into a new folder next to this file.
 
 Run once when the format version rises, never for a version that was released: `python tests/models/golden/make.py`.
-`format_1` was written by the version of this script that scfm had then. The network is the same in both: two layers with
-random weights, two classes. Format 2 adds a gene classifier, calibration, scores, aliases and directions of the screen.
+`format_1` was written by the version of this script that scfm had then. The network is the same in all: two layers with
+random weights, two classes. Format 2 adds a gene classifier, calibration, scores, aliases and directions of the screen; format 3
+adds Gaussians of the classes.
 """
 
 from pathlib import Path
@@ -35,11 +36,14 @@ network = CellTransformer.for_vocabulary(config, vocabulary)
 network.add_gene_classifier()
 network.gene_classifier.weight_VC.copy_(torch.linspace(-1, 1, 84).view(42, 2))
 network.gene_classifier.ensemble_weights.copy_(torch.tensor([2.0, 0.5]))
+network.add_novelty(2)
+network.novelty.loading_VR.copy_(torch.linspace(-1, 1, 84).view(42, 2))
+network.novelty.weight_V.fill_(0.5)
 model = Model(
     network,
     encoding,
     labels=("A", "B"),
-    calibration=Calibration(n_cells=20, transformer_temperature=0.5, ensemble_temperature=2.0, typical_distance=1.5),
+    calibration=Calibration(n_cells=20, transformer_temperature=0.5, ensemble_temperature=2.0, novelty_threshold=1.5),
     scores=[{"method": "scfm", "accuracy": 0.75, "macro_f1": 0.5}],
     objective="masked_genes",
     history={"preset": "golden"},

@@ -1,0 +1,97 @@
+"""Fitting the novelty score, and the threshold that keeps 95 % of known cells."""
+
+# Axes: B cells, V tokens of the vocabulary, R components, C classes.
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.covariance import ledoit_wolf
+
+from scfm.nn import ClassGaussians
+
+N_COMPONENTS = 20
+KEPT_FRACTION = 0.95  # of known cells
+MIN_CELLS = 10  # with fewer calibration cells there is no threshold
+
+
+@torch.no_grad()
+def fit_gaussians(
+    gaussians: ClassGaussians,
+    expression_BV: sparse.csr_matrix,
+    labels_B: NDArray[np.int64],
+    loading_VR: NDArray[np.float64],
+    genes: NDArray[np.int64],
+) -> None:
+    """Fit the Gaussians of the classes.
+
+    Parameters
+    ----------
+    gaussians
+        Changed in place.
+    expression_BV
+        log1p counts per 10,000 of the training cells by token id, shape (B, V).
+    labels_B
+        Their classes, shape (B,), int64; every class occurs.
+    loading_VR
+        Loadings of components on expression.
+    genes
+        Tokens of the variable genes.
+
+    Notes
+    -----
+    The covariance of the components within classes is shrunk as Ledoit and Wolf (2004). Class-conditional Gaussians with a
+    shared covariance are the score of Lee et al. (2018, arXiv:1807.03888). Variances of single genes get their median added,
+    so that a gene that varies little does not decide alone.
+    """
+    classes_CB = sparse.csr_array(
+        (np.ones(len(labels_B)), (labels_B, np.arange(len(labels_B)))), shape=(len(gaussians.mean_CR), len(labels_B))
+    )
+    classes_CB = sparse.diags_array(1 / classes_CB.sum(1)) @ classes_CB
+    component_BR = expression_BV @ loading_VR
+    mean_CR = classes_CB @ component_BR
+    within_BR = component_BR - mean_CR[labels_B]
+    deviation_R = np.maximum(within_BR.std(0), 1e-9)
+    covariance_RR, _ = ledoit_wolf(within_BR / deviation_R, assume_centered=True)
+    whitening_RR = np.linalg.cholesky(np.linalg.inv(covariance_RR)) / deviation_R[:, None]
+    mean_CV = np.zeros(gaussians.mean_CV.shape)
+    expression_BG = expression_BV[:, genes]
+    mean_CV[:, genes] = (classes_CB @ expression_BG).toarray()
+    variance_G = _variance_within(expression_BG, mean_CV[:, genes], labels_B)
+    floor = max(float(np.median(variance_G)), 1e-9)
+    weight_V = np.zeros(expression_BV.shape[1])
+    weight_V[genes] = 1 / (variance_G + floor)
+    for buffer, value in (
+        (gaussians.loading_VR, loading_VR @ whitening_RR),
+        (gaussians.mean_CR, mean_CR @ whitening_RR),
+        (gaussians.weight_V, weight_V),
+        (gaussians.mean_CV, mean_CV),
+    ):
+        buffer.copy_(torch.from_numpy(value))
+
+
+@torch.no_grad()
+def standardize(gaussians: ClassGaussians, expression_BV: sparse.csr_matrix) -> float | None:
+    """Standardize both distances on held-out cells of known classes and return the threshold that keeps 95 % of them.
+
+    It is the smallest threshold that keeps the next known cell with a probability of at least 95 %, whatever the
+    distribution (split conformal prediction); with fewer than 19 cells, their maximum. None with too few cells.
+    """
+    if expression_BV.shape[0] < MIN_CELLS:
+        return None
+    log_B2 = gaussians.log_distances(expression_BV)
+    gaussians.location.copy_(torch.from_numpy(log_B2.mean(0)))
+    gaussians.scale.copy_(torch.from_numpy(np.maximum(log_B2.std(0), 1e-6)))
+    novelty_B = np.sort(gaussians(expression_BV))
+    return float(novelty_B[min(int(np.ceil(KEPT_FRACTION * (len(novelty_B) + 1))), len(novelty_B)) - 1])
+
+
+def _variance_within(
+    expression_BG: sparse.csr_matrix, mean_CG: NDArray[np.float64], labels_B: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Variance of each gene around the means of the classes, shape (G,)."""
+    squares_G = np.asarray(expression_BG.multiply(expression_BG).mean(0), dtype=np.float64).ravel()
+    fraction_C = np.bincount(labels_B, minlength=len(mean_CG)) / len(labels_B)
+    return np.maximum(squares_G - fraction_C @ mean_CG**2, 0)
