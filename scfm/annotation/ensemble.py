@@ -13,9 +13,9 @@ from scipy.special import log_softmax
 
 # Median of each weight before calibration cells are seen: transformer, components, genes. Chosen on development data:
 # a fine-tuned transformer is the most confident of the three, and the least reliable on cells of another condition.
-PRIOR_WEIGHTS = (0.15, 0.7, 1.5)
+PRIOR_WEIGHTS = (0.1, 0.7, 2.0)
 PRIOR_DEVIATION = 0.5  # of the logarithms of the weights
-LABELS_FOR_HALF_THE_WEIGHT = 40  # labels per class (median) at which the regression on all genes has half of its weight
+LABELS_FOR_HALF_THE_WEIGHT = 80  # labels per class (median) at which the regression on all genes has half of its weight
 
 
 def prior_weights(labels_B: NDArray[np.int64]) -> NDArray[np.float64]:
