@@ -74,10 +74,11 @@ def fit(
     `model`, a copy of a pretrained model is trained further. The copy has the same encoding, vocabulary and medians, and the
     given model is not changed.
 
-    With labels, some labeled cells (test cells) are set aside before anything is fitted, and `model.report()` compares the
-    scores of the model and of simple methods on them. About a tenth of the other labeled cells (calibration cells) are used
-    only to calibrate the predicted probabilities. Labels are predicted by an ensemble of the transformer and a logistic
-    regression on principal components of expression, which are computed from labeled and unlabeled cells.
+    With labels, a part of the labeled cells is held out from everything that is fitted (vocabulary, medians,
+    pretraining, components, classification), and the model is scored on it next to simple baselines: `model.report()`. A
+    tenth of the rest is held out too, to weight and calibrate the ensemble that predicts labels. It has three members: the
+    transformer, a regression on components of expression, which are learned from labeled and unlabeled cells, and a
+    regression on all genes. At the end both regressions learn from the calibration cells too.
 
     Parameters
     ----------

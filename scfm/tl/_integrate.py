@@ -188,7 +188,7 @@ def _trained(
             f'`method="train"` trains on masked values, which this model with its {model.encoding.config.kind} encoding does not '
             'have. Use "harmony", or fit a model with `scfm.fit(adata, encoding="bin")`.'
         )
-    network = _with_integration_heads(model, len(batches.names), stage.seed)
+    network = _with_integration_heads(model, len(batches.names), stage.seed or 0)
     labeled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
     objective = Integration(is_gene_V=network.is_gene_V.cpu())
     train(network, objective, labeled, stage, title="integration", progress=progress)

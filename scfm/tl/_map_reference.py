@@ -1,26 +1,35 @@
 """`scfm.tl.map_reference`."""
 
-# Axes: Q query cells, R reference cells, N neighbors, D model width, C classes.
+# Axes: Q query cells, R reference cells, N neighbors, D model width, X features, K directions, C classes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import softmax
 from sklearn.neighbors import NearestNeighbors
 
 from scfm import pp
 from scfm._config import require_whole
 from scfm._docs import document
-from scfm.data import columns
+from scfm.annotation.calibration import fit_temperature
+from scfm.annotation.discriminant import DiscriminantSpace
+from scfm.annotation.gene_classifier import expression_components
+from scfm.data import columns, split_cells
 from scfm.errors import LabelsError
 from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import require_cells, select_cells
 from scfm.tl._record import record
+
+CALIBRATION_FRACTION = 0.2  # of the reference
+MIN_TO_CALIBRATE = 5  # reference cells of a label before one of them calibrates
 
 
 @document
@@ -37,11 +46,13 @@ def map_reference(
     key_added: str = "scfm_mapped",
     copy: bool = False,
 ) -> anndata.AnnData | None:
-    """Transfer labels to query cells from their nearest reference cells in the model's embedding.
+    """Transfer labels to query cells from a labeled reference.
 
-    Embeddings are standardized with mean and standard deviation of the reference. The distance d of two cells is their
-    Euclidean distance divided by the square root of the number of dimensions. A neighbor has the weight
-    exp(-d^2 / 2s^2), where s is the median distance from the cell to its neighbors.
+    Cells are compared in a supervised space: the directions in which the labels of the reference differ, found by shrinkage
+    discriminant analysis of the model's embedding together with components of expression. The probability of a label is the
+    mean of two: the weighted fraction of the nearest reference cells, and the Gaussian of each label. A neighbor at distance
+    d has the weight exp(-d^2 / 2s^2) / sqrt(n), where s is the median distance of the cell's neighbors, and n the number of
+    reference cells with its label.
 
     Parameters
     ----------
@@ -64,18 +75,18 @@ def map_reference(
 
     Returns
     -------
-    None, or the copy. Writes a record of model and settings to `uns["scfm"]`, and to `query`:
-
-    - `obs["<key>_label"]`, categorical
-    - `obs["<key>_confidence"]`: weighted fraction of the neighbors with this label, from 0 to 1
-    - `obs["<key>_distance"]`: mean of the distances d to the neighbors
-    - `obsm["<key>_neighbors"]`: rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64
-    - `obsm["<key>_neighbor_distances"]`: distances d to them, shape (n_obs, n_neighbors), float32
+    None, or the copy. Writes to `query`: `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (probability of that
+    label, 0 to 1, calibrated on a fifth of the reference), `obs["<key>_distance"]` (mean distance to the neighbors, in
+    standard deviations within labels, divided by the root of the number of directions), `obsm["<key>_neighbors"]` (rows of
+    `reference`, nearest first, shape (n_obs, n_neighbors), int64) and `obsm["<key>_neighbor_distances"]` (in the same unit,
+    shape (n_obs, n_neighbors), float32); and a record under `uns["scfm"]`. Its `hub_fraction` is the fraction of all
+    neighbors that are among the 5 % of reference cells that are chosen most often. A large one means that many query cells
+    resemble the same few reference cells, and the mapping should not be trusted.
 
     Raises
     ------
     LabelsError
-        If `labels_key` does not exist, or fewer than `n_neighbors` reference cells have a label.
+        If `labels_key` is missing, fewer reference cells than neighbors have a label, or all have the same.
     EmptyCellError
         If `query` has no cells, or a cell expresses no gene of the model.
 
@@ -97,37 +108,92 @@ def map_reference(
         raise LabelsError(
             f"`n_neighbors` is {n_neighbors}, but only {len(labels.labeled)} reference cells have a label. Lower it."
         )
+    if len(labels.names) < 2:
+        raise LabelsError(f"All labeled reference cells are {labels.names[0]!r}; at least two labels are needed.")
     query = query.copy() if copy else query
-    reference_RD, query_QD = (
-        model.embed(pp.encode(cells, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key))
-        for cells in (select_cells(reference, labels.labeled), query)
-    )
-    center_D, scale_D = reference_RD.mean(0), np.maximum(reference_RD.std(0), 1e-6)
-    found = NearestNeighbors(n_neighbors=n_neighbors).fit((reference_RD - center_D) / scale_D)
-    distance_QN, row_QN = found.kneighbors((query_QD - center_D) / scale_D)
-    share_QC = _shares(distance_QN, labels.codes[labels.labeled][row_QN], len(labels.names))
-    query.obs[f"{key_added}_label"] = pd.Categorical.from_codes(share_QC.argmax(1), categories=list(labels.names))
-    query.obs[f"{key_added}_confidence"] = share_QC.max(1)
-    query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / np.sqrt(len(scale_D))
+    source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
+    features_RX, features_QX = _features(reference[labels.labeled], query, model, source)
+    codes_R = labels.codes[labels.labeled]
+    mapping = _Mapping.of(features_RX, codes_R, n_neighbors)
+    temperature = _temperature(features_RX, codes_R, n_neighbors)
+    log_proba_QC, distance_QN, row_QN = mapping.predict(features_QX)
+    proba_QC = softmax(log_proba_QC / temperature, axis=1)
+    unit = np.sqrt(mapping.space.projection_XK.shape[1])
+    query.obs[f"{key_added}_label"] = pd.Categorical.from_codes(proba_QC.argmax(1), categories=list(labels.names))
+    query.obs[f"{key_added}_confidence"] = proba_QC.max(1)
+    query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / unit
     query.obsm[f"{key_added}_neighbors"] = labels.labeled[row_QN]
-    query.obsm[f"{key_added}_neighbor_distances"] = (distance_QN / np.sqrt(len(scale_D))).astype(np.float32)
-    record(
-        query,
-        model,
-        key_added,
-        layer=layer,
-        gene_key=gene_key,
-        depth_key=depth_key,
-        labels_key=labels_key,
-        n_neighbors=n_neighbors,
-    )
+    query.obsm[f"{key_added}_neighbor_distances"] = (distance_QN / unit).astype(np.float32)
+    settings = {
+        "labels_key": labels_key,
+        "n_neighbors": n_neighbors,
+        "hub_fraction": hub_fraction(row_QN, len(codes_R)),
+    }
+    record(query, model, key_added, **source, **settings)
     return query if copy else None
 
 
-def _shares(distance_QN: NDArray[np.floating], code_QN: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
-    """Return the weighted fraction of each class among the neighbors, shape (Q, C)."""
+def _features(
+    reference: anndata.AnnData, query: anndata.AnnData, model: Model, source: dict[str, Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Embedding and components of expression of reference and query; components are learned from the reference."""
+    embedding_RD, embedding_QD = (
+        model.embed(pp.encode(cells, model.encoding, **source)) for cells in (reference, query)
+    )
+    expression_RV, expression_QV = (pp.log_expression(cells, model.encoding, **source) for cells in (reference, query))
+    component_RK, component_QK = expression_components(expression_RV, expression_QV)
+    return np.hstack([embedding_RD, component_RK]), np.hstack([embedding_QD, component_QK])
+
+
+@dataclass(frozen=True, eq=False)
+class _Mapping:
+    """Labeled cells in their supervised space."""
+
+    space: DiscriminantSpace
+    found: NearestNeighbors
+    codes_R: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, features_RX: NDArray[np.float64], codes_R: NDArray[np.int64], n_neighbors: int) -> _Mapping:
+        space = DiscriminantSpace.of(features_RX, codes_R)
+        found = NearestNeighbors(n_neighbors=min(n_neighbors, len(codes_R))).fit(space.coordinates(features_RX))
+        return cls(space, found, codes_R)
+
+    def predict(
+        self, features_QX: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """Log-probabilities (Q, C), and distances and rows of the neighbors (Q, N)."""
+        coordinate_QK = self.space.coordinates(features_QX)
+        distance_QN, row_QN = self.found.kneighbors(coordinate_QK)
+        counts_C = np.bincount(self.codes_R)
+        share_QC = _shares(distance_QN, self.codes_R[row_QN], 1 / np.sqrt(counts_C))
+        proba_QC = (share_QC + np.exp(self.space.log_proba(coordinate_QK))) / 2
+        return np.log(np.maximum(proba_QC, 1e-9)), distance_QN, row_QN
+
+
+def _temperature(features_RX: NDArray[np.float64], codes_R: NDArray[np.int64], n_neighbors: int) -> float:
+    """Temperature that fits a fifth of the reference, mapped to the rest; 1 if it is too small."""
+    often = np.flatnonzero(np.bincount(codes_R)[codes_R] >= MIN_TO_CALIBRATE)
+    if len(often) < MIN_TO_CALIBRATE / CALIBRATION_FRACTION:
+        return 1.0
+    held = often[split_cells(labels=codes_R[often], test_fraction=CALIBRATION_FRACTION).test]
+    rest = np.setdiff1d(np.arange(len(codes_R)), held)
+    log_proba_QC = _Mapping.of(features_RX[rest], codes_R[rest], n_neighbors).predict(features_RX[held])[0]
+    return fit_temperature(np.exp(log_proba_QC), codes_R[held])
+
+
+def _shares(
+    distance_QN: NDArray[np.floating], code_QN: NDArray[np.int64], weight_C: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Weighted share of each class among the neighbors, shape (Q, C)."""
     width_Q1 = np.maximum(np.median(distance_QN, axis=1, keepdims=True), 1e-12)
-    weight_QN = np.exp(-0.5 * (distance_QN / width_Q1) ** 2)
-    share_QC = np.zeros((len(code_QN), n_classes))
+    weight_QN = np.exp(-0.5 * (distance_QN / width_Q1) ** 2) * weight_C[code_QN]
+    share_QC = np.zeros((len(code_QN), len(weight_C)))
     np.add.at(share_QC, (np.arange(len(code_QN))[:, None], code_QN), weight_QN)
     return share_QC / share_QC.sum(1, keepdims=True)
+
+
+def hub_fraction(row_QN: NDArray[np.int64], n_reference: int) -> float:
+    """Fraction of all neighbors that are among the 5 % of reference cells that are chosen most often."""
+    chosen_R = np.sort(np.bincount(row_QN.ravel(), minlength=n_reference))[::-1]
+    return float(chosen_R[: max(1, n_reference // 20)].sum() / row_QN.size)

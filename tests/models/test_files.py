@@ -21,6 +21,7 @@ import scfm
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.errors import ModelFileError
 from scfm.models import CellTransformer, Model, ModelConfig
+from scfm.models.io.layout import FORMAT_VERSION
 from scfm.models.state import Calibration
 from scfm.nn import ClassHeadConfig
 
@@ -113,7 +114,10 @@ def another_vocabulary(folder):
         (lambda folder: edit_config(folder, lambda c: c.pop("files")), "does not list the files"),
         (lambda folder: edit_config(folder, lambda c: c.pop("network")), "no entry 'network'"),
         (lambda folder: edit_config(folder, lambda c: c.update(format_version="2")), "format version '2'"),
-        (lambda folder: edit_config(folder, lambda c: c.update(format_version=3)), "reads up to 2"),
+        (
+            lambda folder: edit_config(folder, lambda c: c.update(format_version=FORMAT_VERSION + 1)),
+            f"reads up to {FORMAT_VERSION}",
+        ),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "not valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"format": "scfm", "format_ver'), "not valid JSON"),
     ],

@@ -54,6 +54,20 @@ def test_format_2_is_read_and_gives_the_same_numbers(adata):
     np.testing.assert_allclose(model.predict_proba(cells, expression)[:, 0], OF_ENSEMBLE, atol=2e-5)
 
 
+def test_format_3_is_read_with_its_novelty_score(adata):
+    model = scfm.load(GOLDEN / "format_3")
+    assert model.calibration == Calibration(
+        n_cells=20, transformer_temperature=0.5, ensemble_temperature=2.0, novelty_threshold=1.5
+    )
+    expression = scfm.pp.log_expression(adata, model)
+    np.testing.assert_allclose(
+        model.predict_proba(scfm.pp.encode(adata, model), expression)[:, 0], OF_ENSEMBLE, atol=2e-5
+    )
+    components = expression.toarray() @ np.linspace(-1, 1, 84).reshape(42, 2)
+    nearest = [(components**2).sum(1), 0.5 * (expression.toarray() ** 2).sum(1)]
+    np.testing.assert_allclose(model.network.novelty(expression), np.log(nearest).max(0), rtol=1e-5)
+
+
 def test_what_was_read_can_be_written_again(adata, tmp_path):
     model = scfm.load(GOLDEN / "format_1")
     model.save(tmp_path / "again")

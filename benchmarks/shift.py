@@ -1,0 +1,167 @@
+"""Annotation of cells of another study, condition or donor, and of a type that training left out.
+
+    SCFM_DATA=FOLDER python benchmarks/shift.py shift
+    SCFM_DATA=FOLDER python benchmarks/shift.py unseen
+
+`shift`: PBMC 3k, Kang (control, stimulated) and ifnb. Each study is left out in turn (Kang's two conditions are one study),
+each condition of Kang and ifnb is predicted from the other, and each donor of Kang from the other donors. Labels are mapped
+to types that the studies share. `unseen`: one cell type is left out of training; its cells should get a higher novelty than
+the held-out cells of the other types. Rows are written at once to `--rows`, so a stopped run resumes.
+"""
+
+import argparse
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+import scfm
+from scfm import baselines
+
+FILES = {"pbmc3k": "pbmc3k_raw_counts_labels.h5ad", "kang": "kang_ifnb_2000.h5ad", "ifnb": "ifnb1k_832.h5ad"}
+LABELS = {"pbmc3k": "cell_type_seurat", "kang": "cell_type", "ifnb": "seurat_annotations"}
+CONDITIONS = {"kang": "condition", "ifnb": "stim"}
+SHARED_TYPES = {
+    "CD4 T": ("CD4 T cells", "Naive CD4 T", "Memory CD4 T", "CD4 Naive T", "CD4 Memory T"),
+    "CD8 T": ("CD8 T", "CD8 T cells"),
+    "CD14 monocyte": ("CD14+ Monocytes", "CD14 Mono", "CD14+ Mono"),
+    "CD16 monocyte": ("FCGR3A+ Monocytes", "FCGR3A+ Mono", "CD16 Mono"),
+    "B": ("B", "B cells"),
+    "NK": ("NK", "NK cells"),
+    "dendritic": ("DC", "Dendritic cells"),
+    "megakaryocyte": ("Platelet", "Megakaryocytes"),
+}
+TYPE_OF = {name: shared for shared, names in SHARED_TYPES.items() for name in names}
+UNSEEN = {
+    "pbmc3k": ("NK", "CD8 T", "B"),
+    "kang": ("NK cells", "CD14+ Monocytes", "B cells"),
+    "pancreas": ("beta", "ductal"),
+}
+MIN_LABELS = 3
+
+
+def read(name: str) -> anndata.AnnData:
+    """Labeled cells with at least 100 genes; genes in at least three cells; labels in `obs["label"]`."""
+    if name == "pancreas":
+        adata, key = scfm.datasets.pancreas(), "cell_type"
+    else:
+        adata, key = anndata.read_h5ad(Path(os.environ["SCFM_DATA"]) / FILES[name]), LABELS[name]
+    adata = adata[adata.obs[key].notna().to_numpy()].copy()
+    adata.X = adata.X.astype(np.float32)
+    adata.obs["label"] = adata.obs[key].astype(str)
+    sc.pp.filter_cells(adata, min_genes=100)
+    sc.pp.filter_genes(adata, min_cells=3)
+    return adata
+
+
+def shifts() -> Iterator[tuple[str, anndata.AnnData, NDArray[np.bool_]]]:
+    """Name of each task, its cells, and which of them are test cells."""
+    cells = {name: read(name) for name in FILES}
+    for name, key in CONDITIONS.items():
+        condition = cells[name].obs[key].astype(str).str.lower().to_numpy()
+        for held_out in ("stim", "ctrl"):
+            yield f"{name} {held_out} from the other condition", cells[name], condition == held_out
+    shared = {name: adata[:, ~adata.var_names.duplicated()].copy() for name, adata in cells.items()}
+    for adata in shared.values():
+        adata.obs["label"] = adata.obs["label"].map(TYPE_OF)
+    joined = anndata.concat(shared, label="study", join="inner", index_unique="-")
+    for name in FILES:
+        yield f"{name} from other studies", joined, (joined.obs["study"] == name).to_numpy()
+    donors = cells["kang"].obs["donor"].astype(str).to_numpy()
+    for donor in np.unique(donors):
+        yield f"kang donor {donor} from other donors", cells["kang"], donors == donor
+
+
+def learnable(adata: anndata.AnnData, is_test: NDArray[np.bool_]) -> anndata.AnnData:
+    """Cells of types with at least three training cells, with `obs["is_test"]`."""
+    counts = adata.obs["label"][~is_test].value_counts()
+    keep = adata.obs["label"].isin(counts.index[counts >= MIN_LABELS]).to_numpy()
+    chosen = adata[keep].copy()
+    chosen.obs["is_test"] = is_test[keep]
+    chosen.obs["label"] = pd.Categorical(chosen.obs["label"].astype(str))
+    return chosen
+
+
+def score_shift(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
+    """One row per method: the report of `scfm.fit`, and `map_reference` with its own comparisons."""
+    model = scfm.fit(adata, labels_key="label", test_key="is_test", seed=seed, progress=False)
+    rows = model.report().reset_index().drop(columns="above_scfm")
+    is_test = adata.obs["is_test"].to_numpy()
+    reference, query = adata[~is_test].copy(), adata[is_test].copy()
+    scfm.tl.map_reference(query, reference, model, labels_key="label")
+    names = np.asarray(model.labels)
+    truth = pd.Categorical(query.obs["label"], categories=names).codes
+    predicted = query.obs["scfm_mapped_label"].astype(str).to_numpy()
+    scores = baselines.scores(list(names[truth]), list(predicted))
+    scores["ece"] = baselines.expected_calibration_error(
+        query.obs["scfm_mapped_confidence"].to_numpy(), predicted == names[truth]
+    )
+    mapped = {"method": "scfm.tl.map_reference", "setting": "inductive", **scores}
+    return pd.concat([rows, pd.DataFrame([mapped])], ignore_index=True)
+
+
+def score_unseen(adata: anndata.AnnData, unseen: str, seed: int) -> dict[str, Any]:
+    """How well novelty and confidence separate a type that training left out from held-out cells of the other types."""
+    is_unseen = (adata.obs["label"] == unseen).to_numpy()
+    held_out = np.random.default_rng(seed).random(adata.n_obs) < 0.3
+    known = learnable(adata[~is_unseen], held_out[~is_unseen])
+    model = scfm.fit(known, labels_key="label", test_key="is_test", baselines=False, seed=seed, progress=False)
+    test = anndata.concat([known[known.obs["is_test"].to_numpy()], adata[is_unseen]])
+    truth = test.obs["label"].astype(str).to_numpy() == unseen
+    scfm.tl.annotate(test, model)
+    novelty, confidence = test.obs["scfm_novelty"].to_numpy(), test.obs["scfm_confidence"].to_numpy()
+    threshold = model.calibration.novelty_threshold
+    return {
+        "AUROC of novelty": roc_auc_score(truth, novelty),
+        "AUROC of confidence": roc_auc_score(truth, -confidence),
+        "unseen rejected": float((novelty[truth] > threshold).mean()),
+        "known kept": float((novelty[~truth] <= threshold).mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("shift", "unseen"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rows", type=Path, default=Path("shift_rows"))
+    options = parser.parse_args()
+    options.rows.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    tables = []
+    for seed in range(options.seeds):
+        if options.what == "shift":
+            named = ((name, lambda a=a, t=t: score_shift(learnable(a, t), seed)) for name, a, t in shifts())
+        else:
+            tasks = [(name, unseen) for name, types in UNSEEN.items() for unseen in types]
+            named = (
+                (f"{name} without {unseen}", lambda n=name, u=unseen: pd.DataFrame([score_unseen(read(n), u, seed)]))
+                for name, unseen in tasks
+            )
+        for name, measure in named:
+            path = options.rows / f"{options.what} {name} {seed}.csv"
+            if not path.exists():
+                measure().assign(task=name, seed=seed).to_csv(path, index=False)
+            tables.append(pd.read_csv(path))
+    table = pd.concat(tables, ignore_index=True)
+    if options.what == "shift":
+        methods = table["method"].unique()
+        table["kind"] = table["task"].str.replace(r".*(studies|condition|donors)$", r"\1", regex=True)
+        print(
+            table.groupby(["method", "setting", "kind"])[["accuracy", "macro_f1", "ece"]].mean().loc[methods].round(3)
+        )
+    else:
+        print(table.groupby("task").mean(numeric_only=True).round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()
