@@ -78,11 +78,19 @@ def embed_all(adata: anndata.AnnData, steps: int, seed: int) -> Embeddings:
         z = np.asarray(corrected.Z_corr)
         found["PCA + Harmony"] = z if z.shape[0] == adata.n_obs else z.T
     config = scfm.FitConfig(n_steps=steps, tokens_per_step=4096, seed=seed)
-    model = scfm.fit(adata, encoding="bin", context_length=256, config=config, seed=seed, progress=False)
-    found["scfm, not integrated"] = adata.obsm["X_scfm"]
+    settings = {"context_length": 256, "config": config, "seed": seed, "progress": False}
+    common = {"seed": seed, "progress": False}
+    if find_spec("harmonypy"):
+        model = scfm.fit(adata, **settings)
+        found["scfm (rank), not integrated"] = adata.obsm["X_scfm"]
+        for method in ("harmony", "harmony-embedding"):
+            scfm.tl.integrate(adata, model, batch_key=BATCH, method=method, **common)
+            found[f"scfm.tl.integrate (rank, {method})"] = adata.obsm["X_scfm_integrated"]
+    model = scfm.fit(adata, encoding="bin", **settings)
+    found["scfm (bin), not integrated"] = adata.obsm["X_scfm"]
     stage = config.replace(n_steps=3 * steps, learning_rate=3e-4)
-    scfm.tl.integrate(adata, model, batch_key=BATCH, config=stage, seed=seed, progress=False)
-    found["scfm.tl.integrate"] = adata.obsm["X_scfm_integrated"]
+    scfm.tl.integrate(adata, model, batch_key=BATCH, method="train", config=stage, **common)
+    found["scfm.tl.integrate (bin, train)"] = adata.obsm["X_scfm_integrated"]
     return found
 
 

@@ -10,11 +10,12 @@ the held-out cells of the other types. Rows are written at once to `--rows`, so 
 """
 
 import argparse
+import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
@@ -109,8 +110,9 @@ def score_shift(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
     return pd.concat([rows, pd.DataFrame([mapped])], ignore_index=True)
 
 
-def score_unseen(adata: anndata.AnnData, unseen: str, seed: int) -> dict[str, Any]:
+def score_unseen(name: str, unseen: str, seed: int) -> pd.DataFrame:
     """How well novelty and confidence separate a type that training left out from held-out cells of the other types."""
+    adata = read(name)
     is_unseen = (adata.obs["label"] == unseen).to_numpy()
     held_out = np.random.default_rng(seed).random(adata.n_obs) < 0.3
     known = learnable(adata[~is_unseen], held_out[~is_unseen])
@@ -120,12 +122,21 @@ def score_unseen(adata: anndata.AnnData, unseen: str, seed: int) -> dict[str, An
     scfm.tl.annotate(test, model)
     novelty, confidence = test.obs["scfm_novelty"].to_numpy(), test.obs["scfm_confidence"].to_numpy()
     threshold = model.calibration.novelty_threshold
-    return {
+    row = {
         "AUROC of novelty": roc_auc_score(truth, novelty),
         "AUROC of confidence": roc_auc_score(truth, -confidence),
         "unseen rejected": float((novelty[truth] > threshold).mean()),
         "known kept": float((novelty[~truth] <= threshold).mean()),
     }
+    return pd.DataFrame([row])
+
+
+def tasks(what: str) -> list[tuple[str, Callable[[int], pd.DataFrame]]]:
+    """Name of each task, and what measures it with a seed."""
+    if what == "shift":
+        return [(name, partial(score_shift, learnable(adata, is_test))) for name, adata, is_test in shifts()]
+    pairs = [(name, unseen) for name, types in UNSEEN.items() for unseen in types]
+    return [(f"{name} without {unseen}", partial(score_unseen, name, unseen)) for name, unseen in pairs]
 
 
 def main() -> None:
@@ -138,20 +149,11 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     tables = []
-    for seed in range(options.seeds):
-        if options.what == "shift":
-            named = ((name, lambda a=a, t=t: score_shift(learnable(a, t), seed)) for name, a, t in shifts())
-        else:
-            tasks = [(name, unseen) for name, types in UNSEEN.items() for unseen in types]
-            named = (
-                (f"{name} without {unseen}", lambda n=name, u=unseen: pd.DataFrame([score_unseen(read(n), u, seed)]))
-                for name, unseen in tasks
-            )
-        for name, measure in named:
-            path = options.rows / f"{options.what} {name} {seed}.csv"
-            if not path.exists():
-                measure().assign(task=name, seed=seed).to_csv(path, index=False)
-            tables.append(pd.read_csv(path))
+    for seed, (name, measure) in itertools.product(range(options.seeds), tasks(options.what)):
+        path = options.rows / f"{options.what} {name} {seed}.csv"
+        if not path.exists():
+            measure(seed).assign(task=name, seed=seed).to_csv(path, index=False)
+        tables.append(pd.read_csv(path))
     table = pd.concat(tables, ignore_index=True)
     if options.what == "shift":
         methods = table["method"].unique()
