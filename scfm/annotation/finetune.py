@@ -27,6 +27,7 @@ from scfm.models.state import Calibration
 from scfm.objectives import Classification, class_weights
 from scfm.train import FitConfig, run_stage
 from scfm.train.config import CPU_TOKENS_PER_STEP, STAGE_DEFAULTS
+from scfm.train.precision import resolved_precision
 
 # Models up to this size are fine-tuned whole: on two CPU cores a step still takes seconds.
 MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000

@@ -15,7 +15,7 @@ from scfm.nn.embedding import TokenEmbedding
 from scfm.nn.heads import BatchLabels, BucketHead, GeneHead, LinearValueHead, ValueFromCellHead, ValueHead
 from scfm.nn.linear import Linear
 from scfm.nn.novelty import ClassGaussians
-from scfm.nn.pooling import pool_cells
+from scfm.nn.pooling import expression_weights, pool_cells
 
 __all__ = [
     "PoolingConfig",

@@ -108,8 +108,6 @@ def map_reference(
         raise LabelsError(
             f"`n_neighbors` is {n_neighbors}, but only {len(labels.labeled)} reference cells have a label. Lower it."
         )
-    if len(labels.names) < 2:
-        raise LabelsError(f"All labeled reference cells are {labels.names[0]!r}; at least two labels are needed.")
     query = query.copy() if copy else query
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     features_RX, features_QX = _features(reference[labels.labeled], query, model, source)
