@@ -17,7 +17,6 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 
 from scfm import pp
-from scfm._config import require_seed
 from scfm._docs import document
 from scfm.annotation.gene_classifier import gene_scales
 from scfm.data import CellBatch, columns

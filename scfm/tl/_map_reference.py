@@ -25,7 +25,7 @@ from scfm.data import columns, split_cells
 from scfm.errors import LabelsError
 from scfm.families.loading import opened
 from scfm.models.model import Model
-from scfm.pp._encode import require_cells, select_cells
+from scfm.pp._encode import require_cells
 from scfm.tl._record import record
 
 CALIBRATION_FRACTION = 0.2  # of the reference
