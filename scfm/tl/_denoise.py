@@ -104,6 +104,7 @@ def denoise(
     >>> adata.layers["scfm_denoised"].shape
     (20, 50)
     """
+    require_seed(seed)
     require_cells(adata)
     model = opened(model)
     if "target_depth" not in model.encoding.config.special_roles or model.network.value_head is None:

@@ -17,6 +17,7 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 
 from scfm import pp
+from scfm._config import require_seed
 from scfm._docs import document
 from scfm.annotation.gene_classifier import gene_scales
 from scfm.data import CellBatch, columns
@@ -27,6 +28,7 @@ from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.nn.class_heads import MAX_SCALED
 from scfm.objectives import Integration
+from scfm.pp._encode import require_cells
 from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
 from scfm.train import FitConfig, train
@@ -113,6 +115,8 @@ def integrate(
     >>> adata.obsm["X_scfm_integrated"].shape
     (100, 128)
     """
+    require_seed(seed)
+    require_cells(adata)
     if method not in get_args(Method):
         raise ValueError(f"`method` is {method!r}; choose one of {', '.join(get_args(Method))}.")
     if config is not None and method != "train":
