@@ -94,7 +94,7 @@ class RowSpace(TransformerMixin, BaseEstimator):
 
     def weights_of_columns(self, weight_CR: NDArray[np.float64]) -> NDArray[np.float64]:
         """Weights of the original columns, shape (G, C), from weights of coordinates, shape (C, R)."""
-        return weight_CR.T if self.rows_BG_ is None else self.rows_BG_.T @ (self.turn_BR_ @ weight_CR.T)
+        return weight_CR.T if self.rows_BG_ is None else self.rows_BG_.T @ (self.projection_BR_ @ weight_CR.T)
 
 
 def _products(first_BG: sparse.csr_matrix, second_NG: sparse.csr_matrix) -> NDArray[np.float64]:
