@@ -199,7 +199,7 @@ def fit(
     if model is None:
         chosen = choose_preset(preset or "small", encoding=_kind(encoding), objective=objective)
         settings = encoding if isinstance(encoding, EncodingConfig) else EncodingConfig(**chosen.encoding)
-        if context_length is None and labels_key is not None and settings.kind == "rank" and settings is not encoding:
+        if context_length is None and labels_key is not None and not settings.has_values and settings is not encoding:
             context_length = CONTEXT_LENGTH_TO_ANNOTATE
         settings = settings if context_length is None else settings.replace(context_length=context_length)
         fitted, cells = _new_model(counts, chosen, settings, split, seed)
