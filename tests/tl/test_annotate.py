@@ -8,8 +8,11 @@ from scipy.special import softmax
 
 import scfm
 from scfm import baselines, pp
+from scfm.annotation.gene_classifier import GeneMembers
 from scfm.errors import LabelsError, ModelTaskError
 from scfm.models.state import Calibration
+
+N_ROWS_FITTED = []  # of the labeled cells in each fit of the regression on genes
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,15 @@ def fitted():
     rare = adata.obs["bulk_labels"].value_counts()
     adata = adata[adata.obs["bulk_labels"].isin(rare.index[rare >= 10]).to_numpy()].copy()
     config = scfm.FitConfig(n_steps=1, tokens_per_step=2048)
-    return adata, scfm.fit(adata, labels_key="bulk_labels", config=config, pretrain_config=config, progress=False)
+    fit_genes = GeneMembers.fit_genes
+
+    def recorded(members, rows):
+        N_ROWS_FITTED.append(len(rows))
+        return fit_genes(members, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GeneMembers, "fit_genes", recorded)
+        return adata, scfm.fit(adata, labels_key="bulk_labels", config=config, pretrain_config=config, progress=False)
 
 
 def test_labels_are_the_most_probable_and_probabilities_add_up(fitted):
@@ -66,20 +77,11 @@ def test_novel_cells_are_counted_or_rejected_at_the_calibrated_threshold(fitted,
         scfm.tl.annotate(adata, uncalibrated, max_novelty="calibrated")
 
 
-def test_the_calibration_cells_are_given_back_to_the_gene_classifier(fitted):
-    """Its weights lie in the span of the cells that it learned from, which the training cells alone do not fill."""
-    adata, model = fitted
-    expression = model.network.gene_classifier.scaled(pp.log_expression(adata, model)).toarray()
-    weights = model.network.gene_classifier.weight_VC.numpy()
-    part = adata.obs["scfm_split"].to_numpy()
-    assert (part == "calibration").sum() >= 5
-
-    def residual(rows):
-        span = np.linalg.qr(expression[rows].T)[0]
-        return np.linalg.norm(weights - span @ (span.T @ weights)) / np.linalg.norm(weights)
-
-    used = residual(np.isin(part, ["train", "calibration"]))
-    assert residual(part == "train") > 1.3 * used
+def test_the_calibration_cells_are_given_back_to_the_regressions(fitted):
+    adata, _ = fitted
+    parts = adata.obs["scfm_split"].value_counts()
+    assert parts["calibration"] >= 5
+    assert [parts["train"], parts["train"] + parts["calibration"]] == N_ROWS_FITTED
 
 
 def test_cells_get_the_majority_label_of_their_cluster_or_keep_their_own(fitted):
