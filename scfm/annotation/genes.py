@@ -115,6 +115,7 @@ def _log_proba_of(network: CellTransformer) -> Callable[[CellBatch], Tensor]:
     return lambda batch: torch.log_softmax(network.class_logits(batch).float(), -1)
 
 
+@torch.no_grad()
 def _mean_over_cells(
     batches: Iterable[CellBatch], network: CellTransformer, function: Callable[[CellBatch], Tensor]
 ) -> NDArray[np.float64]:

@@ -244,6 +244,7 @@ class Model(ModelState):
         table["above_scfm"] = table["macro_f1"] > table["macro_f1"].iloc[0]
         return table
 
+    @torch.no_grad()
     def embed(
         self,
         cells: CellBatch,
@@ -277,12 +278,14 @@ class Model(ModelState):
             return self.embed(cells)
         return unit_length(features_BX) if self.network.config.pooling.normalize else features_BX
 
+    @torch.no_grad()
     def class_features(self, cells: CellBatch, *, precision: Precision = "fp32") -> NDArray[np.float32]:
         """Return the input of the class head for each encoded cell, shape (B, X), float32."""
         network = self.network_in(precision)
         parts = [network.class_features(batch).float().cpu() for batch in self.batches(cells)]
         return torch.cat(parts).numpy()
 
+    @torch.no_grad()
     def logits_of_features(self, features_BX: NDArray[np.float32], cells: CellBatch) -> torch.Tensor:
         """Return logits of the transformer, shape (B, C), from class features, or from `cells` if the head needs all tokens."""
         self.require_labels()
@@ -292,6 +295,7 @@ class Model(ModelState):
         with torch.inference_mode():
             return self.network.class_head(torch.from_numpy(features_BX).to(self.device)).float().cpu()
 
+    @torch.no_grad()
     def predict_proba(
         self, cells: CellBatch, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
     ) -> NDArray[np.float32]:
@@ -344,11 +348,13 @@ class Model(ModelState):
             )
 
     def batches(self, cells: CellBatch) -> Iterator[CellBatch]:
-        """Yield batches of at most `TOKENS_PER_BATCH` tokens on the device of the network, without gradients."""
+        """Yield batches of at most `TOKENS_PER_BATCH` tokens on the device of the network, which is set to inference.
+
+        Callers turn gradients off themselves: a generator that did, and that an error left suspended, would leave them off.
+        """
         self.network.eval()
-        with torch.inference_mode():
-            for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
-                yield cells.select(torch.arange(rows.start, rows.stop)).to(self.device)
+        for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
+            yield cells.select(torch.arange(rows.start, rows.stop)).to(self.device)
 
     def _repr_html_(self) -> str:
         rows = [("model", repr(self))]

@@ -125,6 +125,7 @@ def read_states(
     return States(cells, original_BD, goal_D, n_expressing, center_D)
 
 
+@torch.no_grad()
 def _class_features(model: Model, cells: CellBatch, precision: Precision) -> NDArray[np.float32]:
     network = model.network_in(precision)
     return torch.cat([network.class_features(batch).float().cpu() for batch in model.batches(cells)]).numpy()

@@ -85,6 +85,7 @@ def gene_embeddings(
     return pd.DataFrame(mean_GD, index=pd.Index([vocabulary.tokens[gene] for gene in kept], name="gene"))
 
 
+@torch.no_grad()
 def _sums(
     model: Model, cells: CellBatch, hidden_layer: int | None, precision: Precision
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 import scfm
 from scfm.errors import CountsError, ScfmError
@@ -39,8 +40,11 @@ def test_seeds_are_whole_numbers(adata, model, seed):
 
 @pytest.mark.parametrize("hidden_layer", [1.5, "1", 99])
 def test_hidden_layers_are_numbers_of_blocks(adata, model, hidden_layer):
-    with pytest.raises(ValueError, match=re.escape(f"`hidden_layer` is {hidden_layer}; a network of")):
+    with pytest.raises(IndexError, match=re.escape(f"`hidden_layer` is {hidden_layer}; a network of")) as raised:
         scfm.tl.embed(adata.copy(), model, hidden_layer=hidden_layer)
+    assert raised.traceback  # whoever keeps the error, as a notebook does, keeps its frames
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("n_neighbors", [0, -1, 2.5])
@@ -55,7 +59,6 @@ def test_one_cell_cannot_be_learned_from(adata):
 
 
 NO_CELLS = {
-    "annotate": lambda none, model: scfm.tl.annotate(none, model),
     "attention": lambda none, model: scfm.tl.attention(none, model, ["CD74"]),
     "embed": lambda none, model: scfm.tl.embed(none, model),
     "fit": lambda none, model: scfm.fit(none, config=CONFIG, progress=False),
