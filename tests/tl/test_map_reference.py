@@ -81,7 +81,7 @@ def test_reference_cells_without_a_label_are_never_neighbors(blood, rank_model, 
 
 
 def test_more_neighbors_than_labeled_cells_is_an_error(blood, rank_model):
-    with pytest.raises(LabelsError, match="`n_neighbors` is 500, and 120 reference cells"):
+    with pytest.raises(LabelsError, match="`n_neighbors` is 500, but only 120 reference cells"):
         scfm.tl.map_reference(blood[:5].copy(), blood, rank_model, labels_key="bulk_labels", n_neighbors=500)
 
 
