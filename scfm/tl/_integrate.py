@@ -93,7 +93,9 @@ def integrate(
     ImportError
         If harmonypy is not installed (extra `harmony`) and the method needs it.
     ModelTaskError
-        If the method is "train" and the model's encoding has no values.
+        If the method is "train" and the model has no head for masked values of bins (only models with a bin encoding do).
+    CountsError, VocabularyMismatchError, EmptyCellError
+        If the matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
     LabelsError
         If `batch_key` is missing, has gaps, or names one batch only.
     ValueError
@@ -188,8 +190,8 @@ def _trained(
 ) -> NDArray[np.float32]:
     if not model.encoding.config.has_values or model.network.config.heads.values != "mlp":
         raise ModelTaskError(
-            f'`method="train"` trains on masked values, which this model with its {model.encoding.config.kind} encoding does not '
-            'have. Use "harmony", or fit a model with `scfm.fit(adata, encoding="bin")`.'
+            f'`method="train"` needs a head for masked values of bins, which this model ({model.encoding.config.kind} encoding) '
+            'does not have. Use "harmony", or fit a model with `scfm.fit(adata, encoding="bin")`.'
         )
     network = _with_integration_heads(model, len(batches.names), stage.seed or 0)
     labeled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
