@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 # Modules are loaded at first use, so that `import scfm` is fast, and scfm.ops, scfm.nn and scfm.models need torch only.
 _MODULES = (
-    "baselines", "data", "datasets", "encoding", "errors", "families", "models", "nn", "objectives", "ops", "pl", "pp", "tl", "train"
+    "baselines", "data", "datasets", "encoding", "errors", "families", "models", "nn", "objectives", "ops",
+    "pl", "pp", "tl", "train",
 )  # fmt: skip
 _NAMES = {
     "CellBatch": "scfm.data",

@@ -125,7 +125,8 @@ def _walk(file: IO[bytes], allowed: Collection[str], source: str) -> None:
         raise ModelFileError(f"The pickle in {source} is not read: {error}.") from None
     except Exception as error:  # a damaged pickle can raise almost any exception
         raise ModelFileError(
-            f"{source} is not a readable pickle ({type(error).__name__}: {error}). It is damaged or incomplete, or it is not a checkpoint."
+            f"{source} is not a readable pickle ({type(error).__name__}: {error}). "
+            "It is damaged or incomplete, or it is not a checkpoint."
         ) from error
 
 

@@ -46,8 +46,8 @@ def load(
         Directory or file, or "owner/name" of a repository on the Hugging Face Hub, whose model files are downloaded.
     {checkpoint}
     device
-        Device of the network: "cpu", "cuda", ... or "auto" for a CUDA device if there is one (under torchrun, that of LOCAL_RANK),
-        otherwise the CPU.
+        Device of the network: "cpu", "cuda", ... or "auto" for a CUDA device if there is one (under torchrun, that of
+        LOCAL_RANK), otherwise the CPU.
     subfolder
         Folder or file of the model within `path`, such as "Geneformer-V2-104M". Vocabulary and medians are also searched in
         the other folders of a repository.

@@ -231,8 +231,8 @@ class PoolingConfig(Config):
     Attributes
     ----------
     how
-        "mean" or "max" over gene tokens, "weighted" for their mean weighted by expression (the value, or 1 / (1 + rank / 50) if the
-        encoding has only ranks), "cls" for the first token, or "concat" for four concatenated parts (scFoundation).
+        "mean" or "max" over gene tokens, "weighted" for their mean weighted by expression (the value, or 1 / (1 + rank / 50)
+        if the encoding has only ranks), "cls" for the first token, or "concat" for four concatenated parts (scFoundation).
     hidden_layer
         Index of the hidden state to pool: 0 is the input of the first block, and -1 the last hidden state.
     normalize

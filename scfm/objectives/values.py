@@ -53,7 +53,8 @@ def value_terms(
         loss["mvc"] = squared_error(network.values_from_cells(cell_ND, gene_ids_N, batch_ids_N), values_N, cell_weight)
         if zero_weight:
             cell_ND = network.with_batch(cell_ND, batch_ids_N)
-            logits_N = network.value_from_cell_head.nonzero_logits(cell_ND, network.embedding.genes(gene_ids_N))  # type: ignore[union-attr]
+            genes_ND = network.embedding.genes(gene_ids_N)
+            logits_N = network.value_from_cell_head.nonzero_logits(cell_ND, genes_ND)  # type: ignore[union-attr]
             loss["mvc_zero"] = _zero_term(logits_N, values_N, zero_weight * cell_weight)
     return loss
 

@@ -119,8 +119,8 @@ def linear_attention(
 
     Exponents, sums and the constant 1e-4 are at least float32. For bfloat16 tensors the kernels round W, features and sums to
     bfloat16 before a product, which makes their error 1.3 to 5 times that of `"torch"`. The features of a whole cell are
-    never in memory, and there are no second derivatives. Forward-mode differentiation uses plain torch. On a GPU, plain torch takes
-    all cells at once, in chunks of 128 tokens of one cell.
+    never in memory, and there are no second derivatives. Forward-mode differentiation uses plain torch.
+    On a GPU, plain torch takes all cells at once, in chunks of 128 tokens of one cell.
 
     Examples
     --------
@@ -147,9 +147,9 @@ def linear_attention(
             readable(q), readable(k), readable(v), bounds.cu_seqlens, bounds.cu_seqlens_k, weight_MK, FEATURE_FLOOR
         )
     if q.is_cuda:
-        sent = plan is not None and plan.layout is not None and plan.layout.device == q.device
-        layout = plan.layout if sent else lay_out(bounds.cu_seqlens, bounds.cu_seqlens_k, None).to(q.device)  # type: ignore[union-attr]
-        assert layout is not None
+        layout = None if plan is None else plan.layout
+        if layout is None or layout.device != q.device:
+            layout = lay_out(bounds.cu_seqlens, bounds.cu_seqlens_k, None).to(q.device)
         with torch.autocast(q.device.type, enabled=False):
             return in_chunks(q, k, v, projection, layout)
     bounds_k = bounds.cu_seqlens if bounds.cu_seqlens_k is None else bounds.cu_seqlens_k

@@ -23,8 +23,8 @@ RANKS_ALONG_GOAL, RANKS_WITH_PATHS = 9, 5
 class Estimator:
     """Effects of deleting each gene of a batch of cells.
 
-    Let m be the mean of the gene states h of a cell, with weights w whose sum is W. (A mean without weights has weights of 1, and W
-    is the number of genes.) The change of m when gene g is deleted has three parts:
+    Let m be the mean of the gene states h of a cell, with weights w whose sum is W. (A mean without weights has weights of 1,
+    and W is the number of genes.) The change of m when gene g is deleted has three parts:
 
     - Its own term, w_g (m - h_g) / (W - w_g), in all dimensions.
     - W / (W - w_g) times its effect as a key, for each direction r: the sum over layers, heads and queries i of
