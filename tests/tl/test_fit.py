@@ -102,7 +102,7 @@ def test_columns_of_one_gene_are_summed_where_the_encoding_says_so(blood):
         scfm.fit(adata, encoding="bin", config=SHORT, progress=False)
     encoding = scfm.EncodingConfig(kind="bin", duplicates="sum")
     model = scfm.fit(adata, encoding=encoding, context_length=300, config=SHORT, progress=False)
-    assert model.encoding.config == encoding.replace(context_length=300)
+    assert model.encoding.config == encoding.replace(context_length=300, depth_key="n_counts")  # that of the data set
     assert adata.obsm["X_scfm"].shape[0] == 60
 
 
