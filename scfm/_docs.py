@@ -42,7 +42,7 @@ hidden_layer
     "pooling": """
 pooling
     "mean" or "max" over the gene tokens, "weighted" for their mean weighted by expression (by value, or by 1 / (1 + rank / 50)
-    if the encoding has only ranks), "cls" for the vector of the `<cls>` token, or "concat" for four concatenated vectors, as in
+    if the encoding has only ranks), "cls" for the vector of the cls token, or "concat" for four concatenated vectors, as in
     scFoundation: those of the two read-depth tokens, the maximum and the mean. None for the default of the
     model's family.
 """,
@@ -65,7 +65,7 @@ key_added
 """,
     "prefix_key_added": """
 key_added
-    Prefix of the names of all results, written `<key>` below.
+    Prefix of the names of all results, which are written with KEY below.
 """,
     "checkpoint": """
 vocabulary

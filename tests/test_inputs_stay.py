@@ -73,7 +73,7 @@ CALLS = {
     "pp.log_expression": (lambda a, m: scfm.pp.log_expression(a, m), set()),
     "tl.annotate": (
         lambda a, m: scfm.tl.annotate(a, m, majority_key="donor"),
-        {"obs/scfm_label", "obs/scfm_confidence", "obsm/scfm_proba", "uns/scfm"},
+        {"obs/scfm_label", "obs/scfm_confidence", "obs/scfm_novelty", "obsm/scfm_proba", "uns/scfm"},
     ),
     "tl.attention": (lambda a, m: scfm.tl.attention(a, m, genes=GENES), set()),
     "tl.classify_genes": (
@@ -108,7 +108,7 @@ CALLS = {
     "tl.gene_embeddings": (lambda a, m: scfm.tl.gene_embeddings(a, m), set()),
     "tl.gene_network": (lambda a, m: scfm.tl.gene_network(a, m, n_shuffles=2, progress=False), set()),
     "tl.integrate": (
-        lambda a, m: scfm.tl.integrate(a, m, batch_key="donor", **QUIET),
+        lambda a, m: scfm.tl.integrate(a, m, batch_key="donor", method="train", **QUIET),
         {"obsm/X_scfm_integrated", "uns/scfm"},
     ),
     "tl.map_reference": (
@@ -192,7 +192,7 @@ def test_the_reference_stays_as_it_was(models):
 def test_a_copy_leaves_the_input_without_results(name, models):
     function = getattr(scfm.tl, name.removeprefix("tl."))
     arguments = {
-        "tl.integrate": {"batch_key": "donor", **QUIET},
+        "tl.integrate": {"batch_key": "donor", "method": "train", **QUIET},
         "tl.map_reference": {"reference": make_data(), "labels_key": "type"},
     }.get(name, {})
     adata = make_data()

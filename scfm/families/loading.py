@@ -135,8 +135,10 @@ def convert(
         Format to write: the name of a family. None converts a published checkpoint to "scfm", and a saved scfm model to the
         format of the published family with the same encoding.
     {checkpoint}
-    subfolder, revision, token
-        As in `scfm.load`.
+    subfolder
+        Folder or file of the model within `source`.
+    revision, token
+        Branch, tag or commit of the repository, and the token that gives access to a private one.
 
     Returns
     -------

@@ -65,8 +65,8 @@ def annotate(
 
     Returns
     -------
-    None, or the copy. Writes `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (calibrated probability of
-    the label, 0 to 1), `obs["<key>_novelty"]` and `obsm["<key>_proba"]`, shape (n_obs, n_labels), float32, with columns in
+    None, or the copy. Writes `obs["KEY_label"]` (categorical), `obs["KEY_confidence"]` (calibrated probability of
+    the label, 0 to 1), `obs["KEY_novelty"]` and `obsm["KEY_proba"]`, shape (n_obs, n_labels), float32, with columns in
     the order of `model.labels`; and a record under `uns["scfm"]`. Novelty says how unlike every known class the expression
     of a cell is; 0 is typical of known cells. A published classifier has none.
 

@@ -240,7 +240,7 @@ def test_wrapped_row_pointers_are_refused():
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("indices", [0, 1, 10**6], "column index 1000000, and 40 columns"),
+        ("indices", [0, 1, 10**6], "column index 1000000, but only 40 columns"),
         ("indices", [0, 1, -5], "column index -5"),
         ("indptr", [0, 9, 2, 3], "row pointers"),
         ("indptr", [0, 1, 2, 9], "row pointers"),

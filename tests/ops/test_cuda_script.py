@@ -126,7 +126,7 @@ def test_speed_is_the_time_of_torch_over_that_of_the_kernels(script, machine, mo
         """Kernels of the emulated machine, the torch routes of the package."""
 
         def __getattr__(self, name):
-            return getattr(torch.ops.scfm if name.startswith("torch_") else machine.operators(), name)
+            return getattr(torch.ops.scfm if name.startswith(("torch_", "kernel_")) else machine.operators(), name)
 
     called = []
 

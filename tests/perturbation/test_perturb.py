@@ -415,7 +415,7 @@ def test_genes_that_cannot_be_perturbed_stay_as_rows_with_their_reason(cells):
     pd.testing.assert_frame_equal(table.loc[[present], ["n_cells", "shift_mean"]], alone[["n_cells", "shift_mean"]])
     with pytest.raises(VocabularyMismatchError, match=f"1 of 2 perturbations cannot be done.*'{silent}'"):
         scfm.tl.perturb(adata, model, genes=[present, silent], missing="error", progress=False)
-    with pytest.raises(VocabularyMismatchError, match=r"1 of 1 perturbations.*beyond the context of 4"):
+    with pytest.raises(VocabularyMismatchError, match=r"1 of 1 perturbations.*not among the first 4 tokens"):
         scfm.tl.perturb(adata, model, genes=[unread], progress=False)
 
 

@@ -186,7 +186,7 @@ def test_perturbations_of_few_cells_are_left_out_and_named(screened):
 @pytest.mark.parametrize(
     ("predict", "error", "message"),
     [
-        ("LYZ", ValueError, r"is the text 'LYZ'; pass a list"),
+        ("LYZ", ValueError, r"is the string 'LYZ'; pass a list"),
         ([], ValueError, "is empty"),
         (["control"], ValueError, "no gene except the control"),
         (["LYZ", "NOSUCHGENE"], VocabularyMismatchError, "1 genes .* 'NOSUCHGENE'"),

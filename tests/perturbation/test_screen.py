@@ -146,7 +146,9 @@ def test_the_effect_along_a_direction_is_the_closed_form(adata):
         hidden = block.attention_norm(hidden + block.attention.out(out.flatten(1)))
         inner = torch.relu(block.feed_forward.up(hidden))
         hidden = block.feed_forward_norm(hidden + block.feed_forward.down(inner))
-    value = hidden.mean(0) @ direction
+    weight_T = 1 / (1 + torch.arange(n_tokens, dtype=torch.float64) / 50)
+    mean_D = weight_T @ hidden / weight_T.sum()
+    value = mean_D @ direction
     *grads, grad_rank = torch.autograd.grad(value, [out for _, _, out in kept] + [rank])
     expected = torch.zeros(n_tokens, dtype=torch.float64)
     for gene in range(n_tokens):
@@ -156,6 +158,8 @@ def test_the_effect_along_a_direction_is_the_closed_form(adata):
             expected[gene] += (weight[..., None] * grad[others] * (out[others] - v[gene])).sum()
         for later in range(gene + 1, n_tokens):
             expected[gene] += grad_rank[later] @ (network.embedding.rank.weight[later - 1] - rank[later])
+            gain = (weight_T[later - 1] - weight_T[later]) / weight_T.sum()
+            expected[gene] += gain * (hidden[later] - mean_D) @ direction
     found = sum(Estimator(model.network, cells).along(direction[None]))
     torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-12)
 
@@ -164,6 +168,7 @@ def test_ranks_that_move_up_are_exact_at_some_positions_and_between_them_if_thei
     """Oracle: the cell with the position of every later gene lowered by hand; positions along a line move it evenly."""
     model = scfm.fit(adata.copy(), config=scfm.FitConfig(n_steps=2, tokens_per_step=2048), progress=False)
     network, cells = model.network, scfm.pp.encode(adata[:2], model)
+    network.config = network.config.replace(pooling={"how": "mean"})  # weights do not change evenly
     with torch.no_grad():
         weight = network.embedding.rank.weight
         step_D = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -213,6 +218,7 @@ def test_rough_ranks_do_not_mislead_the_goal_estimate(adata, monkeypatch):
 def test_rough_ranks_do_not_mislead_the_undirected_estimate(adata, monkeypatch):
     """Straight lines between known ranks lose the best genes, and all directions for keys do not bring them back."""
     model = scfm.fit(adata.copy(), config=scfm.FitConfig(n_steps=2, tokens_per_step=2048), progress=False)
+    model.network.config = model.network.config.replace(pooling={"how": "mean"})
     with torch.no_grad():
         model.network.embedding.rank.weight.mul_(4)
     exact = scfm.tl.perturb(adata[:1], model, n_bootstrap=0, progress=False)

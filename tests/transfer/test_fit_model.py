@@ -127,7 +127,7 @@ def test_a_fixed_panel_cannot_be_extended(small_model, cells_and_genes):
     model = small_model("scbert")
     wider = cells_and_genes.copy()
     wider.var_names = [*wider.var_names[:-1], "NEW_GENE"]
-    with pytest.raises(scfm.errors.ModelTaskError, match="panel"):
+    with pytest.raises(scfm.errors.ModelTaskError, match="fixed set of genes"):
         fitted(model, wider, extend_vocabulary=True)
 
 

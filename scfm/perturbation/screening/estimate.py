@@ -14,6 +14,7 @@ from scfm.models.network import CellTransformer, Readout
 from scfm.nn.recording import AttentionStates
 from scfm.perturbation.labels import LabelHead
 from scfm.perturbation.screening.ranks import RankMoves, own_paths, sum_of_later
+from scfm.perturbation.variants import at_positions
 
 # Number of positions at which the effect of changed ranks is exact. For a goal, the recall of the best 50 is up to 0.25
 # lower with 5, and at most 0.05 higher with 17. With own paths, 5 positions give the same recall as 9.
@@ -119,7 +120,7 @@ class Estimator:
         Own term and factor are not included. The effect of ranks is zero if deletions do not change ranks.
         """
         key_T, gradient_TD = self._key_effect(direction_BD, with_ranks=self.ranks_move)
-        return key_T, torch.zeros_like(key_T) if gradient_TD is None else self._rank_effect(gradient_TD)
+        return key_T, torch.zeros_like(key_T) if gradient_TD is None else self._rank_effect(gradient_TD, direction_BD)
 
     def _key_effect(self, direction_BD: Tensor, *, with_ranks: bool) -> tuple[Tensor, Tensor | None]:
         """Return the effect of each key, (T,), float64, and, with `with_ranks`, the gradient of the rank embeddings."""
@@ -144,14 +145,22 @@ class Estimator:
             inputs.append(self._recording.ranks_TD)
         return list(torch.autograd.grad(self.states_TD, inputs, cotangent_TD, retain_graph=True))
 
-    def _rank_effect(self, gradient_TD: Tensor) -> Tensor:
-        """Return the sum over later tokens j of X_j . (P_{j-1} - P_j), shape (T,), float64."""
+    def _rank_effect(self, gradient_TD: Tensor, direction_BD: Tensor) -> Tensor:
+        """Return the sum over later tokens j of X_j . (P_{j-1} - P_j) + r . (h_j - m) (w_{j-1} - w_j) / W, shape (T,), float64."""
         rank = self.network.embedding.rank
         assert rank is not None
         position_T = self.cells.position_T()
         with torch.no_grad():
-            step_TD = rank.weight[(position_T - 1).clamp(min=0)] - rank.weight[position_T]
-            return sum_of_later((gradient_TD * step_TD).sum(1, dtype=torch.float64), self.cells)
+            higher_T = (position_T - 1).clamp(min=0)
+            step_TD = rank.weight[higher_T] - rank.weight[position_T]
+            effect_T = (gradient_TD * step_TD).sum(1, dtype=torch.float64)
+            # Weights that follow the rank change too.
+            moved = at_positions(self.cells, higher_T)
+            gain_T = self.network.pooling_weights(moved, self.readout.pooling) - self.weight_T
+            away_TD = self.states_TD - self.mean_BD[self.cell_T]
+            along_T = (away_TD * direction_BD[self.cell_T]).sum(1, dtype=torch.float64)
+            effect_T += along_T * gain_T / torch.where(self.total_B > 0, self.total_B, 1.0)[self.cell_T]
+            return sum_of_later(effect_T, self.cells)
 
     def rank_moves(self, n_ranks: int) -> RankMoves | None:
         """Return exact effects of ranks at `n_ranks` positions of each cell; None if deletions do not change ranks."""
