@@ -8,7 +8,8 @@ computes forward and backward explicitly:
 - Own key of a target token: the forward merges it by log-sum-exp. The kernels' backward gets the merged output and
   log-sum-exp, so that its probabilities and delta = grad_out . out are correct; then the gradients of the own key are added.
 - Bias per key: queries get extra columns of ones, and keys get extra columns whose sum is bias / scale, so that the product
-  adds the bias. Each of these columns has few digits, so that no kernel rounds it. The gradient of the bias is that of one column.
+  adds the bias. Each of these columns has few digits, so that no kernel rounds it. The gradient of the bias
+  is that of one column.
 - Gradient of the log-sum-exp: the output and its gradient get extra columns, so that delta becomes delta - grad_lse.
 
 The scores are never in memory as a whole. When an engine is first used with a dtype and head width on a device, its results for
