@@ -31,7 +31,7 @@ from scfm.train.precision import resolved_precision
 
 # All weights of models up to this size are fine-tuned: even on two CPU cores a step takes only seconds.
 MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000
-# With fewer labeled cells per class, low-rank updates of a large network overfit; only its head is trained.
+# With fewer labeled cells per class than this, only the head of a large network is trained.
 MIN_CELLS_PER_CLASS_FOR_LORA = 5
 MAX_PROBE_CELLS = 1000
 CELLS_PER_STEP = 32  # default
