@@ -1,4 +1,4 @@
-"""How far probabilities can be trusted: temperatures."""
+"""Calibration of class probabilities by a temperature."""
 
 # Axes: B cells, C classes.
 
@@ -11,14 +11,14 @@ from scipy.special import log_softmax
 
 MIN_CELLS = 10  # with fewer calibration cells, temperatures stay at 1
 MAX_TEMPERATURE = 10.0
-PRIOR_DEVIATION = 0.5  # of the logarithm of a temperature
+PRIOR_DEVIATION = 0.5  # standard deviation of the logarithm of a temperature in the prior
 
 
 def fit_temperature(proba_BC: NDArray[np.floating], labels_B: NDArray[np.int64]) -> float:
-    """Return the temperature that fits the labels (Guo et al. 2017, arXiv:1706.04599); 1 with too few cells to fit it.
+    """Return the temperature that fits the labels (Guo et al. 2017, arXiv:1706.04599); 1 with fewer than `MIN_CELLS` cells.
 
-    It maximizes the log-likelihood with a normal prior on its logarithm. Without the prior, few cells that are all predicted
-    correctly would ask for a temperature of 0.
+    It maximizes the log-likelihood plus the log-density of a normal prior on its logarithm. Without the prior, the best
+    temperature for a few cells that are all predicted correctly would be 0.
     """
     if len(labels_B) < MIN_CELLS:
         return 1.0

@@ -1,4 +1,4 @@
-"""A supervised space to compare cells in: shrinkage discriminant analysis of labeled cells."""
+"""Shrinkage discriminant analysis of labeled cells: a supervised space in which to compare cells."""
 
 # Axes: B cells, X features, K directions, C classes.
 
@@ -16,8 +16,8 @@ from sklearn.covariance import ledoit_wolf
 class DiscriminantSpace:
     """Directions in which classes differ, in units of the standard deviation within classes.
 
-    Linear discriminant analysis with the covariance within classes shrunk as Ledoit and Wolf (2004), and equal priors of the
-    classes. C classes have at most C - 1 directions.
+    This is linear discriminant analysis with equal class priors. The covariance within classes is shrunk by the method of
+    Ledoit and Wolf (2004). C classes have at most C - 1 directions.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class DiscriminantSpace:
 
     @classmethod
     def of(cls, features_BX: NDArray[np.floating], labels_B: NDArray[np.int64]) -> DiscriminantSpace:
-        """Learn the space from labeled cells; classes are 0 to C - 1, and every one occurs."""
+        """Learn the space from labeled cells. Classes are numbered 0 to C - 1, and every class must occur."""
         counts_C = np.bincount(labels_B)
         mean_X, scale_X = features_BX.mean(0, dtype=np.float64), np.maximum(features_BX.std(0, dtype=np.float64), 1e-6)
         z_BX = (features_BX - mean_X) / scale_X

@@ -1,4 +1,4 @@
-"""Weights of the ensemble members: the transformer, a regression on components of expression, and one on all genes."""
+"""Weights of the ensemble members: the transformer, a regression on expression components, and a regression on all genes."""
 
 # Axes: B cells, C classes.
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-# Median of each weight before calibration cells are seen: transformer, components, genes. Chosen on development data:
-# a fine-tuned transformer is the most confident of the three, and the least reliable on cells of another condition.
+# Prior median of the weight of each member: transformer, components, genes. Chosen on development data, where a fine-tuned
+# transformer was the most confident of the three, and the least reliable on cells of another condition.
 PRIOR_WEIGHTS = (0.1, 0.7, 2.0)
-PRIOR_DEVIATION = 0.5  # of the logarithms of the weights
-LABELS_FOR_HALF_THE_WEIGHT = 80  # labels per class (median) at which the regression on all genes has half of its weight
+PRIOR_DEVIATION = 0.5  # standard deviation of the logarithm of a weight in the prior
+LABELS_FOR_HALF_THE_WEIGHT = 80  # median labels per class at which the regression on all genes has half its weight
 
 
 def prior_weights(labels_B: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights without calibration cells, shape (3,); the regression on all genes needs many labels per class.
+    """Weights without calibration cells, shape (3,). The weight of the regression on all genes grows with the labels per class.
 
     Parameters
     ----------
@@ -34,19 +34,20 @@ def prior_weights(labels_B: NDArray[np.int64]) -> NDArray[np.float64]:
 def fit_weights(
     logits: Sequence[NDArray[np.floating]], labels_B: NDArray[np.int64], prior: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return the weights of the members' log-probabilities that fit cells which no member has learned from.
+    """Return the weights of the members' log-probabilities that fit the labels of the calibration cells.
 
-    They maximize the log-likelihood of the weighted sum, with a normal prior on their logarithms. A member that is confident
-    only on the cells that it was fitted on gets no trust from it. The sum of the weights is the inverse of a temperature.
+    The weights maximize the log-likelihood of the weighted sum plus the log-density of a normal prior on their logarithms.
+    No member was fitted on the calibration cells, so a member that overfits gets a low weight. The sum of the weights is the
+    inverse of a temperature.
 
     Parameters
     ----------
     logits
-        Of each member for the calibration cells, shape (B, C); B may be 0.
+        Logits of each member for the calibration cells, shape (B, C) each; B may be 0.
     labels_B
         Classes of these cells, shape (B,), int64.
     prior
-        Medians of the weights, shape (members,).
+        Prior medians of the weights, shape (members,).
     """
     members = [log_softmax(np.asarray(logits_BC, dtype=np.float64), axis=1) for logits_BC in logits]
     rows, log_prior = np.arange(len(labels_B)), np.log(prior)

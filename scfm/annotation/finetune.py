@@ -29,28 +29,28 @@ from scfm.train import FitConfig, run_stage
 from scfm.train.config import CPU_TOKENS_PER_STEP, STAGE_DEFAULTS
 from scfm.train.precision import resolved_precision
 
-# Models up to this size are fine-tuned whole: on two CPU cores a step still takes seconds.
+# All weights of models up to this size are fine-tuned: even on two CPU cores a step takes only seconds.
 MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000
-# Fewer labeled cells than this per class do not constrain the weights of a large network.
+# With fewer labeled cells per class than this, only the head of a large network is trained.
 MIN_CELLS_PER_CLASS_FOR_LORA = 5
 MAX_PROBE_CELLS = 1000
-CELLS_PER_STEP = 32  # by default
-# Peak learning rates. The class head starts from a linear probe, so all weights move by small steps.
+CELLS_PER_STEP = 32  # default
+# Peak learning rates. They are small because the class head starts from a linear probe.
 LEARNING_RATES = {"all": 1e-4, "last": 1e-4, "lora": 5e-4, "head": 1e-3}
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """What annotation learns from: all cells, as tokens and as log-expression, and the part that each one plays.
+    """The cells that annotation learns from, as tokens and as log-expression, and their split.
 
     Attributes
     ----------
     tokens
         All cells, encoded by the model's encoding.
     expression_BV
-        log1p counts per 10,000 by token id, shape (B, V).
+        log1p of counts per 10,000 by token id, shape (B, V).
     split
-        Which cells train, calibrate and test.
+        Which cells are for training, for calibration and for tests.
     """
 
     tokens: CellBatch
@@ -69,7 +69,7 @@ class Cells:
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What the finished network gives for all cells: class features (B, X) and logits (B, C)."""
+    """Outputs of the fine-tuned network for all cells: class features (B, X) and logits (B, C)."""
 
     features_BX: NDArray[np.float32]
     logits_BC: torch.Tensor
@@ -78,8 +78,8 @@ class Outputs:
 def default_trainable(network: CellTransformer, labels_B: NDArray[np.int64]) -> str:
     """Choose which weights are fine-tuned, by the size of the network and the number of labeled cells.
 
-    Networks of up to 20 million parameters: "all". Larger ones: "lora:8", or "head" with fewer than five labeled cells
-    per class.
+    The result is "all" for networks of up to 20 million parameters. For larger ones it is "lora:8", or "head" if there are
+    fewer than five labeled cells per class.
     """
     n_parameters = sum(parameter.numel() for parameter in network.parameters())
     if n_parameters <= MAX_PARAMETERS_TO_TRAIN_ALL:
@@ -91,15 +91,15 @@ def default_trainable(network: CellTransformer, labels_B: NDArray[np.int64]) -> 
 def short_stage(n_cells: int, tokens: CellBatch) -> FitConfig:
     """Return the default settings of both stages of annotation: few steps of about 32 cells.
 
-    Steps grow with the square root of the number of cells, from 30. In our benchmarks more steps, or more tokens in each, do
-    not change the predictions of the ensemble.
+    The number of steps grows with the square root of the number of cells and is at least 30. In our benchmarks, more steps or
+    more tokens per step do not change the predictions of the ensemble.
     """
     tokens_per_step = min(max(CELLS_PER_STEP * int(tokens.lengths_B.max()), 1024), CPU_TOKENS_PER_STEP)
     return FitConfig(n_steps=int(min(max(0.75 * n_cells**0.5, 30), 4000)), tokens_per_step=tokens_per_step)
 
 
 def stage_config(config: FitConfig | None, network: CellTransformer, cells: Cells, seed: int) -> FitConfig:
-    """Complete the settings of fine-tuning: steps by the number of cells, weights and learning rate by the network."""
+    """Fill in missing settings of fine-tuning: number of steps, trainable weights, learning rate and seed."""
     labels_B = cells.train_labels_B
     if config is None:
         config = short_stage(len(labels_B), cells.tokens)
@@ -111,25 +111,25 @@ def stage_config(config: FitConfig | None, network: CellTransformer, cells: Cell
 def finetune(model: Model, cells: Cells, config: FitConfig, *, seed: int, progress: bool) -> Outputs:
     """Fit the members of the ensemble on the training cells and calibrate them; `model` is changed in place.
 
-    The transformer starts from a linear probe on its frozen embedding, unless its class head already predicts the same
-    labels; then it starts from that head.
+    If the class head of the model already predicts the same labels, training starts from that head. Otherwise the head starts
+    from a linear probe on the frozen embedding.
 
     Parameters
     ----------
     model
-        Pretrained, or already with a class head.
+        A pretrained model, with or without a class head.
     cells
         All cells.
     config
         Complete settings of the stage (`stage_config`).
     seed
-        Seed of the decomposition and of the folds.
+        Seed of the principal components and of the cross-validation folds.
     progress
         Whether to show a progress bar.
 
     Returns
     -------
-    Class features and logits of all cells from the finished network.
+    Class features and logits of all cells from the fine-tuned network.
     """
     split, labels_B = cells.split, cells.train_labels_B
     assert split.labels is not None
@@ -149,8 +149,8 @@ def finetune(model: Model, cells: Cells, config: FitConfig, *, seed: int, progre
 def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, seed: int) -> None:
     """Fit the gene classifier, the weights of the ensemble, the temperatures and the novelty score; `model` is changed.
 
-    The weights are fitted on the calibration cells, which no member has learned from. Then both regressions on genes are
-    fitted again, with the calibration cells among the training cells, so that no label is lost.
+    The weights are fitted on the calibration cells, on which no member was fitted. Then both regressions on genes are fitted
+    again, on training and calibration cells together, so that all labels are used.
     """
     split, network = cells.split, model.network
     classifier, labels = network.gene_classifier, split.labels
@@ -184,7 +184,7 @@ def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, see
 
 
 def _fit_novelty(network: CellTransformer, cells: Cells, members: GeneMembers) -> float | None:
-    """Fit the Gaussians of the classes on training cells; returns the threshold from the calibration cells."""
+    """Fit the Gaussians of the classes on training cells, and return the threshold from the calibration cells."""
     classifier, split = network.gene_classifier, cells.split
     assert classifier is not None
     loading_RV = members.loading_RV[:N_NOVELTY_COMPONENTS] * classifier.scale_V.cpu().numpy()
@@ -196,9 +196,9 @@ def _fit_novelty(network: CellTransformer, cells: Cells, members: GeneMembers) -
 
 
 def set_labels(model: Model, labels: tuple[str, ...]) -> bool:
-    """Give the model a class head for `labels`; returns whether it already had one for exactly these.
+    """Give the model a class head for `labels`, and return whether it already had one for these labels.
 
-    An existing head is kept if it predicts the same classes of cells in the same order.
+    An existing head is kept if it predicts the same classes in the same order.
     """
     network = model.network
     if network.class_head is not None and model.labels == labels and network.config.classes.kind != "token":
@@ -217,12 +217,12 @@ def train_classifier(model: Model, training: CellBatch, config: FitConfig, *, pr
 
 
 def inference_precision(config: FitConfig) -> Precision:
-    """Return the precision of passes without gradients in a stage of training."""
+    """Return the precision of the forward passes without gradients that belong to a training stage."""
     return "bf16" if resolved_precision(config).startswith("bf16") else "fp32"
 
 
 def class_outputs(model: Model, cells: Cells, precision: Precision) -> Outputs:
-    """Run the finished network once over all cells; the head's statistics are set to those of the training cells."""
+    """Run the fine-tuned network on all cells, after setting the head's statistics to those of the training cells."""
     features_BX = model.class_features(cells.tokens, precision=precision)
     head = model.network.class_head
     if hasattr(head, "set_statistics"):
@@ -231,7 +231,7 @@ def class_outputs(model: Model, cells: Cells, precision: Precision) -> Outputs:
 
 
 def score_from_scratch(model: Model, cells: Cells, config: FitConfig, *, progress: bool) -> Row:
-    """Train the architecture of `model` from random weights with the same budget, and score it on the test cells."""
+    """Train the architecture of `model` from random weights with the same settings, and score it on the test cells."""
     assert config.seed is not None
     config = config.replace(**{**STAGE_DEFAULTS, "seed": config.seed})
     with torch.random.fork_rng(devices=[]):

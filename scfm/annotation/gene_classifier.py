@@ -1,7 +1,7 @@
-"""The linear classifier of gene expression that forms an ensemble with the transformer: two regressions in one.
+"""The gene classifier: two linear regressions on gene expression that form an ensemble with the transformer.
 
-One regression reads components of the most variable genes and needs few labels. The other reads every gene, needs more
-labels, and holds better on cells of another study or condition.
+One regression uses principal components of the most variable genes and needs few labels. The other uses all genes, needs more
+labels, and is more accurate on cells of another study or condition.
 """
 
 # Axes: B cells, V tokens of the vocabulary, R components, C classes.
@@ -21,17 +21,17 @@ from scfm.annotation.probe import balanced_rows, softmax_weights
 from scfm.baselines import RowSpace
 from scfm.nn.class_heads import MAX_SCALED
 
-NUMBERS_OF_COMPONENTS = (25, 50, 100)  # to choose from
-N_FOLDS = 3  # of the cross-validation that chooses
-MAX_CELLS_FOR_GENES = 4000  # labeled ones, for the regression on all genes
-N_DISPERSED = 2000  # genes that components are made of
-# scikit-learn's C; that of genes is 1 for values with a maximum of 1
+NUMBERS_OF_COMPONENTS = (25, 50, 100)  # candidates of the cross-validation
+N_FOLDS = 3  # of this cross-validation
+MAX_CELLS_FOR_GENES = 4000  # labeled cells for the regression on all genes
+N_DISPERSED = 2000  # number of genes that the components use
+# scikit-learn's C. The one of all genes corresponds to C = 1 for values that are scaled to a maximum of 1.
 INVERSE_PENALTY_OF_COMPONENTS, INVERSE_PENALTY_OF_GENES = 0.1, 1 / MAX_SCALED**2
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMember:
-    """A classifier of scaled expression, linear in every gene: weights (V, C) and biases (C,)."""
+    """A linear classifier of scaled expression: weights (V, C) and biases (C,)."""
 
     weight_VC: NDArray[np.float64]
     bias_C: NDArray[np.float64]
@@ -42,20 +42,20 @@ class LinearMember:
 
 
 class GeneMembers:
-    """What the two regressions read of the cells to learn from, so that they can be fitted to more than one set of labels.
+    """Inputs of the two regressions, computed once, so that both can be fitted to several sets of labeled cells.
 
     Parameters
     ----------
     scaled_BV
         Scaled expression of all cells to learn from, labeled or not, shape (B, V).
     labels_B
-        Their classes, shape (B,), int64, -1 if unlabeled.
+        Classes of these cells, shape (B,), int64; -1 for unlabeled cells.
     importance_V
-        Factor of each scaled gene in the components, shape (V,), 0 for genes that take no part.
+        Factor of each scaled gene in the components, shape (V,); 0 for genes that are not used.
     is_fitted_B
-        Which cells the components are learned from, shape (B,), bool.
+        Whether a cell is used to fit the components, shape (B,), bool.
     seed
-        Seed of the decomposition and of the folds.
+        Seed of the principal components and of the cross-validation folds.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class GeneMembers:
         self.loading_RV[:, chosen] = svd.components_ * importance_V[chosen]
         labeled = np.flatnonzero(labels_B >= 0)
         self.rows_of_genes = labeled[balanced_rows(labels_B[labeled], MAX_CELLS_FOR_GENES, seed)]
-        # A regression with an L2 penalty is the same in any space that holds its cells, so more cells do no harm.
+        # The space may contain more cells than a regression: with an L2 penalty, its result depends on its own cells only.
         self.space = RowSpace().fit(scaled_BV[self.rows_of_genes])
         self.coordinate_NR = self.space.transform(scaled_BV[self.rows_of_genes])
 
     def fit_components(self, rows: NDArray[np.int64]) -> LinearMember:
-        """Fit the regression on as many components as predict labels best in cross-validation.
+        """Fit the regression on the number of components that predicts labels best in cross-validation.
 
-        Components keep their variances, so that the penalty falls mostly on the weak ones.
+        Components are not standardized, so the penalty acts mostly on components of small variance.
         """
         labels_B = self.labels_B[rows]
         n_components = choose_n_components(self.component_BR[rows], labels_B, self.seed)
@@ -110,7 +110,7 @@ class GeneMembers:
 def expression_components(
     reference_BV: sparse.csr_matrix, query_BV: sparse.csr_matrix, seed: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return components of log-expression of two sets of cells, learned from the first, shapes (B, R)."""
+    """Return principal components of log-expression of two sets of cells, fitted on the first, shapes (B, R)."""
     scale_V = max_scales(reference_BV)
     importance_V = component_importance(reference_BV, scale_V)
     chosen = np.flatnonzero(importance_V)
@@ -129,18 +129,18 @@ def expression_components(
 def max_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
     """Return `MAX_SCALED` / maximum of each gene, 0 for a gene without counts, shape (V,).
 
-    The classifier cuts off scaled values at `MAX_SCALED`: a gene that is higher in a new cell than in any cell to learn from
-    counts as if it were as high as there. Without this, the genes that respond to an unseen condition decide.
+    The classifier clips scaled values at `MAX_SCALED`, so a gene cannot count more in a new cell than in the cells that the
+    scale was computed from. Without this, genes that respond to an unseen condition would dominate the prediction.
     """
     max_V = expression_BV.max(0).toarray().ravel().astype(np.float64)
     return np.divide(MAX_SCALED, max_V, out=np.zeros_like(max_V), where=max_V > 0)
 
 
 def component_importance(expression_BV: sparse.csr_matrix, scale_V: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return 1 / root of the standard deviation for the `N_DISPERSED` most dispersed genes, for scaled values; 0 for others.
+    """Return 1 / sqrt(standard deviation of scaled values) for the `N_DISPERSED` most dispersed genes, and 0 for others.
 
-    With 1 / standard deviation, weakly expressed genes have as much influence as strong ones, and components say less about
-    cells of another condition.
+    With 1 / standard deviation, weakly expressed genes would have as much influence as strongly expressed ones, and the
+    components would predict cells of another condition less well.
     """
     root_V = np.sqrt(gene_scales(expression_BV))
     return np.divide(root_V, scale_V, out=np.zeros_like(root_V), where=scale_V > 0)
@@ -149,7 +149,7 @@ def component_importance(expression_BV: sparse.csr_matrix, scale_V: NDArray[np.f
 def gene_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
     """Return 1 / standard deviation for the `N_DISPERSED` most dispersed genes and 0 for the others, shape (V,).
 
-    Dispersion is the variance over the mean of counts per 10,000; the standard deviation is that of their log1p.
+    Dispersion is the variance of counts per 10,000 divided by their mean; the standard deviation is that of their log1p.
     """
     counts_BV = expression_BV.copy()
     counts_BV.data = np.expm1(counts_BV.data)
@@ -165,8 +165,8 @@ def gene_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
 def choose_n_components(component_BR: NDArray[np.float64], labels_B: NDArray[np.int64], seed: int) -> int:
     """Return the number of leading components with the largest class-balanced log-likelihood in cross-validation.
 
-    Parallel analysis, which does not read labels, keeps about ten components of a thousand cells; they predict cells of
-    another condition much worse than a hundred.
+    Parallel analysis, which does not use labels, chooses about ten components for a thousand cells. These predict cells of
+    another condition much worse than a hundred components.
     """
     counts_C = np.bincount(labels_B)
     often_B = counts_C[labels_B] >= N_FOLDS

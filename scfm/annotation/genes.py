@@ -1,4 +1,4 @@
-"""Classification of genes by fine-tuning: every token is classified in the context of its cell (Geneformer's second task)."""
+"""Classification of genes by fine-tuning: each token is classified in the context of its cell, as in Geneformer."""
 
 # Axes: T packed tokens, V tokens of the vocabulary, G labeled genes, D model width, C classes, X columns.
 
@@ -21,7 +21,7 @@ from scfm.objectives import GeneClassification, class_weights
 from scfm.train import FitConfig, train
 
 Folds = Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]
-INVERSE_PENALTY = 0.1  # scikit-learn's C of the probe that the head starts from
+INVERSE_PENALTY = 0.1  # scikit-learn's C of the linear probe from which the head starts
 DEFAULT_CONFIG = FitConfig(n_steps=60, learning_rate=2e-4, trainable="all")
 MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000  # larger networks are fine-tuned by "lora:8"
 
@@ -37,11 +37,11 @@ def cross_validate_genes(
     seed: int = 0,
     progress: bool = True,
 ) -> NDArray[np.int64]:
-    """Predict the class of every gene by models that were fine-tuned on the genes of the other folds.
+    """Predict the class of each gene by a model that was fine-tuned on the genes of the other folds.
 
-    In each fold a copy of the network gets a token head, which starts from a linear probe, and is fine-tuned on the tokens
-    of the training genes. Genes of the test fold remain in the cells, as context, without a label. The class of a test
-    gene is the one with the largest mean log-probability over the cells in which it is a token.
+    In each fold, a copy of the network gets a token head that starts from a linear probe. The copy is fine-tuned on the tokens
+    of the training genes. Genes of the test fold stay in the cells as context, without a label. The predicted class of a test
+    gene is the one with the largest mean log-probability over the cells in which the gene is a token.
 
     Parameters
     ----------
@@ -50,21 +50,21 @@ def cross_validate_genes(
     cells
         Encoded by the model's encoding.
     gene_ids_G
-        Token ids of the labeled genes, shape (G,); each is a token of some cell.
+        Token ids of the labeled genes, shape (G,). Each must occur in at least one cell.
     codes_G
         Their classes, shape (G,), 0 to C - 1.
     folds
-        Training and test positions in `gene_ids_G`, as scikit-learn's splitters yield them.
+        Pairs of training and test indices into `gene_ids_G`, as scikit-learn's splitters yield them.
     config
         Settings of the training in each fold; None for `DEFAULT_CONFIG`.
     seed
-        Seed of the training, unless `config` has one.
+        Seed of the training if `config` has none.
     progress
         Whether to show a progress bar for each fold.
 
     Returns
     -------
-    Predicted classes, shape (G,), int64; -1 for a gene that no fold tests.
+    Predicted classes, shape (G,), int64; -1 for a gene that is in no test fold.
     """
     default = _default_config(model)
     config = config or default
@@ -99,13 +99,13 @@ def _with_token_head(network: CellTransformer, n_classes: int) -> CellTransforme
 
 @torch.no_grad()
 def _start_from_probe(network: CellTransformer, states_ND: NDArray[np.float64], codes_N: NDArray[np.int64]) -> None:
-    """Copy a balanced logistic regression on mean states into the head; the mean of its logits is then the probe's logit."""
+    """Fit a balanced logistic regression on the mean hidden vector of each gene, and copy it into the head."""
     scaler = StandardScaler().fit(states_ND)
     regression = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=2000)
     regression.fit(scaler.transform(states_ND), codes_N)
     weight_CD, bias_C = regression.coef_ / scaler.scale_, regression.intercept_
     bias_C = bias_C - weight_CD @ scaler.mean_
-    if len(regression.classes_) == 2:  # scikit-learn keeps one row
+    if len(regression.classes_) == 2:  # scikit-learn stores one row for two classes
         weight_CD, bias_C = np.vstack([-weight_CD, weight_CD]) / 2, np.concatenate([-bias_C, bias_C]) / 2
     network.class_head.linear.weight.copy_(torch.from_numpy(weight_CD))
     network.class_head.linear.bias.copy_(torch.from_numpy(bias_C))
@@ -119,7 +119,7 @@ def _log_proba_of(network: CellTransformer) -> Callable[[CellBatch], Tensor]:
 def _mean_over_cells(
     batches: Iterable[CellBatch], network: CellTransformer, function: Callable[[CellBatch], Tensor]
 ) -> NDArray[np.float64]:
-    """Mean of a function of tokens over all cells in which a gene is a token, shape (V, X); NaN for a gene of no cell."""
+    """Mean of a function of tokens over the cells in which a gene is a token, shape (V, X); NaN for a gene in no cell."""
     sum_VX: Tensor | None = None
     count_V = torch.zeros(network.config.n_tokens, dtype=torch.float64)
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Fitting the novelty score, and the threshold that keeps 95 % of known cells."""
+"""Fit the novelty score, and the threshold below which 95 % of the cells of known classes score."""
 
 # Axes: B cells, V tokens of the vocabulary, R components, C classes.
 
@@ -13,7 +13,7 @@ from sklearn.covariance import ledoit_wolf
 from scfm.nn import ClassGaussians
 
 N_COMPONENTS = 20
-KEPT_FRACTION = 0.95  # of known cells
+KEPT_FRACTION = 0.95  # fraction of the cells of known classes with a score up to the threshold
 MIN_CELLS = 10  # with fewer calibration cells there is no threshold
 
 
@@ -32,19 +32,19 @@ def fit_gaussians(
     gaussians
         Changed in place.
     expression_BV
-        log1p counts per 10,000 of the training cells by token id, shape (B, V).
+        log1p of counts per 10,000 of the training cells by token id, shape (B, V).
     labels_B
-        Their classes, shape (B,), int64; every class occurs.
+        Classes of these cells, shape (B,), int64. Every class must occur.
     loading_VR
-        Loadings of components on expression.
+        Loadings that turn expression into components, shape (V, R).
     genes
-        Tokens of the variable genes.
+        Token ids of the variable genes.
 
     Notes
     -----
-    The covariance of the components within classes is shrunk as Ledoit and Wolf (2004). Class-conditional Gaussians with a
-    shared covariance are the score of Lee et al. (2018, arXiv:1807.03888). Variances of single genes get their median added,
-    so that a gene that varies little does not decide alone.
+    The distance to class-conditional Gaussians with a shared covariance is the score of Lee et al. (2018, arXiv:1807.03888).
+    The covariance of the components within classes is shrunk by the method of Ledoit and Wolf (2004). The median of the
+    variances of single genes is added to each, so that a gene with a very small variance does not dominate the distance.
     """
     classes_CB = sparse.csr_array(
         (np.ones(len(labels_B)), (labels_B, np.arange(len(labels_B)))), shape=(len(gaussians.mean_CR), len(labels_B))
@@ -76,8 +76,9 @@ def fit_gaussians(
 def standardize(gaussians: ClassGaussians, expression_BV: sparse.csr_matrix) -> float | None:
     """Standardize both distances on held-out cells of known classes and return the threshold that keeps 95 % of them.
 
-    It is the smallest threshold that keeps the next known cell with a probability of at least 95 %, whatever the
-    distribution (split conformal prediction); with fewer than 19 cells, their maximum. None with too few cells.
+    It is the smallest threshold (split conformal prediction) for which the next cell of a known class has a score up to it
+    with a probability of at least 95 %, for every distribution of scores. With fewer than 19 cells it is their maximum, and
+    with fewer than `MIN_CELLS` it is None.
     """
     if expression_BV.shape[0] < MIN_CELLS:
         return None

@@ -16,7 +16,7 @@ INVERSE_PENALTY = 0.01  # scikit-learn's C
 
 
 def balanced_regression() -> LogisticRegression:
-    """Return the unfitted regression of every ensemble member: balanced classes, a strong L2 penalty."""
+    """Return the unfitted regression of a probe, with balanced classes and a strong L2 penalty."""
     return LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=2000)
 
 
@@ -26,17 +26,17 @@ def standardized(features_BX: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def balanced_rows(labels_B: NDArray[np.int64], n_rows: int, seed: int) -> NDArray[np.int64]:
-    """Return at most `n_rows` rows, ascending, drawn at random with as equal numbers of each class as it has."""
+    """Return at most `n_rows` random rows, ascending, with numbers of cells per class that are as equal as possible."""
     order = np.random.default_rng(seed).permutation(len(labels_B))
     shuffled_B = labels_B[order]
     by_class = np.argsort(shuffled_B, kind="stable")
-    number_B = np.empty(len(labels_B), dtype=np.int64)  # of each cell among those of its class
+    number_B = np.empty(len(labels_B), dtype=np.int64)  # running number of each cell within its class
     number_B[by_class] = np.arange(len(labels_B)) - np.searchsorted(shuffled_B[by_class], shuffled_B[by_class])
     return np.sort(order[np.argsort(number_B, kind="stable")[:n_rows]])
 
 
 def softmax_weights(regression: LogisticRegression) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return weights (C, X) and biases (C,) for a softmax; for two classes scikit-learn keeps a single row."""
+    """Return weights (C, X) and biases (C,) for a softmax. For two classes, scikit-learn stores only one row."""
     weight_CX, bias_C = regression.coef_, regression.intercept_
     if len(regression.classes_) == 2:
         weight_CX, bias_C = np.vstack([-weight_CX, weight_CX]) / 2, np.concatenate([-bias_C, bias_C]) / 2
@@ -46,17 +46,17 @@ def softmax_weights(regression: LogisticRegression) -> tuple[NDArray[np.float64]
 def start_from_probe(network: CellTransformer, features_BX: NDArray[np.float32], labels_B: NDArray[np.int64]) -> None:
     """Fit a probe on frozen features and copy it into the class head.
 
-    Fine-tuning that starts from a probe keeps what pretraining learned; a random head would first overwrite it
+    Fine-tuning from a random head would first distort the pretrained features; a head that starts from a probe avoids this
     (LP-FT, Kumar et al. 2022, arXiv:2202.10054).
 
     Parameters
     ----------
     network
-        With a class head of kind "batch_norm"; changed in place.
+        A network with a class head of kind "batch_norm"; changed in place.
     features_BX
-        What the head reads of the training cells, shape (B, X), float32.
+        Inputs of the head for the training cells, shape (B, X), float32.
     labels_B
-        Their classes, shape (B,), int64. Every class of the head must occur.
+        Classes of these cells, shape (B,), int64. Every class of the head must occur.
     """
     head = network.class_head
     head.set_statistics(torch.from_numpy(features_BX))

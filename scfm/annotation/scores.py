@@ -45,7 +45,7 @@ def score_model(model: Model, logits_BC: torch.Tensor, expression_BV: sparse.csr
 
 
 def score_row(method: str, proba_BC: NDArray[np.floating], split: FitSplit) -> Row:
-    """Return the row for given class probabilities of the test cells, shape (test cells, C)."""
+    """Return the report row for class probabilities of the test cells, shape (test cells, C)."""
     assert split.labels is not None
     names, codes_B = np.asarray(split.labels.names), split.labels.codes[split.test]
     setting = "transductive" if split.transductive else "inductive"
@@ -63,7 +63,7 @@ def score_probe(features_BX: NDArray[np.float32], split: FitSplit, *, seed: int)
 
 
 def score_baselines(expression_BG: sparse.csr_matrix, split: FitSplit, *, seed: int) -> list[Row]:
-    """Return the rows of the baselines, which are fitted on training and calibration cells because they are not calibrated."""
+    """Return the rows of the baselines. They are not calibrated, so they are fitted on calibration cells too."""
     assert split.labels is not None
     table = baselines.score_annotation_baselines(
         expression_BG,

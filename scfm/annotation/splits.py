@@ -18,9 +18,9 @@ MIN_TO_CALIBRATE = 5  # classes with fewer training cells have no calibration ce
 
 @dataclass(frozen=True)
 class FitSplit:
-    """The rows of each part, ascending. Training, calibration and test cells are disjoint.
+    """Row numbers of the cells of each part, ascending. Training, calibration and test cells are disjoint.
 
-    The only cell of a class is a training cell. Classes with fewer than `MIN_TO_CALIBRATE` training cells have no
+    If a class has only one cell, it is a training cell. Classes with fewer than `MIN_TO_CALIBRATE` training cells have no
     calibration cells.
 
     Attributes
@@ -28,10 +28,10 @@ class FitSplit:
     labels
         Class of each cell; None without labels.
     train, calibration, test
-        Labeled cells for training, calibration and scores.
+        Labeled cells for training, for calibration and for scores.
     fitted
-        Cells that are used without their labels, for example in pretraining: training and unlabeled cells, or, with
-        `transductive`, all cells.
+        Cells that are used without their labels, for example in pretraining: training cells and unlabeled cells; all cells
+        if `transductive`.
     transductive
         Whether `fitted` contains test and calibration cells.
     """
@@ -44,7 +44,7 @@ class FitSplit:
     transductive: bool = False
 
     def names(self, n_obs: int) -> pd.Categorical:
-        """Return the part of each cell, as written to `obs["scfm_split"]`."""
+        """Return the name of the part of each cell, as written to `obs["scfm_split"]`."""
         parts = {"train": self.train, "calibration": self.calibration, "test": self.test}
         part_B = np.full(n_obs, "unlabeled", dtype=object)
         for name, rows in parts.items():
@@ -62,14 +62,14 @@ def split_for_fit(
     transductive: bool = False,
     seed: int = 0,
 ) -> FitSplit:
-    """Choose test cells (those of `test_key`, complete batches, or random cells), and calibration cells from the rest.
+    """Choose test cells (those marked by `test_key`, complete batches, or random cells), and calibration cells from the rest.
 
     Parameters
     ----------
     obs
         `adata.obs`.
     labels_key, batch_key, test_key
-        Columns with classes, with batches, and with True for test cells; each can be None.
+        Columns of `obs` with classes, with experimental batches, and with True for test cells; each can be None.
     test_fraction
         Fraction of the labeled cells to hold out if `test_key` is None.
     transductive
@@ -114,7 +114,7 @@ def split_for_fit(
 
 
 def _groups(obs: pd.DataFrame, batch_key: str, labeled: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the batch of each labeled cell; each cell without a batch gets a separate batch."""
+    """Return the batch number of each labeled cell. Each cell without a batch forms a batch of one cell."""
     codes_B = columns.groups(obs, batch_key).codes[labeled]
     missing = np.flatnonzero(codes_B < 0)
     codes_B[missing] = codes_B.max(initial=-1) + 1 + np.arange(len(missing))

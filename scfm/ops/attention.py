@@ -74,38 +74,40 @@ def attention(
     Parameters
     ----------
     q, k, v
-        Queries (Tq, H, K), keys and values (Tk, H, K), all of one real dtype. Under autocast they are cast as torch casts
-        them (float64 is not). Views of a packed (T, 3, H, K) projection are read without a copy, as all tensors whose last
-        axis is contiguous; others are copied.
+        Queries, shape (Tq, H, K), and keys and values, shape (Tk, H, K): Tq and Tk are the numbers of query and key tokens, H
+        of heads, K the width of a head. All have the same real dtype. Under autocast they are cast to its dtype, except
+        float64. A tensor whose last axis is contiguous, such as a view of a packed (T, 3, H, K) projection, is read without
+        a copy; other tensors are copied.
     cu_seqlens
-        Cell boundaries of the queries, shape (B + 1,), int32 or int64, first 0, last Tq.
+        Boundaries of the B cells in the queries, shape (B + 1,), int32 or int64, first 0, last Tq.
     return_lse
-        Whether to return the natural log-sum-exp of each query's scores too; it is differentiable.
+        Whether to return also the natural log-sum-exp of each query's scores, which is differentiable.
     {options}
 
     Returns
     -------
-    Output (Tq, H, K) in the dtype of `q`, as it is after a cast by autocast; with `return_lse` also the log-sum-exp (Tq, H),
-    float32 (float64 for float64). A query that attends to no key has output 0, log-sum-exp -inf and gradients 0.
+    The output, shape (Tq, H, K), in the dtype of `q`, or under autocast in the dtype to which `q` is cast. With `return_lse`
+    also the log-sum-exp, shape (Tq, H), float32 (float64 for a float64 `q`). A query that attends to no key has output 0,
+    log-sum-exp -inf and gradients 0.
     Differentiable in `q`, `k`, `v` and `key_bias`.
 
     Raises
     ------
     TypeError
-        If dtypes differ or are not real floating point, or an option is not known.
+        If dtypes differ or are not real floating point, or there is no option of a given name.
     ValueError
         If shapes, devices, boundaries or `n_known` do not fit, `scale` is not finite, or `backend` is unknown.
     RuntimeError
-        If `backend="fused"` is asked for and the kernels do not support the call.
+        If `backend` is "fused" and the kernels do not support the call.
     NotImplementedError
-        If it is differentiated in forward mode.
+        If the function is differentiated in forward mode.
 
     Notes
     -----
-    On the CPU the result of a cell is bitwise independent of the rest of the batch and of the number of threads. On a GPU
-    the gradients of `q` are summed in no fixed order, unless `torch.use_deterministic_algorithms` is on. The scores of a
-    whole cell are never in memory at once (FlashAttention, Dao 2023). The generative mask is that of scGPT (Cui et al.
-    2024).
+    On the CPU the result of a cell is bitwise independent of the rest of the batch and of the number of threads. On a GPU the
+    fused backend and torch's kernels may sum the gradients of `q` in any order, unless `torch.use_deterministic_algorithms`
+    is on. They never hold the scores of a whole cell in memory (FlashAttention, Dao 2023). The generative mask is that of
+    scGPT (Cui et al. 2024).
 
     Examples
     --------
@@ -133,8 +135,8 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-# Registration. The operators in plain torch and those by torch's kernels for GPUs are defined here, the compiled ones in
-# csrc/attention.cpp; all get their fake tensors and gradients here.
+# Registration. This file defines the operators in plain torch and those that call torch's kernels for GPUs;
+# csrc/attention.cpp defines the compiled ones. All get their fake tensors and gradients here.
 
 _LIBRARY = torch.library.Library("scfm", "FRAGMENT")
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {OperatorOptions.SCHEMA}) -> (Tensor, Tensor)"
@@ -150,18 +152,19 @@ def register_fused(
     adds_in_any_order: Callable[[Tensor], bool],
     options_type: type[OperatorOptions] = OperatorOptions,
 ) -> None:
-    """Give a forward operator and its backward fake tensors and gradients.
+    """Register fake tensors and gradients for a forward operator and its backward operator.
 
     Parameters
     ----------
     library
-        The namespace they are in: `scfm`, or that of the emulated CUDA kernels in the tests.
+        Namespace of the operators: `scfm`, or in the tests that of the emulated CUDA kernels.
     name
-        Name without `_forward` and `_backward`.
+        Name of the operators without `_forward` and `_backward`.
     adds_in_any_order
-        Whether the backward of `q` has a faster form whose sums have no fixed order, and a deterministic one.
+        Whether, for a given `q`, the default backward sums the gradients of `q` in no fixed order, so that a deterministic
+        form is used when torch asks for it.
     options_type
-        The options of the operators.
+        Type that holds the options of the operators.
     """
     operators = getattr(torch.ops, library.ns)
     forms = {form: getattr(operators, f"{name}_{form}", None) for form in ("backward", "backward_deterministic")}
@@ -187,7 +190,7 @@ def register_fused(
 
 
 def no_second_derivative(*_: Any) -> None:
-    """Autograd of a backward operator: without it a second derivative would silently be zero."""
+    """Raise an error for a second derivative, which without this function would silently be zero."""
     raise NotImplementedError(
         "The gradients of scfm's attention cannot be differentiated again. For a second derivative write this attention "
         'in plain torch (`torch.nn.functional.scaled_dot_product_attention`; linear attention has `backend="torch"`).'
@@ -202,7 +205,7 @@ def _save(ctx: Any, tensors: tuple[Tensor, ...], options: tuple[Any, ...]) -> No
 
 
 def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no second time
+    saved = ctx.saved_tensors  # read only once, because activation checkpointing allows no second read
     tensors, options = saved[: ctx.n_tensors], saved[ctx.n_tensors :]
     return tensors, tuple(other if tensor is None else tensor for tensor, other in zip(options, ctx.others))
 
@@ -210,7 +213,7 @@ def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
 def _gradients(
     grads: tuple[Tensor, ...], options: tuple[Any, ...], options_type: type[OperatorOptions] = OperatorOptions
 ) -> tuple[Tensor | None, ...]:
-    """Those of queries, keys and values, then one per option: only the key bias has one."""
+    """Gradients of queries, keys and values, then one per option: None for all options except the key bias."""
     grad_bias = None if options_type(*options).key_bias is None else grads[3]
     return *grads[:3], *(grad_bias if name == "key_bias" else None for name in options_type.NAMES)
 

@@ -1,7 +1,8 @@
-"""Torch's own attention kernels on a GPU, called by their private operators and brought to one form.
+"""Torch's own attention kernels on a GPU, called through torch's private operators with one common interface.
 
-Both take cells by boundaries and know no mask. Their backward takes the given output and log-sum-exp as they are, whatever they
-come from. What each of them leaves undefined for cells without keys is defined by :mod:`scfm.ops.torch_kernels`.
+Both families of kernels take the boundaries of packed cells and support no mask. Their backward uses the given output and
+log-sum-exp, even if these were not computed by their forward. Their results for cells without keys are undefined;
+:mod:`scfm.ops.torch_kernels` replaces them.
 """
 
 # Axes: T packed tokens (Tq queries, Tk keys), H heads, K head width, B cells of a launch.
@@ -19,28 +20,28 @@ from torch import Tensor
 from scfm.ops.layout import Part
 
 ATEN: Any = torch.ops.aten
-COLUMNS = 8  # head widths are multiples of this: 16 bytes, which the kernels load at once, are 4 or 8 numbers
+COLUMNS = 8  # head widths must be multiples of this, because the kernels load 16 bytes (4 or 8 numbers) at once
 FLASH_MAX_WIDTH = 256
-LSE_ROWS = 32  # the efficient kernels pad the queries of a cell to a multiple of this in their log-sum-exp
+LSE_ROWS = 32  # in the log-sum-exp, the efficient kernels pad the queries of a cell to a multiple of this
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One family of kernels.
+    """One family of attention kernels.
 
     Attributes
     ----------
     name
-        As `scfm doctor` shows it.
+        Name that `scfm doctor` shows.
     dtypes
-        Types it computes in.
+        Supported dtypes.
     max_width
         Largest head width.
     forward
-        `(q, k, v, part, scale)` to output (Tq, H, K) and log-sum-exp (Tq, H), float32.
+        Function of `(q, k, v, part, scale)` that returns the output (Tq, H, K) and the log-sum-exp (Tq, H), float32.
     backward
-        `(grad_out, q, k, v, out, lse, part, scale)` to gradients, for probabilities exp(scores - lse) and
-        delta = grad_out . out.
+        Function of `(grad_out, q, k, v, out, lse, part, scale)` that returns the gradients of `q`, `k` and `v`, computed with
+        probabilities exp(scores - lse) and delta = grad_out . out.
     """
 
     name: str
@@ -61,7 +62,7 @@ def _flash_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     unused = torch.empty(0, device=q.device)
-    rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
+    rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # for dropout, which is not used
     return ATEN._flash_attention_backward(
         grad_out, q, k, v, out, lse.T.contiguous(), part.cu_q, part.cu_k, part.longest_q, part.longest_k, 0.0, False,
         rng_state, unused, scale=scale,
@@ -79,11 +80,11 @@ def _efficient_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_rows = -(-part.longest_q // LSE_ROWS) * LSE_ROWS
-    # The probabilities of rows that are no queries are exp(scores - inf) = 0.
+    # Padding rows get log-sum-exp +inf, so their probabilities are exp(scores - inf) = 0.
     lse_BHL = lse.new_full((part.n_cells, lse.shape[1], n_rows), math.inf)
     lse_BHL[part.cell_T, :, part.position_T] = lse
     dropout_state = torch.zeros((), dtype=torch.int64)
-    # With the keys split over several blocks, the gradients of queries are added in any order.
+    # If the keys were split over several blocks, the gradients of queries would be summed in no fixed order.
     splits = 1 if torch.are_deterministic_algorithms_enabled() else None
     grads = ATEN._efficient_attention_backward(
         grad_out[None], q[None], k[None], v[None], None, out[None], part.cu_q, part.cu_k, part.longest_q, part.longest_k,
@@ -96,4 +97,4 @@ FLASH = Engine("flash", (torch.bfloat16, torch.float16), FLASH_MAX_WIDTH, _flash
 EFFICIENT = Engine(
     "efficient", (torch.float32, torch.bfloat16, torch.float16), math.inf, _efficient_forward, _efficient_backward
 )
-ENGINES = (FLASH, EFFICIENT)  # the faster ones first
+ENGINES = (FLASH, EFFICIENT)  # the fastest first

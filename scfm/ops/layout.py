@@ -1,4 +1,4 @@
-"""`Layout`: what torch's own kernels on a GPU need to know of a batch, in one tensor that is sent once."""
+"""`Layout`: all indices of a batch that torch's own kernels on a GPU need, in one tensor that is copied once."""
 
 # Axes: B cells, T packed tokens (Tq queries, Tk keys), U target tokens, S context tokens, N queries of cells without context.
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MAX_CELLS = 65_535  # of one launch: the largest second and third dimension of a CUDA grid
+MAX_CELLS = 65_535  # maximum per launch: the limit of the second and third dimension of a CUDA grid
 _EXTENTS = (
     "n_cells",
     "n_queries",
@@ -26,20 +26,20 @@ _EXTENTS = (
 
 @dataclass(frozen=True)
 class Part:
-    """Some cells of a batch, as many as one launch takes; tensors on the device.
+    """The cells of one launch, at most `MAX_CELLS`. Its tensors are on the device.
 
     Attributes
     ----------
     queries, keys
-        Their rows among all queries, and among all context keys.
+        Slices of the rows of these cells among all queries, and among all context keys.
     cu_q, cu_k
-        Boundaries counted from the first of those rows, shape (cells + 1,), int32.
+        Boundaries of the cells, counted from the first row of the slice, shape (cells + 1,), int32.
     longest_q, longest_k
-        Largest number of queries and of context keys of a cell.
+        Largest number of queries, and of context keys, of a cell of the batch.
     n_cells
         Number of cells.
     cell_T, position_T
-        Cell of each query, counted from the first one, and its position there, shape (queries,), int64.
+        Cell of each query, counted from the first cell of the launch, and its position in the cell, shape (queries,), int64.
     """
 
     queries: slice
@@ -55,17 +55,17 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the cells, context keys and target tokens of a batch are.
+    """Indices of the cells, context keys and target tokens of a batch.
 
     Attributes
     ----------
     packed
-        All sections end to end, int64, on the device.
+        All sections, concatenated, int64, on the device.
     extents
         Lengths of the sections and other numbers, int64, on the host.
     is_target_T
-        Section of the queries that attend to their own key as well, shape (Tq,), bool; a field, so that a graph that is
-        traced need not read `extents`. None without the generative mask.
+        Whether a query attends also to its own key, shape (Tq,), bool. It is a separate field so that a traced graph does not
+        need to read `extents`. None without the generative mask.
     """
 
     packed: Tensor
@@ -117,22 +117,22 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sections:
-    """The sections of a layout; tensors on the device."""
+    """The sections of a layout, as tensors on the device."""
 
     cu_q: Tensor  # (B + 1,), int32
-    cu_k: Tensor  # of the context keys, (B + 1,), int32
+    cu_k: Tensor  # for the context keys, (B + 1,), int32
     cell_T: Tensor  # cell of each query
     position_T: Tensor  # position of each query in its cell
     is_target_T: Tensor | None  # bool; None without the generative mask
-    context_S: Tensor | None  # token numbers of the context keys; None if it is all keys
-    target_U: Tensor | None  # token numbers of the queries that attend to their own key as well
+    context_S: Tensor | None  # token numbers of the context keys; None if these are all keys
+    target_U: Tensor | None  # token numbers of the queries that attend also to their own key
     keyless_N: Tensor | None  # queries of cells without a context; None if there are none
     longest_q: int
     longest_k: int
-    edges: list[tuple[int, ...]]  # first cell, first query and first context key of each launch; then their numbers
+    edges: list[tuple[int, ...]]  # first cell, query and context key of each launch; the last entry has their totals
 
     def parts(self) -> Iterator[Part]:
-        """The batch in launches of at most `MAX_CELLS` cells."""
+        """Divide the batch into launches of at most `MAX_CELLS` cells."""
         for (cell, query, key), (last_cell, last_query, last_key) in zip(self.edges, self.edges[1:]):
             cells, queries, keys = slice(cell, last_cell + 1), slice(query, last_query), slice(key, last_key)
             is_first = cell == 0
@@ -150,12 +150,12 @@ class Sections:
 
 
 def lay_out(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, n_known: Tensor | None) -> Layout:
-    """Lay out a batch on the host.
+    """Compute the layout of a batch on the CPU.
 
     Parameters
     ----------
     cu_seqlens, cu_seqlens_k, n_known
-        As in :class:`scfm.ops.AttentionPlan`; checked, any integer type and device.
+        As in :class:`scfm.ops.AttentionPlan`: already checked, of any integer dtype, on any device.
     """
     bounds = cu_seqlens.to("cpu", torch.int64)
     lengths_B = bounds.diff()

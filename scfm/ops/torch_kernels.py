@@ -1,18 +1,20 @@
-"""Attention on a GPU by torch's own kernels, with every option, in a number of launches that no number of cells changes.
+"""Attention on a GPU by torch's own kernels, with all options. The number of launches does not grow with the batch.
 
 Those kernels (:mod:`scfm.ops.engines`) support neither the generative mask nor a bias per key nor the gradient of the
-log-sum-exp. Merging their results under autograd would silently drop that gradient. So forward and backward are written out:
+log-sum-exp. If their results were merged under autograd, that gradient would silently be lost. So this file
+computes forward and backward explicitly:
 
-- Keys: only the context tokens, to which every query of a cell attends.
-- The own key of a target token: merged by log-sum-exp in the forward. The backward gets the merged output and log-sum-exp,
-  from which it computes the right probabilities and the right delta = grad_out . out; then the own key's gradients are added.
-- A bias per key: more columns of queries and keys, ones and bias / scale, so that the product adds it. The latter is a sum of
-  numbers of few digits, which no kernel rounds. Its gradient is that of such a column of the keys.
-- A gradient of the log-sum-exp: more columns of the output and its gradient, so that delta becomes delta - grad_lse.
+- Keys: the kernels get only the context tokens, to which all queries of a cell attend.
+- Own key of a target token: the forward merges it by log-sum-exp. The kernels' backward gets the merged output and
+  log-sum-exp, so that its probabilities and delta = grad_out . out are correct; then the gradients of the own key are added.
+- Bias per key: queries get extra columns of ones, and keys get extra columns whose sum is bias / scale, so that the product
+  adds the bias. Each of these columns has few digits, so that no kernel rounds it. The gradient of the bias
+  is that of one column.
+- Gradient of the log-sum-exp: the output and its gradient get extra columns, so that delta becomes delta - grad_lse.
 
-The scores are never in memory. At the first use of an engine with a dtype and head width on a device, small batches are compared
-with plain torch in float64; if an engine or its conventions ever differ from what is assumed here, the next one is used, at last
-plain torch, with a warning.
+The scores are never in memory as a whole. When an engine is first used with a dtype and head width on a device, its results for
+small batches are compared with plain torch in float64. If they differ, the next engine is used, and finally plain torch, with a
+warning.
 """
 
 # Axes: T packed tokens (Tq queries, Tk keys), H heads, K head width, U target tokens, S context tokens, C columns.
@@ -36,19 +38,20 @@ from scfm.ops.reference import attention as reference
 _LOG = logging.getLogger(__name__)
 _TRUSTED: dict[tuple[str, torch.device, torch.dtype, int], bool] = {}
 
-N_PIECES = 3  # of a float32 number, with 8 digits (bfloat16) or more each
-# The bias of a hidden key, in each of its columns, and the largest piece of another bias; before scaling. The score of a hidden
-# key must be far below all others, and finite. float16 ends at 65,504: a bias beyond 3 x 65,504 x scale counts as that.
+N_PIECES = 3  # a float32 number is split into this many pieces of at least 8 binary digits (bfloat16)
+# Value of each bias column for a hidden key, and the largest piece of the bias of another key, both before scaling. The score
+# of a hidden key must be finite and far below all others. The maximum of float16 is 65,504, so a larger bias than
+# 3 x 65,504 x scale is replaced by this limit.
 HIDDEN = {torch.float16: 65_504.0}
 LARGEST_PIECE = {torch.float16: 65_504.0}
 DEFAULT_HIDDEN, DEFAULT_LARGEST_PIECE = 2.0**120, 2.0**110
-# float32 products may be sums of three products in tf32, whose roundings are larger than those of float32.
+# A kernel may compute a float32 product as a sum of three tf32 products, which has larger rounding errors.
 TOLERANCE = {torch.float32: 64.0}
 
 
 @dataclass(frozen=True)
 class KernelOptions(OperatorOptions):
-    """Options of an operator, and the layout of the batch if it is on the device already."""
+    """Options of an operator, and the layout of the batch if it is already on the device."""
 
     packed: Tensor | None = None
     extents: Tensor | None = None
@@ -59,7 +62,7 @@ KernelOptions.SCHEMA = OperatorOptions.SCHEMA + ", Tensor? packed, Tensor? exten
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
-    """Output (Tq, H, K) and log-sum-exp (Tq, H), float32; as :func:`scfm.ops.reference.attention.forward`."""
+    """Return output (Tq, H, K) and log-sum-exp (Tq, H), float32, as :func:`scfm.ops.reference.attention.forward`."""
     engine = _engine_for(q, options)
     if engine is None:
         return reference.forward(q, k, v, options, return_lse=True)
@@ -77,7 +80,7 @@ def backward(
     lse: Tensor,
     options: KernelOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k`, `v`, and of `key_bias` ((Tk, H), or (0, H) without one)."""
+    """Return gradients of `q`, `k`, `v` and `key_bias` (the last of shape (Tk, H), or (0, H) without a bias)."""
     engine = _engine_for(q, options)
     if engine is None:
         return reference.backward(grad_out, grad_lse, q, k, v, options)
@@ -87,7 +90,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Problem:
-    """One attention problem, and the sections of its layout."""
+    """Inputs of one call, and the sections of its layout."""
 
     engine: Engine
     q: Tensor
@@ -111,16 +114,16 @@ class _Problem:
         return self.q.shape[2]
 
     def context(self, tensor: Tensor) -> Tensor:
-        """Rows of the keys that all queries of a cell attend to."""
+        """Select the rows of the context keys, to which all queries of a cell attend."""
         return tensor if self.sections.context_S is None else tensor[self.sections.context_S]
 
     def own_scores(self, target_U: Tensor) -> Tensor:
-        """(U, H), float32."""
+        """Scores of the target tokens with their own keys, (U, H), float32."""
         scores_UH = (self.q[target_U].float() * self.k[target_U].float()).sum(-1) * self.scale
         return scores_UH if self.bias is None else scores_UH + self.bias[target_U]
 
     def attending(self, *, with_lse_columns: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, context keys and values as the kernels get them, all of one width."""
+        """Queries, context keys and values with their extra columns, all of the same width."""
         key, value = self.context(self.k), self.context(self.v)
         width = _padded_width(self.width, extra=self.bias is not None or with_lse_columns)
         if self.bias is None:
@@ -135,7 +138,7 @@ class _Problem:
 
     @property
     def hidden_below(self) -> float:
-        """Log-sum-exp of a query whose keys are all hidden is below this, of any other query above."""
+        """Limit below which a log-sum-exp shows that all keys of the query are hidden."""
         hidden, largest = _magnitudes(self.q.dtype)
         return -abs(self.scale) * (N_PIECES * largest + (COLUMNS - N_PIECES) / 2 * hidden)
 
@@ -163,7 +166,7 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
 
 
 def _attend_to_context(problem: _Problem) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the context alone; undefined for queries without one."""
+    """Output and log-sum-exp over the context keys only; undefined for queries without a context."""
     q = problem.q
     query, key, value = problem.attending()
     if not query.shape[0] or not key.shape[0]:
@@ -193,7 +196,7 @@ def _backward(
     grad_score_UH = prob_UH * (moved_UH if grad_lse is None else moved_UH + grad_lse[target_U])
     grad_dot_UH1 = (grad_score_UH * problem.scale)[..., None]
     grad_q_UHK = grad_q[target_U].float() + grad_dot_UH1 * key_UHK
-    # No other query attends to a target key: its gradients are complete.
+    # No other query attends to a target key, so its gradients are complete.
     own = (grad_dot_UH1 * query_UHK, prob_UH[..., None] * grad_UHK, grad_score_UH)
     n_biases = 0 if problem.bias is None else k.shape[0]
     rows = (k.shape[0], v.shape[0], n_biases)
@@ -209,7 +212,7 @@ def _backward(
 def _grads_of_context(
     problem: _Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients through the context: (Tq, H, K), twice (S, H, K), and of the bias (S, H), or (0, H) without one."""
+    """Gradients through the context: q (Tq, H, K), k and v (S, H, K), bias (S, H), or (0, H) without a bias."""
     q, width = problem.q, problem.width
     query, key, value = problem.attending(with_lse_columns=grad_lse is not None)
     n_biases = 0 if problem.bias is None else key.shape[0]
@@ -245,13 +248,13 @@ def _padded_width(width: int, *, extra: bool) -> int:
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:
-    """The tensor with columns of zeros up to a width."""
+    """Append columns of zeros up to the given width."""
     missing = width - tensor.shape[-1]
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied if they do not begin, or a row or head does not, where the kernels can load 16 bytes at once."""
+    """Copy tensors whose rows or heads are not aligned for loads of 16 bytes, and return the others as they are."""
 
     def is_aligned(tensor: Tensor) -> bool:
         offsets = (tensor.storage_offset(), tensor.stride(0), tensor.stride(1))
@@ -267,7 +270,7 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def _never_minus_inf(lse: Tensor) -> Tensor:
-    """Log-sum-exp, +inf for a query that attends to no key, so that its probabilities are 0 and not NaN."""
+    """Replace -inf (a query that attends to no key) by +inf, so that the probabilities are 0 and not NaN."""
     return lse.masked_fill(lse == -math.inf, math.inf)
 
 
@@ -276,7 +279,7 @@ def _magnitudes(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _pieces(values: Tensor, dtype: torch.dtype, largest: float) -> list[Tensor]:
-    """Numbers of few digits, float32, whose sum is `values`; in float32 of 8 digits each, which tf32 holds too."""
+    """Split `values` into float32 pieces that `dtype` represents exactly; for float32, pieces that tf32 represents exactly."""
     few_digits = torch.bfloat16 if dtype == torch.float32 else dtype
     pieces = []
     for _ in range(N_PIECES):
@@ -287,7 +290,7 @@ def _pieces(values: Tensor, dtype: torch.dtype, largest: float) -> list[Tensor]:
 
 
 def _bias_columns(bias_SH: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Columns of the keys, (S, H, C), whose sum is bias / scale; far below for a key that is hidden by -inf."""
+    """Extra columns of the keys, (S, H, C), with sum bias / scale. A key hidden by -inf gets a very low score."""
     hidden, largest = _magnitudes(dtype)
     below_SH = (bias_SH == -math.inf) * math.copysign(hidden, -scale)
     columns = [*_pieces(bias_SH.float() / scale, dtype, largest), *[below_SH] * (COLUMNS - N_PIECES)]
@@ -295,20 +298,20 @@ def _bias_columns(bias_SH: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _lse_columns(grad_lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns of the output, (Tq, H, C), whose sum is minus the gradient of the log-sum-exp."""
+    """Extra columns of the output, (Tq, H, C), with sum -grad_lse."""
     pieces = torch.stack(_pieces(-grad_lse.float(), dtype, _magnitudes(dtype)[1]), -1).to(dtype)
     return F.pad(pieces, (0, COLUMNS - N_PIECES))
 
 
 def _engine_for(q: Tensor, options: KernelOptions) -> Engine | None:
-    """The fastest engine that gives what plain torch gives; None if none does."""
+    """The fastest engine whose results agree with plain torch; None if there is none."""
     if options.key_bias is not None and options.scale == 0:
-        return None  # no column of the keys can add a bias
+        return None  # a column of the keys cannot add a bias then
     return engine_of(q.device, q.dtype, q.shape[2], extra=options.key_bias is not None)
 
 
 def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int, *, extra: bool = True) -> Engine | None:
-    """The fastest engine for a head width that gives what plain torch gives; with `extra`, also for the columns of a bias."""
+    """The fastest engine for a head width that agrees with plain torch; with `extra`, also with the columns of a bias."""
     width = _padded_width(head_dim, extra=extra)
     for engine in ENGINES:
         if dtype in engine.dtypes and width <= engine.max_width and is_trusted(engine, device, dtype, head_dim):
@@ -317,7 +320,7 @@ def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int, *, extra:
 
 
 def is_trusted(engine: Engine, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether an engine gives what plain torch gives."""
+    """Whether the results of an engine agree with plain torch."""
     key = (engine.name, device, dtype, head_dim)
     if key not in _TRUSTED:
         complaint = _complaint(engine, device, dtype, head_dim)
@@ -334,11 +337,14 @@ def is_trusted(engine: Engine, device: torch.device, dtype: torch.dtype, head_di
 
 @torch.no_grad()
 def _complaint(engine: Engine, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Compare outputs and all gradients of small cells: packed views, every option, cells without queries or keys."""
+    """Compare outputs and gradients of small cells with plain torch; return what is wrong, or None.
+
+    The cases cover packed views, every option, and cells without queries or keys.
+    """
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(140, 4, 2, head_dim, generator=generator).to(dtype)
     grad_lse, bias = torch.randn(2, 140, 1, generator=generator)
-    bias[[1, 75]], bias[:3] = -math.inf, -math.inf  # all keys of the first cell, and one of the last
+    bias[[1, 75]], bias[:3] = -math.inf, -math.inf  # hides all keys of the first cell, and one key of the last
     cu_seqlens, extra = torch.tensor([0, 3, 70, 70, 140]), _padded_width(head_dim, extra=True) <= engine.max_width
     known, others = torch.tensor([0, 2, 0, 70]), torch.tensor([0, 0, 20, 50, 140])
     cases = [(None, None, None), (None, known, None), (others, None, None)]
@@ -355,7 +361,7 @@ def _complaint(engine: Engine, device: torch.device, dtype: torch.dtype, head_di
             found = _results(engine, drawn.to(device), grad_lse.to(device) if extra else None, options)
         except (RuntimeError, NotImplementedError) as error:
             return f"fails ({str(error).splitlines()[0]})"
-        allowed = TOLERANCE.get(dtype, 4.0) * torch.finfo(dtype).eps  # roundings alone make up half a unit
+        allowed = TOLERANCE.get(dtype, 4.0) * torch.finfo(dtype).eps  # correct rounding alone gives half a unit
         if not all(_difference(one, right) <= allowed for one, right in zip(found, expected)):
             return "differs from plain torch on a small batch"
     return None
@@ -364,7 +370,7 @@ def _complaint(engine: Engine, device: torch.device, dtype: torch.dtype, head_di
 def _results(
     engine: Engine, drawn: Tensor, grad_lse: Tensor | None, options: KernelOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and gradients by an engine; the tensors are views of one, as in a network."""
+    """Output, log-sum-exp and gradients of an engine. q, k and v are views of one tensor, as in a network."""
     q, k, v, grad_out = drawn.unbind(1)
     if options.key_bias is not None:
         options = replace(options, key_bias=options.key_bias[:, :1].to(q.device).expand(-1, 2))
@@ -376,6 +382,6 @@ def _results(
 
 
 def _difference(found: Tensor, right: Tensor) -> float:
-    """Norm of the difference in units of the norm; queries without a key have log-sum-exp -inf in both."""
+    """Relative norm of the difference. The log-sum-exp -inf of a query without a key is compared as 1,000."""
     found, right = (t.cpu().double().masked_fill(t.cpu() == -math.inf, 1e3) for t in (found, right))
     return float((found - right).norm() / right.norm().clamp(min=1e-30)) if right.numel() else 0.0

@@ -1,4 +1,4 @@
-"""How well a ranking of genes agrees with what is known of them, compared with simple rankings and with chance."""
+"""Agreement of a gene ranking with known genes or effects, compared with simple rankings and with chance."""
 
 # Axes: B cells, G genes of the table that the data have, K components, R permutations.
 
@@ -63,10 +63,12 @@ def evaluate_perturbation(
 def simple_rankings(
     expression_BG: NDArray[np.floating], in_group_B: NDArray[np.bool_], *, n_components: int, seed: int
 ) -> dict[str, NDArray[np.float64]]:
-    """What each gene is worth without a transformer, by name of the method; the last two need cells outside the group.
+    """Return the importance of each gene by methods without a transformer, by name of the method; shape (G,) each.
 
-    "linear map on components": a logistic regression on principal components distinguishes the group; a gene is worth
-    what its expression adds to the log-odds of the group's cells.
+    "expression rank" is the mean expression in the group. The other two need cells outside the group. "differential
+    expression" is the t statistic of the group against the other cells. "linear map on components" is a logistic regression
+    on principal components that predicts the group; the importance of a gene is the mean contribution of its expression to
+    the log-odds in the group's cells.
     """
     own_BG, rest_BG = expression_BG[in_group_B], expression_BG[~in_group_B]
     found = {"expression rank": own_BG.mean(0, dtype=np.float64)}
@@ -89,7 +91,7 @@ def simple_rankings(
 
 
 def _importance(table: pd.DataFrame) -> pd.Series:
-    """What each gene of a table of `perturb` or `screen` is worth, the largest first in the table."""
+    """Importance of each gene in a table of `perturb` or `screen`: its mean effect, with the sign that ranks it."""
     if "affected" in table:
         raise ValueError(
             '`table` has a row for each pair of genes (`effect_on="genes"`), so it does not rank genes; pass one of '
@@ -118,7 +120,7 @@ def _members(adata: anndata.AnnData, groupby: str | None, group: str | None) -> 
 
 
 def _truth(truth: Sequence[str] | Mapping[str, float] | pd.Series, genes: pd.Index) -> tuple[pd.Series, str]:
-    """For each gene that can be scored 1 or 0, or the rank of its effect; and the name of the score."""
+    """Return 1 or 0, or the rank of the effect, for each gene that can be scored, and the name of the score."""
     if isinstance(truth, str):
         raise ValueError(f"`truth` is the text {truth!r}; pass a list of markers, or measured effects by gene.")
     if isinstance(truth, Mapping | pd.Series):
@@ -139,12 +141,12 @@ def _truth(truth: Sequence[str] | Mapping[str, float] | pd.Series, genes: pd.Ind
 
 
 def _auc(rank_G: NDArray[np.float64], is_marker_RG: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probability that a marker is ranked above another gene, for each set of markers."""
+    """Probability that a marker is ranked above a gene that is not a marker, for each set of markers, shape (R,)."""
     n_R = is_marker_RG.sum(1)
     return (is_marker_RG @ rank_G - n_R * (n_R + 1) / 2) / (n_R * (len(rank_G) - n_R))
 
 
 def _spearman(rank_G: NDArray[np.float64], effect_RG: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rank correlation with each ranking of effects."""
+    """Rank correlation with each ranking of effects, shape (R,)."""
     rank_G, effect_RG = rank_G - rank_G.mean(), effect_RG - effect_RG.mean(1, keepdims=True)
     return effect_RG @ rank_G / np.maximum(np.linalg.norm(effect_RG, axis=1) * np.linalg.norm(rank_G), 1e-300)

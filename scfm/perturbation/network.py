@@ -1,4 +1,4 @@
-"""Edges between the genes of a group of cells: by attention, or by what a deletion does to other genes."""
+"""Networks of the genes of a group of cells, by attention or by the effects of deletions on other genes."""
 
 # Axes: B cells, G genes of the network, P pairs of tokens, T packed tokens.
 
@@ -24,7 +24,7 @@ from scfm.perturbation.shifts import cosine_distance
 from scfm.perturbation.variants import cell_of, pack
 from scfm.pp._encode import open_counts
 
-N_GENES = 50  # of the network, if none are named
+N_GENES = 50  # number of genes in the network if no genes are named
 
 
 def gene_network(
@@ -47,7 +47,7 @@ def gene_network(
         raise ValueError(f"`kind` is {kind!r}; choose 'attention' or 'deletion'.")
     if n_shuffles < 2:
         raise ValueError(f"`n_shuffles` is {n_shuffles}; a null needs at least 2.")
-    depth_key = open_counts(adata, model.encoding, layer=layer, depth_key=depth_key).depth_key  # of the null too
+    depth_key = open_counts(adata, model.encoding, layer=layer, depth_key=depth_key).depth_key  # used for the null too
     cells = pp.encode(adata, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key, empty="keep")
     tokens = _tokens(genes, cells, model)
     measure = attention_edges if kind == "attention" else deletion_edges
@@ -78,9 +78,9 @@ def _tokens(genes: list[str] | None, cells: CellBatch, model: Model) -> NDArray[
 def shuffle_counts(
     adata: anndata.AnnData, rng: np.random.Generator, layer: str | None, depth_key: str | None = None
 ) -> anndata.AnnData:
-    """Shuffle each gene's counts among the cells: genes keep their distributions and lose their dependence.
+    """Shuffle the counts of each gene among the cells, so that genes keep their distributions but become independent.
 
-    A named depth stays with its cell.
+    Each cell keeps its depth if the depth is stored in a column of `obs`.
     """
     source = CountSource.of(adata, layer=layer, depth_key=depth_key)
     counts = sparse.vstack([block for _, block, _ in source.blocks()]).tocsc().copy()
@@ -97,7 +97,7 @@ def shuffle_counts(
 
 @dataclass
 class Edges:
-    """Counts, sums and sums of squares of what each edge weighs in cells with both genes; source by target, (G, G)."""
+    """Number, sum and sum of squares of each edge's weights over the cells with both genes; source by target, (G, G)."""
 
     n_GG: NDArray[np.int64]
     sum_GG: NDArray[np.float64]
@@ -108,7 +108,7 @@ class Edges:
         return cls(np.zeros((n_genes,) * 2, np.int64), np.zeros((n_genes,) * 2), np.zeros((n_genes,) * 2))
 
     def add(self, source_P: Any, target_P: Any, values_P: NDArray[np.float64]) -> None:
-        """Add one value for each pair; a pair may come more than once."""
+        """Add one value for each pair of genes. A pair may occur more than once."""
         for into_GG, added in ((self.n_GG, 1), (self.sum_GG, values_P), (self.square_GG, values_P**2)):
             np.add.at(into_GG, (source_P, target_P), added)
 
@@ -128,7 +128,7 @@ class Edges:
 
 
 def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
-    """Attention of target to source, the mean of the heads, times the cell's tokens."""
+    """Edges whose weight is the attention of target to source: the mean over heads, times the number of tokens in the cell."""
     network, config = model.network.eval(), model.network.config
     if config.attention.kind != "softmax":
         raise ValueError('This model has linear attention, which has no scores. Use `kind="deletion"`.')
@@ -152,7 +152,7 @@ def attention_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], h
 def _pairs(
     batch: CellBatch, tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Source and target gene numbers, and (target, source) token indices, of all pairs in the same cell."""
+    """For all pairs of network genes in the same cell: source and target gene numbers, and (target, source) token indices."""
     ids_T = batch.gene_ids_T.numpy()
     gene_T = np.searchsorted(tokens, ids_T).clip(max=len(tokens) - 1)
     chosen_T = np.flatnonzero(tokens[gene_T] == ids_T)
@@ -170,7 +170,7 @@ def _pairs(
 
 
 def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hidden_layer: int) -> Edges:
-    """Shift of the target's state when the source is deleted."""
+    """Edges whose weight is the shift of the target's hidden vector when the source is deleted."""
     editor = Editor.of(model.encoding, "delete")
     edges = Edges.none(len(tokens))
     for number in range(len(cells)):
@@ -182,14 +182,14 @@ def deletion_edges(model: Model, cells: CellBatch, tokens: NDArray[np.int64], hi
         states = _states_of(model, variants, present, hidden_layer)
         rows = np.searchsorted(tokens, present)
         for source, after in enumerate(states[1:]):
-            # The deleted gene has no state afterward.
+            # A deleted gene has no hidden vector in the variant.
             targets = [row for row in range(len(present)) if row != source]
             edges.add(rows[source], rows[targets], cosine_distance(states[0][targets], after[targets]))
     return edges
 
 
 def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer: int) -> list[NDArray[np.float32]]:
-    """States of the given genes in each variant of a cell, (genes, D); zeros if the gene is missing."""
+    """Hidden vectors of the given genes in each variant of a cell, (genes, D) each; zeros for a gene that is missing."""
     found = []
     per_batch = max(1, TOKENS_PER_BATCH // len(variants[0]))
     for start in range(0, len(variants), per_batch):
@@ -209,7 +209,7 @@ def _states_of(model: Model, variants: list[Any], genes: list[int], hidden_layer
 
 
 def edge_table(found: Edges, null: Edges, names: list[str], min_cells: int) -> pd.DataFrame:
-    """Compare each edge with its mean in shuffled cells by Student's test: under the null the variances are equal."""
+    """Compare each edge with its mean in shuffled cells by Student's t-test; under the null, both variances are equal."""
     kept = (found.n_GG >= min_cells) & (null.n_GG >= min_cells) & ~np.eye(len(names), dtype=bool)
     source, target = np.nonzero(kept)
     result = stats.ttest_ind_from_stats(

@@ -1,4 +1,4 @@
-"""The cells to perturb, and the state that they should approach."""
+"""The cells to perturb, and the cell state toward which their shift is measured."""
 
 # Axes: B cells, D model width.
 
@@ -28,20 +28,21 @@ Measure = Literal["shift", "goal", "label"]
 
 @dataclass(frozen=True)
 class States:
-    """Cells to perturb, and what they are compared with.
+    """Cells to perturb, their unperturbed vectors, and the goal or labels that effects are measured by.
 
     Attributes
     ----------
     cells
-        The cells of the start state, encoded.
+        The encoded cells to perturb.
     original_BD
-        Their vectors: embeddings, or what the class head reads if labels are measured.
+        Vectors of the unperturbed cells, shape (B, D): embeddings, or the inputs of the class head if labels are measured.
     goal_D
-        Mean embedding of the goal state's cells; None without a goal.
+        Mean embedding of the cells of the goal state, shape (D,); None without a goal.
     n_expressing
-        Counts the cells that express each gene, by token id; genes beyond the context too.
+        Function that returns the number of cells that express each gene, by token id. It also counts genes that were cut off
+        because a cell has more genes than the model's maximum.
     center_D
-        Subtracted from all embeddings before cosines; None for nothing.
+        Vector that is subtracted from all embeddings before cosines are computed, shape (D,); None to subtract nothing.
     label_B, head
         Label of each cell, shape (B,), int64, and the class head; None if labels are not measured.
     """
@@ -56,12 +57,12 @@ class States:
 
     @property
     def measured(self) -> str:
-        """Name of the measure that tests and order go by, if nothing else is asked for."""
+        """Name of the measure by which effects are tested and sorted by default."""
         return "label_shift" if self.head is not None else "shift" if self.goal_D is None else "goal_shift"
 
 
 def checked_measure(measure: str | None, goal: str | None, *, center: bool) -> Measure:
-    """The measure that arguments ask for: by default the goal if there is one, else the shift."""
+    """Check `measure` and return it; None means "goal" if a goal is given, else "shift"."""
     if measure is None:
         return "shift" if goal is None else "goal"
     if measure not in get_args(Measure):
@@ -88,9 +89,10 @@ def read_states(
     measure: Measure = "shift",
     center: bool = False,
 ) -> States:
-    """Encode and embed the start cells, and the mean of the goal cells.
+    """Encode and embed the cells to perturb, and compute the mean embedding of the goal cells.
 
-    Without `start`, all cells but those of the goal are perturbed; without `groupby`, all cells.
+    The cells to perturb are those of `start`. Without `start`, they are all cells except those of the goal; without `groupby`,
+    they are all cells.
     """
     require_cells(adata)
     group_B = _groups(adata, groupby, {"start": start, "goal": goal}, state_needed=measure != "label")
@@ -132,7 +134,7 @@ def _class_features(model: Model, cells: CellBatch, precision: Precision) -> NDA
 
 
 def _labels(name_B: NDArray[np.object_], model: Model) -> Tensor:
-    """Class of each cell by its name in the data."""
+    """Class number of each cell, from the class name in the data, shape (B,)."""
     code_of = {label: code for code, label in enumerate(model.labels)}
     if strange := sorted({str(name) for name in name_B if name not in code_of}):
         raise LabelsError(

@@ -1,4 +1,4 @@
-"""Which variants of which cells: the genes that were named as tokens, and variants packed into batches."""
+"""Perturbations of cells: named genes as tokens, and perturbed cells (variants) packed into batches."""
 
 # Axes: B cells, T packed tokens, N tokens of one cell.
 
@@ -24,23 +24,24 @@ Genes = Sequence[str | Sequence[str]]
 
 @dataclass(frozen=True)
 class Perturbations:
-    """What is done to each cell.
+    """The perturbations to compute, those of the null included.
 
     Attributes
     ----------
     tokens
-        Tokens of the genes that are perturbed together, one tuple per perturbation; None for every gene of each cell,
-        one at a time.
+        Tokens of the genes that are perturbed together, one tuple per perturbation. None to perturb each gene of each cell
+        alone.
     names
-        One per perturbation; those of genes perturbed together are joined by "+".
+        One name per perturbation. Names of genes that are perturbed together are joined by "+".
     absent
-        Perturbations that were asked for and name a gene that the vocabulary lacks, with the reason.
+        Requested perturbations with a gene that is not in the vocabulary, and the reason for each.
     n_asked
-        How many of `tokens`, the first ones, were asked for; the others are the null. None if all were.
+        Number of requested perturbations, which come first in `tokens`; the rest belong to the null only. None if there is no
+        null.
     null_name
-        What the null is, in words.
+        Description of the null in words.
     null_cells
-        Cells in which the null is perturbed; None for all.
+        Cells in which the perturbations of the null are computed; None for all cells.
     """
 
     tokens: tuple[tuple[int, ...], ...] | None
@@ -53,7 +54,7 @@ class Perturbations:
 
     @classmethod
     def of(cls, genes: Genes | None, vocabulary: Vocabulary, *, combine: int = 1) -> Perturbations:
-        """Read `genes`: names, or groups of names to perturb together; with `combine` all combinations of that size."""
+        """Convert `genes` (names or groups of names); with `combine`, use all combinations of that many names."""
         if combine < 1:
             raise ValueError(f"`combine` is {combine}; it must be at least 1.")
         if genes is None:
@@ -75,7 +76,7 @@ class Perturbations:
         return cls(tuple(tokens.values()), tuple(tokens), absent)
 
     def with_null(self, null: Perturbations, name: str, cells: frozenset[int] | None = None) -> Perturbations:
-        """Append the null's perturbations; those that are asked for too stay where they are."""
+        """Append the perturbations of the null. Those that are already among the requested ones are not repeated."""
         assert self.tokens is not None
         assert null.tokens is not None
         joined = dict(zip(self.names, self.tokens)) | dict(zip(null.names, null.tokens))
@@ -92,13 +93,13 @@ class Perturbations:
 
     @property
     def asked_names(self) -> tuple[str, ...]:
-        """Names of the perturbations that were asked for, without those of the null alone."""
+        """Names of the requested perturbations, without those that belong to the null only."""
         return self.names[: self.n_asked]
 
     def of_cell(self, cell: int, expressed: NDArray[np.int32], editor: Editor) -> list[tuple[int, tuple[int, ...]]]:
-        """(Number, tokens) of each perturbation that can be done to a cell, without leaving it no gene.
+        """Return (number, tokens) of each perturbation that is possible in a cell; a deletion must leave at least one gene.
 
-        `expressed` are the genes that it expresses.
+        `expressed` are the tokens of the genes that the cell expresses.
         """
         if self.tokens is None:
             return [(int(token), (int(token),)) for token in expressed] if len(expressed) > 1 else []
@@ -118,7 +119,7 @@ class Perturbations:
 
 
 def name_groups(genes: Genes) -> list[tuple[str, ...]]:
-    """Each entry as a tuple of distinct names, each tuple once."""
+    """Convert each entry to a tuple of distinct names, and drop repeated tuples."""
     if isinstance(genes, str):
         raise ValueError(f"`genes` is the text {genes!r}; pass a list of names, such as [{genes!r}].")
     groups = []
@@ -133,7 +134,7 @@ def name_groups(genes: Genes) -> list[tuple[str, ...]]:
 
 
 def lookup(names: Sequence[str], vocabulary: Vocabulary) -> tuple[dict[str, int], dict[str, str]]:
-    """Token of each name that is a gene of the vocabulary, and for each other name what is wrong with it."""
+    """Return the token of each name that is a gene of the vocabulary, and an explanation for each other name."""
     tokens, faults = {}, {}
     for name, token in zip(names, vocabulary.find(names)[0].tolist()):
         if token >= 0:
@@ -144,7 +145,7 @@ def lookup(names: Sequence[str], vocabulary: Vocabulary) -> tuple[dict[str, int]
 
 
 def similar_gene(name: str, genes: Sequence[str]) -> str:
-    """The question whether the most similar gene was meant, after a space; an empty text if none is similar."""
+    """Return a space and a question that suggests the most similar gene, or an empty text if no gene is similar."""
     plain = name.strip().casefold()
     same = next((gene for gene in genes if gene.casefold() == plain), None)
     return f" Did you mean {same!r}?" if same else did_you_mean(name, list(genes))
@@ -152,7 +153,7 @@ def similar_gene(name: str, genes: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionedBatch(CellBatch):
-    """A batch with given positions of its tokens, shape (T,), int64; in a plain batch they count from 0 in each cell."""
+    """A batch with explicit token positions, shape (T,), int64. In a plain batch, positions count from 0 in each cell."""
 
     given_position_T: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
@@ -161,7 +162,7 @@ class PositionedBatch(CellBatch):
 
 
 def at_positions(cells: CellBatch, position_T: Tensor) -> PositionedBatch:
-    """The same tokens at other positions."""
+    """Return a batch with the same tokens at the given positions."""
     fields = {field.name: getattr(cells, field.name) for field in dataclasses.fields(CellBatch)}
     return PositionedBatch(**fields, given_position_T=position_T)
 

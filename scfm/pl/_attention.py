@@ -20,7 +20,7 @@ def attention(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Heat map of the attention between genes: orange if a gene attends to another more than to an average token, else violet.
+    """Heat map of the attention between pairs of genes.
 
     Parameters
     ----------
@@ -30,7 +30,8 @@ def attention(
 
     Returns
     -------
-    The axes. Pairs of genes without a value, or with an attention of 0, are gray.
+    The axes. A pair is orange if the gene attends to the other gene more than to an average token, and violet if it attends
+    to it less. Pairs without a value, or with an attention of 0, are gray.
 
     Raises
     ------

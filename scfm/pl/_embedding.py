@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scfm._docs import document
 from scfm.pl._figure import COLORS, UNASSIGNED, UNLABELED_COLOR, finish
 
-LEGEND_ROWS = 16  # names in a column of the legend
+LEGEND_ROWS = 16  # maximum number of names in one column of the legend
 
 Palette = str | Sequence[str] | Mapping[str, str]
 
@@ -39,8 +39,8 @@ def embedding(
 ) -> list[Axes]:
     """Scatter plot of the cells on a two-dimensional embedding, with one panel per column of `obs` or gene.
 
-    Panels that share names of categories show them in the same colors, and share one legend if all their names are the same.
-    Cells without a category and "unassigned" ones are gray.
+    A category has the same color in all panels. Panels with exactly the same categories have one legend. Cells without a
+    category, and cells of the category "unassigned", are gray.
 
     Parameters
     ----------
@@ -55,9 +55,10 @@ def embedding(
         Layer with the values of genes. None for `X`.
     palette
         Colors of categories: a list in the order of the categories, or a mapping of name to color. For numbers, the name of a
-        colormap. None for `uns[f"{column}_colors"]`, or, without it, for colors that color-blind readers can distinguish.
+        colormap. None for the colors in `uns[f"{column}_colors"]`. If these are missing, up to 16 categories get colors that
+        color-blind readers can distinguish, and more categories get scanpy's palette.
     size
-        Area of a point in square points. None to choose it by the number of cells.
+        Area of a marker, as `s` of `matplotlib.axes.Axes.scatter`. None to choose it by the number of cells.
     {figure}
     options
         Further arguments of `matplotlib.axes.Axes.scatter`.
@@ -100,7 +101,7 @@ def embedding(
 
 
 def _require(adata: anndata.AnnData, columns: list[str], basis: str, ax: Axes | None) -> str:
-    """The key of `obsm`; raises if something is missing."""
+    """The key of `obsm`. Raises an error if the key, a column or a gene is missing."""
     key = basis if basis in adata.obsm else f"X_{basis}"
     if key not in adata.obsm:
         raise KeyError(
@@ -123,7 +124,7 @@ def _values(adata: anndata.AnnData, column: str, layer: str | None) -> pd.Series
 
 
 def _categories(values: pd.Series) -> list[str] | None:
-    """Names of the categories that occur, in the order of a categorical column, else sorted; None for numbers."""
+    """Names of the categories that occur: in their order if the column is categorical, else sorted. None for numbers."""
     if pd.api.types.is_numeric_dtype(values.dtype) and not pd.api.types.is_bool_dtype(values.dtype):
         return None
     present = set(values.dropna().astype(str))
@@ -133,13 +134,13 @@ def _categories(values: pd.Series) -> list[str] | None:
 
 
 def _has_legend(colors: Sequence[dict[str, str] | None], number: int) -> bool:
-    """Whether no later panel has the same names, and with them the legend of this one."""
+    """Whether this panel shows a legend: it has categories, and no later panel has the same ones."""
     own = colors[number]
     return own is not None and not any(other is not None and set(other) == set(own) for other in colors[number + 1 :])
 
 
 def _panels(colors: Sequence[dict[str, str] | None]) -> list[Axes]:
-    """Axes of a new figure, which is wide enough for the legends between them."""
+    """Axes of a new figure that is wide enough for the panels and their legends."""
     width = 4.7 * len(colors)
     for number, own in enumerate(colors):
         if own and _has_legend(colors, number):
@@ -151,9 +152,9 @@ def _panels(colors: Sequence[dict[str, str] | None]) -> list[Axes]:
 def _colors_of_panels(
     adata: anndata.AnnData, columns: Sequence[str], values: Sequence[pd.Series], palette: Palette | None
 ) -> list[dict[str, str] | None]:
-    """Colors of the categories of each panel, None for numbers; names that panels share have one color.
+    """Colors of the categories of each panel; None for numbers. A category has the same color in all panels.
 
-    They come from `palette`, else from `uns`, else from another panel that shares a name, else from the default colors.
+    The color of a category is that of `palette`; else that of `uns`; else that of another panel; else a default color.
     """
     stored = [_stored_colors(adata, column, series) for column, series in zip(columns, values)]
     shared = {name: color for panel in reversed(stored) for name, color in panel.items()}
@@ -166,7 +167,7 @@ def _colors_of_panels(
 
 
 def _colors_of(values: pd.Series, palette: Palette | None, known: Mapping[str, str]) -> dict[str, str] | None:
-    """Color of each category of a panel, None for numbers; `known` colors serve if there is no `palette`."""
+    """Color of each category of a panel; None for numbers. Without a `palette`, the colors in `known` are used."""
     names = _categories(values)
     if names is None:
         return None
@@ -187,7 +188,7 @@ def _colors_of(values: pd.Series, palette: Palette | None, known: Mapping[str, s
 
 
 def _stored_colors(adata: anndata.AnnData, column: str, values: pd.Series) -> dict[str, str]:
-    """The colors that scanpy keeps in `uns`, if there is one for each category."""
+    """The colors that scanpy stores in `uns`; empty unless each category has one."""
     stored = adata.uns.get(f"{column}_colors")
     if stored is None or not isinstance(values.dtype, pd.CategoricalDtype):
         return {}
@@ -196,7 +197,7 @@ def _stored_colors(adata: anndata.AnnData, column: str, values: pd.Series) -> di
 
 
 def _default_colors(n: int) -> list[str]:
-    """Our own colors while they suffice, and the 102 of scanpy for more categories."""
+    """The 16 colors of scfm for up to 16 categories, and the 102 of scanpy for more."""
     if n <= len(COLORS):
         return COLORS
     from scanpy.plotting.palettes import default_102
@@ -205,7 +206,7 @@ def _default_colors(n: int) -> list[str]:
 
 
 def _shuffled(n: int) -> NDArray[np.int64]:
-    """A fixed random order of drawing, in which no category covers the others."""
+    """A fixed random order in which to draw the cells, so that no category covers the others."""
     return np.random.default_rng(0).permutation(n)
 
 

@@ -1,4 +1,4 @@
-"""What every figure shares: axes, finishing, saving, colors."""
+"""Code that all figures use: axes, labels, colors, saving and showing."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 # The eight colors of Okabe and Ito, then eight of Tol and others. Readers with deuteranopia or protanopia can distinguish all
-# of them (a test simulates it).
+# of them (a test simulates both).
 COLORS = [
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
     "#332288", "#7F0000", "#DDCC77", "#555555", "#999933", "#5D3A9B", "#6699CC", "#BBBBBB",
 ]  # fmt: skip
 UNLABELED_COLOR = "#dddddd"
-UNASSIGNED = "unassigned"  # what `scfm.tl.annotate` calls a cell without a clear label
+UNASSIGNED = "unassigned"  # label that `scfm.tl.annotate` gives to a cell that it cannot classify
 GRAY = "#666666"
-N_SIDES = 8  # on which a name can be written next to its point
-# Measures of a perturbation, by the prefix of their columns; a table is sorted by the first that it has.
+N_SIDES = 8  # number of directions from a point in which its name can be written
+# Measures of a perturbation by the prefix of their columns. A table is sorted by the first of these that it has.
 MEASURES = {
     "label_shift": "change of the log-odds of the cell's label",
     "goal_shift": "shift toward the goal, change of cosine",
@@ -44,7 +44,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def power_in_label(axis: Axis, label: str) -> None:
-    """Label an axis, with its power of ten in the label: matplotlib would put the power where it covers other text."""
+    """Label an axis and write its power of ten in the label, because matplotlib would write it over other text."""
     axis.set_major_formatter(ScalarFormatter(useOffset=False))
     low, high = axis.get_view_interval()
     largest = max(abs(low), abs(high))
@@ -57,7 +57,7 @@ def power_in_label(axis: Axis, label: str) -> None:
 
 
 def measure_of(effects: pd.DataFrame) -> tuple[str, str]:
-    """Prefix of the columns that a table of perturbations is sorted by, and the label of an axis for it."""
+    """Return the column prefix of the measure that a table of perturbations is sorted by, and an axis label for it."""
     for measure, words in MEASURES.items():
         if f"{measure}_mean" in effects:
             return measure, words
@@ -68,13 +68,13 @@ def measure_of(effects: pd.DataFrame) -> tuple[str, str]:
 
 
 def largest(effects: pd.DataFrame, measure: str, n: int) -> pd.DataFrame:
-    """The `n` rows with the largest mean effects, the largest first; of effects on a label, the lowest."""
+    """The `n` rows with the largest mean effects, in descending order; for effects on a label, the lowest, ascending."""
     column = f"{measure}_mean"
     return effects.nsmallest(n, column) if measure == "label_shift" else effects.nlargest(n, column)
 
 
 def named(effects: pd.DataFrame) -> pd.DataFrame:
-    """The table with the name of each row as its index; a row of a gene and an affected gene has both."""
+    """The table with one name per row as its index: the perturbed gene, or the perturbed and the affected gene."""
     if "affected" not in effects:
         return effects
     return effects.set_axis(effects["gene"].astype(str) + " on " + effects["affected"].astype(str), axis=0)
@@ -83,14 +83,14 @@ def named(effects: pd.DataFrame) -> pd.DataFrame:
 def name_points(ax: Axes, points: pd.DataFrame, *, others: pd.DataFrame | None = None, size: float = 7) -> None:
     """Write the index of `points` (columns x and y) next to them; call it after everything else is drawn.
 
-    Each name is written where it stays inside the axes, covers no earlier name, and covers the fewest points (of `points`
-    and `others`), the nearer the better; a line leads to a name that is not next to its point. A name without a free
-    position is left out.
+    A name must stay inside the axes and must not cover an earlier name. Of these positions, the one that covers the fewest
+    points (of `points` and `others`) is used; among equals, the nearest. A name that is not next to its point is connected to
+    it by a line. A name without such a position is left out.
     """
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
-    figure.draw_without_rendering()  # positions on the page are known once the layout is
-    scale = 72 / figure.dpi  # from pixels to points, in which the size of text is given
+    figure.draw_without_rendering()  # positions are known only after the layout is computed
+    scale = 72 / figure.dpi  # pixels to points, the unit of text sizes
     (left, bottom), (right, top) = ax.transAxes.transform([(0, 0), (1, 1)]) * scale
     drawn = points if others is None else pd.concat([points, others])
     dots = ax.transData.transform(drawn[["x", "y"]].to_numpy(dtype=float)) * scale
@@ -116,13 +116,13 @@ def name_points(ax: Axes, points: pd.DataFrame, *, others: pd.DataFrame | None =
 
 
 def _offsets(box: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centers of a text of this width and height (points) around a point, shape (5 N_SIDES, 2): next to it, then farther."""
+    """Positions to try for the center of a text of this size (in points), nearest first, shape (5 N_SIDES, 2)."""
     sides = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)], dtype=float)
     return np.concatenate([sides * (box / 2 + gap) for gap in (3, 10, 20, 34, 50)])
 
 
 def finish(ax: Axes, *, save: str | Path | None, show: bool | None) -> None:
-    """Write the figure to `save` if given, and show it unless `show` is False or it was saved."""
+    """Write the figure to `save` if it is given. Show the figure unless `show` is False or the figure was saved."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
     if save is not None:

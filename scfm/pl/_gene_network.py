@@ -29,7 +29,9 @@ def gene_network(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Network of genes in a circle, with the most significant edges as arrows; strongly connected genes are neighbors.
+    """Draw the genes of a network on a circle, and the edges with the largest |z| as arrows.
+
+    Genes that are connected by strong edges are placed side by side.
 
     Parameters
     ----------
@@ -38,14 +40,14 @@ def gene_network(
     max_fdr
         False discovery rate up to which an edge is drawn.
     n_edges
-        Maximum number of edges to draw, the largest |z| first.
+        Maximum number of edges to draw; those with the largest |z| are chosen.
     {figure}
 
     Returns
     -------
-    The axes. Arrows point from `source` to `target`; two edges of one sign between the same genes are one line with two heads,
-    as wide as the stronger one. Blue edges are stronger than in shuffled cells, orange edges are
-    weaker; the line width grows with |z|.
+    The axes. Arrows point from `source` to `target`. Two edges of the same sign between the same genes are drawn as one line
+    with two heads. Blue edges are stronger than in shuffled cells, orange edges are weaker. The line width grows with |z|; a
+    line with two heads has the width of the stronger edge.
 
     Raises
     ------
@@ -87,7 +89,7 @@ def gene_network(
 
 
 def _in_order(edges: pd.DataFrame) -> list[str]:
-    """Genes around the circle, so that those with strong edges between them are neighbors."""
+    """Order the genes on the circle so that genes with strong edges between them are side by side."""
     genes = sorted(set(edges["source"]) | set(edges["target"]))
     if len(genes) < 3:
         return genes
@@ -101,7 +103,7 @@ def _in_order(edges: pd.DataFrame) -> list[str]:
 
 
 def _lines(edges: pd.DataFrame) -> dict[tuple[str, str, bool], float]:
-    """Source, target and whether the line has a head at both ends -> z: two edges of the same sign become one line."""
+    """Return z by (source, target, whether the line has two heads). Two edges of the same sign become one line."""
     z_of = {(source, target): z for source, target, z in zip(edges["source"], edges["target"], edges["z"])}
     lines: dict[tuple[str, str, bool], float] = {}
     for (source, target), z in z_of.items():
@@ -118,7 +120,7 @@ def _on_circle(angle: float, radius: float) -> NDArray[np.float64]:
 
 
 def _arrow(start: float, end: float, *, both_ways: bool, color: str, lw: float) -> FancyArrowPatch:
-    """Bend a line toward the center, less for neighbors, so that it keeps clear of the genes between."""
+    """Bend a line toward the center so that it does not cross the genes between its ends; close genes need less."""
     first, last = _on_circle(start, 0.97), _on_circle(end, 0.97)
     apart = abs((end - start + np.pi) % (2 * np.pi) - np.pi) / np.pi
     bend = (first + last) / 2 * (0.85 - 0.55 * apart)
@@ -128,7 +130,7 @@ def _arrow(start: float, end: float, *, both_ways: bool, color: str, lw: float) 
 
 
 def _name(ax: Axes, gene: str, angle: float) -> None:
-    """Write a gene outside the circle, along the radius, never upside down."""
+    """Write the name of a gene outside the circle, along the radius, and never upside down."""
     right = np.cos(angle) >= -1e-9
     x, y = _on_circle(angle, 1.06)
     turn = np.degrees(angle) if right else np.degrees(angle) + 180

@@ -22,7 +22,7 @@ from scfm.pl._figure import (
     power_in_label,
 )
 
-MIN_GENES_IN_BAND = 20  # fewer do not give the quantiles of a null
+MIN_GENES_IN_BAND = 20  # fewer genes are too few to estimate the quantiles
 
 
 @document
@@ -36,25 +36,28 @@ def perturbation(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Genes with the largest effects: mean shift with its standard error, and the number of cells.
+    """Draw the genes with the largest effects: the mean effect, its standard error, and the number of cells.
 
     Parameters
     ----------
     effects
-        Table from `scfm.tl.perturb` or `scfm.tl.screen`. The measure that it is sorted by is drawn: the change of the
+        Table from `scfm.tl.perturb` or `scfm.tl.screen`. The measure by which the table is sorted is drawn: the change of the
         log-odds of the label, the shift toward the goal, or the shift.
     n_genes
         Number of genes to draw.
     min_cells
-        Leave out genes that fewer cells express, because their means are uncertain.
+        Genes that are expressed in fewer cells are left out, because their means are uncertain.
     max_fdr
-        False discovery rate up to which a gene gets a filled marker.
+        Genes with a false discovery rate up to this get a filled marker, other genes an empty one. Without the column `fdr`,
+        all markers are filled.
     {figure}
 
     Returns
     -------
-    The axes, with the largest effect on top; for labels the lowest, the genes that hold cells in their state. The gray band
-    holds the middle 95 % of the mean effects of the null genes, or, if the table names none, of its own genes. It needs 20.
+    The axes, with the largest effect on top. For effects on a label the lowest value is on top: the genes whose perturbation
+    lowers the log-odds of the label most. The gray band contains the middle 95 % of the mean effects of the null genes, or,
+    if the table has no null, of its genes with at least `min_cells` cells. It is drawn for 20 genes or more. The band shows
+    how large effects usually are; it is not a significance limit.
 
     Raises
     ------
@@ -100,7 +103,7 @@ def perturbation(
 
 
 def _draw_null_band(ax: Axes, effects: pd.DataFrame, measure: str) -> None:
-    """Shade the range of most genes' mean effects, with which a single gene is to be compared; draw 0 for a signed effect."""
+    """Shade the middle 95 % of the mean effects of the null genes or of all genes. For a signed effect, also mark 0."""
     if measure != "shift":
         ax.axvline(0, color=GRAY, lw=0.8, ls=":")
     means, kind = effects.attrs.get("null_means", ()), "null genes"
@@ -122,21 +125,21 @@ def volcano(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Volcano plot: size of each effect, and significance of its difference from the null.
+    """Volcano plot: mean effect (x) and -log10 of the false discovery rate (y) of each perturbation.
 
     Parameters
     ----------
     effects
         Table from `scfm.tl.perturb` or `scfm.tl.screen`.
     max_fdr
-        False discovery rate up to which a perturbation is colored. The dashed line shows it.
+        Perturbations with a false discovery rate up to this are colored. A dashed line marks it.
     n_names
-        Maximum number of perturbations to name, the most significant first.
+        Maximum number of perturbations to name; the most significant ones are chosen.
     {figure}
 
     Returns
     -------
-    The axes. The tests treat cells as independent; if cells come from few donors, the significance is too high.
+    The axes. The tests treat cells as independent. If the cells come from few donors, the p-values are too small.
 
     Raises
     ------

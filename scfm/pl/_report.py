@@ -22,14 +22,14 @@ def report(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Bar chart of one score of the model and of the baselines on the same held-out cells, the best on top.
+    """Bar chart of one score of the model and of the baselines on the same held-out cells, the highest on top.
 
     Parameters
     ----------
     model
         A model that was fitted with labels, or the table from `model.report()`.
     score
-        Column of the report.
+        Column of the report. For an error such as `ece`, the best method is at the bottom.
     {figure}
 
     Returns

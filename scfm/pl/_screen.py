@@ -20,19 +20,20 @@ def screen(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Estimated and exact effects of the genes that a screen deleted exactly, to judge its estimates.
+    """Scatter plot of estimated (x) and exact (y) effects, for the genes whose exact effects a screen computed.
 
     Parameters
     ----------
     table
         Table from `scfm.tl.screen`.
     n_names
-        Maximum number of genes to name, those with the largest exact effects first.
+        Maximum number of genes to name; those with the largest exact effects are chosen.
     {figure}
 
     Returns
     -------
-    The axes. The dashed line is where estimate and exact value are equal. The title has the estimated recall, if known.
+    The axes. On the dashed line, estimate and exact value are equal. If the table has `attrs["recall_estimate"]`, the title
+    gives this estimated recall, which `scfm.tl.screen` defines.
 
     Raises
     ------

@@ -25,14 +25,14 @@ def training(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> list[Axes]:
-    """Training curves, with one panel per stage: the loss of each step (faint) and its exponential average.
+    """Training curves, with one panel per stage: the loss of each step (faint) and its exponential moving average.
 
     Parameters
     ----------
     model
         A model from `scfm.fit` or `scfm.pretrain`, or a saved one. Losses of validation cells are not drawn.
     smoothing
-        Span of the exponential average, in steps. 1 for no average.
+        Span of the exponential moving average in steps, as `span` of `pandas.Series.ewm`. 1 for no average.
     {figure}
 
     Returns

@@ -35,7 +35,7 @@ from scfm.train import FitConfig, train
 
 Method = Literal["harmony", "harmony-embedding", "train"]
 N_EMBEDDING_COMPONENTS, N_EXPRESSION_COMPONENTS = 20, 50
-EXPRESSION_WEIGHT = 3.0  # length of a cell's components of expression, in lengths of those of the embedding
+EXPRESSION_WEIGHT = 3.0  # mean length of the expression components, relative to that of the embedding components
 
 
 @document
@@ -54,39 +54,42 @@ def integrate(
     progress: bool = True,
     copy: bool = False,
 ) -> anndata.AnnData | None:
-    """Embed cells with less influence of their experimental batch. Labels are not read.
+    """Embed cells so that their coordinates depend less on the experimental batch. Labels are not used.
 
-    "harmony" corrects the first 20 components of the model's embedding together with 50 components of log-expression.
-    "harmony-embedding" corrects those of the embedding alone. "train" trains a copy of the model on the cells: it learns
-    masked values from tokens and from cell embeddings, draws similar cells together (elastic cell similarity, ECS), and is
-    trained against a discriminator of batches (domain adaptation by reverse gradients, DAR).
+    - "harmony" corrects the first 20 principal components of the model's embedding together with 50 principal components of
+      log-expression.
+    - "harmony-embedding" corrects the components of the embedding only.
+    - "train" trains a copy of the model on these cells and embeds them with it. Its loss has four kinds of terms: predict
+      masked values from tokens; predict them from the cell embedding; make the embeddings of similar cells more similar
+      (elastic cell similarity, ECS); and make the batch hard to predict from the embedding, by reversing the gradient of a
+      batch classifier (domain adaptation by reverse backpropagation, DAR).
 
     Parameters
     ----------
     {adata}
     model
-        Any model, or its path; left unchanged. "train" needs one whose encoding has values, such as that of
+        Any model, or its path; left unchanged. "train" needs a model with the bin encoding, such as that of
         `scfm.fit(adata, encoding="bin")`.
     batch_key
-        Column of `adata.obs` with experimental batches: at least two, and one for every cell. Several columns, such as donor
-        and chemistry, for several kinds of batch.
+        Column of `adata.obs` with the experimental batch of each cell. There must be at least two batches, and no missing
+        values. To correct for several kinds of batch, such as donor and chemistry, pass several columns.
     method
         "harmony", "harmony-embedding" or "train".
     {layer}
     {gene_key}
     {depth_key}
     config
-        Settings of "train". None for 200 steps with a learning rate of 3e-4.
+        Settings of the training for "train". None for 200 steps with a learning rate of 3e-4.
     seed
-        Seed of the clusters of Harmony; of the new heads, the order of cells, masks and dropout of "train".
+        Seed of Harmony's clusters, or, for "train", of the new heads, the order of cells, the masks and dropout.
     {obsm_key_added}
     {progress}
     {copy}
 
     Returns
     -------
-    None, or the copy. Writes `obsm[key_added]`, float32: for "train" of shape (n_obs, d_model), else one column per
-    component.
+    None, or the copy. Writes `obsm[key_added]`, float32, shape (n_obs, d_model) for "train", and (n_obs, number of corrected
+    components) for the other methods.
 
     Raises
     ------
@@ -97,14 +100,14 @@ def integrate(
     CountsError, VocabularyMismatchError, EmptyCellError
         If the matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
     LabelsError
-        If `batch_key` is missing, has gaps, or names one batch only.
+        If `batch_key` is missing from `obs`, has missing values, or has only one batch.
     ValueError
-        If `method` is unknown, or `config` is given for a method that trains nothing.
+        If `method` is unknown, or `config` is given for another method than "train".
 
     Notes
     -----
-    Harmony (Korsunsky et al. 2019, *Nature Methods*) by harmonypy. In our benchmarks it is better than training, which is
-    scGPT's integration (Cui et al. 2024) without its domain-specific batch norm.
+    Harmony (Korsunsky et al. 2019, *Nature Methods*) is computed by harmonypy. "train" is scGPT's integration (Cui et al.
+    2024) without its domain-specific batch norm. In our benchmarks, Harmony is better.
 
     Examples
     --------
@@ -164,9 +167,9 @@ def _harmony(component_BR: NDArray[np.float64], batches: dict[str, Labels], seed
 
 
 def _components(value_BX: NDArray[np.floating], n_components: int) -> NDArray[np.float64]:
-    """Principal components whose squared length is 1 on average, shape (B, R).
+    """Principal components, scaled so that the mean squared length of a cell's vector is 1; shape (B, R).
 
-    They are not standardized: Harmony compares directions, and weak components hold noise.
+    Single components are not standardized: Harmony compares directions of cells, and weak components contain mostly noise.
     """
     centered_BX = value_BX.astype(np.float64) - value_BX.mean(0, dtype=np.float64)
     right_XX = np.linalg.eigh(centered_BX.T @ centered_BX)[1][:, ::-1]
@@ -175,7 +178,10 @@ def _components(value_BX: NDArray[np.floating], n_components: int) -> NDArray[np
 
 
 def _expression_components(expression_BG: sparse.csr_matrix) -> NDArray[np.float64]:
-    """Components of the most dispersed genes in standard deviations, cut off at 10; weighted more than the embedding's."""
+    """Principal components of the most dispersed genes, multiplied by `EXPRESSION_WEIGHT`.
+
+    The expression of each gene is in units of its standard deviation, at most `MAX_SCALED`.
+    """
     scale_G = gene_scales(expression_BG)
     chosen = np.flatnonzero(scale_G)
     scaled_BG = expression_BG[:, chosen] @ sparse.diags_array(scale_G[chosen]).tocsr()
@@ -201,7 +207,7 @@ def _trained(
 
 
 def _crossed(batches: list[Labels]) -> Labels:
-    """One batch for every combination of several kinds of batch that occurs."""
+    """Combine several kinds of batch: each combination that occurs is one batch."""
     if len(batches) == 1:
         return batches[0]
     rows = np.stack([labels.codes for labels in batches], 1)
@@ -222,7 +228,7 @@ def _batches(obs: pd.DataFrame, batch_key: str) -> Labels:
 
 
 def _with_integration_heads(model: Model, n_batches: int, seed: int) -> CellTransformer:
-    """Copy the network; heads of this task that it lacks are added, and heads of other tasks are left out."""
+    """Copy the network with the heads that integration needs. Heads of other tasks are left out."""
     config = model.network.config.replace(
         n_batches=n_batches,
         heads={"batches": True, "zeros": True, "values_from_cells": True},
@@ -237,5 +243,5 @@ def _with_integration_heads(model: Model, n_batches: int, seed: int) -> CellTran
         for name, tensor in model.network.state_dict().items()
         if name in wanted and wanted[name].shape == tensor.shape
     }
-    network.load_state_dict(kept, strict=False)  # what is missing are the heads of this task
+    network.load_state_dict(kept, strict=False)  # only the new heads are missing
     return network.to(model.device)

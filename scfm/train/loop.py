@@ -44,7 +44,7 @@ from scfm.train.trainable import (
 
 logger = logging.getLogger(__name__)
 
-LOG_STEPS = 10  # between two lines of a log; reading a loss waits for the device
+LOG_STEPS = 10  # steps per line of the log; not each step, because reading a loss waits for the device
 
 
 def train(
@@ -61,39 +61,39 @@ def train(
 ) -> TrainingModule:
     """Train `network` in place.
 
-    With the same seed, machine and thread count the result is bitwise identical, also that of a run that was killed and
-    started again with the same `run_dir`. It can be resumed by another number of processes, which share the batches of a step.
+    With the same seed, machine and number of threads the result is bitwise identical, even if the run was killed and started
+    again with the same `run_dir`. A run can be resumed with another number of processes, which share the batches of a step.
 
     Parameters
     ----------
     network, objective
-        What is trained, and on what.
+        The network to train, and the objective that defines its loss.
     cells
-        Encoded cells in memory; or the sources of this process, such as streams from files, one for each of its batches in
-        a step.
+        Encoded cells in memory, or a list of sources of batches, such as streams from files. The list has one source for each
+        batch of a step that this process computes.
     config
-        All settings.
+        Settings of the training.
     title
         Text of the progress bar.
     validation
-        Cells to validate on in the course of training; the weights with the lowest loss are kept.
+        Cells on which the loss is measured during training. The weights with the lowest loss are kept.
     run_dir
-        Folder of checkpoints (`checkpoints/`) and logs (`logs/metrics.csv`, after a resumption `logs_from_STEP/`, and
-        `tensorboard/` where tensorboard is installed). A run that finds checkpoints there resumes from the newest
-        readable one.
+        Folder for checkpoints (`checkpoints/`) and logs (`logs/metrics.csv`, or `logs_from_STEP/` for a resumed run, and
+        `tensorboard/` if tensorboard is installed). If it contains checkpoints, the run resumes from the newest readable
+        one.
     progress
         Whether to show a progress bar.
     callbacks
-        Lightning callbacks of the user.
+        Further Lightning callbacks.
 
     Returns
     -------
-    The Lightning module, with `losses` of every step and `validation_losses`.
+    The Lightning module, with the attributes `losses` (one per step) and `validation_losses`.
 
     Raises
     ------
     NonFiniteLossError
-        If the loss becomes NaN or infinite; names step and cells.
+        If the loss becomes NaN or infinite. The message names the step and the cells.
 
     Examples
     --------
@@ -117,7 +117,7 @@ def train(
     assert config.trainable is not None
     n_trainable = set_trainable(network, config.trainable)
     logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
-    # On any number of processes, since a run may be resumed by another one.
+    # Checked for any number of processes, because a run may be resumed with another number.
     freeze_unused(network, objectives.at_step(objective, config.n_steps), _some_cells(cells))
     strategy = make_strategy(config, resumes_shards=resumed is not None and is_shards(resumed.path))
     shards = GatherShards(network) if is_sharded(strategy) else None
@@ -162,14 +162,14 @@ def train(
     merge(network)
     network.eval().to(
         own_device(config)
-    )  # Lightning leaves it on the CPU; what follows a stage are passes over all cells
+    )  # Lightning moves the network to the CPU, but later passes over all cells need the device
     return module
 
 
 def _complete(
     config: FitConfig, network: CellTransformer, objective: objectives.Objective, cells: CellBatch | Sequence[Source]
 ) -> FitConfig:
-    """Fill in what the settings leave to the device and to the stage."""
+    """Fill in the settings whose defaults depend on the device or on the stage."""
     config = config.with_defaults(**STAGE_DEFAULTS)
     if config.tokens_per_step is not None or not isinstance(cells, CellBatch):
         return config
@@ -186,7 +186,7 @@ def _some_cells(cells: CellBatch | Sequence[Source]) -> CellBatch:
 
 @contextmanager
 def _prepared(network: CellTransformer, config: FitConfig) -> Iterator[None]:
-    """Let the blocks compute as the settings say, for the time of the training."""
+    """Apply the settings of compilation, recomputation and precision to the blocks during the training."""
     if config.activation_checkpointing:
         recompute_blocks(network)
     if config.compile:
@@ -204,7 +204,7 @@ def _prepared(network: CellTransformer, config: FitConfig) -> Iterator[None]:
 
 @contextmanager
 def _normal_end_after(stop: CleanStop) -> Iterator[None]:
-    """Lightning leaves by SystemExit after a signal; once the weights are kept, that is a normal end."""
+    """Suppress the SystemExit that Lightning raises after a signal, if the weights were saved."""
     try:
         yield
     except SystemExit:
@@ -245,7 +245,7 @@ def _loader(
 
 
 def _validation_loader(cells: CellBatch, objective: objectives.Objective, config: FitConfig) -> DataLoader:
-    """The same masks at every validation, so that losses compare."""
+    """Load validation batches with the same masks at every validation, so that losses can be compared."""
     tokens = config.tokens_per_step or CPU_TOKENS_PER_STEP
     sampler = TokenBudgetSampler(cells.lengths_B.numpy(), max_tokens=tokens, shuffle=False)
     batches = [
@@ -272,7 +272,7 @@ def _early_stopping(config: FitConfig, best: ModelCheckpoint | None) -> list[lig
 
 
 def _loggers(run_dir: Path, step: int) -> list[Logger]:
-    """CSV always, in a folder of its own for each start, since Lightning empties it; TensorBoard if it is installed."""
+    """Return a CSV logger, and one for TensorBoard if it is installed. Each start has its own folder: Lightning empties it."""
     version = "logs" if step == 0 else f"logs_from_{step}"
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version=version, flush_logs_every_n_steps=LOG_STEPS)]
     if find_spec("tensorboard") is not None:
@@ -309,7 +309,7 @@ def _trainer(
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Leave Lightning's warnings about workers and its notes about devices out of a user's notebook."""
+    """Suppress Lightning's warnings about workers and its messages about devices."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [each.level for each in loggers]
     for each in loggers:

@@ -1,4 +1,4 @@
-"""The Lightning module: one objective's loss, AdamW, and a schedule."""
+"""The Lightning module: the loss of one objective, AdamW, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class TrainingModule(lightning.LightningModule):
-    """Trains a network on one objective; batches arrive corrupted, as (inputs, targets).
+    """Train a network on one objective. Batches are pairs (inputs, targets) that the objective has already corrupted.
 
     Examples
     --------
@@ -40,10 +40,10 @@ class TrainingModule(lightning.LightningModule):
         super().__init__()
         self.network, self.objective, self.config = network, objective, config.with_defaults(**STAGE_DEFAULTS)
         self.lanes, self.n_lanes = lanes_of(self.config)
-        self.losses: list[Tensor] = []  # of each step, the mean over its batches on all processes
+        self.losses: list[Tensor] = []  # loss of each step: the mean over its batches on all processes
         self._of_step: list[Tensor] = []
         self.validation_losses: list[tuple[int, float]] = []
-        self.cell_index_B: Tensor | None = None  # of the batch of this step, on the host
+        self.cell_index_B: Tensor | None = None  # cell numbers of the current batch, on the CPU
 
     def configure_model(self) -> None:
         if is_sharded(self.trainer.strategy):
@@ -54,19 +54,19 @@ class TrainingModule(lightning.LightningModule):
     def forward(
         self, inputs: CellBatch, targets: objectives.Targets, objective: objectives.Objective
     ) -> tuple[Tensor, objectives.Loss]:
-        """The loss of a batch, and its terms. Shards are gathered for the time of a forward pass of this module."""
+        """Return the loss of a batch and its terms. FSDP gathers the shards during this forward pass."""
         terms = objective.loss(self.network, inputs, targets)
         return objectives.total(terms), terms
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Send what a step reads. The numbers of the cells stay on the host, for messages."""
+        """Move to the device what a step needs. Cell numbers stay on the CPU, because only messages use them."""
         inputs, targets = batch
         self.cell_index_B = inputs.cell_index_B
         inputs = inputs.replace(cell_index_B=None) if device.type == "cuda" else inputs
         return sent((inputs, targets), device)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        # Dropout of a batch depends on its number, not on what was drawn before: a resumed run draws the same.
+        # The seed of dropout depends on the number of the batch only, so a resumed run has the same dropout.
         lane = self.lanes[batch_index % len(self.lanes)]
         assert self.config.seed is not None
         torch.manual_seed(step_seed(self.config.seed, self.trainer.global_step * self.n_lanes + lane))
@@ -86,7 +86,7 @@ class TrainingModule(lightning.LightningModule):
         return loss
 
     def _log(self, loss: Tensor, terms: objectives.Loss) -> None:
-        """Hand the loss, its terms and the rate to the loggers, which read them every some steps."""
+        """Pass the loss, its terms and the learning rate to the loggers, which write them every few steps."""
         if self.trainer.loggers:
             values = {
                 "loss": loss,
@@ -112,7 +112,7 @@ class TrainingModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.losses = list(checkpoint["losses"])
         self.validation_losses = [tuple(pair) for pair in checkpoint["validation_losses"]]
-        # Lightning counts batches of this process, of which a step may now have another number.
+        # Lightning counts batches of this process; in a resumed run, a step may have another number of them.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         n_batches = checkpoint["global_step"] * len(self.lanes)
         for counts in (progress["total"], progress["current"]):
@@ -121,7 +121,7 @@ class TrainingModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.network, self.config)
-        fused = self.config.precision != "16-mixed"  # Lightning cannot clip scaled gradients inside a fused step
+        fused = self.config.precision != "16-mixed"  # a fused optimizer prevents clipping of scaled gradients
         optimizer = torch.optim.AdamW(groups, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -132,12 +132,12 @@ class TrainingModule(lightning.LightningModule):
         if self.config.precision == "16-mixed":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val is not None:
-            # Lightning refuses a fused optimizer in bf16-mixed, where nothing is scaled.
+            # Lightning refuses to clip with a fused optimizer in bf16-mixed, although no gradients are scaled there.
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def rate_at(self, step: int) -> float:
-        """Fraction of the peak learning rate at a step."""
+        """Learning rate at a step, as a fraction of the peak."""
         n_warmup = round(self.config.warmup_fraction * self.config.n_steps)
         if step < n_warmup:
             return (step + 1) / n_warmup
@@ -152,7 +152,7 @@ class TrainingModule(lightning.LightningModule):
 
 
 def parameter_groups(network: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
-    """Parameters by weight decay (that of matrices) and learning rate (that of the gene embedding)."""
+    """Group parameters by weight decay (for matrices only) and learning rate (the gene embedding may have its own)."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:

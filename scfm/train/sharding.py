@@ -1,4 +1,4 @@
-"""FSDP: parameters, gradients and optimizer state in shards over the devices, for models that one device cannot hold."""
+"""FSDP: parameters, gradients and optimizer state are divided among devices, for models too large for one device."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from scfm.train.config import FitConfig
 from scfm.train.precision import training_device
 from scfm.train.ranks import backend_for, rank_and_world_size
 
-META = "meta.pt"  # in a directory of shards: everything but weights and optimizer, as Lightning names it
+META = "meta.pt"  # Lightning's name of the file for all but weights and optimizer state
 
 
 def make_strategy(config: FitConfig, *, resumes_shards: bool = False) -> Strategy | str:
-    """Lightning's strategy for the settings; a run whose checkpoints are in shards is resumed in shards."""
+    """Return Lightning's strategy for the settings. A run with sharded checkpoints is resumed with sharding."""
     world_size = rank_and_world_size(config)[1]
     if config.strategy == "fsdp" or resumes_shards:
         return ShardedStrategy(world_size, backend_for(training_device(config)))
@@ -35,16 +35,16 @@ def make_strategy(config: FitConfig, *, resumes_shards: bool = False) -> Strateg
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all processes; checkpoints are directories of shards, written while training continues.
+    """FSDP2 over all processes. Checkpoints are directories of shards, written while training continues.
 
-    A checkpoint is written under a temporary name. It gets its own when all processes have written their shards, so that
-    what is there under a name is complete.
+    A checkpoint is written under a temporary name and renamed when all processes have written their shards. So a checkpoint
+    with its final name is complete.
     """
 
     def __init__(self, world_size: int, backend: str) -> None:
         super().__init__(data_parallel_size=world_size, tensor_parallel_size=1, process_group_backend=backend)
         self._writing: Future | None = None
-        self._writers: Any = None  # a process group of its own: gloo cannot serve two threads in one
+        self._writers: Any = None  # a separate process group, because two threads cannot share a gloo group
 
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -67,7 +67,7 @@ class ShardedStrategy(ModelParallelStrategy):
         writing: Any = distributed_checkpoint.async_save(
             state, checkpoint_id=temporary_path, process_group=self._writers
         )
-        # The first process writes the list of all shards last, when the others are done.
+        # The first process writes the list of all shards after all processes have written theirs.
         self._writing = _then_renamed(writing, temporary_path, path) if self.is_global_zero else writing
 
     def finish_writing(self) -> None:
@@ -82,7 +82,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _then_renamed(writing: Future, temporary_path: Path, path: Path) -> Future:
-    """What is done when a checkpoint is written and has its name."""
+    """Return a future that is done when the checkpoint is written and renamed."""
     renamed: Future = Future()
 
     def rename(written: Future) -> None:
@@ -104,7 +104,7 @@ def is_sharded(strategy: Strategy | str) -> bool:
 
 
 def shard(module: lightning.LightningModule, network: CellTransformer) -> None:
-    """Shard each block, and what remains of the module, over the devices of its strategy."""
+    """Shard each block, and the rest of the module, over the devices of its strategy."""
     mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
@@ -112,7 +112,7 @@ def shard(module: lightning.LightningModule, network: CellTransformer) -> None:
 
 
 class GatherShards(lightning.Callback):
-    """Train a copy under FSDP, which shards a network permanently, and copy the weights to the original at the end."""
+    """Train a copy of the network, because FSDP shards permanently, and copy the weights to the original at the end."""
 
     def __init__(self, network: CellTransformer) -> None:
         self.original, self.copy = network, copy.deepcopy(network)
@@ -131,9 +131,9 @@ def is_shards(path: Path) -> bool:
 
 
 def joined_weights(path: Path, scratch: Path) -> dict[str, Tensor]:
-    """Weights of a directory of shards, by their names in the training module; for all processes at once."""
+    """Weights from a directory of shards, by their names in the training module. All processes must call this."""
     if distributed.is_initialized():
-        distributed.barrier()  # the first one has renamed it
+        distributed.barrier()  # wait until the first process has renamed the directory
     joined = scratch / "joined.pt"
     dcp_to_torch_save(path, joined)
     content = torch.load(joined, map_location="cpu", weights_only=True)

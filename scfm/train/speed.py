@@ -1,4 +1,4 @@
-"""How fast a run is: cells and tokens per second, the fraction of the device's arithmetic peak, memory."""
+"""Speed of a run: cells and tokens per second, fraction of the device's peak arithmetic, and memory in use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from scfm.data import CellBatch
 from scfm.models.network import CellTransformer
 
-# Dense peak of bfloat16 or float16 products with sums in float32, in TFLOP/s, by a part of the name of the device: data sheets
-# of the makers. The first part that is found counts.
+# Peak of dense bfloat16 or float16 products with float32 sums, in TFLOP/s, from the data sheets of the makers. The key is a
+# part of the device name; the first key that is found in the name is used.
 PEAKS = {
     "H200": 989.4,
     "H100 PCIe": 756.0,
@@ -39,16 +39,16 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of a run since they were last asked for.
+    """Rates of a run since they were last read.
 
     Attributes
     ----------
     cells, tokens
-        Per second, over all devices.
+        Cells and tokens per second, summed over all devices.
     peak_fraction
-        Of the arithmetic peak of the device that the products in the blocks make up; None if the peak is not known.
+        Rate of operations of the products in the blocks, divided by the peak of the device; None if the peak is not known.
     memory_gb
-        Largest memory in use on the device so far; None on a CPU.
+        Maximum memory in use on the device so far, in GB; None on a CPU.
     """
 
     cells: float
@@ -73,10 +73,10 @@ class Rates:
 
 
 class Speed(lightning.Callback):
-    """Counts what was trained on, and logs the rates."""
+    """Count the cells and tokens that were trained on, and log the rates."""
 
     def __init__(self, every: int) -> None:
-        self.every = every  # steps between two entries of the log
+        self.every = every  # steps between two log entries
         self.latest: Rates | None = None
         self._clear()
 
@@ -115,15 +115,15 @@ class Speed(lightning.Callback):
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Arithmetic peak of a device in half precision, in TFLOP/s; None if it is not in the table."""
+    """Peak arithmetic of a device in half precision, in TFLOP/s; None if the device is not in the table."""
     return next((peak for part, peak in PEAKS.items() if part in device_name), None)
 
 
 def block_flops(network: CellTransformer, inputs: CellBatch) -> float:
-    """Floating-point operations of the products in all blocks, forward and backward; what is recomputed does not count.
+    """Floating-point operations of the products in all blocks, forward and backward, without recomputation.
 
-    A matrix takes 2 operations for each of its numbers and tokens forward, and twice that backward; attention takes
-    4 x width for each pair of query and key forward, and twice that backward.
+    In the forward pass, a weight matrix needs 2 operations per element and token, and attention needs 4 x width operations
+    per pair of query and key. The backward pass needs twice as many.
     """
     weights = sum(parameter.numel() for parameter in network.blocks.parameters() if parameter.dim() == 2)
     flops = 6.0 * weights * inputs.n_tokens

@@ -1,7 +1,7 @@
 """`CellStream`: encoded batches from files that are larger than memory, in shuffled order.
 
-Own code, because no existing loader fits: annbatch needs Python 3.12; scDataset 0.3 fetches lists of rows, has no
-saved position, and cannot give every rank the same number of batches.
+scfm has its own loader because no existing one fits. annbatch needs Python 3.12. scDataset 0.3 fetches lists of
+rows, cannot save its position, and cannot give every rank the same number of batches.
 """
 
 # Axes: B cells.
@@ -35,7 +35,7 @@ MAX_OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class _Block:
-    """Neighboring rows of one file; `first` is the first of them, counted through all files."""
+    """Consecutive rows of one file. `first` is the number of the first row, counted over all files."""
 
     source: int
     start: int
@@ -47,36 +47,37 @@ class _Block:
 class CellStream(IterableDataset[CellBatch]):
     """Batches of encoded cells from one or many files, shuffled in each epoch.
 
-    Files are cut into blocks of neighboring rows. Each epoch shuffles the blocks of all files, deals them to the
-    ranks, and reads a buffer of them at a time, each block encoded as soon as it is read, as many at once as torch has
-    threads. The cells of a buffer are shuffled and packed into batches while the next buffer is read. At most two buffers of
-    tokens, and one block of counts per thread, are in memory. All ranks get the same number of batches: a rank that could
-    do with fewer cuts some in two, or repeats some if it has fewer cells than that.
+    Files are divided into blocks of consecutive rows. In each epoch, the blocks of all files are shuffled and distributed
+    among the ranks. A rank reads several blocks at a time into a buffer, with as many threads as torch has; each thread reads
+    a block and encodes it. The cells of a buffer are shuffled and packed into batches while the next buffer is read. At most
+    two buffers of tokens, and one block of counts per thread, are in memory. All ranks get the same number of batches: a
+    rank with fewer batches than others splits some of them in two, or repeats some if it has too few cells.
 
-    The order is a function of the seed and the number of the epoch, and `seek` resumes at any batch. Workers of a
-    `torch.utils.data.DataLoader` (with ``batch_size=None``) share the buffers of a rank; each has a copy of the stream, so
-    resume without workers.
+    The order depends only on the seed and the number of the epoch, and `seek` resumes at any batch. Workers of a
+    `torch.utils.data.DataLoader` (with ``batch_size=None``) share the buffers of a rank. Each worker has a copy of the
+    stream, so a stream that is used by workers does not advance, and a run with workers cannot be resumed by `seek`.
 
     Parameters
     ----------
     paths
-        `.h5ad` files and `.zarr` folders, or one of them.
+        One or several `.h5ad` files or `.zarr` folders.
     encoding
         Encoding of the cells.
     batch_cells
         Maximum number of cells in a batch.
     max_tokens
-        Maximum number of tokens in a batch, instead of `batch_cells`; a longer cell gets its own batch. Needs `lengths_B`.
+        Maximum number of tokens in a batch, instead of `batch_cells`. A cell with more tokens forms a batch alone. Needs
+        `lengths_B`.
     lengths_B
-        Tokens of each cell of all files, or upper bounds, shape (cells,); cells of length 0 are left out.
+        Number of tokens of each cell of all files, or an upper bound of it, shape (cells,). Cells of length 0 are left out.
     buffer_cells
         Number of cells in the buffer that is shuffled. A larger buffer shuffles better and needs more memory.
     block_cells
-        Number of neighboring cells that are read together. Smaller blocks shuffle better and are read more slowly.
+        Number of consecutive cells that are read together. Smaller blocks shuffle better and are read more slowly.
     shuffle
-        Whether to shuffle cells. False keeps the order of the files and uses no training randomness.
+        Whether to shuffle cells. False keeps the order of the files, and the encoding draws no random numbers.
     seed
-        Seed of everything that is random.
+        Seed of the order of the cells and of the random numbers of the encoding.
     rank, world_size
         Rank of this process and number of processes; each process gets its own part of the cells.
     {layer}
@@ -85,7 +86,7 @@ class CellStream(IterableDataset[CellBatch]):
 
     Notes
     -----
-    `cell_index_B` of a batch numbers the rows of all files in order, so that labels can be added.
+    `cell_index_B` of a batch holds row numbers, counted over all files in order. It can be used to look up labels.
 
     Examples
     --------
@@ -148,7 +149,7 @@ class CellStream(IterableDataset[CellBatch]):
     def _costs(
         self, batch_cells: int | None, max_tokens: int | None, lengths_B: ArrayLike | None
     ) -> tuple[NDArray[np.bool_] | None, NDArray[np.int64] | None, int]:
-        """Which cells take part, what each of them costs, and the budget of a batch; None means all, and 1."""
+        """Return which cells are used (None for all), the cost of each (None for 1), and the maximum cost of a batch."""
         if lengths_B is None:
             assert batch_cells is not None
             return None, None, batch_cells
@@ -159,11 +160,11 @@ class CellStream(IterableDataset[CellBatch]):
         return length_B > 0, cost_B, max_tokens or batch_cells or 1
 
     def __len__(self) -> int:
-        """Batches of this rank in the current epoch, over all workers."""
+        """Number of batches of this rank in the current epoch, over all workers."""
         return sum(self._buffer_sizes())
 
     def seek(self, step: int) -> None:
-        """Go to the batch of this rank that comes `step` batches after its first one, over all epochs; nothing is read."""
+        """Go to batch number `step` of this rank, counted from 0 over all epochs, without reading data."""
         self.epoch, self._next_buffer, self._next_batch = 0, 0, 0
         while self._blocks and step >= len(self):
             step -= len(self)
@@ -199,13 +200,13 @@ class CellStream(IterableDataset[CellBatch]):
         self._opened.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": OrderedDict()}  # open files are not sent to worker processes
+        return {**self.__dict__, "_opened": OrderedDict()}  # worker processes open the files themselves
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, *purpose))
 
     def _buffers(self) -> list[list[list[_Block]]]:
-        """The blocks of each rank in this epoch, buffer by buffer; every rank has as many blocks in each."""
+        """Blocks of each rank in this epoch, grouped by buffer. A buffer has the same number of blocks on all ranks."""
         order = self._rng(0).permutation(len(self._blocks)) if self.shuffle else np.arange(len(self._blocks))
         missing = -len(order) % self.world_size
         order = np.concatenate([order, np.resize(order, missing)]) if len(order) else order
@@ -214,7 +215,7 @@ class CellStream(IterableDataset[CellBatch]):
         return [[mine[start : start + size] for start in range(0, len(mine), size)] for mine in dealt]
 
     def _buffer_sizes(self) -> list[int]:
-        """Batches of each buffer in this epoch, the same on every rank."""
+        """Number of batches of each buffer in this epoch, which is the same on all ranks."""
         if self._sizes is None or self._sizes[0] != self.epoch:
             buffers = list(zip(*self._buffers()))
             self._sizes = self.epoch, [self._n_batches(buffer, place) for place, buffer in enumerate(buffers)]
@@ -224,7 +225,7 @@ class CellStream(IterableDataset[CellBatch]):
         return max(len(self._packed(buffer, place, rank)) for rank, buffer in enumerate(of_ranks))
 
     def _batches(self, of_ranks: Sequence[list[_Block]], place: int) -> list[NDArray[np.int64]]:
-        """Cells of each batch that this rank makes of a buffer, by their position in it."""
+        """Cells of each batch of this rank from one buffer, as indices into the buffer."""
         batches = self._packed(of_ranks[self.rank], place, self.rank)
         return _extended(batches, self._n_batches(of_ranks, place))
 
@@ -234,7 +235,7 @@ class CellStream(IterableDataset[CellBatch]):
         return pack(order, cost_B, self._budget)
 
     def _rows_of(self, block: _Block) -> NDArray[np.int64]:
-        """Rows of a block that take part, counted from its start."""
+        """Rows of a block that are used, counted from its start."""
         if self._kept_B is None:
             return np.arange(block.stop - block.start)
         return np.flatnonzero(self._kept_B[block.first : block.first + block.stop - block.start])
@@ -252,7 +253,7 @@ class CellStream(IterableDataset[CellBatch]):
             return CellBatch.concat(list(pool.map(self._encode, blocks, opened, rngs)))
 
     def _encode(self, block: _Block, opened: tuple[CountSource, GeneMap], rng: np.random.Generator | None) -> CellBatch:
-        """Read and encode a block; several at a time, each in one thread."""
+        """Read and encode one block; runs in several threads at once."""
         counts, genes = opened
         kept = self._rows_of(block)
         parts = []
@@ -280,7 +281,7 @@ def _in_file_order(buffer: list[_Block]) -> list[_Block]:
 
 
 def _extended(batches: list[NDArray[np.int64]], n_batches: int) -> list[NDArray[np.int64]]:
-    """As many batches as asked for: the largest are cut in two; if every batch is one cell, some come again."""
+    """Extend to `n_batches` batches by splitting the largest in two; if all have one cell, repeat some."""
     batches = list(batches)
     while len(batches) < n_batches:
         largest = max(range(len(batches)), key=lambda number: len(batches[number]))
@@ -291,6 +292,6 @@ def _extended(batches: list[NDArray[np.int64]], n_batches: int) -> list[NDArray[
 
 
 def _cut(source: int, n_rows: int, first_row: int, block_cells: int) -> list[_Block]:
-    """Cut a file into blocks of nearly equal size, none above `block_cells`."""
+    """Divide a file into blocks of nearly equal size, with at most `block_cells` cells each."""
     edges = np.linspace(0, n_rows, -(-n_rows // block_cells) + 1).astype(int)
     return [_Block(source, int(start), int(stop), first_row + int(start)) for start, stop in pairwise(edges)]

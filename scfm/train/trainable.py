@@ -1,4 +1,4 @@
-"""Which weights a fine-tuning may move, and whether activations are kept for it."""
+"""Choose the trainable weights, and switch activation checkpointing and compilation of the blocks on and off."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADS = ("class_head", "gene_head", "value_head", "value_from_cell_head", "batch
 class LowRankLinear(nn.Module):
     """A frozen linear layer plus a trainable update of rank r: W x + b + (alpha / r) B A x (LoRA, Hu et al. 2022).
 
-    B starts at zero, so that training starts from the layer as it was; alpha is 2 r.
+    B starts at zero, so that training starts from the unchanged layer. alpha is 2 r.
     """
 
     def __init__(self, base: Linear, rank: int) -> None:
@@ -40,20 +40,20 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Linear:
-        """The plain layer with the update added to its weights."""
+        """Return a plain linear layer whose weights include the update."""
         self.base.weight += self.scale * self.up @ self.down
         return self.base
 
 
 def set_trainable(network: CellTransformer, how: str) -> int:
-    """Freeze what `how` leaves out, and return the number of trainable parameters.
+    """Freeze all weights except those that `how` selects, and return the number of trainable parameters.
 
     Parameters
     ----------
     network
-        Changed in place; call `merge` after training to undo what "lora:R" put in.
+        Changed in place. Call `merge` after training, which removes the layers that "lora:R" adds.
     how
-        "all", "head", "last:N" or "lora:R".
+        "all", "head" (the heads), "last:N" (heads and last N blocks) or "lora:R" (heads and low-rank updates of rank R).
 
     Examples
     --------
@@ -85,20 +85,22 @@ def set_trainable(network: CellTransformer, how: str) -> int:
 
 
 def freeze_unused(network: CellTransformer, objective: Objective, cells: CellBatch) -> list[str]:
-    """Freeze parameters that the loss does not depend on, which processes would wait for in vain; return their names.
+    """Freeze parameters that the loss does not depend on, and return their names.
+
+    Without this, distributed training would wait for gradients of these parameters, which are never computed.
 
     Parameters
     ----------
     network
-        Changed in place, until `merge`.
+        Changed in place. `merge` makes the parameters trainable again.
     objective
-        The objective, as it is at some step; all its steps use the same heads.
+        The objective at any step; the heads that it uses are the same at all steps.
     cells
-        Some cells to compute a loss of.
+        Some cells, to compute a loss.
     """
     inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
     device = network.embedding.gene.weight.device
-    network.eval()  # so that nothing is counted or drawn
+    network.eval()  # no dropout, and no update of statistics
     with torch.random.fork_rng():
         loss = total(objective.loss(network, inputs.to(device), {k: v.to(device) for k, v in targets.items()}))
     named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
@@ -110,7 +112,7 @@ def freeze_unused(network: CellTransformer, objective: Objective, cells: CellBat
 
 
 def _blocks_read(network: CellTransformer) -> list[nn.Module]:
-    """Blocks that the loss depends on; Geneformer's cell embedding, and a class head on it, leave the last one out."""
+    """Blocks that the loss depends on. Geneformer's cell embedding, and a class head on it, do not use the last block."""
     config, blocks = network.config, list(network.blocks)
     if network.class_head is None or config.classes.kind != "batch_norm":
         return blocks
@@ -118,12 +120,12 @@ def _blocks_read(network: CellTransformer) -> list[nn.Module]:
 
 
 def merge(network: CellTransformer) -> None:
-    """Fold low-rank updates into their layers and make every weight trainable again.
+    """Add low-rank updates to the weights of their layers, and make all weights trainable again.
 
     Parameters
     ----------
     network
-        Changed in place; left as it is where there is nothing to fold.
+        Changed in place. Layers without a low-rank update keep their weights.
 
     Examples
     --------
@@ -149,7 +151,7 @@ def merge(network: CellTransformer) -> None:
 
 
 def _freeze_as_configured(network: CellTransformer) -> None:
-    """Keep still what the family never trains: scBERT's gene embedding, scFoundation's vector of padding."""
+    """Freeze what a model family never trains: scBERT's gene embedding, scFoundation's padding vector."""
     if not network.config.embedding.train_genes:
         network.embedding.gene.requires_grad_(False)
     if (padding := getattr(network.embedding.value, "pad", None)) is not None:
