@@ -175,9 +175,12 @@ def is_disk_full(error: BaseException) -> bool:
 
 def write_adata(adata: Any, path: Path) -> None:
     """Write an AnnData as `.zarr` or `.h5ad`, without anndata's warnings about its future default format."""
+    import anndata
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
+        with anndata.settings.override(allow_write_nullable_strings=True):  # what was read with them keeps them
+            adata.write_zarr(path) if path.suffix == ".zarr" else adata.write_h5ad(path)
 
 
 def _free(path: Path) -> int:

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
 
 from scfm import _files
-from scfm._files import atomic_write, output_lock
+from scfm._files import atomic_write, output_lock, write_adata
 from scfm.errors import OutputError
 
 WRITE_FOREVER = """
@@ -201,3 +204,14 @@ def test_a_lock_is_not_inherited_by_the_next_file_of_that_name(tmp_path):
     os.close(descriptor)
     with output_lock(tmp_path / "output"):
         assert lock_path.exists()
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_nullable_strings_that_were_read_can_be_written(tmp_path, suffix):
+    adata = anndata.AnnData(
+        np.ones((2, 3), dtype=np.float32), obs=pd.DataFrame(index=pd.Index(["a", "b"], dtype="string"))
+    )
+    path = tmp_path / f"cells{suffix}"
+    write_adata(adata, path)
+    written = anndata.read_zarr(path) if suffix == ".zarr" else anndata.read_h5ad(path)
+    assert list(written.obs_names) == ["a", "b"]

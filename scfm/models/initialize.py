@@ -49,7 +49,7 @@ def set_gene_embeddings(network: CellTransformer, loadings_VR: torch.Tensor, sca
     weight_VD = network.embedding.gene.weight
     n_columns = min(loadings_VR.shape[1], weight_VD.shape[1])
     is_gene_V = network.is_gene_V
-    weight_VD[is_gene_V, :n_columns] = scale * loadings_VR[is_gene_V, :n_columns].to(weight_VD.device)
+    weight_VD[is_gene_V, :n_columns] = scale * loadings_VR[is_gene_V, :n_columns].to(weight_VD)
 
 
 def sample_rows(rows: NDArray[np.int64], seed: int, keep: NDArray[np.int64] | None = None) -> NDArray[np.int64]:

@@ -230,7 +230,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def readable(tensor: Tensor) -> Tensor:
     """The tensor itself if its last axis is contiguous, otherwise a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves a tensor without elements as it is
 
 
 def autocast_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import stand_ins
 import torch
 
 from scfm import ops
-from scfm.ops import device_record
+from scfm.ops import device_record, engines, torch_kernels
 from scfm.ops.device_record import Case
 from scfm.ops.options import OperatorOptions
 from scfm.ops.reference import keys as reference
@@ -137,6 +138,8 @@ def test_speed_is_the_time_of_torch_over_that_of_the_kernels(script, machine, mo
         return {"ours": 2.0, "theirs": 3.0}
 
     monkeypatch.setattr(script, "milliseconds", clock)
+    monkeypatch.setattr(engines, "ATEN", stand_ins.from_definition())
+    monkeypatch.setattr(torch_kernels, "_TRUSTED", {})
     case = Case(dtype="float16", head_dim=32, options=frozenset({"key_bias"}), operator=operator)
     batch = script.make_batch(case, [20, 3], "cpu", 1)
     assert script.speed_of(case, batch, Operators(), backward=False) == 1.5

@@ -239,3 +239,10 @@ def test_bfloat16_products_of_training_by_way_of_float32_are_as_exact_as_torchs(
     for mine, peer, truth in zip(ours, theirs, exact):
         assert mine.dtype == peer.dtype
         assert (mine - truth).abs().max() <= 1.01 * (peer - truth).abs().max()
+
+
+def test_no_rows_of_any_layout_give_no_rows():
+    weight = torch.randn(5, 17)
+    with torch.no_grad():
+        for rows in (torch.randn(0, 17), torch.randn(17, 0).T, torch.randn(0, 17)[:, :1].expand(0, 17)):
+            assert linear(rows, weight).shape == (0, 5)

@@ -87,3 +87,17 @@ def test_columns_of_one_name_are_named_where_cells_must_be_selected(adata, model
     remedy = re.search(r"Keep one: `(.*)`\.", str(raised.value))[1]
     exec(remedy, {"adata": doubled})
     scfm.fit(doubled, config=CONFIG, context_length=32, progress=False)
+
+
+def test_the_default_dtype_of_torch_does_not_matter(adata):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        cells = adata.copy()
+        torch.set_default_dtype(dtype)
+        try:
+            scfm.fit(cells, config=CONFIG, context_length=32, progress=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append(cells.obsm["X_scfm"])
+    assert results[1].dtype == results[0].dtype
+    assert results[1].shape == results[0].shape
