@@ -61,28 +61,19 @@ def pool_cells(
         kept_TD = states_TD if keep_T is None else states_TD.masked_fill(~keep_T[:, None], -torch.inf)
         pooled_BD = torch.segment_reduce(kept_TD, "max", lengths=cu_seqlens.diff().long(), unsafe=True)
         return pooled_BD.masked_fill(pooled_BD.isneginf(), 0.0)
+    if how not in ("mean", "weighted"):
+        raise ValueError(f"The pooling is {how!r}; choose 'mean', 'weighted', 'max', 'cls' or 'concat'.")
     if how == "weighted":
         assert weight_T is not None
-        return _weighted_mean(states_TD.float(), cu_seqlens.long(), weight_T if keep_T is None else weight_T * keep_T)
-    if how != "mean":
-        raise ValueError(f"The pooling is {how!r}; choose 'mean', 'weighted', 'max', 'cls' or 'concat'.")
+        keep_T = weight_T if keep_T is None else weight_T * keep_T
     return _mean(states_TD.float(), cu_seqlens.long(), keep_T)
 
 
-def _mean(states_TD: Tensor, cu_seqlens: Tensor, keep_T: Tensor | None) -> Tensor:
-    lengths_B = cu_seqlens.diff()
-    if keep_T is None:
-        count_B = lengths_B
-    else:
-        states_TD = states_TD * keep_T[:, None]
-        cumulated = torch.cat([cu_seqlens.new_zeros(1), keep_T.long().cumsum(0)])
-        count_B = cumulated[cu_seqlens[1:]] - cumulated[cu_seqlens[:-1]]
+def _mean(states_TD: Tensor, cu_seqlens: Tensor, weight_T: Tensor | None) -> Tensor:
+    """Mean of the states of each cell; tokens count as much as their weights, which may be bool, or equally for None."""
+    total_B = lengths_B = cu_seqlens.diff()
+    if weight_T is not None:
+        states_TD = states_TD * weight_T[:, None]
+        total_B = torch.segment_reduce(weight_T.float(), "sum", lengths=lengths_B, unsafe=True)
     sum_BD = torch.segment_reduce(states_TD, "sum", lengths=lengths_B, unsafe=True)
-    return sum_BD / count_B.clamp(min=1)[:, None]
-
-
-def _weighted_mean(states_TD: Tensor, cu_seqlens: Tensor, weight_T: Tensor) -> Tensor:
-    lengths_B = cu_seqlens.diff()
-    sum_BD = torch.segment_reduce(states_TD * weight_T[:, None], "sum", lengths=lengths_B, unsafe=True)
-    total_B = torch.segment_reduce(weight_T, "sum", lengths=lengths_B, unsafe=True)
-    return sum_BD / torch.where(total_B > 0, total_B, 1.0)[:, None]
+    return sum_BD / total_B.masked_fill(total_B == 0, 1)[:, None]
