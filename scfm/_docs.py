@@ -31,24 +31,24 @@ gene_key
 """,
     "depth_key": """
 depth_key
-    Column of `adata.obs` with each cell's total counts over all measured genes, for data that hold only some of the
-    genes. None for the sum of each row, or, if `adata.uns["scfm"]["depth_key"]` is set, for the column that it names.
+    Column of `adata.obs` with each cell's total counts over all measured genes. Needed if the matrix holds only some of
+    these genes. None for the column that `adata.uns["scfm"]["depth_key"]` names, or, without one, for the sum of each row.
 """,
     "hidden_layer": """
 hidden_layer
     Index of the layer whose output is pooled: 0 is the input of the first block, -1 the output of the last block. None
-    for the default of the model's family (-2 for Geneformer, -1 for others).
+    for the default of the model (-2 for published Geneformer models, -1 for others).
 """,
     "pooling": """
 pooling
-    "mean" or "max" over the gene tokens, "weighted" for their mean weighted by expression (by value, or by 1 / (1 + rank / 50)
-    if the encoding has only ranks), "cls" for the vector of the cls token, or "concat" for four concatenated vectors, as in
-    scFoundation: those of the two read-depth tokens, the maximum and the mean. None for the default of the
-    model's family.
+    How the token vectors of a cell are combined. "mean" or "max": over the genes. "weighted": mean over the genes, weighted
+    by the values, or by 1 / (1 + rank / 50) in rank encodings. "cls": the vector of the cls token. "concat": the vectors of
+    the two read-depth tokens, the maximum and the mean, concatenated (scFoundation). None for the default of the model.
 """,
     "normalize": """
 normalize
-    Whether to divide each embedding by its Euclidean norm. None for the default of the model's family (True for scGPT).
+    Whether to divide each embedding by its Euclidean norm. None for the default of the model (True for published scGPT
+    models).
 """,
     "precision": """
 precision
@@ -69,14 +69,14 @@ key_added
 """,
     "checkpoint": """
 vocabulary
-    Vocabulary of a published checkpoint, if its folder has none: a path (see `scfm.encoding.read_vocabulary`), a mapping of
+    Vocabulary of a published checkpoint whose folder has none: a path (see `scfm.encoding.read_vocabulary`), a mapping of
     token to id, or a `Vocabulary`.
 medians
     Median expression of each gene, which a Geneformer checkpoint needs: a path, a mapping of gene to median, or an array by
     token id.
 strict
-    Whether to refuse a checkpoint with tensors that are missing, unknown or of the wrong shape. False loads the tensors
-    that match, and warns with a list of the others.
+    Whether tensors that are missing, unknown or of the wrong shape are an error. With False, the tensors that match are
+    loaded, and a warning lists the others.
 """,
     "copy": """
 copy

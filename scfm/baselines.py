@@ -204,7 +204,9 @@ def score_proba(
 def expected_calibration_error(
     confidence_B: NDArray[np.floating], right_B: NDArray[np.bool_], n_bins: int = 10
 ) -> float:
-    """Return the expected calibration error (Guo et al. 2017): the difference of confidence and accuracy, averaged over cells.
+    """Return the expected calibration error (Guo et al. 2017).
+
+    It is the absolute difference between mean confidence and accuracy in each bin of confidence, averaged over cells.
 
     Parameters
     ----------
@@ -213,7 +215,7 @@ def expected_calibration_error(
     right_B
         Whether the prediction is right, shape (B,), bool.
     n_bins
-        Number of bins of equal width; confidence and accuracy are compared in each.
+        Number of bins of equal width.
     """
     bin_B = np.minimum((confidence_B * n_bins).astype(int), n_bins - 1)
     gaps = [

@@ -54,8 +54,8 @@ def guess_id_type(names: Sequence[str | None]) -> IdType:
 class Vocabulary:
     """A list of tokens, whose positions are their ids. It is immutable.
 
-    ``name in vocabulary`` asks for a token that is written so. `token_ids`, `find` and `require` know aliases too, and ignore
-    the versions of Ensembl ids.
+    ``name in vocabulary`` is True if `name` is exactly a token. `token_ids`, `find` and `require` also find genes by their
+    aliases, and ignore the versions of Ensembl ids.
 
     Parameters
     ----------
@@ -179,10 +179,10 @@ class Vocabulary:
         return self.special_id("eos")
 
     def token_ids(self, names: Iterable[str]) -> NDArray[np.int32]:
-        """Look up tokens: as written, as an alias, or without the version of an Ensembl id; -1 for what is not found.
+        """Return the token id of each name, shape (n,), int32; -1 for a name that is not found.
 
-        Versions are ignored on both sides: ENSG00000019582.14 finds ENSG00000019582, and the reverse. A token that is written
-        as the name comes first. Shape (n,), int32.
+        A name is first looked up as it is, then as an alias, then without the version of an Ensembl id: ENSG00000019582.14
+        finds the token ENSG00000019582, and the reverse.
         """
         names = list(names)
         ids = self._as_written(names)
@@ -198,7 +198,7 @@ class Vocabulary:
         return np.fromiter(found, dtype=np.int32)
 
     def find(self, names: Sequence[str | None]) -> tuple[NDArray[np.int32], int]:
-        """Look up genes as `token_ids` looks up tokens; special tokens are not genes.
+        """Look up genes as `token_ids` does; special tokens are not found.
 
         Parameters
         ----------
@@ -234,7 +234,7 @@ class Vocabulary:
         Raises
         ------
         VocabularyMismatchError
-            If a name is missing or a special token; says which, and how the names of the vocabulary are written.
+            If a name is not in the vocabulary, or is a special token; the message says which.
         """
         ids, _ = self.find(names)
         if (ids < 0).any():

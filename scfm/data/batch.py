@@ -27,8 +27,8 @@ class CellBatch:
     gene_ids_T
         Token ids, shape (T,), int32.
     cu_seqlens
-        Cell boundaries, shape (B + 1,), first 0, last T; int32, or int64 from `scfm.pp.encode` and where int32 cannot count
-        the tokens.
+        Cell boundaries, shape (B + 1,), first 0, last T, int32. They are int64 in the result of `scfm.pp.encode`, and if
+        there are too many tokens for int32.
     values_T
         Value of each token (bin, bucket or log-expression), shape (T,), float32; None for rank encodings.
     n_known
@@ -43,7 +43,7 @@ class CellBatch:
     depth_B
         Total counts of each cell over all genes of its matrix, shape (B,), float32.
     plan
-        The plan of attention within the cells, if it was made ahead; a network makes the plan of a batch that has none.
+        Plan of the attention within the cells (`scfm.ops.make_plan`), if it was made in advance. None: the network makes it.
 
     Examples
     --------
@@ -85,20 +85,20 @@ class CellBatch:
         return self.n_cells
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CellBatch:
-        """Move every tensor to `device`; with `non_blocking`, to a GPU while the host does other things, if they are pinned.
+        """Return the batch with every tensor on `device`. With `non_blocking`, the host does not wait for pinned tensors.
 
-        A batch that is sent to a GPU gets its plan before, since the host would have to wait for boundaries that are there.
+        Before a batch is sent to a GPU, its plan is made, because reading boundaries back from the GPU would be slow.
         """
         sent = torch.device(device).type == "cuda" and self.device.type == "cpu"
         batch = self.planned() if sent else self
         return batch._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CellBatch:
-        """Copy every tensor to memory from which a GPU reads by itself."""
+        """Return the batch with every tensor in pinned memory, from which copies to a GPU are asynchronous."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def planned(self) -> CellBatch:
-        """The batch, on the host, with the plan of its attention, laid out for a GPU."""
+        """Return the batch with its attention plan, including the layout for a GPU. The batch must be on the host."""
         plan = self.plan or make_plan(self.cu_seqlens, n_known=self.n_known)
         return dataclasses.replace(self, plan=plan.laid_out())
 

@@ -35,8 +35,8 @@ class EncodingConfig(Config):
         Total to which counts are normalized. The default is None for bin, which leaves counts unchanged, and 10,000 for the
         others.
     depth_over
-        Genes whose counts make up a cell's total: "matrix" for all genes of the matrix (or the depth that the data give),
-        "vocabulary" for those in the vocabulary.
+        Genes over which a cell's total is taken: "matrix" for all genes of the matrix (or for the depth, if the data name
+        it), "vocabulary" for those in the vocabulary.
     log1p
         Whether to take log1p of the (normalized) counts before binning: a choice for bin only (default False). Rank never
         does; bucket and continuous always do.
@@ -49,14 +49,15 @@ class EncodingConfig(Config):
     cls_value, eos_value
         Values of the two special tokens. In scGPT they are -2 in pretraining and embedding, and 0 in fine-tuning.
     target_depth
-        Continuous only: total counts that the target-depth token asks for. None for the cell's own total.
+        Continuous only: total count of a cell to predict for, the value of the target-depth token. None for the cell's own
+        total.
     duplicates
         If several columns have the same gene: "error" to raise, or "sum" to add their counts (Geneformer V2).
     seed
         Seed of the hash that chooses among the bins of tied values.
     depth_key
-        Column of `adata.obs` that held the total counts of the cells that the encoding was learned from. It is looked up
-        in new cells too, and a warning in the log says if they lack it. None if the rows were summed.
+        Column of `adata.obs` from which the total counts were read when the encoding was learned. For new cells the same
+        column is used; if it is missing, a warning is logged. None if the rows were summed.
 
     Examples
     --------
@@ -91,7 +92,7 @@ class EncodingConfig(Config):
         self._check()
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields by name; without `depth_key` if it is None, as in files of earlier versions, whose ids stay the same."""
+        """Return the fields by name. `depth_key` is omitted if it is None, so that ids of earlier models do not change."""
         return {name: value for name, value in super().to_dict().items() if name != "depth_key" or value is not None}
 
     def _check(self) -> None:

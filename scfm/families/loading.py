@@ -34,7 +34,7 @@ def load(
 ) -> Model:
     """Load a model that `model.save` wrote, or a published checkpoint.
 
-    scfm reads its own directories, Geneformer directories (V1 or V2; pretrained model, cell classifier or gene classifier),
+    It reads scfm's own directories, Geneformer directories (V1 or V2; pretrained model, cell classifier or gene classifier),
     scGPT directories, scBERT files (.pth) and scFoundation files (.ckpt). No code in the files is executed: weights are
     safetensors or are read with torch's weights-only loader, and pickles are read with a reader that accepts plain
     dictionaries only. Tensors of a published checkpoint that the network does not use are listed with the reason in

@@ -42,8 +42,8 @@ class Model(ModelState):
     labels
         Names of the classes that the network predicts; empty if it was not trained to classify.
     calibration
-        Temperatures for calibrated probabilities, and the typical distance to the training cells; None if the model was
-        not calibrated.
+        Temperatures for calibrated probabilities, and the threshold of the novelty score; None if the model was not
+        calibrated.
     scores
         Rows of `report`; None if the model was fitted without labels.
     objective
@@ -85,7 +85,7 @@ class Model(ModelState):
         The files are `config.json`, `vocabulary.json`, `weights.safetensors`, and, if the encoding has medians,
         `encoding.safetensors`.
 
-        It is written under a temporary name and renamed at the end, so an interrupted call changes nothing.
+        The directory is written under a temporary name and renamed at the end, so an interrupted call changes nothing.
 
         Parameters
         ----------
@@ -254,9 +254,9 @@ class Model(ModelState):
         normalize: bool | None = None,
         precision: Precision = "fp32",
     ) -> NDArray[np.float32]:
-        """Return the embedding of each encoded cell, shape (B, D), float32, independent of the other cells.
+        """Return the embedding of each encoded cell, shape (B, D), float32. It does not depend on the other cells.
 
-        Arguments are described in `scfm.tl.embed`. None for the default of the model.
+        The arguments are those of `scfm.tl.embed`; None for the default of the model.
         """
         network, config = self.network_in(precision), self.network.config
         parts = [
@@ -273,7 +273,7 @@ class Model(ModelState):
         )
 
     def embedding_of_features(self, features_BX: NDArray[np.float32], cells: CellBatch) -> NDArray[np.float32]:
-        """Return the same as `embed`, without computing it again if the class features are the embedding."""
+        """Return the result of `embed`. If the class head reads the embedding, it is taken from `features_BX`, not computed."""
         if not self.network.class_head_reads_embedding:
             return self.embed(cells)
         return unit_length(features_BX) if self.network.config.pooling.normalize else features_BX
@@ -306,8 +306,8 @@ class Model(ModelState):
         cells
             Cells encoded with the encoding of the model.
         expression_BV
-            log1p counts per 10,000 by token id (`scfm.pp.log_expression`), shape (B, V). If given, and the model has a
-            linear gene classifier, the result is that of the ensemble. None for the transformer alone.
+            log1p counts per 10,000 by token id (`scfm.pp.log_expression`) of the same cells, shape (B, V). With it, models
+            that were fitted with labels return the probabilities of the ensemble. None for the transformer alone.
         calibrated
             Whether to divide logits by the temperature that was fitted on the calibration cells.
         """
@@ -350,7 +350,8 @@ class Model(ModelState):
     def batches(self, cells: CellBatch) -> Iterator[CellBatch]:
         """Yield batches of at most `TOKENS_PER_BATCH` tokens on the device of the network, which is set to inference.
 
-        Callers turn gradients off themselves: a generator that did, and that an error left suspended, would leave them off.
+        Gradients are not turned off here, because they would stay off if an error left this generator suspended. The caller
+        turns them off.
         """
         self.network.eval()
         for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):

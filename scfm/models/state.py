@@ -75,7 +75,8 @@ class ModelState:
     labels
         Names of the classes that the network predicts; empty if it was not trained to classify.
     calibration
-        Temperatures for calibrated probabilities, and the typical distance; None if the model was not calibrated.
+        Temperatures for calibrated probabilities, and the threshold of the novelty score; None if the model was not
+        calibrated.
     scores
         Rows of `Model.report`; None if the model was fitted without labels.
     objective

@@ -26,8 +26,8 @@ MAX_SCALED = 10.0  # scaled value at which the gene classifier clips a gene
 class ClassHead(nn.Module):
     """scfm's head for the class of a cell: batch norm of the embedding without scale and shift, dropout, one linear layer.
 
-    The mean over many token states differs little between cells compared with its mean over all cells. Without the batch
-    norm, a small training step changes this common part, and thereby the logits of all cells.
+    Embeddings that are means over many tokens have a large common part and differ little between cells. Without the batch
+    norm, a small training step changes the common part, and with it the logits of all cells.
     """
 
     def __init__(self, d_input: int, config: ClassHeadConfig) -> None:
@@ -75,11 +75,11 @@ class LinearClassifier(Protocol):
 
 
 class GeneClassifier(nn.Module):
-    """A linear classifier of scaled log1p counts per 10,000, which forms an ensemble with the transformer.
+    """The linear members of the ensemble: one linear classifier of scaled log1p counts per 10,000.
 
-    Each gene is multiplied by its scale and cut off at `MAX_SCALED`, so that no gene decides alone. Several linear
-    classifiers are kept as one, because a weighted sum of them is linear too. What is saved are buffers: they are fitted
-    once, by logistic regression, and no optimizer touches them.
+    The expression of each gene is multiplied by its scale, and values above `MAX_SCALED` are set to it, so that no gene
+    decides alone. The weighted sum of several linear classifiers is linear too, so only the sum is stored. The weights are
+    buffers: they are fitted by logistic regression, and optimizers do not change them.
     """
 
     scale_V: Tensor

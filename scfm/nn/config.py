@@ -204,7 +204,7 @@ class ClassHeadConfig(Config):
     dropout
         Dropout probability in the head.
     gene_classifier
-        Whether predictions are those of an ensemble of the head and a linear classifier of log-expression.
+        Whether predictions are those of an ensemble of the head and linear classifiers of log-expression.
     n_novelty_components
         Components of log-expression in which the distance of a cell from all classes is measured; 0 for no novelty score.
     """

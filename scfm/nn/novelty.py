@@ -1,4 +1,4 @@
-"""How unlike all known classes a cell is: Gaussians of the classes in gene space."""
+"""Novelty of a cell: its distance from Gaussians of the known classes."""
 
 # Axes: B cells, V tokens of the vocabulary, R components, C classes.
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class ClassGaussians(nn.Module):
-    """Distances of cells from the nearest class, in two views of log1p counts per 10,000.
+    """Two distances of a cell from the nearest class, computed from log1p counts per 10,000.
 
-    One view is a few components, with a covariance that the classes share. It sees programs of many genes. The other is
-    every variable gene by itself, with a variance that the classes share. It sees genes that the components leave out. What
-    is saved are buffers: they are fitted once, and no optimizer touches them.
+    The first distance is that of a few principal components, with a covariance that all classes share; it is sensitive to
+    programs of many genes. The second is that of all variable genes, with variances that all classes share; it is sensitive
+    to single genes that the components do not contain. All parameters are buffers, which optimizers do not change.
     """
 
     loading_VR: Tensor
@@ -40,7 +40,7 @@ class ClassGaussians(nn.Module):
         self.register_buffer("scale", torch.ones(2))
 
     def log_distances(self, expression_BV: csr_matrix) -> NDArray[np.float64]:
-        """Logarithm of the squared distance from the nearest class in each view, shape (B, 2)."""
+        """Return the logarithms of both squared distances of each cell, shape (B, 2)."""
         loading_VR, mean_CR, weight_V, mean_CV = (
             buffer.cpu().numpy().astype(np.float64)
             for buffer in (self.loading_VR, self.mean_CR, self.weight_V, self.mean_CV)

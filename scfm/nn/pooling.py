@@ -11,10 +11,10 @@ RANK_OF_HALF_WEIGHT = 50
 
 
 def expression_weights(position_T: Tensor, values_T: Tensor | None) -> Tensor:
-    """Weights of tokens in a mean that follows expression, shape (T,), float32.
+    """Return the weight of each token in a mean weighted by expression, shape (T,), float32.
 
-    The value of the token (0 for a hidden one), or 1 / (1 + rank / 50) where an encoding has ranks only: without weights, a
-    gene with one count moves the mean as much as the most specific marker.
+    The weight is the value of the token (0 for a masked one), or 1 / (1 + rank / 50) if the encoding has no values. In a mean
+    without weights, a gene with one count would have as much influence as the most specific marker.
     """
     if values_T is not None:
         return values_T.float().clamp(min=0)

@@ -130,8 +130,8 @@ def deletion_effects(
     grad_out
         Gradient of the function with respect to the outputs, shape (Tq, H, K), dtype of `q`.
     out, lse
-        Output and log-sum-exp of the same attention in float32, if both are already known; otherwise, and for 16-bit
-        tensors, they are computed.
+        Output and log-sum-exp of the same attention in float32, if both are already known. Otherwise they are computed; for
+        16-bit tensors they are always computed.
     {options}
 
     Returns
@@ -149,9 +149,9 @@ def deletion_effects(
 
     Notes
     -----
-    1 - a_ig cancels if a key has almost all attention. For those queries the mean value of the other keys is computed by
-    itself, from which the effect is `a_ig G_i . (mean - v_g)`. Everything is float32 at least, also for 16-bit tensors:
-    an output rounded to 16 bits does not resolve the effect of a key.
+    If a key has almost all the attention of a query, 1 - a_ig is inaccurate. For such queries the mean value of the other
+    keys is computed separately, and the effect is `a_ig G_i . (mean - v_g)`. All computations are at least in float32, also
+    for 16-bit tensors, because an output rounded to 16 bits is too coarse for the effect of one key.
 
     Examples
     --------

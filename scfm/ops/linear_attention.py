@@ -120,7 +120,7 @@ def linear_attention(
     Exponents, sums and the constant 1e-4 are at least float32. For bfloat16 tensors the kernels round W, features and sums to
     bfloat16 before a product, which makes their error 1.3 to 5 times that of `"torch"`. The features of a whole cell are
     never in memory, and there are no second derivatives. Forward-mode differentiation uses plain torch.
-    On a GPU, plain torch takes all cells at once, in chunks of 128 tokens of one cell.
+    On a GPU, plain torch computes all cells together, in chunks of 128 tokens that belong to one cell.
 
     Examples
     --------

@@ -25,7 +25,8 @@ class AttentionPlan:
     n_known
         Number of leading context tokens of each cell, shape (B,), int64, on the host; None if all tokens are context.
     layout
-        What torch's kernels on a GPU need of these, in one tensor; `to` makes it, or `laid_out` ahead of that. None on a CPU.
+        The same in the form that torch's GPU kernels need, in one tensor. Made by `to`, or earlier by `laid_out`. None on a
+        CPU.
 
     Examples
     --------
@@ -45,17 +46,17 @@ class AttentionPlan:
         return self.cu_seqlens.shape[0] - 1
 
     def laid_out(self) -> AttentionPlan:
-        """The plan with its layout, still on the host, where a loader can make it ahead of the step."""
+        """Return the plan with its layout, on the host. A loader can call this before the training step."""
         return replace(self, layout=self.layout or lay_out(self.cu_seqlens, self.cu_seqlens_k, self.n_known))
 
     def pin_memory(self) -> AttentionPlan:
-        """The plan with its layout in pinned memory, from which it is sent while the host does other things."""
+        """Return the plan with its layout in pinned memory, from which copies to a GPU are asynchronous."""
         layout = self.laid_out().layout
         assert layout is not None
         return replace(self, layout=layout.pin_memory())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AttentionPlan:
-        """The plan for tensors on `device`: one copy to a GPU, none on a CPU. The boundaries stay on the host."""
+        """Return the plan for tensors on `device`. For a GPU, the layout is copied to it; the boundaries stay on the host."""
         device = torch.device(device)
         if device.type != "cuda":
             return replace(self, layout=None)

@@ -50,8 +50,8 @@ def encode(
         What to do with cells that express no gene of the vocabulary: "error" to raise, or "keep" to return them without
         gene tokens.
     rng
-        Random generator for training: the bin encoding uses it for ties and for the choice of genes in long cells. None for
-        deterministic tokens.
+        Random generator for training. The bin encoding uses it to break ties, and to choose genes of cells with more genes
+        than the context length. None for deterministic tokens.
     backend
         "auto", "compiled" or "numpy"; their results are bitwise identical.
 

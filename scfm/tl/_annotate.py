@@ -55,20 +55,25 @@ def annotate(
         Cells whose predicted label has a lower probability become "unassigned".
     max_novelty
         Cells with a larger novelty score become "unassigned". "calibrated" for `model.calibration.novelty_threshold`, which
-        keeps 95 of 100 held-out cells of the known types. None rejects no cell, and logs how many "calibrated" would.
+        95 % of the calibration cells do not exceed. None to reject no cell; the log then says how many cells "calibrated"
+        would reject.
     majority_key
-        Column of `adata.obs` with clusters. Every cell then gets the label that is predicted most often in its cluster, and
-        its confidence is its own probability of this label. Cells are rejected afterward. Cells without a cluster (NaN)
-        keep the label that is predicted for them.
+        Column of `adata.obs` with clusters. Every cell gets the label that is predicted most often in its cluster; its
+        confidence is its own probability of this label. Then cells are rejected. Cells without a cluster (NaN) keep their
+        own label.
     {prefix_key_added}
     {copy}
 
     Returns
     -------
-    None, or the copy. Writes `obs["KEY_label"]` (categorical), `obs["KEY_confidence"]` (calibrated probability of
-    the label, 0 to 1), `obs["KEY_novelty"]` and `obsm["KEY_proba"]`, shape (n_obs, n_labels), float32, with columns in
-    the order of `model.labels`; and a record under `uns["scfm"]`. Novelty says how unlike every known class the expression
-    of a cell is; 0 is typical of known cells. A published classifier has none.
+    None, or the copy. Writes to `adata`
+
+    - `obs["KEY_label"]`: label or "unassigned", categorical
+    - `obs["KEY_confidence"]`: calibrated probability of the label, 0 to 1
+    - `obs["KEY_novelty"]`: how far the expression of the cell is from every known class; 0 is typical of cells of known
+      classes. Published classifiers have no novelty score.
+    - `obsm["KEY_proba"]`: probability of each label, shape (n_obs, n_labels), float32, columns as in `model.labels`
+    - `uns["scfm"]`: model and settings
 
     Raises
     ------

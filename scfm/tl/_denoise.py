@@ -46,9 +46,9 @@ def denoise(
 ) -> anndata.AnnData | None:
     """Predict the expression of each cell for a total count of `target_depth`.
 
-    The prediction is a weighted sum of the cell's own log-expression, the mean of its nearest neighbors, and what the model
-    predicts. The weights are fitted by least squares on the same cells, whose counts are downsampled once more and
-    predicted from what is left.
+    The prediction is a weighted sum of the cell's own log-expression, the mean over its nearest neighbors, and the prediction
+    of the model. The weights are fitted by least squares: the counts of the same cells are downsampled, and the original
+    values are predicted from the remaining counts.
 
     Parameters
     ----------
@@ -256,9 +256,9 @@ def evaluate_denoising(
     model
         A model with a continuous encoding and a value head.
     rate
-        Fraction of the counts that is kept.
+        Fraction of the counts that is kept, between 0 and 1.
     n_neighbors
-        Number of cells over which the baseline averages.
+        Number of cells, the cell itself included, in the mean of neighbors.
     {layer}
     {gene_key}
     {depth_key}
@@ -269,6 +269,13 @@ def evaluate_denoising(
     -------
     One row per method with `mse`, the mean squared error of log1p counts per 10,000, and `correlation`, the Pearson
     correlation averaged over cells, both over the genes in the vocabulary.
+
+    Raises
+    ------
+    ModelTaskError
+        If the model cannot predict values from read depth.
+    ValueError
+        If `rate` is not between 0 and 1, or `n_neighbors` is below 1.
 
     Notes
     -----
@@ -288,10 +295,12 @@ def evaluate_denoising(
     >>> config = ModelConfig.from_dict(scfoundation.ARCHITECTURE | sizes)
     >>> model = Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     >>> scfm.tl.evaluate_denoising(adata, model, rate=0.5).index.tolist()
-    ['scfm', 'scfm, network alone', 'no change', 'mean of 15 nearest neighbors', 'own counts and neighbors, weighed']
+    ['scfm', 'scfm, network alone', 'no change', 'mean of 15 nearest neighbors', 'own counts and neighbors, weighted']
     """
     require_seed(seed)
     require_whole("n_neighbors", n_neighbors, 1)
+    if not 0 < rate < 1:
+        raise ValueError(f"`rate` is {rate}; it is the fraction of the counts that is kept, between 0 and 1.")
     require_cells(adata)
     model = opened(model)
     source = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
@@ -306,7 +315,7 @@ def evaluate_denoising(
         settings: dict[str, Any] = {"gene_key": gene_key, "depth_key": "depth", "seed": seed, "key_added": key}
         denoise(thinned, model, target_depth=float(np.median(depth_B)), n_neighbors=n, **settings)
     shallow_BG = baselines.log_normalize(thinned_BG, thinned.obs["depth"].to_numpy())
-    weighted_BG = own_and_neighbors_weighed(
+    weighted_BG = own_and_neighbors_weighted(
         thinned_BG, rate, n_neighbors, seed, depth_B=thinned.obs["depth"].to_numpy() if named else None
     )
     methods = {
@@ -314,14 +323,14 @@ def evaluate_denoising(
         "scfm, network alone": thinned.layers["alone"],
         "no change": shallow_BG.toarray(),
         f"mean of {n_neighbors} nearest neighbors": baselines.smooth_over_neighbors(shallow_BG, n_neighbors, seed),
-        "own counts and neighbors, weighed": weighted_BG,
+        "own counts and neighbors, weighted": weighted_BG,
     }
     known = ~np.isnan(methods["scfm"]).any(0)
     rows = {name: _errors(values_BG[:, known], original_BG[:, known]) for name, values_BG in methods.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
-def own_and_neighbors_weighed(
+def own_and_neighbors_weighted(
     counts_BG: sparse.csr_matrix,
     rate: float,
     n_neighbors: int,

@@ -55,13 +55,12 @@ def embed_files(
 ) -> int:
     """Embed every cell of one or many files, with one block of cells in memory at a time.
 
-    The embeddings are the same as those of `scfm.tl.embed`. The progress is saved in the folder `<out>.part`. After an
-    interruption, the same call continues from there, unless the embedded counts have changed meanwhile. If it is started by
-    torchrun, each process embeds a part of the cells, and the first one writes `out`, which must be on a file system that
-    all processes share.
+    The embeddings are the same as those of `scfm.tl.embed`. Progress is saved in the folder `<out>.part`. After an
+    interruption, the same call resumes from there, unless the input has changed. Under torchrun, each process embeds a part
+    of the cells, and the first one writes `out`, which must be on a file system that all processes share.
 
-    Some outputs need more memory at the end: `.csv` and `.parquet` need a table of all embeddings, and a single `.h5ad` that
-    is written as `.zarr`, or the reverse, needs the complete input.
+    At the end, some outputs need more memory: for `.csv` and `.parquet` a table of all embeddings, and for a single `.h5ad`
+    that is written as `.zarr`, or the reverse, the complete input.
 
     Parameters
     ----------
@@ -96,7 +95,7 @@ def embed_files(
     CountsError, VocabularyMismatchError, EmptyCellError
         If a matrix does not hold raw counts, its genes do not match the model, or a cell expresses no gene of the model.
     ValueError
-        If `out` has another suffix, is one of the inputs, or is a folder that is not a .zarr.
+        If the suffix of `out` is not one of those above, or `out` is an input or a folder that is not a .zarr.
     ModelFileError
         If `model` is a path or a name that cannot be opened.
     OSError

@@ -35,8 +35,8 @@ def evaluate_perturbation(
         Table from `scfm.tl.perturb` (not with ``effect_on="genes"``) or `scfm.tl.screen`. Genes are ranked by
         `label_shift_mean` (the lowest first), `goal_shift_mean` or `shift_mean`, whichever of these exists first.
     truth
-        A list of marker genes (genes that are typical of the cells), or the measured effect of each gene, where genes with
-        large effects should be ranked first.
+        A list of marker genes of the cells, or the measured effect of each gene. Markers, or genes with large effects, should
+        be ranked first.
     adata
         AnnData with raw counts for the simple methods. Markers should not have been found in these cells, which would favor
         differential expression. None to score only the table.

@@ -70,15 +70,15 @@ def fit(
 ) -> Model:
     """Train a model on raw counts. With `labels_key`, it is also trained to predict these labels.
 
-    Without `model`, a network of the size `preset` is first trained on the cells without their labels (pretraining). With
-    `model`, a copy of a pretrained model is trained further. The copy has the same encoding, vocabulary and medians, and the
-    given model is not changed.
+    Without `model`, a new network is first trained on the cells without their labels (pretraining). With `model`, a copy of
+    a pretrained model is trained further, with the same encoding, vocabulary and medians; the given model is not changed.
 
-    With labels, a part of the labeled cells is held out from everything that is fitted (vocabulary, medians,
-    pretraining, components, classification), and the model is scored on it next to simple baselines: `model.report()`. A
-    tenth of the rest is held out too, to weight and calibrate the ensemble that predicts labels. It has three members: the
-    transformer, a regression on components of expression, which are learned from labeled and unlabeled cells, and a
-    regression on all genes. At the end both regressions learn from the calibration cells too.
+    With labels, a part of the labeled cells (the test cells) is held out from everything that is fitted: vocabulary,
+    medians, pretraining and classifiers. `model.report()` compares the model with simple baselines on these cells. A tenth
+    of the other labeled cells (the calibration cells) is used to weight and calibrate an ensemble that predicts the labels.
+    Its members are the fine-tuned transformer, a logistic regression on principal components of expression, which are
+    computed from labeled and unlabeled cells, and a logistic regression on the expression of all genes. When the weights
+    are known, both regressions are fitted again on training and calibration cells together.
 
     Parameters
     ----------
@@ -102,8 +102,9 @@ def fit(
         genes with binned values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind. None for "rank". Not with
         `model`, whose encoding is kept.
     context_length
-        Maximum number of tokens of a cell. None for 1,024, or for the value in `encoding`. The cost of attention grows with
-        the square of the number of tokens. Not with `model`.
+        Maximum number of tokens of a cell; genes beyond it are left out, and cannot be perturbed later. None: the value in
+        `encoding` if that is an `EncodingConfig`; 128 with `labels_key` and a rank encoding (more genes do not change the
+        predicted labels in our benchmarks); otherwise the value of the preset, 1,024 for the sizes. Not with `model`.
     objective
         "masked": predict hidden genes (rank) or hidden values (bin). "generative": predict the values of random target genes
         from the other genes of the cell (only with bin, as scGPT). None for "masked". Not with `model`, whose objective is
@@ -115,17 +116,17 @@ def fit(
         Size of a new network: "small" (the default), "medium" or "large"; or the name of a preset in
         `scfm.families.table()`, which is trained from scratch with its encoding. Not with `model`.
     extend_vocabulary
-        Whether to add genes of the data that are not in the vocabulary of `model`. Their embeddings are initialized by a
-        regression on their loadings on principal components of the data. By default these genes are ignored, and their
-        number is logged.
+        Whether to add genes of the data that are not in the vocabulary of `model`. The initial embedding of a new gene is
+        predicted from its loadings on principal components of the data, by a ridge regression that is fitted on the genes of
+        the vocabulary. By default these genes are ignored, and their number is logged.
     compare_from_scratch
-        Whether the report also has a row for the same architecture trained from random weights for the same number of
-        fine-tuning steps.
+        Whether to fine-tune also a network of the same architecture with random initial weights, for the same number of
+        steps. The report then has a row for it.
     {layer}
     {gene_key}
     {depth_key}
     test_fraction
-        Fraction of the labeled cells that are test cells. The only cell of a class is never a test cell.
+        Fraction of the labeled cells that are test cells. Classes with a single cell have no test cell.
     baselines
         Whether to fit the simple methods of the report, on up to 20,000 cells.
     seed

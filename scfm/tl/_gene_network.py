@@ -33,7 +33,7 @@ def gene_network(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure how strongly genes of a group of cells are connected in the model, and test it against shuffled counts.
+    """Measure how strongly pairs of genes interact in the model, and test each pair against cells with shuffled counts.
 
     Parameters
     ----------

@@ -48,11 +48,12 @@ def map_reference(
 ) -> anndata.AnnData | None:
     """Transfer labels to query cells from a labeled reference.
 
-    Cells are compared in a supervised space: the directions in which the labels of the reference differ, found by shrinkage
-    discriminant analysis of the model's embedding together with components of expression. The probability of a label is the
-    mean of two: the weighted fraction of the nearest reference cells, and the Gaussian of each label. A neighbor at distance
-    d has the weight exp(-d^2 / 2s^2) / sqrt(n), where s is the median distance of the cell's neighbors, and n the number of
-    reference cells with its label.
+    Cells are compared in a supervised space: the directions in which the labels of the reference differ most. They are found
+    by linear discriminant analysis (with a shrunk covariance) of the model's embedding and principal components of
+    log-expression, concatenated. The probability of a label is the mean of two estimates: that of the discriminant analysis,
+    and the weighted fraction of the label among the nearest reference cells. A neighbor at distance d has the weight
+    exp(-d^2 / 2s^2) / sqrt(n), where s is the median distance of the query cell's neighbors, and n is the number of reference
+    cells with the neighbor's label.
 
     Parameters
     ----------
@@ -61,7 +62,7 @@ def map_reference(
     reference
         Raw counts of the labeled cells. Its genes may differ from those of `query`.
     model
-        Any model; it does not need labels.
+        Any model, with or without labels, or its path.
     labels_key
         Column of `reference.obs` with labels. Reference cells without one (NaN) are not used.
     n_neighbors
@@ -75,18 +76,22 @@ def map_reference(
 
     Returns
     -------
-    None, or the copy. Writes to `query`: `obs["<key>_label"]` (categorical), `obs["<key>_confidence"]` (probability of that
-    label, 0 to 1, calibrated on a fifth of the reference), `obs["<key>_distance"]` (mean distance to the neighbors, in
-    standard deviations within labels, divided by the root of the number of directions), `obsm["<key>_neighbors"]` (rows of
-    `reference`, nearest first, shape (n_obs, n_neighbors), int64) and `obsm["<key>_neighbor_distances"]` (in the same unit,
-    shape (n_obs, n_neighbors), float32); and a record under `uns["scfm"]`. Its `hub_fraction` is the fraction of all
-    neighbors that are among the 5 % of reference cells that are chosen most often. A large one means that many query cells
-    resemble the same few reference cells, and the mapping should not be trusted.
+    None, or the copy. Writes to `query`
+
+    - `obs["KEY_label"]`: most probable label, categorical
+    - `obs["KEY_confidence"]`: its probability, 0 to 1, calibrated on a fifth of the reference
+    - `obs["KEY_distance"]`: mean distance to the neighbors. Distances are Euclidean, in standard deviations within labels,
+      divided by the square root of the number of directions.
+    - `obsm["KEY_neighbors"]`: rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64
+    - `obsm["KEY_neighbor_distances"]`: their distances, shape (n_obs, n_neighbors), float32
+    - `uns["scfm"]`: model, settings, and `hub_fraction`: of all neighbors of all query cells, the fraction that belongs to
+      the 5 % of reference cells that are neighbors most often. If it is large, many query cells are mapped to the same few
+      reference cells, and the labels should not be trusted.
 
     Raises
     ------
     LabelsError
-        If `labels_key` is missing, fewer reference cells than neighbors have a label, or all have the same.
+        If `labels_key` is missing, fewer reference cells than `n_neighbors` have a label, or all have the same label.
     EmptyCellError
         If `query` has no cells, or a cell expresses no gene of the model.
 

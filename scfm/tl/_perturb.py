@@ -47,8 +47,8 @@ def perturb(
 ) -> pd.DataFrame:
     """Change genes in the input of the model, and measure the effect on the embedding or the predicted label of each cell.
 
-    Perturbed copies of cells (variants) are computed some at a time, and equal ones once. If it is started by torchrun,
-    each process computes a part of the cells, and all processes return the same table.
+    Only genes among the tokens of a cell can be deleted, inhibited or activated, so at most the context length of the model.
+    Under torchrun, each process computes a part of the cells, and all processes return the same table.
 
     Parameters
     ----------
@@ -58,9 +58,9 @@ def perturb(
         List of gene names, or of lists of names to perturb together. None for every gene that a cell expresses, one at a time.
     kind
         "delete": remove the token of the gene. "overexpress": make the gene the first (rank encoding) or give it the largest
-        value of the cell (other encodings), also if it was not expressed. "inhibit" and "activate": lower or raise its rank,
-        or the quantile of its value, by `quantile`. All kinds except "overexpress" are done only in cells that express all
-        genes to be perturbed together.
+        value of the cell (other encodings), even if it was not expressed. "inhibit" and "activate": lower or raise its rank,
+        or the quantile of its value, by `quantile`. All kinds except "overexpress" are computed only in cells that express
+        all genes that are perturbed together.
     effect_on
         "cell": measure the change of the cell. "genes": measure the change of the hidden vector of every other gene of the
         cell; this needs `genes`, and only the measure "shift" exists.
@@ -79,19 +79,19 @@ def perturb(
         cosines are close to 1.
     {start_and_goal}
     null_genes
-        Genes to perturb in the same way as the null of the tests. If None and `genes` has fewer than 100 entries, the null is
-        about 100 other genes, which are expressed in a similar number of cells, perturbed in at most 200 cells. Otherwise,
-        each perturbation is tested against all others.
+        Genes that are perturbed in the same way, and whose effects are the null distribution of the tests. None: if `genes`
+        has fewer than 100 entries, about 100 other genes that are expressed in a similar number of cells, perturbed in at
+        most 200 cells; otherwise, each perturbation is tested against all others.
     missing
-        For perturbations that cannot be done in any cell: "report" for a row with `n_cells` 0 and a `reason`, or "error" to
-        raise. It is always an error if none can be done.
+        What to do with perturbations that are possible in no cell: "report" to return a row with `n_cells` 0 and a `reason`,
+        or "error" to raise. If no perturbation is possible, an error is always raised.
     min_cells
-        Perturbations that fewer cells allow come last in the table, because their means are uncertain.
+        Perturbations with `n_cells` below this come last in the table, because their means are uncertain.
     {n_bootstrap}
     precision
         "fp32", or "bf16" for blocks of the network in bfloat16, which is faster on processors that support it.
     checkpoint
-        File in which results are saved after every few thousand variants. If it exists, the run is resumed from it.
+        File in which results are saved after every few thousand perturbed cells. If it exists, the run resumes from it.
     {layer}
     {gene_key}
     {depth_key}
@@ -104,18 +104,18 @@ def perturb(
     One row per perturbation (index `gene`; genes perturbed together are joined by "+"), the largest mean of the chosen
     measure first; for "label" the most negative first. Columns:
 
-    - `n_cells`: number of cells in which the perturbation was done
+    - `n_cells`: number of cells in which the perturbation was computed
     - `shift_mean`, `shift_std`, `shift_sem`, `shift_low`, `shift_high`: mean over cells, standard deviation, standard error,
       and 95 % bootstrap interval (not with `n_bootstrap` 0) of the shift, which is from 0 (no effect) to 2
     - `goal_shift_...`: the same for the change of the cosine similarity to the goal
-    - `label_shift_...`: the same for the change of the log-odds, instead of the others
+    - `label_shift_...`: the same for the change of the log-odds; a table of the measure "label" has no other shifts
     - `excess_...`, `goal_excess_...`, `label_excess_...`: for combinations, the effect minus the sum of the effects of the
       single genes in the same cell
-    - `null`, a description of the null of the chosen measure, and `null_mean`; `attrs["null_genes"]` lists its genes, and
-      `attrs["null_means"]` their mean effects
-    - `effect_size`, the rank-biserial correlation with the null, from -1 to 1
-    - `p_value` of the rank-sum test, and `fdr`, the false discovery rate (Benjamini-Hochberg) over the requested genes
-    - `reason`, with `genes`: why a perturbation could not be done, empty for the others
+    - `null`: description of the null of the chosen measure; `null_mean`: its mean effect. `attrs["null_genes"]` lists its
+      genes, and `attrs["null_means"]` their mean effects.
+    - `effect_size`: rank-biserial correlation with the null, from -1 to 1
+    - `p_value`: of the rank-sum test; `fdr`: false discovery rate (Benjamini-Hochberg) over the requested genes
+    - `reason`: why a perturbation is not possible, empty for the others; only with `genes`
 
     With ``effect_on="genes"``, one row per perturbation and other gene: `gene`, `affected`, and the same columns for the
     shift of the affected gene's hidden vector. An affected gene is tested against all other genes under the same
@@ -124,7 +124,7 @@ def perturb(
     Raises
     ------
     VocabularyMismatchError
-        If no perturbation can be done, or, with `missing` "error", one cannot be done.
+        If no perturbation is possible, or one is not possible and `missing` is "error".
     LabelsError
         If `groupby`, `start` or `goal` does not exist in `adata.obs`, or a label is not one of the model.
     ModelTaskError

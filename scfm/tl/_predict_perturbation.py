@@ -39,8 +39,8 @@ def predict_perturbation(
     model
         A model, or its path. It should not have been trained on cells of the perturbations to predict.
     perturbation_key
-        Column of `adata.obs` with the perturbed gene, or genes joined by `separator`. Cells without a value are omitted. The
-        order of genes is irrelevant, and the name of the control among them is ignored ("A+ctrl" is "A").
+        Column of `adata.obs` with the perturbed gene, or genes joined by `separator` in any order. The name of the control
+        among them is ignored ("A+ctrl" is "A"). Cells without a value are omitted.
     control
         Value of that column for unperturbed cells.
     predict

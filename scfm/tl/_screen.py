@@ -49,7 +49,7 @@ def screen(
     ----------
     {adata}
     model
-        A model with "mean" or "cls" pooling and softmax attention, or its path.
+        A model with "mean", "weighted" or "cls" pooling and softmax attention, or its path.
     {start_and_goal}
     {positions}
     measure
@@ -58,16 +58,16 @@ def screen(
     center
         Whether to subtract the mean embedding of all cells before cosines are computed.
     n_verify
-        Number of genes with the largest estimates whose effect is then computed exactly (verified), in all cells that
+        Number of genes to verify: the effects of the genes with the largest estimates are computed exactly, in all cells that
         express them.
     n_check
         Number of random other genes whose effect is computed exactly, to estimate the recall of the screen.
     n_projections
-        For "shift" only: number of directions of the embedding space in which effects on other genes are estimated. More
+        For "shift" only: number of directions of the embedding space in which changes of the embedding are estimated. More
         directions are slower and more accurate. Each call computes the directions from at most 640 exact deletions in ten
         random cells.
     min_cells
-        Minimum number of cells that express a gene for it to be verified; the others come last in the table.
+        Minimum number of cells that express a gene. Genes of fewer cells are not verified and come last in the table.
     {n_bootstrap}
     precision
         Precision of the estimates: "fp32", or "bf16" for blocks of the network in bfloat16, which is faster on processors
@@ -83,17 +83,17 @@ def screen(
     -------
     One row per gene, with the order and the columns of `scfm.tl.perturb` for the chosen measure, and
 
-    - `exact`: True if the gene was verified. Mean, standard deviation, standard error and interval of other rows are those of
-      the estimates. `null_mean`, `effect_size`, `p_value` and `fdr` are computed from estimates in all rows.
+    - `exact`: True if the gene was verified. In the other rows, mean, standard deviation, standard error and interval are
+      those of the estimates. `null_mean`, `effect_size`, `p_value` and `fdr` are computed from estimates in all rows.
     - `estimate_mean`: mean of the estimates, also for verified genes
-    - `rank_only`: mean rank of the gene in its cells, from 0 (first, or largest value) to 1; a ranking by it is a simple
-      method for comparison
+    - `rank_only`: mean rank of the gene in its cells, from 0 (first, or largest value) to 1, for comparison with a ranking
+      by expression alone
 
     `attrs` has
 
-    - `n_top`: number of best genes for the recall, at most 50
-    - `recall_estimate`: expected fraction of the `n_top` genes with the largest exact effects that was verified
-    - `rank_only_recall`: the same fraction if the genes with the lowest `rank_only` had been verified instead
+    - `recall_estimate`: of the `n_top` genes with the largest effects, the estimated fraction that was verified
+    - `rank_only_recall`: the same fraction, if the genes with the lowest `rank_only` were verified instead
+    - `n_top`: number of genes of which the recall is computed, at most 50
 
     Raises
     ------
@@ -109,9 +109,9 @@ def screen(
 
     Notes
     -----
-    If the embeddings of consecutive ranks differ much, as after short training, the effect of changed ranks dominates all
-    shifts, and the best genes are those with the highest ranks. The estimate includes this effect. Compare the recall with
-    `rank_only_recall`, and use ``positions="held"`` to exclude the effect.
+    Deleting a gene changes the ranks of all later genes. If the embeddings of consecutive ranks differ much, as after short
+    training, this effect dominates all shifts, and the genes with the highest ranks have the largest ones. The estimate
+    includes this effect. Compare the recall with `rank_only_recall`; ``positions="held"`` excludes the effect.
 
     Examples
     --------

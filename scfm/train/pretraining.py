@@ -60,12 +60,12 @@ def pretrain(
     seed: int = 0,
     progress: bool = True,
 ) -> Model:
-    """Pretrain a model on raw counts in files, which are not loaded completely.
+    """Pretrain a model on raw counts in files, of which only a part is in memory at a time.
 
-    If `out` contains an unfinished run with the same settings and data, it is resumed from the newest readable checkpoint.
-    The number of devices, the number of steps and the interval of checkpoints may differ. If it is started by torchrun,
-    each process reads a part of the data, and the first one writes the results. After Ctrl-C or SIGTERM, a checkpoint is
-    written at the end of the current step.
+    An unfinished run in `out` with the same settings and data is resumed from its newest readable checkpoint. The number of
+    devices, the number of steps and the interval of checkpoints may differ. Under torchrun, each process reads a part of the
+    data, and the first one writes the results. After Ctrl-C or SIGTERM, a checkpoint is written at the end of the current
+    step.
 
     Parameters
     ----------
@@ -75,17 +75,16 @@ def pretrain(
     out
         Folder to write: `model/`, `config.json`, `losses.csv`, `losses.png`, `README.md` (the model card), `checkpoints/`.
     init
-        Initial values of the network. "svd": gene embeddings are the leading right singular vectors of log-normalized
-        expression, so genes that are expressed in the same cells have similar embeddings. None: random numbers. A model, or
-        the path of one (any other string): its weights, encoding and vocabulary, so that its pretraining continues on the
-        new files.
+        Initial weights. "svd": gene embeddings are the leading right singular vectors of log-normalized expression, so genes
+        that are expressed in the same cells have similar embeddings; other weights are random. None: all weights are random.
+        A model, or its path (any other string): its pretraining continues on the new files, with its encoding and vocabulary.
     preset
         Size of the network ("small", "medium" or "large"), or the name of a published architecture, such as
         "geneformer-v1-10m" or "scgpt-human", which is trained from scratch with its encoding; `scfm.families.table()` lists
         them. None for "small". Not with a model as `init`.
     encoding
-        For a size: "rank" (the default), "bin", or an `EncodingConfig`. Published architectures have a fixed encoding. Not
-        with a model as `init`.
+        "rank", "bin" or an `EncodingConfig`, if `preset` is a size; published architectures have a fixed encoding. None for
+        "rank", or the encoding of the preset. Not with a model as `init`.
     objective
         "masked": predict hidden genes (rank) or hidden values. "generative": predict the values of random target genes from
         the other genes of the cell (only with bin, as scGPT). None for the objective of the preset, or of `init`.
@@ -93,12 +92,12 @@ def pretrain(
         A `Vocabulary`, or a file with one: a published dictionary or a file of scfm. None for all genes with a count in at
         least one file. Not with a model as `init`.
     medians
-        For rank encodings: medians by token id, or a file of published medians, together with their `vocabulary`. None to
-        learn them from the files.
+        For rank encodings: medians by token id, or a file of published medians; `vocabulary` is then required. None to learn
+        them from the files.
     validation
-        Fraction of the cells to hold out (at most 1,000 cells), or files that are not in `paths`, from which up to 1,000 cells
-        are read. Their loss is measured every `config.validate_every` steps, and the weights with the lowest validation loss
-        are kept.
+        Validation cells: a fraction of the cells, which is held out (at most 1,000 cells), or files that are not in `paths`,
+        from which up to 1,000 cells are read. The loss of these cells is computed every `config.validate_every` steps, and
+        the weights with the lowest validation loss are kept. None for no validation.
     {layer}
     {gene_key}
     {depth_key}

@@ -13,7 +13,7 @@ from scfm.families import scfoundation
 from scfm.models.config import ModelConfig
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.tl._denoise import evaluate_denoising, own_and_neighbors_weighed, thin_counts
+from scfm.tl._denoise import evaluate_denoising, own_and_neighbors_weighted, thin_counts
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +83,15 @@ def test_weighing_own_counts_and_neighbors_beats_either_alone():
     kept = np.asarray(thinned.sum(1)).ravel() > 0
     shallow, truth = baselines.log_normalize(thinned[kept]), baselines.log_normalize(counts[kept]).toarray()
     alone = shallow.toarray(), baselines.smooth_over_neighbors(shallow, 15)
-    weighed = own_and_neighbors_weighed(thinned[kept], 0.5, 15, seed=0)
-    assert ((weighed - truth) ** 2).mean() < 0.9 * min(((values - truth) ** 2).mean() for values in alone)
+    weighted = own_and_neighbors_weighted(thinned[kept], 0.5, 15, seed=0)
+    assert ((weighted - truth) ** 2).mean() < 0.9 * min(((values - truth) ** 2).mean() for values in alone)
 
 
 def test_an_uninformative_network_leaves_the_weighted_mean_as_it_is(model):
     adata = scfm.datasets.pbmc()[:300, :60].copy()
     adata = adata[np.asarray(adata.X.sum(1)).ravel() > 0].copy()
     table = evaluate_denoising(adata, model, rate=0.5)["mse"]
-    assert table["scfm"] <= 1.01 * table["own counts and neighbors, weighed"]
+    assert table["scfm"] <= 1.01 * table["own counts and neighbors, weighted"]
     assert table["scfm"] < 0.9 * table["no change"]
 
 
