@@ -26,28 +26,28 @@ layer
     "gene_key": """
 gene_key
     Column of `adata.var` with the names of the genes: symbols (CD74) or Ensembl ids (ENSG00000019582), as in the
-    vocabulary. None for `var_names`, or, if these are of the other kind, for a common column with the right kind, such as
+    vocabulary. None: `var_names`, or, if these are of the other kind, a common column with the right kind, such as
     `feature_name`.
 """,
     "depth_key": """
 depth_key
     Column of `adata.obs` with each cell's total counts over all measured genes. Needed if the matrix holds only some of
-    these genes. None for the column that `adata.uns["scfm"]["depth_key"]` names, or, without one, for the sum of each row.
+    these genes. None: the column that `adata.uns["scfm"]["depth_key"]` names, or, without one, the sum of each row.
 """,
     "hidden_layer": """
 hidden_layer
     Index of the layer whose output is pooled: 0 is the input of the first block, -1 the output of the last block. None
-    for the default of the model (-2 for published Geneformer models, -1 for others).
+    for the setting of the model (-2 for published Geneformer models, -1 for others).
 """,
     "pooling": """
 pooling
     How the token vectors of a cell are combined. "mean" or "max": over the genes. "weighted": mean over the genes, weighted
     by the values, or by 1 / (1 + rank / 50) in rank encodings. "cls": the vector of the cls token. "concat": the vectors of
-    the two read-depth tokens, the maximum and the mean, concatenated (scFoundation). None for the default of the model.
+    the two read-depth tokens, the maximum and the mean, concatenated (scFoundation). None for the setting of the model.
 """,
     "normalize": """
 normalize
-    Whether to divide each embedding by its Euclidean norm. None for the default of the model (True for published scGPT
+    Whether to divide each embedding by its Euclidean norm. None for the setting of the model (True for published scGPT
     models).
 """,
     "precision": """
@@ -65,7 +65,7 @@ key_added
 """,
     "prefix_key_added": """
 key_added
-    Prefix of the names of all results, which are written with KEY below.
+    Prefix of the names of all results: KEY in `KEY_label`.
 """,
     "checkpoint": """
 vocabulary

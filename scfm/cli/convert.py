@@ -36,14 +36,15 @@ def convert(
     output
         Directory or file to write.
     to
-        Format to write. By default a published checkpoint is written in the format of scfm, and a model in that format
-        in the format of the family with its encoding.
+        Format to write. By default, a published checkpoint is converted to scfm's format, and an scfm model to the format of
+        the published family with the same encoding.
     vocabulary
         For published checkpoints without one in their directory: the published pickle, JSON, or a TSV.
     medians
         For Geneformer: the published pickle, or a JSON file of gene to median.
     strict
-        Refuse a checkpoint with missing, unknown or misshapen tensors. Otherwise load the tensors that fit, and warn.
+        Whether tensors that are missing, unknown or of the wrong shape are an error. Without it, the tensors that match are
+        loaded, with a warning.
     json
         Print the result as one JSON object instead of words.
     """

@@ -44,8 +44,8 @@ def perturb(
     genes_file
         Text file with one gene per line, in place of --genes.
     null_genes
-        Genes to perturb in the same way, as the null of the tests. By default, about 100 genes that are expressed in a
-        similar number of cells, if --genes has fewer than 100 genes; otherwise all other genes.
+        Genes that are perturbed in the same way, and whose effects are the null distribution of the tests. By default, about
+        100 genes that are expressed in a similar number of cells, if --genes has fewer than 100 genes; otherwise all others.
     device
         Device that computes: "cpu", "cuda", "cuda:1", ... or "auto" for the GPU if there is one.
     json

@@ -32,14 +32,13 @@ class EncodingConfig(Config):
         Whether each cell starts with the `cls` token of the vocabulary, and whether it ends with the `eos` token. The last
         position of scBERT is an `eos` token.
     target_sum
-        Total to which counts are normalized. The default is None for bin, which leaves counts unchanged, and 10,000 for the
-        others.
+        Total to which counts are normalized. By default, bin leaves counts unchanged, and the others use 10,000.
     depth_over
         Genes over which a cell's total is taken: "matrix" for all genes of the matrix (or for the depth, if the data name
         it), "vocabulary" for those in the vocabulary.
     log1p
-        Whether to take log1p of the (normalized) counts before binning: a choice for bin only (default False). Rank never
-        does; bucket and continuous always do.
+        Whether to take log1p of the (normalized) counts before binning; for bin only, False by default. Rank takes no
+        logarithm; bucket and continuous always do.
     n_bins
         Bin and bucket only: number of values, 0..n_bins - 1, where 0 means "not expressed". The mask value of scBERT is
         n_bins.

@@ -103,8 +103,8 @@ def fit(
         `model`, whose encoding is kept.
     context_length
         Maximum number of tokens of a cell; genes beyond it are left out, and cannot be perturbed later. None: the value in
-        `encoding` if that is an `EncodingConfig`; 128 with `labels_key` and a rank encoding (more genes do not change the
-        predicted labels in our benchmarks); otherwise the value of the preset, 1,024 for the sizes. Not with `model`.
+        `encoding`, if it has one; 128 with `labels_key` and a rank encoding (more genes do not change the predicted labels in
+        our benchmarks); otherwise the value of the preset, 1,024 for the sizes. Not with `model`.
     objective
         "masked": predict hidden genes (rank) or hidden values (bin). "generative": predict the values of random target genes
         from the other genes of the cell (only with bin, as scGPT). None for "masked". Not with `model`, whose objective is

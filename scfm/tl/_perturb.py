@@ -70,9 +70,9 @@ def perturb(
         Change of "inhibit" and "activate", as a fraction of the cell's genes (rank encoding) or values (other encodings).
     {positions}
     measure
-        Measure for tests and order. "shift": 1 - cosine similarity of the embeddings before and after. "goal": change of the
+        Measure by which perturbations are tested and sorted. "shift": 1 - cosine similarity of the embeddings before and after. "goal": change of the
         cosine similarity to the mean embedding of `goal`. "label": change of the log-odds of the cell's label in the model's
-        classifier; the label is read from the column `groupby`, or predicted if that is None. None for "goal" if there is a
+        classifier; the label is read from the column `groupby`, or predicted without it. None for "goal" if there is a
         `goal`, otherwise "shift".
     center
         Whether to subtract the mean embedding of all cells (perturbed and goal) before cosines are computed. Without it, all

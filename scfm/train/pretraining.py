@@ -83,8 +83,8 @@ def pretrain(
         "geneformer-v1-10m" or "scgpt-human", which is trained from scratch with its encoding; `scfm.families.table()` lists
         them. None for "small". Not with a model as `init`.
     encoding
-        "rank", "bin" or an `EncodingConfig`, if `preset` is a size; published architectures have a fixed encoding. None for
-        "rank", or the encoding of the preset. Not with a model as `init`.
+        "rank" or "bin", if `preset` is a size; published architectures have a fixed encoding. Or an
+        :class:`scfm.EncodingConfig`. None: "rank", or the encoding of the preset. Not with a model as `init`.
     objective
         "masked": predict hidden genes (rank) or hidden values. "generative": predict the values of random target genes from
         the other genes of the cell (only with bin, as scGPT). None for the objective of the preset, or of `init`.

@@ -101,3 +101,9 @@ def test_without_neighbors_a_cell_does_not_depend_on_the_others(blood, model):
     np.testing.assert_array_equal(alone, together[:3])
     with pytest.raises(ValueError, match="`n_neighbors` is -1"):
         scfm.tl.denoise(blood, model, n_neighbors=-1)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 0, 1, 2, float("nan")])
+def test_a_rate_that_is_no_fraction_is_refused(blood, model, rate):
+    with pytest.raises(ValueError, match=r"`rate` is .*between 0 and 1"):
+        evaluate_denoising(blood, model, rate=rate)
