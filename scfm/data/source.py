@@ -140,8 +140,8 @@ class CountSource:
             only some of them. None for the column named in `adata.uns["scfm"]["depth_key"]`, or, without one, for the
             sum of each row.
         usual_depth_key
-            Column that a model read the depths of its cells from. It is used if nothing else names a column; if there is no
-            such column, a warning in the log says so.
+            Column from which a model read the depths of its training cells. It is used if no other column is named; if it is
+            missing, a warning is logged.
 
         Raises
         ------

@@ -256,7 +256,7 @@ class Model(ModelState):
     ) -> NDArray[np.float32]:
         """Return the embedding of each encoded cell, shape (B, D), float32. It does not depend on the other cells.
 
-        The arguments are those of `scfm.tl.embed`; None for the default of the model.
+        The arguments are those of `scfm.tl.embed`.
         """
         network, config = self.network_in(precision), self.network.config
         parts = [

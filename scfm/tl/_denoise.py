@@ -64,7 +64,7 @@ def denoise(
     {gene_key}
     {depth_key}
     seed
-        Seed of the downsampling and of the components that neighbors are found on.
+        Seed of the downsampling and of the principal components in which neighbors are found.
     key_added
         Key of `adata.layers` for the result.
     {copy}

@@ -33,7 +33,7 @@ def evaluate_perturbation(
     ----------
     table
         Table from `scfm.tl.perturb` (not with ``effect_on="genes"``) or `scfm.tl.screen`. Genes are ranked by
-        `label_shift_mean` (the lowest first), `goal_shift_mean` or `shift_mean`, whichever of these exists first.
+        `label_shift_mean` (the lowest first), `goal_shift_mean` or `shift_mean`: the first of these columns that exists.
     truth
         A list of marker genes of the cells, or the measured effect of each gene. Markers, or genes with large effects, should
         be ranked first.

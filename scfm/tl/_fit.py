@@ -90,13 +90,14 @@ def fit(
         Pretrained model to start from: a `Model`, the path of a saved model or of a published checkpoint, or the name of
         a repository on the Hugging Face Hub. None for a new model.
     batch_key
-        Column of `adata.obs` with donors or batches. The test cells are then complete donors or batches, so that
-        `test_fraction` is reached approximately. Used with `labels_key` and without `test_key`.
+        Column of `adata.obs` with donors or batches. The test cells are then all cells of some of them, and their fraction is
+        only approximately `test_fraction`. Used with `labels_key` and without `test_key`.
     test_key
         Boolean column of `adata.obs` that is True for the test cells. None for a random part of the labeled cells.
     transductive
-        Whether test and calibration cells, without their labels, are also used for training without labels. The scores
-        are then valid for these cells only, not for new cells, and the report marks them as "transductive".
+        Whether test and calibration cells are also used, without their labels, for all that is learned without labels
+        (vocabulary, medians, pretraining, principal components). The scores are then valid for these cells only, not for new
+        cells, and the report marks them as "transductive".
     encoding
         "rank": genes in descending order of their expression relative to their median expression (Geneformer). "bin":
         genes with binned values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind. None for "rank". Not with

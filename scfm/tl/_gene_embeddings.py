@@ -42,8 +42,8 @@ def gene_embeddings(
     {gene_key}
     {depth_key}
     hidden_layer
-        Index of the layer whose output is averaged; -1 is the last. None for the default of the model's family: -2 for
-        Geneformer, the output of the decoder for scFoundation.
+        Index of the layer whose output is averaged; -1 is the last. None for the setting of the model: -2 for published
+        Geneformer models, the output of the decoder for scFoundation.
     min_cells
         Minimum number of cells in which a gene must be a token. Other genes are omitted.
     {precision}

@@ -98,7 +98,7 @@ def integrate(
     ModelTaskError
         If the method is "train" and the model has no head for masked values of bins (only models with a bin encoding do).
     CountsError, VocabularyMismatchError, EmptyCellError
-        If the matrix holds no raw counts, its genes are not those of the model, or a cell has none of them.
+        If the matrix does not hold raw counts, its genes do not match the model, or a cell expresses no gene of the model.
     LabelsError
         If `batch_key` is missing from `obs`, has missing values, or has only one batch.
     ValueError

@@ -47,8 +47,8 @@ def perturb(
 ) -> pd.DataFrame:
     """Change genes in the input of the model, and measure the effect on the embedding or the predicted label of each cell.
 
-    Only genes among the tokens of a cell can be deleted, inhibited or activated, so at most the context length of the model.
-    Under torchrun, each process computes a part of the cells, and all processes return the same table.
+    A gene is deleted, inhibited or activated only in cells in which it is a token, that is, within the context length of the
+    model. Under torchrun, each process computes a part of the cells, and all processes return the same table.
 
     Parameters
     ----------
@@ -70,10 +70,10 @@ def perturb(
         Change of "inhibit" and "activate", as a fraction of the cell's genes (rank encoding) or values (other encodings).
     {positions}
     measure
-        Measure by which perturbations are tested and sorted. "shift": 1 - cosine similarity of the embeddings before and after. "goal": change of the
-        cosine similarity to the mean embedding of `goal`. "label": change of the log-odds of the cell's label in the model's
-        classifier; the label is read from the column `groupby`, or predicted without it. None for "goal" if there is a
-        `goal`, otherwise "shift".
+        Measure by which perturbations are tested and sorted. "shift": 1 - cosine similarity of the embeddings before and
+        after. "goal": change of the cosine similarity to the mean embedding of `goal`. "label": change of the log-odds of the
+        cell's label in the model's classifier; the label is read from the column `groupby`, or predicted without it. None for
+        "goal" if there is a `goal`, otherwise "shift".
     center
         Whether to subtract the mean embedding of all cells (perturbed and goal) before cosines are computed. Without it, all
         cosines are close to 1.

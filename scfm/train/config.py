@@ -63,7 +63,7 @@ class FitConfig(Config):
         "auto": ddp for several processes.
     trainable
         "all", "head", "last:N" (head and the last N blocks), or "lora:R" (head, and low-rank updates of rank R). None:
-        "all" for pretraining; for fine-tuning `scfm.fit` chooses by the size of the model.
+        "all" for pretraining; for fine-tuning `scfm.fit` chooses by the size of the model and the number of labels.
     activation_checkpointing
         Whether to recompute each block in the backward pass instead of keeping its activations, which needs less memory and
         about a third more time.

@@ -70,8 +70,8 @@ def pretrain(
     Parameters
     ----------
     paths
-        Paths of `.h5ad` files and `.zarr` folders with raw counts, or one path. Some files may name genes by symbols and others
-        by Ensembl ids, if `var` of a file has a column with the other names.
+        Paths of `.h5ad` files and `.zarr` folders with raw counts, or one path. If some files name genes by symbols and others
+        by Ensembl ids, `var` of a file must hold both kinds of names, to translate them.
     out
         Folder to write: `model/`, `config.json`, `losses.csv`, `losses.png`, `README.md` (the model card), `checkpoints/`.
     init
