@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 from cyclopts import Group, Parameter
 
+from scfm.cli._messages import as_options
+
 # What can be written on a command line; other members of a union, such as a Model next to a path, are left out.
 GROUPS = {"FitConfig": "Training"}  # titles of groups of options; others have the name of their configuration
 PLAIN_TYPES = (str, Path, int, float, bool, NoneType)
@@ -59,6 +61,7 @@ def with_options(
         options += made
 
     options = [_with_choices(parameter, (choices or {}).get(parameter.name)) for parameter in options]
+    options = [_with_option_names(parameter, [each.name for each in options]) for parameter in options]
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -180,6 +183,13 @@ def _with_choices(parameter: inspect.Parameter, names: tuple[str, ...] | None) -
     return parameter.replace(annotation=Annotated[Literal[names] | None, option])
 
 
+def _with_option_names(parameter: inspect.Parameter, names: Collection[str]) -> inspect.Parameter:
+    """Name other options as they are typed: `labels_key` becomes --labels-key."""
+    kind, option = get_args(parameter.annotation)
+    words = as_options(option.help, options=names).replace("`", "")
+    return parameter.replace(annotation=Annotated[kind, Parameter.combine(option, Parameter(help=words))])
+
+
 def _members(annotation: Any) -> tuple[Any, ...]:
     """Members of a union, or the one type that it is."""
     if get_origin(annotation) is Annotated:
@@ -221,8 +231,8 @@ def parameter_help(documented: Callable[..., Any]) -> dict[str, str]:
 
 
 def as_help(text: str) -> str:
-    """A description of a parameter as the help of an option: no markup, and no None, which nobody can type."""
+    """A description of a parameter as the help of an option: no roles, and no None, which nobody can type."""
     text = re.sub(r" Or an? :class:`[^`]*`[^.]*\.|\ba `Model`, ", "", text)  # what nobody can type either
     text = re.sub(r"\bNone( for|:| to) ", lambda found: "By default, " if found[1] == " to" else "By default: ", text)
     text = re.sub(r"([;,:] |\()By default", r"\1by default", text)
-    return re.sub(r":\w+:`", "", text).replace("`", "")
+    return re.sub(r":\w+:`", "`", text)

@@ -40,8 +40,8 @@ class EncodingConfig(Config):
         Whether to take log1p of the (normalized) counts before binning; for bin only, False by default. Rank takes no
         logarithm; bucket and continuous always do.
     n_bins
-        Bin and bucket only: number of values, 0..n_bins - 1, where 0 means "not expressed". The mask value of scBERT is
-        n_bins.
+        Bin and bucket only: number of values, counted from 0, which means "not expressed". The mask value of scBERT is this
+        number.
     include_zeros
         Whether genes with zero counts get tokens too: for bin the genes of the data, for bucket and continuous all genes
         of the vocabulary.

@@ -103,7 +103,7 @@ def fit(
         genes with binned values (scGPT). Or an :class:`scfm.EncodingConfig` of either kind. None for "rank". Not with
         `model`, whose encoding is kept.
     context_length
-        Maximum number of tokens of a cell; genes beyond it are left out, and cannot be perturbed later. None: the value in
+        Maximum number of tokens of a cell; genes beyond it are left out, and cannot be deleted in silico. None: the value in
         `encoding`, if it has one; 128 with `labels_key` and a rank encoding (more genes do not change the predicted labels in
         our benchmarks); otherwise the value of the preset, 1,024 for the sizes. Not with `model`.
     objective

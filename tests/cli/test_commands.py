@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import anndata
 import numpy as np
@@ -92,6 +93,16 @@ def test_help_has_no_words_that_cannot_be_typed(command):
     assert code == 0
     for word in ("EncodingConfig", "FitConfig", "None:", "None for", "a Model,", "MISSING"):
         assert word not in out
+
+
+def test_help_names_options_as_they_are_typed():
+    for name, command in COMMANDS.items():
+        options = inspect.signature(command.build()).parameters
+        for option, parameter in options.items():
+            words = get_args(parameter.annotation)[1].help
+            named = set(re.findall(r"(?<![\w\"'.-])\w+", words)) & {each for each in options if "_" in each}
+            assert not named, (name, option, words)
+            assert "`" not in words, (name, option)
 
 
 def test_annotate_writes_labels_and_confidence(result, folder, cells, tmp_path):
