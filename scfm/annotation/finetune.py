@@ -88,22 +88,21 @@ def default_trainable(network: CellTransformer, labels_B: NDArray[np.int64]) -> 
     return "lora:8" if per_class >= MIN_CELLS_PER_CLASS_FOR_LORA else "head"
 
 
-def short_stage(n_cells: int, tokens: CellBatch) -> FitConfig:
-    """Return the default settings of both stages of annotation: few steps of about 32 cells.
+def short_stage(n_cells: int, tokens: CellBatch) -> dict[str, int]:
+    """Return the default length of both stages of annotation, as fields of `FitConfig`: few steps of about 32 cells.
 
     The number of steps grows with the square root of the number of cells and is at least 30. In our benchmarks, more steps or
     more tokens per step do not change the predictions of the ensemble.
     """
     tokens_per_step = min(max(CELLS_PER_STEP * int(tokens.lengths_B.max()), 1024), CPU_TOKENS_PER_STEP)
-    return FitConfig(n_steps=int(min(max(0.75 * n_cells**0.5, 30), 4000)), tokens_per_step=tokens_per_step)
+    return {"n_steps": int(min(max(0.75 * n_cells**0.5, 30), 4000)), "tokens_per_step": tokens_per_step}
 
 
 def stage_config(config: FitConfig | None, network: CellTransformer, cells: Cells, seed: int) -> FitConfig:
-    """Fill in missing settings of fine-tuning: number of steps, trainable weights, learning rate and seed."""
+    """Fill in missing settings of fine-tuning: number and size of steps, trainable weights, learning rate and seed."""
     labels_B = cells.train_labels_B
-    if config is None:
-        config = short_stage(len(labels_B), cells.tokens)
-    config = config.with_defaults(trainable=default_trainable(network, labels_B), seed=seed)
+    length = short_stage(len(labels_B), cells.tokens)
+    config = (config or FitConfig()).with_defaults(**length, trainable=default_trainable(network, labels_B), seed=seed)
     assert config.trainable is not None
     return config.with_defaults(learning_rate=LEARNING_RATES[config.trainable.partition(":")[0]])
 
@@ -233,7 +232,7 @@ def class_outputs(model: Model, cells: Cells, precision: Precision) -> Outputs:
 def score_from_scratch(model: Model, cells: Cells, config: FitConfig, *, progress: bool) -> Row:
     """Train the architecture of `model` from random weights with the same settings, and score it on the test cells."""
     assert config.seed is not None
-    config = config.replace(**{**STAGE_DEFAULTS, "seed": config.seed})
+    config = config.replace(**{**STAGE_DEFAULTS, "n_steps": config.n_steps, "seed": config.seed})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         shape = model.network.config.replace(embedding={"train_genes": True})

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from scfm.train import FitConfig, train
 
 Folds = Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]
 INVERSE_PENALTY = 0.1  # scikit-learn's C of the linear probe from which the head starts
-DEFAULT_CONFIG = FitConfig(n_steps=60, learning_rate=2e-4, trainable="all")
 MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000  # larger networks are fine-tuned by "lora:8"
 
 
@@ -56,7 +56,7 @@ def cross_validate_genes(
     folds
         Pairs of training and test indices into `gene_ids_G`, as scikit-learn's splitters yield them.
     config
-        Settings of the training in each fold; None for `DEFAULT_CONFIG`.
+        Settings of the training in each fold; None for 60 steps.
     seed
         Seed of the training if `config` has none.
     progress
@@ -66,9 +66,7 @@ def cross_validate_genes(
     -------
     Predicted classes, shape (G,), int64; -1 for a gene that is in no test fold.
     """
-    default = _default_config(model)
-    config = config or default
-    config = config.with_defaults(learning_rate=default.learning_rate, trainable=default.trainable, seed=seed)
+    config = (config or FitConfig()).with_defaults(**_default_settings(model), seed=seed)
     states_VD = _mean_over_cells(model.batches(cells), model.network, model.network.forward)
     predicted_G = np.full(len(gene_ids_G), -1, dtype=np.int64)
     for train_G, test_G in folds:
@@ -84,10 +82,10 @@ def cross_validate_genes(
     return predicted_G
 
 
-def _default_config(model: Model) -> FitConfig:
+def _default_settings(model: Model) -> dict[str, Any]:
     if model.n_parameters <= MAX_PARAMETERS_TO_TRAIN_ALL:
-        return DEFAULT_CONFIG
-    return DEFAULT_CONFIG.replace(trainable="lora:8", learning_rate=5e-4)
+        return {"n_steps": 60, "learning_rate": 2e-4, "trainable": "all"}
+    return {"n_steps": 60, "learning_rate": 5e-4, "trainable": "lora:8"}
 
 
 def _with_token_head(network: CellTransformer, n_classes: int) -> CellTransformer:

@@ -137,7 +137,7 @@ def fit(
         With labels, settings of fine-tuning; without labels, settings of pretraining. None to choose them by the numbers of
         cells and parameters. `config.trainable` determines which weights are fine-tuned.
     pretrain_config
-        With labels, settings of pretraining. None to choose them by the number of cells.
+        With labels, settings of pretraining. None to choose them by the number of cells, on the devices of `config`.
     {obsm_key_added}
     progress
         Whether to show a progress bar with loss, cells per second and remaining time.
@@ -209,10 +209,12 @@ def fit(
         _refuse_with_model(encoding=encoding, preset=preset, objective=objective, context_length=context_length)
         fitted, cells = _copied_model(counts, opened(model), split, seed, extend_vocabulary=extend_vocabulary)
     if pretrain:
-        stage = config if labels_key is None else pretrain_config
-        if stage is None and labels_key is not None and model is None:
-            stage = short_stage(len(split.fitted), cells.tokens)
-        _pretrain(fitted, cells, (stage or FitConfig.for_cells(len(split.fitted))).with_defaults(seed=seed), progress)
+        stage, n_cells = config or FitConfig(), len(split.fitted)
+        if labels_key is not None:
+            stage = pretrain_config or stage.machine_only()
+            stage = stage if model is not None else stage.with_defaults(**short_stage(n_cells, cells.tokens))
+        stage = stage.with_defaults(n_steps=FitConfig.for_cells(n_cells).n_steps, seed=seed)
+        _pretrain(fitted, cells, stage, progress)
     if labels_key is None:
         adata.obsm[key_added] = fitted.embed(cells.tokens)
     else:

@@ -133,7 +133,7 @@ def integrate(
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     cells = pp.encode(adata, model.encoding, **source)
     if method == "train":
-        stage = (config or FitConfig(n_steps=200, learning_rate=3e-4)).with_defaults(seed=seed)
+        stage = (config or FitConfig()).with_defaults(n_steps=200, learning_rate=3e-4, seed=seed)
         adata.obsm[key_added] = _trained(model, cells, _crossed(batches), stage, progress=progress)
     else:
         parts = [_components(model.embed(cells), N_EMBEDDING_COMPONENTS)]

@@ -12,12 +12,15 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 # Of a stage that is not told otherwise; `scfm.pretrain` and fine-tuning have defaults of their own.
 STAGE_DEFAULTS: dict[str, Any] = {
+    "n_steps": 300,
     "learning_rate": 1e-3,
     "embedding_learning_rate_scale": 1.0,
     "trainable": "all",
     "seed": 0,
 }
 CPU_TOKENS_PER_STEP = 8192
+# Fields that say on what a model is trained; one machine serves both stages of a fit.
+MACHINE = ("tokens_per_step", "precision", "accelerator", "devices", "n_nodes", "strategy", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,12 @@ class FitConfig(Config):
     Attributes
     ----------
     n_steps
-        Number of optimizer steps.
+        Number of optimizer steps. None: `scfm.fit` and `scfm.pretrain` choose it by the number of cells; other functions have
+        a fixed number.
     tokens_per_step
         Maximum number of tokens of a batch on each device, so that all batches need about the same memory. None for 8,192 on
-        a CPU; on a GPU, the memory per token is measured, and the batch uses half of the free memory.
+        a CPU; on a GPU, the memory per token is measured, and the batch uses half of the free memory. `scfm.fit` with
+        labels uses about 32 cells instead.
     accumulate
         Number of batches per step on each device (gradient accumulation). The loss of a step is the mean over all batches of
         all devices, so 2 devices with 1 batch each compute the same as 1 device with 2.
@@ -93,7 +98,7 @@ class FitConfig(Config):
     ValueError: FitConfig.schedule is 'step'; choose one of cosine, linear, constant.
     """
 
-    n_steps: int = 300
+    n_steps: int | None = None
     tokens_per_step: int | None = None
     accumulate: int = 1
     learning_rate: float | None = None
@@ -117,10 +122,10 @@ class FitConfig(Config):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "accumulate", "n_nodes", "checkpoint_every"):
+        for name in ("accumulate", "n_nodes", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("tokens_per_step", "validate_every", "patience"):
+        for name in ("n_steps", "tokens_per_step", "validate_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"FitConfig.{name} is {getattr(self, name)}; it must be at least 1, or None.")
         for name in ("learning_rate", "checkpoint_minutes"):
@@ -152,7 +157,11 @@ class FitConfig(Config):
 
     @property
     def steps_between_validations(self) -> int:
-        return self.validate_every or max(1, self.n_steps // 20)
+        return self.validate_every or max(1, (self.n_steps or 0) // 20)
+
+    def machine_only(self) -> FitConfig:
+        """Return the settings of the machine (devices, precision, memory), with defaults for all others."""
+        return FitConfig(**{name: getattr(self, name) for name in MACHINE})
 
     def with_defaults(self, **defaults: Any) -> FitConfig:
         """Fill in the fields that are None, such as the learning rate that suits a stage."""

@@ -115,6 +115,7 @@ def train(
     config, resumed = _complete(config, network, objective, cells), Resumption.newest(run_dir)
     config = config if resumed is None else resumed.divided(config)
     assert config.trainable is not None
+    assert config.n_steps is not None
     n_trainable = set_trainable(network, config.trainable)
     logger.info("%s: %s parameters are trained", title, f"{n_trainable:,}")
     # Checked for any number of processes, because a run may be resumed with another number.
@@ -217,6 +218,7 @@ def _loader(
 ) -> DataLoader:
     lanes, n_lanes = lanes_of(config)
     assert config.seed is not None
+    assert config.n_steps is not None
     if isinstance(cells, CellBatch):
         assert config.tokens_per_step is not None
         lengths_B = cells.lengths_B.numpy()
@@ -284,6 +286,7 @@ def _trainer(
     config: FitConfig, strategy: Strategy | str, callbacks: list[Any], loggers: list[Logger], *, validates: bool
 ) -> lightning.Trainer:
     devices, n_nodes = devices_and_nodes(config)
+    assert config.n_steps is not None
     return lightning.Trainer(
         max_steps=config.n_steps,
         max_epochs=-1,

@@ -138,6 +138,7 @@ class TrainingModule(lightning.LightningModule):
 
     def rate_at(self, step: int) -> float:
         """Learning rate at a step, as a fraction of the peak."""
+        assert self.config.n_steps is not None
         n_warmup = round(self.config.warmup_fraction * self.config.n_steps)
         if step < n_warmup:
             return (step + 1) / n_warmup

@@ -102,7 +102,7 @@ def pretrain(
     {gene_key}
     {depth_key}
     config
-        Settings of training. None for those of `scfm.FitConfig.for_cells`.
+        Settings of training. The number of steps is by default that of `scfm.FitConfig.for_cells`.
     seed
         Seed of the initialization and the choice of validation cells; also of training, unless `config` has a seed.
     progress
@@ -149,7 +149,8 @@ def pretrain(
     if depth_key is not None:
         start = replace(start, encoding=start.encoding.replace(depth_key=depth_key))
     n_obs = sum(map(count_rows, data.paths))
-    config = (config or FitConfig.for_cells(n_obs)).with_defaults(**{**start.stage_defaults, "seed": seed})
+    usual = {**start.stage_defaults, "n_steps": FitConfig.for_cells(n_obs).n_steps, "seed": seed}
+    config = (config or FitConfig()).with_defaults(**usual)
     start_process_group(config, training_device(config))
     held_out = _HeldOut.choose(validation, data, n_obs, seed)
     with Run.open(Path(out), config) as run:
