@@ -197,6 +197,21 @@ class CellBatch:
         layout = None if self.plan is None else self.plan.layout
         return layout if layout is not None and layout.device == self.device else None
 
+    def select_tokens(self, keep_T: Tensor) -> CellBatch:
+        """Return the cells with only the tokens of the mask `keep_T`, shape (T,), bool."""
+        kept = torch.cat([keep_T.new_zeros(1, dtype=torch.int64), keep_T.long().cumsum(0)])
+        return self.replace(
+            gene_ids_T=self.gene_ids_T[keep_T],
+            values_T=None if self.values_T is None else self.values_T[keep_T],
+            cu_seqlens=kept[self.cu_seqlens.long()].to(self.cu_seqlens.dtype),
+            n_known=None,
+        )
+
+    def plan_of_queries(self, token_N: Tensor) -> AttentionPlan:
+        """Return the plan by which some tokens, in ascending order, attend to all tokens of their cells."""
+        bounds = torch.searchsorted(token_N, self.cu_seqlens.to(token_N.dtype))
+        return make_plan(bounds, cu_seqlens_k=self.cu_seqlens)
+
     @staticmethod
     def concat(batches: Sequence[CellBatch]) -> CellBatch:
         """Concatenate batches; boundaries become int64 if there are too many tokens for int32."""

@@ -40,7 +40,6 @@ def generate(network: CellTransformer, prompt: CellBatch, wanted: CellBatch, *, 
     Examples
     --------
     >>> import scfm
-    >>> from scfm.models.network import visible_tokens
     >>> adata = scfm.datasets.pbmc()[:50].copy()
     >>> model = scfm.fit(
     ...     adata, encoding="bin", objective="generative", context_length=64,
@@ -48,7 +47,7 @@ def generate(network: CellTransformer, prompt: CellBatch, wanted: CellBatch, *, 
     ... )
     >>> cells = scfm.pp.encode(adata[:2], model)
     >>> known_T = cells.position_T() < 40
-    >>> prompt, wanted = visible_tokens(cells, known_T), visible_tokens(cells, ~known_T)
+    >>> prompt, wanted = cells.select_tokens(known_T), cells.select_tokens(~known_T)
     >>> scfm.models.generate(model.network, prompt, wanted, n_steps=2).shape
     torch.Size([48])
     """

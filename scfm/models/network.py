@@ -172,12 +172,12 @@ class CellTransformer(nn.Module):
         """Return states of the last block at the ascending token indices `token_N`, shape (N, D).
 
         The result equals `network(cells)[token_N]`, but the last block is computed for these tokens only. `plan` is
-        the `plan_of_chosen` of both, if it was made ahead.
+        `cells.plan_of_queries(token_N)`, if it was made ahead.
         """
         if cells.n_known is not None:
             return self(cells).index_select(0, token_N)
         hidden_TD = self(cells, hidden_layer=-2)
-        plan = (plan or plan_of_chosen(cells, token_N)).to(cells.device)
+        plan = (plan or cells.plan_of_queries(token_N)).to(cells.device)
         return self.norm(self.blocks[-1](hidden_TD, plan, token_N))
 
     def embed_tokens(self, cells: CellBatch, plan: ops.AttentionPlan) -> Tensor:
@@ -258,7 +258,7 @@ class CellTransformer(nn.Module):
                 "of the model."
             )
         visible_T = cells.values_T > 0
-        encoded_ND = self(visible_tokens(cells, visible_T))
+        encoded_ND = self(cells.select_tokens(visible_T))
         hidden_TD = self.embedding.value(cells.values_T)  # type: ignore[misc]
         hidden_TD = hidden_TD.index_copy(0, visible_T.nonzero().squeeze(1), encoded_ND.to(hidden_TD.dtype))
         return self.decoder(hidden_TD + self.embedding.genes(cells.gene_ids_T), self.plan(cells))
@@ -398,20 +398,3 @@ def _value_head(config: ModelConfig) -> nn.Module | None:
             return BucketHead(config.d_model, config.embedding.n_value_bins)
         case _:
             return None
-
-
-def plan_of_chosen(cells: CellBatch, token_N: Tensor) -> ops.AttentionPlan:
-    """The plan by which chosen tokens, ascending, attend to all tokens of their cells."""
-    bounds = torch.searchsorted(token_N, cells.cu_seqlens.to(token_N.dtype))
-    return ops.make_plan(bounds, cu_seqlens_k=cells.cu_seqlens)
-
-
-def visible_tokens(cells: CellBatch, keep_T: Tensor) -> CellBatch:
-    """Return the cells with only the tokens of the mask `keep_T`, shape (T,), bool."""
-    kept = torch.cat([keep_T.new_zeros(1, dtype=torch.int64), keep_T.long().cumsum(0)])
-    return cells.replace(
-        gene_ids_T=cells.gene_ids_T[keep_T],
-        values_T=None if cells.values_T is None else cells.values_T[keep_T],
-        cu_seqlens=kept[cells.cu_seqlens.long()].to(cells.cu_seqlens.dtype),
-        n_known=None,
-    )

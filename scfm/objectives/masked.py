@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scfm.data.batch import CellBatch
-from scfm.models.network import CellTransformer, plan_of_chosen
+from scfm.models.network import CellTransformer
 from scfm.nn.values import MASK_VALUE
 from scfm.objectives.base import OBJECTIVES, Loss, PretrainingObjective, Targets, Term, count_of, special_token
 from scfm.objectives.cross_entropy import linear_cross_entropy
@@ -65,7 +65,7 @@ class MaskedGenes:
         random_N = genes[torch.randint(len(genes), token_N.shape, generator=generator)]
         masked_N = torch.where(fate_N < 0.9, random_N, original_N)
         gene_ids_T[token_N] = masked_N.masked_fill(fate_N < 0.8, self.mask_id)
-        targets = {"token_N": token_N, "gene_ids_N": original_N.long(), "plan": plan_of_chosen(cells, token_N)}
+        targets = {"token_N": token_N, "gene_ids_N": original_N.long(), "plan": cells.plan_of_queries(token_N)}
         return cells.replace(gene_ids_T=gene_ids_T), targets
 
     def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:

@@ -5,7 +5,6 @@ import torch
 
 from scfm.data import CellBatch
 from scfm.models import generate
-from scfm.models.network import visible_tokens
 from scfm.objectives import Generative, MaskedValues, at_step
 
 
@@ -41,7 +40,7 @@ def test_each_unknown_gene_is_predicted_as_if_it_were_the_only_one(cells, is_gen
         for n, token in enumerate(targets["token_N"].tolist()):
             keep_T = ~is_target_T
             keep_T[token] = True
-            alone = visible_tokens(inputs, keep_T).replace(n_known=inputs.n_known)
+            alone = inputs.select_tokens(keep_T).replace(n_known=inputs.n_known)
             value = network.values(network(alone)[int(keep_T[:token].sum())][None])
             torch.testing.assert_close(value[0], together_N[n], rtol=1e-4, atol=1e-5)
 
@@ -91,8 +90,8 @@ def test_skipping_the_output_projection_changes_unknown_tokens_as_published(cell
 
 
 def split(cells, wanted_T):
-    wanted = visible_tokens(cells, wanted_T)
-    return visible_tokens(cells, ~wanted_T), wanted
+    wanted = cells.select_tokens(wanted_T)
+    return cells.select_tokens(~wanted_T), wanted
 
 
 def test_generation_in_one_step_is_one_forward_pass(cells, is_gene_V, make_network):

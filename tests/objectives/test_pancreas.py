@@ -10,7 +10,6 @@ import scfm
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.families import preset
 from scfm.models import CellTransformer, generate
-from scfm.models.network import visible_tokens
 from scfm.objectives import Generative
 from scfm.train import train
 
@@ -69,7 +68,7 @@ def test_generated_cells_correlate_better_than_the_gene_means(trained):
     mean_V = gene_means(train_cells, network.config.n_tokens)
     inputs, targets = objective.corrupt(test_cells, torch.Generator().manual_seed(1))
     is_target_T = torch.zeros(inputs.n_tokens, dtype=torch.bool).index_fill(0, targets["token_N"], True)
-    prompt, wanted = visible_tokens(inputs, ~is_target_T), visible_tokens(inputs, is_target_T)
+    prompt, wanted = inputs.select_tokens(~is_target_T), inputs.select_tokens(is_target_T)
     lengths = wanted.lengths_B.tolist()
     truth, usual = targets["values_N"].split(lengths), mean_V[wanted.gene_ids_T.long()].split(lengths)
 
