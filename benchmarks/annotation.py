@@ -67,7 +67,17 @@ def score_seed(adata: anndata.AnnData, key: str, fraction: float, seed: int, *, 
     )
     if find_spec("celltypist") is None:
         return rows
-    peer = score_celltypist(hide_labels(adata, columns.labels(adata.obs, key), key, fraction, TEST_FRACTION, seed), key)
+    peer = score_celltypist(
+        hide_labels(
+            adata,
+            columns.labels(adata.obs, key),
+            labels_key=key,
+            label_fraction=fraction,
+            test_fraction=TEST_FRACTION,
+            seed=seed,
+        ),
+        key,
+    )
     return pd.concat([rows, pd.DataFrame([{**rows.iloc[0], "method": "CellTypist", **peer}])], ignore_index=True)
 
 

@@ -93,7 +93,7 @@ def exact(rounds: int = 4) -> pd.DataFrame:
             methods[f"scfm, every variant by itself, {name}"] = lambda net=network: net.embed_cells(batch)
             block = prepare(network, cell, editor)
             methods[f"scfm.tl.perturb, {name}"] = lambda net=network, block=block: embed_run(
-                net, cell, editor, block, run
+                net, cell, editor=editor, block=block, run=run
             )
         taken: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(1 + rounds):

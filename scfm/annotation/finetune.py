@@ -190,7 +190,13 @@ def _fit_novelty(network: CellTransformer, cells: Cells, members: GeneMembers) -
     network.add_novelty(len(loading_RV))
     assert network.novelty is not None
     genes = np.flatnonzero(loading_RV.any(0))
-    fit_gaussians(network.novelty, cells.expression_BV[split.train], cells.train_labels_B, loading_RV.T, genes)
+    fit_gaussians(
+        network.novelty,
+        expression_BV=cells.expression_BV[split.train],
+        labels_B=cells.train_labels_B,
+        loading_VR=loading_RV.T,
+        genes=genes,
+    )
     return standardize(network.novelty, cells.expression_BV[split.calibration])
 
 
@@ -212,7 +218,7 @@ def train_classifier(model: Model, training: CellBatch, config: FitConfig, *, pr
     """Train the network on labeled cells with class-weighted cross-entropy."""
     assert training.labels_B is not None
     objective = Classification(class_weights_C=class_weights(training.labels_B, len(model.labels)))
-    run_stage(model, "fine-tuning", objective, training, config, progress=progress)
+    run_stage(model, "fine-tuning", objective=objective, cells=training, config=config, progress=progress)
 
 
 def inference_precision(config: FitConfig) -> Precision:

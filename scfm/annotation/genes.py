@@ -29,10 +29,10 @@ MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000  # larger networks are fine-tuned by "l
 def cross_validate_genes(
     model: Model,
     cells: CellBatch,
+    *,
     gene_ids_G: NDArray[np.int64],
     codes_G: NDArray[np.int64],
     folds: Folds,
-    *,
     config: FitConfig | None = None,
     seed: int = 0,
     progress: bool = True,

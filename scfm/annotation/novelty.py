@@ -20,6 +20,7 @@ MIN_CELLS = 10  # with fewer calibration cells there is no threshold
 @torch.no_grad()
 def fit_gaussians(
     gaussians: ClassGaussians,
+    *,
     expression_BV: sparse.csr_matrix,
     labels_B: NDArray[np.int64],
     loading_VR: NDArray[np.float64],

@@ -50,7 +50,7 @@ def embed_deletions(
     first, stop = editor.n_front, n_tokens - editor.n_back
     length = max(1, min(MAX_RUN, TOKENS_PER_BATCH // n_tokens, n_tokens // 2))
     runs = [range(start, min(start + length, stop)) for start in range(first, stop, length)]
-    return torch.cat([embed_run(network, cell, editor, block, run, readout) for run in runs])
+    return torch.cat([embed_run(network, cell, editor=editor, block=block, run=run, readout=readout) for run in runs])
 
 
 @torch.inference_mode()
@@ -67,6 +67,7 @@ def prepare(network: CellTransformer, cell: TokenCell, editor: Editor) -> Deleti
 def embed_run(
     network: CellTransformer,
     cell: TokenCell,
+    *,
     editor: Editor,
     block: DeletionBlock,
     run: range,

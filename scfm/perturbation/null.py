@@ -33,7 +33,7 @@ def with_matched_null(
     per_group = -(-N_NULL // max(len(asked.tokens), 1))
     groups: dict[tuple[int, ...], None] = {}
     for tokens in asked.tokens:
-        drawn = [_nearest(token, candidates, n_cells_V, per_group, rng) for token in tokens]
+        drawn = [_nearest(token, candidates, n_cells_V=n_cells_V, n=per_group, rng=rng) for token in tokens]
         groups |= {tuple(group): None for group in np.stack(drawn, 1).tolist() if len(set(group)) == len(group)}
     names = tuple("+".join(vocabulary.tokens[token] for token in group) for group in groups)
     chosen = rng.choice(len(cells), min(MAX_NULL_CELLS, len(cells)), replace=False)
@@ -48,7 +48,7 @@ def _expressed(cells: CellBatch, editor: Editor) -> NDArray[np.int32]:
 
 
 def _nearest(
-    token: int, candidates_C: NDArray[np.int32], n_cells_V: NDArray[np.int64], n: int, rng: np.random.Generator
+    token: int, candidates_C: NDArray[np.int32], *, n_cells_V: NDArray[np.int64], n: int, rng: np.random.Generator
 ) -> NDArray[np.int32]:
     """Draw `n` of the 2 n candidates with the most similar number of cells; with repeats if there are fewer than `n`."""
     order = np.argsort(np.abs(n_cells_V[candidates_C] - n_cells_V[token]), kind="stable")

@@ -92,9 +92,11 @@ def embedding(
     axis_name = {"umap": "UMAP", "tsne": "tSNE", "pca": "PC"}.get(key.removeprefix("X_"), key)
     for number, (panel, column) in enumerate(zip(panels, columns)):
         if (own := colors[number]) is None:
-            _draw_numbers(panel, points, values[number], palette, options)
+            _draw_numbers(panel, points, values[number], palette=palette, options=options)
         else:
-            _draw_categories(panel, points, values[number], own, options, legend=_has_legend(colors, number))
+            _draw_categories(
+                panel, points, values[number], colors=own, options=options, legend=_has_legend(colors, number)
+            )
         panel.set(title=column, xticks=[], yticks=[], xlabel=f"{axis_name} 1", ylabel=f"{axis_name} 2")
     finish(panels[0], save=save, show=show)
     return panels
@@ -211,7 +213,7 @@ def _shuffled(n: int) -> NDArray[np.int64]:
 
 
 def _draw_numbers(
-    ax: Axes, points: np.ndarray, values: pd.Series, palette: Palette | None, options: dict[str, Any]
+    ax: Axes, points: np.ndarray, values: pd.Series, *, palette: Palette | None, options: dict[str, Any]
 ) -> None:
     order = _shuffled(len(points))
     colormap = mpl.colormaps[palette] if isinstance(palette, str) else mpl.colormaps["cividis"]
@@ -224,9 +226,9 @@ def _draw_categories(
     ax: Axes,
     points: np.ndarray,
     values: pd.Series,
+    *,
     colors: dict[str, str],
     options: dict[str, Any],
-    *,
     legend: bool,
 ) -> None:
     order = _shuffled(len(points))

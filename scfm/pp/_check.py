@@ -241,7 +241,13 @@ def _check_cells(
     if genes is not None:
         n_tokens_B = np.concatenate(encoded)
         report.encode_seconds = seconds * counts.n_obs / len(n_tokens_B)
-        _report_tokens(report, encoding, np.concatenate(empty), np.concatenate(lengths), n_tokens_B)
+        _report_tokens(
+            report,
+            encoding,
+            empty_B=np.concatenate(empty),
+            n_expressed_B=np.concatenate(lengths),
+            n_tokens_B=n_tokens_B,
+        )
     return total_G
 
 
@@ -258,6 +264,7 @@ def _report_coverage(report: DataCheck, genes: GeneMap, total_G: NDArray[np.floa
 def _report_tokens(
     report: DataCheck,
     encoding: Encoding,
+    *,
     empty_B: NDArray[np.bool_],
     n_expressed_B: NDArray[np.integer],
     n_tokens_B: NDArray[np.integer],

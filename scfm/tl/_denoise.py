@@ -316,7 +316,11 @@ def evaluate_denoising(
         denoise(thinned, model, target_depth=float(np.median(depth_B)), n_neighbors=n, **settings)
     shallow_BG = baselines.log_normalize(thinned_BG, thinned.obs["depth"].to_numpy())
     weighted_BG = own_and_neighbors_weighted(
-        thinned_BG, rate, n_neighbors, seed, depth_B=thinned.obs["depth"].to_numpy() if named else None
+        thinned_BG,
+        rate=rate,
+        n_neighbors=n_neighbors,
+        seed=seed,
+        depth_B=thinned.obs["depth"].to_numpy() if named else None,
     )
     methods = {
         "scfm": thinned.layers["joined"],
@@ -332,6 +336,7 @@ def evaluate_denoising(
 
 def own_and_neighbors_weighted(
     counts_BG: sparse.csr_matrix,
+    *,
     rate: float,
     n_neighbors: int,
     seed: int,

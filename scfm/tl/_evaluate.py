@@ -83,7 +83,9 @@ def evaluate_annotation(
     pretrains = settings.get("model") is None if settings.get("pretrain") is None else settings["pretrain"]
     tables = []
     for seed in seeds:
-        chosen = hide_labels(adata, labels, labels_key, label_fraction, test_fraction, seed)
+        chosen = hide_labels(
+            adata, labels, labels_key=labels_key, label_fraction=label_fraction, test_fraction=test_fraction, seed=seed
+        )
         common = {"labels_key": labels_key, "test_key": "is_test", "seed": seed, **settings}
         table = _report(chosen, **common)
         of_variant = {**common, "baselines": False}
@@ -102,7 +104,7 @@ def _report(adata: anndata.AnnData, **settings: Any) -> pd.DataFrame:
 
 
 def hide_labels(
-    adata: anndata.AnnData, labels: Labels, labels_key: str, label_fraction: float, test_fraction: float, seed: int
+    adata: anndata.AnnData, labels: Labels, *, labels_key: str, label_fraction: float, test_fraction: float, seed: int
 ) -> anndata.AnnData:
     """Return a copy of `adata` with test cells marked and the labels of some other cells removed."""
     codes_B = labels.codes[labels.labeled]

@@ -187,7 +187,13 @@ def fit(
     require_cells(adata)
     if pretrain is None:
         pretrain = model is None or labels_key is None
-    _refuse_unused(labels_key is not None, model is not None, pretrain, config, pretrain_config)
+    _refuse_unused(
+        has_labels=labels_key is not None,
+        has_model=model is not None,
+        pretrain=pretrain,
+        config=config,
+        pretrain_config=pretrain_config,
+    )
     split = split_for_fit(
         adata.obs,
         labels_key=labels_key,
@@ -200,21 +206,17 @@ def fit(
     counts = _Counts(adata, layer, gene_key, depth_key)
     if model is None:
         chosen = choose_preset(preset or "small", encoding=_kind(encoding), objective=objective)
-        settings = encoding if isinstance(encoding, EncodingConfig) else EncodingConfig(**chosen.encoding)
-        if context_length is None and labels_key is not None and not settings.has_values and settings is not encoding:
-            context_length = CONTEXT_LENGTH_TO_ANNOTATE
-        settings = settings if context_length is None else settings.replace(context_length=context_length)
-        fitted, cells = _new_model(counts, chosen, settings, split, seed)
+        settings = _encoding_settings(chosen, encoding, context_length, annotates=labels_key is not None)
+        fitted, cells = _new_model(counts, chosen, settings, split=split, seed=seed)
     else:
         _refuse_with_model(encoding=encoding, preset=preset, objective=objective, context_length=context_length)
         fitted, cells = _copied_model(counts, opened(model), split, seed, extend_vocabulary=extend_vocabulary)
     if pretrain:
-        stage, n_cells = config or FitConfig(), len(split.fitted)
+        stage = config or FitConfig()
         if labels_key is not None:
             stage = pretrain_config or stage.machine_only()
-            stage = stage if model is not None else stage.with_defaults(**short_stage(n_cells, cells.tokens))
-        stage = stage.with_defaults(n_steps=FitConfig.for_cells(n_cells).n_steps, seed=seed)
-        _pretrain(fitted, cells, stage, progress)
+            stage = stage if model is not None else stage.with_defaults(**short_stage(len(split.fitted), cells.tokens))
+        _pretrain(fitted, cells, stage.with_defaults(seed=seed), progress)
     if labels_key is None:
         adata.obsm[key_added] = fitted.embed(cells.tokens)
     else:
@@ -288,7 +290,7 @@ class _MissingGenes:
 
 
 def _new_model(
-    counts: _Counts, chosen: Preset, settings: EncodingConfig, split: FitSplit, seed: int
+    counts: _Counts, chosen: Preset, settings: EncodingConfig, *, split: FitSplit, seed: int
 ) -> tuple[Model, Cells]:
     """Learn an encoding, and build a network whose gene embeddings are initialized with loadings on principal components."""
     encoding = counts.make_encoding(settings, split.fitted)
@@ -302,6 +304,19 @@ def _new_model(
     start_from_loadings(network, cells.expression_BV[sample_rows(split.fitted, seed)], seed=seed)
     history = {"preset": chosen.name, "seed": seed}
     return Model(network, encoding, objective=chosen.objective, history=history), cells
+
+
+def _encoding_settings(
+    chosen: Preset, encoding: str | EncodingConfig | None, context_length: int | None, *, annotates: bool
+) -> EncodingConfig:
+    """The encoding of a new model; one for annotation reads fewer genes of a cell if nothing else is asked for."""
+    if isinstance(encoding, EncodingConfig):
+        settings = encoding
+    else:
+        settings = EncodingConfig(**chosen.encoding)
+        if annotates and not settings.has_values:
+            settings = settings.replace(context_length=CONTEXT_LENGTH_TO_ANNOTATE)
+    return settings if context_length is None else settings.replace(context_length=context_length)
 
 
 def _copied_model(
@@ -347,7 +362,9 @@ def _pretrain(model: Model, cells: Cells, config: FitConfig, progress: bool) -> 
             "Fine-tune it with `labels_key`, without `pretrain`, or continue with `scfm.pretrain(files, out, init=model)`."
         )
     objective = make_objective(model.objective, model.network, model.encoding)
-    run_stage(model, "pretraining", objective, cells.tokens.select(cells.split.fitted), config, progress=progress)
+    tokens = cells.tokens.select(cells.split.fitted)
+    config = config.with_defaults(n_steps=FitConfig.for_cells(len(tokens)).n_steps)
+    run_stage(model, "pretraining", objective=objective, cells=tokens, config=config, progress=progress)
 
 
 def _frozen_features(model: Model, cells: Cells, config: FitConfig) -> NDArray[np.float32]:
@@ -360,7 +377,7 @@ def _kind(encoding: str | EncodingConfig | None) -> str | None:
 
 
 def _refuse_unused(
-    has_labels: bool, has_model: bool, pretrain: bool, config: FitConfig | None, pretrain_config: FitConfig | None
+    *, has_labels: bool, has_model: bool, pretrain: bool, config: FitConfig | None, pretrain_config: FitConfig | None
 ) -> None:
     """Raise `ValueError` if settings are given for a stage that does not take place, or a given model is not trained."""
     if not has_labels and not pretrain and (has_model or config is not None):

@@ -193,7 +193,14 @@ def classify_genes(
         kinds, codes_G = np.unique(classes, return_inverse=True)
         gene_ids_G, splits = model.encoding.vocabulary.require(genes).astype(np.int64), folds.split(level_G3, classes)
         predicted_G = cross_validate_genes(
-            model, cells, gene_ids_G, codes_G, splits, config=config, seed=seed, progress=progress
+            model,
+            cells,
+            gene_ids_G=gene_ids_G,
+            codes_G=codes_G,
+            folds=splits,
+            config=config,
+            seed=seed,
+            progress=progress,
         )
         rows["scfm fine-tuned"] = _scores(classes, kinds[predicted_G])
     logistic = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000, C=0.1))

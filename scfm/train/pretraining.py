@@ -140,7 +140,9 @@ def pretrain(
         raise ValueError("`paths` is empty; name at least one .h5ad file or .zarr folder.")
     if init is not None and init != "svd" and not isinstance(init, Model):
         init = load(init)
-    start = choose_start(init, preset, encoding, objective, vocabulary, medians)
+    start = choose_start(
+        init, preset=preset, encoding=encoding, objective=objective, vocabulary=vocabulary, medians=medians
+    )
     if depth_key is not None:
         start = replace(start, encoding=start.encoding.replace(depth_key=depth_key))
     n_obs = sum(map(count_rows, data.paths))
@@ -163,18 +165,18 @@ def pretrain(
         task = make_objective(start.objective, network, training_encoding)
         valid = held_out.cells(data, training_encoding)
         sample = valid if valid is not None else _first_cells(data, training_encoding, statistics)
-        config = _with_token_budget(config, run, network, task, sample)
+        config = _with_token_budget(config, run, network=network, objective=task, cells=sample)
         if (resumed := Resumption.newest(run.folder)) is not None:
             config = resumed.divided(config)
         settings["config"] = config.to_dict()
         run.resume_or_start(settings, fingerprint)
         streams = _streams(data, training_encoding, statistics, config)
-        module = _train(network, task, streams, config, run, valid, progress)
+        module = _train(network, task, streams=streams, config=config, run=run, validation=valid, progress=progress)
         encoding_after = statistics.encoding(start.encoding)
         history = _history(start.base, module, settings, fingerprint)
         model = Model(network, encoding_after, objective=start.objective, history=history)
         if run.is_first:
-            write_run(run.folder, model, module, settings, fingerprint)
+            write_run(run.folder, model, module=module, settings=settings, fingerprint=fingerprint)
     return model
 
 
@@ -207,7 +209,7 @@ def _streams(data: Data, encoding: Encoding, statistics: Statistics, config: Fit
 
 
 def _with_token_budget(
-    config: FitConfig, run: Run, network: CellTransformer, objective: Objective, cells: CellBatch
+    config: FitConfig, run: Run, *, network: CellTransformer, objective: Objective, cells: CellBatch
 ) -> FitConfig:
     """Set the token budget: that of the run in the folder, or a measured one."""
     if config.tokens_per_step is not None:
@@ -223,6 +225,7 @@ def _with_token_budget(
 def _train(
     network: CellTransformer,
     objective: Objective,
+    *,
     streams: list[CellStream],
     config: FitConfig,
     run: Run,

@@ -10,7 +10,7 @@ from scfm.train.loop import train
 
 
 def run_stage(
-    model: Model, name: str, objective: Objective, cells: CellBatch, config: FitConfig, *, progress: bool = True
+    model: Model, name: str, *, objective: Objective, cells: CellBatch, config: FitConfig, progress: bool = True
 ) -> None:
     """Train the network of `model` in place and append settings and losses to `model.history["stages"]`.
 
@@ -37,7 +37,9 @@ def run_stage(
     >>> model = scfm.fit(adata, config=short, progress=False)
     >>> objective = scfm.objectives.make_objective(model.objective, model.network, model.encoding)
     >>> cells = scfm.pp.encode(adata, model)
-    >>> scfm.train.run_stage(model, "more pretraining", objective, cells, short, progress=False)
+    >>> scfm.train.run_stage(
+    ...     model, "more pretraining", objective=objective, cells=cells, config=short, progress=False
+    ... )
     >>> [stage["name"] for stage in model.history["stages"]]
     ['pretraining', 'more pretraining']
     """

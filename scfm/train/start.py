@@ -94,6 +94,7 @@ class Start:
 
 def choose_start(
     init: Model | str | None,
+    *,
     preset: str | None,
     encoding: str | EncodingConfig | None,
     objective: str | None,

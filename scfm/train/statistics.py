@@ -153,7 +153,7 @@ def learn(
     names = None if vocabulary is not None else CommonNames.of_files(
         ((path.name, data.open(path).var) for path in data.paths), gene_key=data.gene_key
     )  # fmt: skip
-    surveys = _survey(data, config, names, vocabulary, held_out_B)
+    surveys = _survey(data, config=config, names=names, vocabulary=vocabulary, held_out_B=held_out_B)
     if vocabulary is None:
         assert names is not None
         vocabulary = _vocabulary_of(surveys, names, config)
@@ -166,7 +166,7 @@ def learn(
         None if medians is None else np.asarray(medians, dtype=np.float64),
         np.concatenate([survey.lengths(config, vocabulary) for survey in surveys]),
         np.sum([survey.totals_V(token_G, len(vocabulary)) for survey, token_G in zip(surveys, tokens)], axis=0),
-        _loadings(surveys, tokens, len(vocabulary), n_components, seed),
+        _loadings(surveys, tokens=tokens, n_tokens=len(vocabulary), n_components=n_components, seed=seed),
         sum(survey.known_counts(token_G) for survey, token_G in zip(surveys, tokens))
         / max(1.0, sum(float(survey.totals_G.sum()) for survey in surveys)),
     )
@@ -205,6 +205,7 @@ class _Survey:
 
 def _survey(
     data: Data,
+    *,
     config: EncodingConfig,
     names: CommonNames | None,
     vocabulary: Vocabulary | None,
@@ -281,7 +282,7 @@ def _aligned(
 
 
 def _loadings(
-    surveys: Sequence[_Survey], tokens: Sequence[NDArray[np.int32]], n_tokens: int, n_components: int, seed: int
+    surveys: Sequence[_Survey], *, tokens: Sequence[NDArray[np.int32]], n_tokens: int, n_components: int, seed: int
 ) -> NDArray[np.float32]:
     """Return the singular vectors of log1p of counts per 10,000 of the sampled cells, by token id."""
     if not n_components:

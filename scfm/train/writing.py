@@ -14,7 +14,7 @@ from scfm.train.module import TrainingModule
 
 
 def write_run(
-    out: Path, model: Model, module: TrainingModule, settings: dict[str, Any], fingerprint: dict[str, Any]
+    out: Path, model: Model, *, module: TrainingModule, settings: dict[str, Any], fingerprint: dict[str, Any]
 ) -> None:
     """Write `model/`, `losses.csv`, `losses.png` and the model card `README.md` into `out`."""
     model.save(out / "model")

@@ -68,7 +68,9 @@ def test_fine_tuning_starts_from_the_linear_probe(adata, model, monkeypatch):
     gene_ids_G = model.encoding.vocabulary.require(list(adata.var_names)).astype(np.int64)
     codes_G = (np.arange(len(gene_ids_G)) % 3).astype(np.int64)
     everything = np.arange(len(gene_ids_G))
-    predicted_G = genes.cross_validate_genes(model, cells, gene_ids_G, codes_G, [(everything, everything)])
+    predicted_G = genes.cross_validate_genes(
+        model, cells, gene_ids_G=gene_ids_G, codes_G=codes_G, folds=[(everything, everything)]
+    )
     assert (predicted_G == codes_G).mean() > 0.6  # the probe fits its own training genes, which a random head does not
 
 

@@ -28,7 +28,9 @@ def fitted(cells):
     train, held = known[: len(known) // 2], known[len(known) // 2 :]
     loading = np.linalg.svd(expression[train].toarray(), full_matrices=False)[2][:5].T
     gaussians = ClassGaussians(N_GENES, 3, 5)
-    fit_gaussians(gaussians, expression[train], labels[train], loading, np.arange(N_GENES))
+    fit_gaussians(
+        gaussians, expression_BV=expression[train], labels_B=labels[train], loading_VR=loading, genes=np.arange(N_GENES)
+    )
     return gaussians, loading, train, held
 
 

@@ -251,7 +251,7 @@ def test_own_paths_agree_with_one_token_moved_at_a_time(adata, norm):
     cells = scfm.pp.encode(adata[:2], encoding)
     estimator = Estimator(network, cells)
     keys = estimator.keys
-    found = own_paths(network, network.embedding_readout, cells, keys, estimator.states_TD.detach())
+    found = own_paths(network, network.embedding_readout, cells, keys=keys, states_TD=estimator.states_TD.detach())
     start, stop = cells.cu_seqlens.tolist()[1:3]
     ids, step = cells.gene_ids_T[start:stop], torch.zeros(stop - start, 16, dtype=torch.float64)
     for place in range(1, stop - start):

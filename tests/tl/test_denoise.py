@@ -83,7 +83,7 @@ def test_weighing_own_counts_and_neighbors_beats_either_alone():
     kept = np.asarray(thinned.sum(1)).ravel() > 0
     shallow, truth = baselines.log_normalize(thinned[kept]), baselines.log_normalize(counts[kept]).toarray()
     alone = shallow.toarray(), baselines.smooth_over_neighbors(shallow, 15)
-    weighted = own_and_neighbors_weighted(thinned[kept], 0.5, 15, seed=0)
+    weighted = own_and_neighbors_weighted(thinned[kept], rate=0.5, n_neighbors=15, seed=0)
     assert ((weighted - truth) ** 2).mean() < 0.9 * min(((values - truth) ** 2).mean() for values in alone)
 
 

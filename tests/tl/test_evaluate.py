@@ -16,8 +16,8 @@ from scfm.tl._evaluate import hide_labels
 def test_a_share_of_labels_is_kept_and_test_cells_do_not_depend_on_it():
     adata = scfm.datasets.pbmc()
     labels = columns.labels(adata.obs, "bulk_labels")
-    every = hide_labels(adata, labels, "bulk_labels", 1.0, 0.3, seed=0)
-    tenth = hide_labels(adata, labels, "bulk_labels", 0.1, 0.3, seed=0)
+    every = hide_labels(adata, labels, labels_key="bulk_labels", label_fraction=1.0, test_fraction=0.3, seed=0)
+    tenth = hide_labels(adata, labels, labels_key="bulk_labels", label_fraction=0.1, test_fraction=0.3, seed=0)
     np.testing.assert_array_equal(every.obs["is_test"], tenth.obs["is_test"])
     is_test = tenth.obs["is_test"].to_numpy()
     assert tenth.obs["bulk_labels"][is_test].notna().all()

@@ -33,7 +33,7 @@ def projections(model: Model, cells: CellBatch, *, positions: str, n_projections
     rng = np.random.default_rng(seed)
     long_enough = np.flatnonzero(np.diff(cells.cu_seqlens.numpy()) > model.encoding.config.n_special_tokens + 1)
     chosen = np.sort(rng.choice(long_enough, min(CALIBRATION_CELLS, len(long_enough)), replace=False))
-    parts = [_remainder(model, cells, int(cell), positions, rng) for cell in chosen]
+    parts = [_remainder(model, cells, cell=int(cell), positions=positions, rng=rng) for cell in chosen]
     moved_VD = np.concatenate(parts)
     _log.info("calibrated screen directions on %d deletions in %d cells", len(moved_VD), len(chosen))
     values, vectors = np.linalg.eigh(moved_VD.T @ moved_VD)
@@ -42,7 +42,7 @@ def projections(model: Model, cells: CellBatch, *, positions: str, n_projections
 
 
 def _remainder(
-    model: Model, cells: CellBatch, cell: int, positions: str, rng: np.random.Generator
+    model: Model, cells: CellBatch, *, cell: int, positions: str, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     editor = Editor.of(model.encoding, "delete", positions=positions)
     tokens = cell_of(cells, cell)

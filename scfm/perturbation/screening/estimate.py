@@ -172,7 +172,7 @@ class Estimator:
         moves = self.rank_moves(RANKS_WITH_PATHS)
         if moves is None:
             return term_TD
-        paths_TD = own_paths(self.network, self.readout, self.cells, self.keys, self.states_TD.detach())
+        paths_TD = own_paths(self.network, self.readout, self.cells, keys=self.keys, states_TD=self.states_TD.detach())
         return term_TD + self.factor_T1 * moves.following(paths_TD, moves.exact_TD)
 
     def displacement(self, projections_DR: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def own_paths(
     network: CellTransformer,
     readout: Readout,
     cells: CellBatch,
+    *,
     keys: Sequence[tuple[Tensor, Tensor]],
     states_TD: Tensor,
 ) -> Tensor:

@@ -85,11 +85,19 @@ def screen(
     best, others = candidates.index[:n_verify].to_numpy(), candidates.index[n_verify:].to_numpy()
     n_check = min(n_check if n_verify else 0, len(others))
     checked = np.random.default_rng(seed).choice(others, n_check, replace=False)
-    exact = _verify(model, states, np.concatenate([best, checked]), readout, positions, seed, progress)
+    exact = _verify(
+        model,
+        states,
+        tokens=np.concatenate([best, checked]),
+        readout=readout,
+        positions=positions,
+        seed=seed,
+        progress=progress,
+    )
 
     table = _joined(estimates, exact, measured, model, n_bootstrap=n_bootstrap, seed=seed)
     table = ranked(table, f"{measured}_mean", min_cells=min_cells)
-    table.attrs = _summary(candidates, exact, measured, best, checked)
+    table.attrs = _summary(candidates, exact=exact, measure=measured, best=best, checked=checked)
     return table
 
 
@@ -156,6 +164,7 @@ def _candidates(estimates: ShiftRecord, measure: str, min_cells: int) -> pd.Data
 def _verify(
     model: Model,
     states: States,
+    *,
     tokens: NDArray[np.int64],
     readout: Readout,
     positions: str,
@@ -194,6 +203,7 @@ def _joined(
 
 def _summary(
     candidates: pd.DataFrame,
+    *,
     exact: ShiftRecord | None,
     measure: str,
     best: NDArray[np.int64],
