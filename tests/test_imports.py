@@ -40,7 +40,7 @@ def test_what_applies_a_model_does_not_wait_for_what_trains_one():
     assert brought & (HEAVY - {"sklearn"}) == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["fit", "--help"], ["pretrain", "--help"]])
 def test_help_of_the_command_line_does_not_load_what_trains(arguments):
     script = f"from scfm.cli._app import run; sys.stdout = sys.stderr; run({arguments}); sys.stdout = sys.__stdout__"
     assert packages(brought_by(script)) & {"lightning", "transformers"} == set()

@@ -15,11 +15,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from scfm import train
 from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.objectives import GeneClassification, class_weights
-from scfm.train import FitConfig, train
+from scfm.train import FitConfig
 
 Folds = Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]
 INVERSE_PENALTY = 0.1  # scikit-learn's C of the linear probe from which the head starts
@@ -75,7 +76,7 @@ def cross_validate_genes(
         labels_V = torch.full((network.config.n_tokens,), -1)
         labels_V[torch.from_numpy(gene_ids_G[train_G])] = torch.from_numpy(codes_G[train_G])
         objective = GeneClassification(labels_V, class_weights(labels_V, network.config.classes.n_classes, power=1.0))
-        train(network, objective, cells, config, title="gene classes", progress=progress)
+        train.train(network, objective, cells, config, title="gene classes", progress=progress)
         finetuned = Model(network, model.encoding)
         log_proba_VC = _mean_over_cells(finetuned.batches(cells), network, _log_proba_of(network))
         predicted_G[test_G] = log_proba_VC[gene_ids_G[test_G]].argmax(1)

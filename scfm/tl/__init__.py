@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from scfm.tl._annotate import annotate
 from scfm.tl._attention import attention
 from scfm.tl._denoise import denoise, evaluate_denoising
 from scfm.tl._embed import embed
 from scfm.tl._embed_files import embed_files
+from scfm.tl._evaluate import evaluate_annotation, summarize_scores
 from scfm.tl._evaluate_perturbation import evaluate_perturbation
+from scfm.tl._fit import fit
 from scfm.tl._gene_embeddings import gene_embeddings
 from scfm.tl._gene_network import gene_network
 from scfm.tl._genes import classify_genes, similar_genes
+from scfm.tl._integrate import integrate
 from scfm.tl._map_reference import map_reference
 from scfm.tl._perturb import perturb
 from scfm.tl._predict_perturbation import predict_perturbation
 from scfm.tl._score_perturbation_prediction import score_perturbation_prediction
 from scfm.tl._screen import screen
-
-if TYPE_CHECKING:
-    from scfm.tl._evaluate import evaluate_annotation, summarize_scores
-    from scfm.tl._fit import fit
-    from scfm.tl._integrate import integrate
 
 __all__ = [
     "annotate",
@@ -47,22 +42,3 @@ __all__ = [
     "similar_genes",
     "summarize_scores",
 ]
-
-# Functions that train are imported at first use, because importing Lightning takes seconds.
-_TRAINING = {
-    "evaluate_annotation": "scfm.tl._evaluate",
-    "fit": "scfm.tl._fit",
-    "integrate": "scfm.tl._integrate",
-    "summarize_scores": "scfm.tl._evaluate",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _TRAINING:
-        raise AttributeError(f"module 'scfm.tl' has no attribute {name!r}")
-    globals()[name] = value = getattr(importlib.import_module(_TRAINING[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.decomposition import PCA
 
-from scfm import pp
+from scfm import pp, train
 from scfm._config import require_seed
 from scfm._docs import document
 from scfm.annotation.gene_classifier import gene_scales
@@ -31,7 +31,7 @@ from scfm.objectives import Integration
 from scfm.pp._encode import require_cells
 from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
-from scfm.train import FitConfig, train
+from scfm.train import FitConfig
 
 Method = Literal["harmony", "harmony-embedding", "train"]
 N_EMBEDDING_COMPONENTS, N_EXPRESSION_COMPONENTS = 20, 50
@@ -202,7 +202,7 @@ def _trained(
     network = _with_integration_heads(model, len(batches.names), stage.seed or 0)
     labeled = cells.replace(batch_ids_B=torch.from_numpy(batches.codes))
     objective = Integration(is_gene_V=network.is_gene_V.cpu())
-    train(network, objective, labeled, stage, title="integration", progress=progress)
+    train.train(network, objective, labeled, stage, title="integration", progress=progress)
     return Model(network, model.encoding).embed(cells)
 
 

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from scfm._files import atomic_write
 from scfm.errors import ModelFileError
 from scfm.train.config import FitConfig
 from scfm.train.ranks import rank_and_world_size
-from scfm.train.sharding import META
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".ckpt"
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files of Lightning, written atomically, so that a file is either complete or does not exist."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        with atomic_write(Path(path)) as temporary_path, temporary_path.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def load_checkpoint(
-        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+META = "meta.pt"  # Lightning's name of the file, in a folder of shards, for all but weights and optimizer state
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from scfm.data import CellBatch, TokenBudgetSampler
 from scfm.models.network import CellTransformer
 from scfm.train.budget import choose_tokens_per_step
 from scfm.train.callbacks import REFRESH_STEPS, CleanStop, KeepCheckpoints, ProgressBar, StopOnNonFiniteLoss
-from scfm.train.checkpoints import AtomicCheckpointIO, Resumption, read_checkpoint
+from scfm.train.checkpoints import Resumption, read_checkpoint
 from scfm.train.config import CPU_TOKENS_PER_STEP, STAGE_DEFAULTS, FitConfig
 from scfm.train.module import TrainingModule
+from scfm.train.plugins import AtomicCheckpointIO
 from scfm.train.precision import own_device, precision_plugins, resolved_precision, training_device
 from scfm.train.ranks import devices_and_nodes, lanes_of
 from scfm.train.sharding import GatherShards, is_sharded, is_shards, joined_weights, make_strategy

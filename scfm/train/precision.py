@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import HalfPrecision
 
 from scfm.models.device import resolved_device
 from scfm.train.config import FitConfig
@@ -48,14 +47,8 @@ def resolved_precision(config: FitConfig) -> Any:
 
 def precision_plugins(config: FitConfig) -> list[Any]:
     """Return plugins for precisions that Lightning does not have by name."""
-    return [_Bfloat16()] if config.precision == "bf16-true" else []
+    if config.precision != "bf16-true":
+        return []
+    from scfm.train.plugins import Bfloat16
 
-
-class _Bfloat16(HalfPrecision):
-    """Weights and arithmetic in bfloat16, without conversion of batches, which fails for frozen dataclasses."""
-
-    def __init__(self) -> None:
-        super().__init__("bf16-true")
-
-    def convert_input(self, data: Any) -> Any:
-        return data
+    return [Bfloat16()]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,8 +25,6 @@ from scfm.train.budget import choose_tokens_per_step
 from scfm.train.checkpoints import Resumption
 from scfm.train.config import FitConfig
 from scfm.train.held_out import HeldOut, encode_rows
-from scfm.train.loop import train
-from scfm.train.module import TrainingModule
 from scfm.train.precision import training_device
 from scfm.train.ranks import lanes_of, start_process_group
 from scfm.train.run import Run
@@ -34,6 +32,9 @@ from scfm.train.start import choose_start
 from scfm.train.statistics import Data, Statistics
 from scfm.train.stream import CellStream
 from scfm.train.writing import write_run
+
+if TYPE_CHECKING:
+    from scfm.train.module import TrainingModule
 
 
 @document
@@ -232,6 +233,8 @@ def _train(
     validation: CellBatch | None,
     progress: bool,
 ) -> TrainingModule:
+    from scfm.train.loop import train  # Lightning takes seconds to import
+
     try:
         return train(
             network,

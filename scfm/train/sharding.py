@@ -19,11 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from scfm.models.network import CellTransformer
+from scfm.train.checkpoints import META
 from scfm.train.config import FitConfig
 from scfm.train.precision import training_device
 from scfm.train.ranks import backend_for, rank_and_world_size
-
-META = "meta.pt"  # Lightning's name of the file for all but weights and optimizer state
 
 
 def make_strategy(config: FitConfig, *, resumes_shards: bool = False) -> Strategy | str:

@@ -6,7 +6,6 @@ from scfm.data import CellBatch
 from scfm.models.model import Model
 from scfm.objectives import Objective
 from scfm.train.config import FitConfig
-from scfm.train.loop import train
 
 
 def run_stage(
@@ -43,6 +42,8 @@ def run_stage(
     >>> [stage["name"] for stage in model.history["stages"]]
     ['pretraining', 'more pretraining']
     """
+    from scfm.train.loop import train  # Lightning takes seconds to import
+
     module = train(model.network, objective, cells, config, title=name, progress=progress)
     stage = {
         "name": name,

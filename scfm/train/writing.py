@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from scfm._files import atomic_write
 from scfm.models import Model
 from scfm.models.io.card import model_card
-from scfm.train.module import TrainingModule
+
+if TYPE_CHECKING:
+    from scfm.train.module import TrainingModule
 
 
 def write_run(

@@ -37,7 +37,7 @@ def test_genes_of_the_test_fold_have_no_label_in_training(adata, model, lineage_
     def record(network, objective, *arguments, **options):
         seen.append(objective.labels_V.clone())
 
-    monkeypatch.setattr(genes, "train", record)
+    monkeypatch.setattr(genes.train, "train", record)
     scfm.tl.classify_genes(None, lineage_labels, adata, model=model, finetune=True, n_folds=3, progress=False)
     labeled_FV = torch.stack(seen) >= 0
     gene_ids = torch.from_numpy(model.encoding.vocabulary.require(list(adata.var_names))).long()
@@ -63,7 +63,7 @@ def test_a_class_that_cells_show_is_learned_and_one_at_random_is_not(adata, mode
 
 
 def test_fine_tuning_starts_from_the_linear_probe(adata, model, monkeypatch):
-    monkeypatch.setattr(genes, "train", lambda *arguments, **options: None)
+    monkeypatch.setattr(genes.train, "train", lambda *arguments, **options: None)
     cells = scfm.pp.encode(adata, model)
     gene_ids_G = model.encoding.vocabulary.require(list(adata.var_names)).astype(np.int64)
     codes_G = (np.arange(len(gene_ids_G)) % 3).astype(np.int64)

@@ -20,7 +20,7 @@ from scfm import families
 from scfm._files import output_lock
 from scfm.encoding import EncodingConfig
 from scfm.errors import CountsError, ModelFileError, OutputError, VocabularyMismatchError
-from scfm.train import FitConfig, pretraining, train
+from scfm.train import FitConfig, loop, start, train
 from scfm.train import statistics as statistics_of_files
 from scfm.train.pretraining import pretrain
 from scfm.train.statistics import Data, Statistics, learn
@@ -137,7 +137,7 @@ def test_statistics_are_made_once_and_read_again(files, tmp_path, monkeypatch):
     model = run(files, tmp_path / "run")
     stored = Statistics.load(tmp_path / "run" / "statistics", "another key")
     assert stored is None
-    monkeypatch.setattr(pretraining, "learn", None)  # to learn again would fail
+    monkeypatch.setattr(start, "learn", None)  # to learn again would fail
     assert run(files, tmp_path / "run").id == model.id
 
 
@@ -210,7 +210,7 @@ def test_validation_cells_are_held_out_and_the_best_weights_kept(files, tmp_path
     spoil, config = Spoil(), CONFIG.replace(validate_every=2)
     paths, validation = (files, 0.2) if how == "fraction" else (files[:1], files[1:])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "train", functools.partial(train, callbacks=[spoil]))
+        patch.setattr(loop, "train", functools.partial(train, callbacks=[spoil]))
         model = run(paths, tmp_path / "run", config, validation=validation)
     stage = model.history["stages"][0]
     steps, losses = zip(*stage["validation_losses"])
@@ -244,7 +244,7 @@ class StopAt(lightning.Callback):
 def test_a_run_stopped_by_sigterm_loses_no_step_and_resumes_to_the_same_weights(files, tmp_path, monkeypatch, changes):
     complete = run(files, tmp_path / "complete", **changes)
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "train", functools.partial(train, callbacks=[StopAt(5, signal.SIGTERM)]))
+        patch.setattr(loop, "train", functools.partial(train, callbacks=[StopAt(5, signal.SIGTERM)]))
         with pytest.raises(SystemExit) as stopped:
             run(files, tmp_path / "broken", **changes)
     checkpoints = tmp_path / "broken" / "checkpoints"
@@ -258,7 +258,7 @@ def test_a_run_stopped_by_sigterm_loses_no_step_and_resumes_to_the_same_weights(
 def test_ctrl_c_keeps_a_model_and_the_same_call_resumes(files, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "train", functools.partial(train, callbacks=[StopAt(3, signal.SIGINT)]))
+        patch.setattr(loop, "train", functools.partial(train, callbacks=[StopAt(3, signal.SIGINT)]))
         with pytest.warns(UserWarning, match="Interrupted after 3 of 6 steps"):
             model = run(files, tmp_path / "run")
     signal.signal(signal.SIGINT, before)
@@ -348,7 +348,7 @@ def test_a_published_shape_is_pretrained_in_its_own_way(files, tmp_path, monkeyp
         found = families.choose_preset(name, **wanted)
         return replace(found, network=families.merged(found.network, THIN, parts.get(preset, {})))
 
-    monkeypatch.setattr(pretraining, "choose_preset", thin)
+    monkeypatch.setattr(start, "choose_preset", thin)
     model = run(files, tmp_path / "run", CONFIG.replace(n_steps=2), preset=preset, objective=objective)
     assert model.history["stages"][0]["objective"] == expected
     loaded = scfm.load(tmp_path / "run" / "model")

@@ -2,8 +2,11 @@
 
 import functools
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import anndata
@@ -102,16 +105,21 @@ model = scfm.pretrain({files!r}, {out!r}, validation=0.1, config=config, progres
 """
 
 
-@pytest.mark.slow
-def test_torchrun_without_any_option_pretrains_one_model(tmp_path):
+def write_files(folder):
     files = []
     for number in range(2):
         rng = np.random.default_rng(number)
         counts = rng.poisson(rng.gamma(0.3, 3.0, 50), (60, 50)).astype(np.float32)
         counts[:, 0] = 1
         genes = pd.DataFrame(index=[f"GENE{n}" for n in range(50)])
-        files.append(str(tmp_path / f"{number}.h5ad"))
+        files.append(str(folder / f"{number}.h5ad"))
         anndata.AnnData(sparse.csr_matrix(counts), var=genes).write_h5ad(files[-1])
+    return files
+
+
+@pytest.mark.slow
+def test_torchrun_without_any_option_pretrains_one_model(tmp_path):
+    files = write_files(tmp_path)
     script = PRETRAIN.format(files=files, out=str(tmp_path / "two"))
     assert torchrun(script, tmp_path / "pretrain.py", 2)[-3000:] == ""
     config = FitConfig(n_steps=4, tokens_per_step=600, accelerator="cpu", accumulate=2)
@@ -121,6 +129,32 @@ def test_torchrun_without_any_option_pretrains_one_model(tmp_path):
         got, expected = (np.ravel(model.history["stages"][0][key]) for model in (two, one))
         np.testing.assert_allclose(got, expected, rtol=1e-5)
     torch.testing.assert_close(two.network.state_dict(), one.network.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_process_finishes_what_was_killed_under_torchrun(tmp_path):
+    """At a random moment after the first checkpoint: the loss curve and the weights are those of a run without a kill."""
+    files = write_files(tmp_path)
+    options = ["--n-steps", "40", "--tokens-per-step", "600", "--accelerator", "cpu", "--no-progress"]
+    command = [sys.executable, "-m", "scfm.cli", "pretrain", *files]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    run = subprocess.Popen(
+        [*torchrun, killed, *options, "--checkpoint-every", "2"], env=environment, stderr=subprocess.DEVNULL
+    )
+    while run.poll() is None and not list(killed.glob("checkpoints/*.ckpt")):
+        time.sleep(0.01)
+    time.sleep(random.random())
+    subprocess.run(["pkill", "-KILL", "-f", str(killed)], check=False)  # torchrun and both of its processes
+    assert run.wait() == -signal.SIGKILL  # it was running
+    subprocess.run([*command, killed, *options], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, whole, *options, "--accumulate", "2"], env=environment, check=True, capture_output=True)
+    losses = [pd.read_csv(out / "losses.csv").to_numpy(dtype=float) for out in (killed, whole)]
+    assert len(losses[0]) == 40
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    states = [scfm.load(out / "model").network.state_dict() for out in (killed, whole)]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from scfm.errors import ModelFileError, OutputError
 from scfm.families import scgpt
 from scfm.objectives import Generative
 from scfm.train import FitConfig, NonFiniteLossError, callbacks, merge, set_trainable, train, trainable
-from scfm.train.checkpoints import AtomicCheckpointIO, Resumption, read_checkpoint
+from scfm.train.checkpoints import Resumption, read_checkpoint
 from scfm.train.module import parameter_groups
+from scfm.train.plugins import AtomicCheckpointIO
 from scfm.train.precision import resolved_precision
 
 CONFIG = FitConfig(n_steps=12, tokens_per_step=400, learning_rate=3e-3, checkpoint_every=4, accelerator="cpu")
