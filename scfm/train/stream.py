@@ -2,6 +2,10 @@
 
 scfm has its own loader because no existing one fits. annbatch needs Python 3.12. scDataset 0.3 fetches lists of
 rows, cannot save its position, and cannot give every rank the same number of batches.
+
+Cells are encoded anew in every epoch. On an AVX2 machine reading and encoding a cell of 1,500 genes takes 0.05 ms of CPU, and a
+store of encoded cells 0.005 ms; a training step of the smallest preset takes some milliseconds a cell there, so a store would
+save nothing that is noticed.
 """
 
 # Axes: B cells.

@@ -144,16 +144,6 @@ def test_check_fails_on_normalized_data_and_says_why(command, folder, cells, tmp
     assert "not ready" in bad[1]
 
 
-def test_tokenize_writes_the_tokens_of_the_models_encoding(result, folder, cells, tmp_path):
-    facts = result("tokenize", folder / "cells.h5ad", tmp_path / "tokens", "--model", folder / "model")
-    encoding = scfm.load(folder / "model").encoding
-    expected = scfm.pp.encode(cells, encoding)
-    store = scfm.data.TokenStore(tmp_path / "tokens")
-    store.require_encoding(encoding)
-    assert (facts["n_cells"], facts["n_tokens"]) == (expected.n_cells, expected.n_tokens)
-    assert torch.equal(store[range(len(store))].gene_ids_T, expected.gene_ids_T)
-
-
 def test_pretrain_takes_options_vocabulary_and_validation_cells(command, folder, tmp_path):
     arguments = ["pretrain", folder / "cells.h5ad", tmp_path / "run", "--no-progress", "--tokens-per-step", 2000]
     code, _, err = command(*arguments, "--n-steps", 2, "--encoding", "bin", "--validation", 0.1, "--init", "none")
