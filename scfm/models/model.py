@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from scfm.data.batch import CellBatch
 from scfm.errors import ModelTaskError
@@ -253,6 +254,7 @@ class Model(ModelState):
         pooling: str | None = None,
         normalize: bool | None = None,
         precision: Precision = "fp32",
+        progress: bool = False,
     ) -> NDArray[np.float32]:
         """Return the embedding of each encoded cell, shape (B, D), float32. It does not depend on the other cells.
 
@@ -261,7 +263,7 @@ class Model(ModelState):
         network, config = self.network_in(precision), self.network.config
         parts = [
             network.embed_cells(batch, hidden_layer=hidden_layer, pooling=pooling).float().cpu()
-            for batch in self.batches(cells)
+            for batch in self.batches(cells, title="embedding" if progress else None)
         ]
         if not parts:
             return np.empty((0, config.width_of(pooling or config.pooling.how)), np.float32)
@@ -297,7 +299,12 @@ class Model(ModelState):
 
     @torch.no_grad()
     def predict_proba(
-        self, cells: CellBatch, expression_BV: csr_matrix | None = None, *, calibrated: bool = True
+        self,
+        cells: CellBatch,
+        expression_BV: csr_matrix | None = None,
+        *,
+        calibrated: bool = True,
+        progress: bool = False,
     ) -> NDArray[np.float32]:
         """Return the probability of each class for each encoded cell, shape (B, C), float32, in the order of `labels`.
 
@@ -310,9 +317,12 @@ class Model(ModelState):
             that were fitted with labels return the probabilities of the ensemble. None for the transformer alone.
         calibrated
             Whether to divide logits by the temperature that was fitted on the calibration cells.
+        progress
+            Whether to show a progress bar.
         """
         self.require_labels()
-        parts = [self.network.class_logits(batch).float().cpu() for batch in self.batches(cells)]
+        batches = self.batches(cells, title="annotating" if progress else None)
+        parts = [self.network.class_logits(batch).float().cpu() for batch in batches]
         logits_BC = torch.cat(parts) if parts else torch.empty(0, len(self.labels))
         return self.proba_of_logits(logits_BC, expression_BV, calibrated=calibrated)
 
@@ -347,15 +357,19 @@ class Model(ModelState):
                 "This model was not trained to annotate. Fit one with labels: `scfm.fit(adata, labels_key=...)`."
             )
 
-    def batches(self, cells: CellBatch) -> Iterator[CellBatch]:
+    def batches(self, cells: CellBatch, *, title: str | None = None) -> Iterator[CellBatch]:
         """Yield batches of at most `TOKENS_PER_BATCH` tokens on the device of the network, which is set to inference.
+
+        With a title, a progress bar appears if the work takes more than a second.
 
         Gradients are not turned off here, because they would stay off if an error left this generator suspended. The caller
         turns them off.
         """
         self.network.eval()
-        for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
-            yield cells.select(torch.arange(rows.start, rows.stop)).to(self.device)
+        with tqdm(total=len(cells), desc=title, unit="cell", delay=1, disable=title is None) as bar:
+            for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
+                yield cells.select(torch.arange(rows.start, rows.stop)).to(self.device)
+                bar.update(rows.stop - rows.start)
 
     def _repr_html_(self) -> str:
         rows = [("model", repr(self))]

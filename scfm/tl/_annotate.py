@@ -39,6 +39,7 @@ def annotate(
     max_novelty: float | Literal["calibrated"] | None = None,
     majority_key: str | None = None,
     key_added: str = "scfm",
+    progress: bool = True,
     copy: bool = False,
 ) -> anndata.AnnData | None:
     """Predict the label of every cell.
@@ -62,6 +63,7 @@ def annotate(
         confidence is its own probability of this label. Then cells are rejected. Cells without a cluster (NaN) keep their
         own label.
     {prefix_key_added}
+    {progress}
     {copy}
 
     Returns
@@ -111,7 +113,7 @@ def annotate(
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     cells = pp.encode(adata, model.encoding, **source)
     expression_BV = pp.log_expression(adata, model.encoding, **source)
-    proba_BC = model.predict_proba(cells, expression_BV)
+    proba_BC = model.predict_proba(cells, expression_BV, progress=progress)
     code_B = proba_BC.argmax(1)
     if clusters_B is not None:
         code_B = _majority(code_B, clusters_B)

@@ -27,6 +27,7 @@ def embed(
     normalize: bool | None = None,
     precision: Precision = "fp32",
     key_added: str = "X_scfm",
+    progress: bool = True,
     copy: bool = False,
 ) -> anndata.AnnData | None:
     """Embed every cell.
@@ -46,6 +47,7 @@ def embed(
     {normalize}
     {precision}
     {obsm_key_added}
+    {progress}
     {copy}
 
     Returns
@@ -78,6 +80,6 @@ def embed(
     adata = adata.copy() if copy else adata
     cells = pp.encode(adata, model, layer=layer, gene_key=gene_key, depth_key=depth_key)
     how = {"hidden_layer": hidden_layer, "pooling": pooling, "normalize": normalize, "precision": precision}
-    adata.obsm[key_added] = model.embed(cells, **how)  # type: ignore[arg-type]
+    adata.obsm[key_added] = model.embed(cells, **how, progress=progress)  # type: ignore[arg-type]
     record(adata, model, key_added, layer=layer, gene_key=gene_key, depth_key=depth_key, **how)
     return adata if copy else None

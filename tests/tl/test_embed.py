@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 import scfm
 
@@ -71,3 +72,11 @@ def test_gene_embeddings_without_cells_are_the_input_embeddings(model):
     table = scfm.tl.gene_embeddings(None, model)
     weight_VD = model.network.embedding.gene.weight.detach().numpy()
     np.testing.assert_array_equal(table.to_numpy(), weight_VD[model.encoding.vocabulary.gene_ids])
+
+
+def test_a_progress_bar_counts_the_cells_unless_it_is_turned_off(model, adata, monkeypatch):
+    bars = []
+    monkeypatch.setattr("scfm.models.model.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    scfm.tl.embed(adata, model)
+    scfm.tl.embed(adata, model, progress=False)
+    assert [bar.n for bar in bars] == [adata.n_obs, 0]
