@@ -114,7 +114,8 @@ def _members(adata: anndata.AnnData, groupby: str | None, group: str | None) -> 
     labels = groups(adata.obs, groupby, argument="groupby")
     if group not in labels.names:
         raise LabelsError(
-            f"`group` is {group!r}, but no cell of obs[{groupby!r}] is; there are {', '.join(labels.names[:10])}."
+            f"`group` is {group!r}, but no cell has this value in `adata.obs[{groupby!r}]`. Its values: "
+            f"{', '.join(map(repr, labels.names[:10]))}."
         )
     return labels.codes == labels.names.index(group)
 

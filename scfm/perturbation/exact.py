@@ -136,7 +136,7 @@ def _on_genes(effect_on: str, genes: Genes | None, by: Measure) -> bool:
             "`effect_on` is 'genes', which makes a row for each pair of genes; name the `genes` to perturb."
         )
     if effect_on == "genes" and by != "shift":
-        raise ValueError(f"`effect_on` is 'genes', but a {by} is one of cells; leave it out.")
+        raise ValueError(f"`effect_on` is 'genes', but the measure {by!r} is computed for cells only; omit it.")
     return effect_on == "genes"
 
 

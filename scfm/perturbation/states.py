@@ -138,7 +138,7 @@ def _labels(name_B: NDArray[np.object_], model: Model) -> Tensor:
     code_of = {label: code for code, label in enumerate(model.labels)}
     if strange := sorted({str(name) for name in name_B if name not in code_of}):
         raise LabelsError(
-            f"{', '.join(map(repr, strange[:5]))} are no labels of the model ({', '.join(model.labels[:10])}). Leave these "
+            f"{', '.join(map(repr, strange[:5]))} are not labels of the model ({', '.join(model.labels[:10])}). Leave these "
             "cells out, or leave `groupby` out to measure the labels that the model predicts."
         )
     return torch.tensor([code_of[name] for name in name_B])
@@ -162,7 +162,7 @@ def _groups(
     for role, state in named.items():
         if state not in labels.names:
             raise LabelsError(
-                f"`{role}` is {state!r}, but no cell of obs[{groupby!r}] is.{did_you_mean(state, list(labels.names))} "
-                f"There are {', '.join(map(repr, labels.names[:10]))}."
+                f"`{role}` is {state!r}, but no cell has this value in `adata.obs[{groupby!r}]`."
+                f"{did_you_mean(state, list(labels.names))} Its values: {', '.join(map(repr, labels.names[:10]))}."
             )
     return np.array([*labels.names, None], dtype=object)[labels.codes]

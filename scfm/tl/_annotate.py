@@ -169,8 +169,8 @@ def _report_novel(novelty_B: NDArray[np.floating], model: Model, max_novelty: ob
     if max_novelty is None and threshold is not None:
         n_novel = int((novelty_B > threshold).sum())
         logger.info(
-            '%s of %s cells (%.0f %%) are less like the known types than 95 %% of known cells; `max_novelty="calibrated"` '
-            "rejects them.",
+            "%s of %s cells (%.0f %%) have a higher novelty score than 95 %% of the calibration cells; "
+            '`max_novelty="calibrated"` rejects them.',
             n_novel,
             len(novelty_B),
             100 * n_novel / len(novelty_B),

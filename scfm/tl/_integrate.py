@@ -125,7 +125,7 @@ def integrate(
     if method not in get_args(Method):
         raise ValueError(f"`method` is {method!r}; choose one of {', '.join(get_args(Method))}.")
     if config is not None and method != "train":
-        raise ValueError(f'`config` sets how a network is trained, which method "{method}" does not do. Leave it out.')
+        raise ValueError(f'`config` holds settings of training, but method "{method}" trains no network. Omit it.')
     model = opened(model)
     keys = [batch_key] if isinstance(batch_key, str) else list(batch_key)
     batches = [_batches(adata.obs, key) for key in keys]

@@ -133,7 +133,7 @@ def test_centered_shifts_are_cosines_of_what_differs_between_cells(adata, model)
         ({"measure": "goal"}, "name the `goal`"),
         ({"measure": "label", "groupby": "bulk_labels", "goal": "CD19+ B"}, "leave `goal` out"),
         ({"measure": "label", "center": True}, "leave `center` out"),
-        ({"measure": "label", "groupby": "louvain"}, "are no labels of the model"),
+        ({"measure": "label", "groupby": "louvain"}, "are not labels of the model"),
     ],
 )
 def test_measures_that_do_not_fit_are_refused(adata, model, arguments, message):

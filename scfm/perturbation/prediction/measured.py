@@ -90,8 +90,8 @@ def read_measured(
     control_B = np.isin(labels.codes, spellings.pop((), []))
     if not control_B.any():
         raise LabelsError(
-            f"`control` is {control!r}, but no cell of obs[{perturbation_key!r}] is."
-            f"{did_you_mean(control, list(labels.names))} There are {', '.join(map(repr, labels.names[:10]))}."
+            f"`control` is {control!r}, but no cell has this value in `adata.obs[{perturbation_key!r}]`."
+            f"{did_you_mean(control, list(labels.names))} Its values: {', '.join(map(repr, labels.names[:10]))}."
         )
     rows = {target: np.flatnonzero(np.isin(labels.codes, codes)) for target, codes in sorted(spellings.items())}
     names = {target: _shown(labels.names[codes[0]], control, separator) for target, codes in spellings.items()}

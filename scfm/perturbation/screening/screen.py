@@ -58,7 +58,9 @@ def screen(
     """Table of what deleting each gene does, estimated, the best verified; `scfm.tl.screen` explains it."""
     by = checked_measure(measure, goal, center=center)
     if by == "shift" and goal is not None:
-        raise ValueError("`measure` is 'shift', but a `goal` is given, which the screen then ranks by; leave one out.")
+        raise ValueError(
+            "`measure` is 'shift', but a screen with a `goal` ranks genes by the measure 'goal'; omit one of them."
+        )
     readout = model.network.class_readout if by == "label" else model.network.embedding_readout
     require_screenable(model, readout)
     states = read_states(
