@@ -459,7 +459,11 @@ def test_no_cells_at_all_are_named(cells, rank_model):
         ({"kind": "activate", "positions": "held"}, ValueError, "for deletions"),
         ({"effect_on": "genes"}, ValueError, "name the `genes`"),
         ({"effect_on": "clusters"}, ValueError, "choose 'cell' or 'genes'"),
-        ({"effect_on": "genes", "genes": ["CD74"], "groupby": "state", "goal": "a"}, ValueError, "for cells only; omit it"),
+        (
+            {"effect_on": "genes", "genes": ["CD74"], "groupby": "state", "goal": "a"},
+            ValueError,
+            "for cells only; omit it",
+        ),
     ],
 )
 def test_bad_arguments_are_named(cells, rank_model, arguments, error, message):
