@@ -68,7 +68,7 @@ def annotate(
 
     Returns
     -------
-    None, or the copy. Writes to `adata`
+    None, or the copy. Writes to `adata`:
 
     - `obs["KEY_label"]`: label or "unassigned", categorical
     - `obs["KEY_confidence"]`: calibrated probability of the label, 0 to 1

@@ -134,10 +134,11 @@ def fit(
         Seed of the split and the initialization; also of the order of cells, masks and dropout, unless `config` has a
         seed. The same seed gives the same model on one machine.
     config
-        With labels, settings of fine-tuning; without labels, settings of pretraining. None to choose them by the numbers of
-        cells and parameters. `config.trainable` determines which weights are fine-tuned.
+        With labels, settings of fine-tuning; without labels, settings of pretraining. Settings that are None are chosen by the
+        numbers of cells and parameters. `config.trainable` determines which weights are fine-tuned.
     pretrain_config
-        With labels, settings of pretraining. None to choose them by the number of cells, on the devices of `config`.
+        With labels, settings of pretraining. None to choose them by the number of cells; devices and precision are then
+        those of `config`.
     {obsm_key_added}
     progress
         Whether to show a progress bar with loss, cells per second and remaining time.

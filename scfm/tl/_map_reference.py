@@ -76,7 +76,7 @@ def map_reference(
 
     Returns
     -------
-    None, or the copy. Writes to `query`
+    None, or the copy. Writes to `query`:
 
     - `obs["KEY_label"]`: most probable label, categorical
     - `obs["KEY_confidence"]`: its probability, 0 to 1, calibrated on a fifth of the reference
