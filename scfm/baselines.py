@@ -79,27 +79,41 @@ class RowSpace(TransformerMixin, BaseEstimator):
     """
 
     def fit(self, rows_BG: sparse.csr_matrix, labels_B: object = None) -> RowSpace:
+        self.fit_transform(rows_BG)
+        return self
+
+    def fit_transform(self, rows_BG: sparse.csr_matrix, labels_B: object = None) -> Any:
+        """Fit, and return what `transform` would, which is known without multiplying again."""
         n_rows, n_columns = rows_BG.shape
         self.rows_BG_: sparse.csr_matrix | None = None
-        if n_rows < min(n_columns, MAX_ROWS_TO_PROJECT):
-            self.rows_BG_ = sparse.csr_matrix(rows_BG)
-            square_R, vectors_BR = np.linalg.eigh(_products(self.rows_BG_, self.rows_BG_))
-            is_kept = square_R > 1e-10 * square_R[-1]
-            self.projection_BR_ = vectors_BR[:, is_kept] / np.sqrt(square_R[is_kept])
-        return self
+        if n_rows >= min(n_columns, MAX_ROWS_TO_PROJECT):
+            return rows_BG
+        rows_BG = sparse.csc_matrix(rows_BG)
+        self.is_used_G_ = np.diff(rows_BG.indptr) > 0
+        self.rows_BG_ = rows_BG[:, self.is_used_G_]
+        square_R, vectors_BR = np.linalg.eigh(_products(self.rows_BG_, self.rows_BG_))
+        is_kept = square_R > 1e-10 * square_R[-1]
+        vectors_BR, length_R = vectors_BR[:, is_kept], np.sqrt(square_R[is_kept])
+        self.projection_BR_ = vectors_BR / length_R
+        return vectors_BR * length_R
 
     def transform(self, rows_BG: sparse.csr_matrix) -> Any:
         """Return coordinates, shape (B, R), or the unchanged rows if there were too many fitted rows to project."""
-        return rows_BG if self.rows_BG_ is None else _products(rows_BG, self.rows_BG_) @ self.projection_BR_
+        if self.rows_BG_ is None:
+            return rows_BG
+        return _products(sparse.csc_matrix(rows_BG)[:, self.is_used_G_], self.rows_BG_) @ self.projection_BR_
 
     def weights_of_columns(self, weight_CR: NDArray[np.float64]) -> NDArray[np.float64]:
         """Weights of the original columns, shape (G, C), from weights of coordinates, shape (C, R)."""
-        return weight_CR.T if self.rows_BG_ is None else self.rows_BG_.T @ (self.projection_BR_ @ weight_CR.T)
+        if self.rows_BG_ is None:
+            return weight_CR.T
+        weight_GC = np.zeros((len(self.is_used_G_), len(weight_CR)))
+        weight_GC[self.is_used_G_] = self.rows_BG_.T @ (self.projection_BR_ @ weight_CR.T)
+        return weight_GC
 
 
-def _products(first_BG: sparse.csr_matrix, second_NG: sparse.csr_matrix) -> NDArray[np.float64]:
+def _products(first_BG: sparse.csc_matrix, second_NG: sparse.csc_matrix) -> NDArray[np.float64]:
     """Scalar products of rows, shape (B, N), by dense blocks of columns: counts are not sparse enough for sparse products."""
-    first_BG, second_NG = sparse.csc_matrix(first_BG), sparse.csc_matrix(second_NG)
     product_BN = np.zeros((first_BG.shape[0], second_NG.shape[0]))
     for start in range(0, first_BG.shape[1], COLUMNS_AT_A_TIME):
         block = slice(start, start + COLUMNS_AT_A_TIME)
@@ -166,9 +180,15 @@ def score_annotation_baselines(
     """
     n_cells, n_genes = expression_BG.shape
     rows = {}
+    learn_BG, test_BG = expression_BG[learn], expression_BG[test]
+    space = make_pipeline(MaxAbsScaler(), RowSpace())
+    learn_BR, test_BR = space.fit_transform(learn_BG), space.transform(test_BG)
     for name, baseline in annotation_baselines(len(learn), n_genes, seed=seed).items():
-        baseline.fit(expression_BG[learn], codes_B[learn])
-        rows[name] = {"setting": "inductive", **_scored(baseline, expression_BG[test], names, codes_B[test])}
+        if isinstance(baseline, Pipeline) and isinstance(baseline[-2], RowSpace):  # the same space for both regressions
+            scored = _scored(baseline[-1].fit(learn_BR, codes_B[learn]), test_BR, names, codes_B[test])
+        else:
+            scored = _scored(baseline.fit(learn_BG, codes_B[learn]), test_BG, names, codes_B[test])
+        rows[name] = {"setting": "inductive", **scored}
     components_BR = _svd(n_cells, n_genes, seed).fit_transform(expression_BG)
     regression = make_pipeline(StandardScaler(), _balanced()).fit(components_BR[learn], codes_B[learn])
     scored = _scored(regression, components_BR[test], names, codes_B[test])

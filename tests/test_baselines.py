@@ -68,3 +68,15 @@ def test_a_regression_on_turned_rows_is_the_regression_on_genes():
     np.testing.assert_allclose(turned, regression.fit(learn, codes).predict_proba(test), atol=1e-5)
     many = test.T.tocsr()  # more rows than columns: as they are
     np.testing.assert_array_equal(baselines.RowSpace().fit(many).transform(many).toarray(), many.toarray())
+
+
+def test_coordinates_while_fitting_are_those_of_transform_and_genes_without_counts_weigh_nothing():
+    rng = np.random.default_rng(1)
+    learn = sp.csr_matrix(rng.poisson(0.5, (30, 100)) * (np.arange(100) % 3 > 0.0))
+    space = baselines.RowSpace()
+    coordinates = space.fit_transform(learn)
+    np.testing.assert_allclose(coordinates, space.transform(learn), atol=1e-10)
+    weights = space.weights_of_columns(rng.normal(size=(2, coordinates.shape[1])))
+    assert weights.shape == (100, 2)
+    assert (weights[::3] == 0).all()
+    np.testing.assert_allclose(coordinates @ coordinates.T, (learn @ learn.T).toarray(), atol=1e-9)

@@ -82,8 +82,8 @@ class GeneMembers:
         labeled = np.flatnonzero(labels_B >= 0)
         self.rows_of_genes = labeled[balanced_rows(labels_B[labeled], MAX_CELLS_FOR_GENES, seed)]
         # The space may contain more cells than a regression: with an L2 penalty, its result depends on its own cells only.
-        self.space = RowSpace().fit(scaled_BV[self.rows_of_genes])
-        self.coordinate_NR = self.space.transform(scaled_BV[self.rows_of_genes])
+        self.space = RowSpace()
+        self.coordinate_NR = self.space.fit_transform(scaled_BV[self.rows_of_genes])
 
     def fit_components(self, rows: NDArray[np.int64]) -> LinearMember:
         """Fit the regression on the number of components that predicts labels best in cross-validation.
