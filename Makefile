@@ -17,8 +17,9 @@ install: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel pybind11 ninja numpy
 	SCFM_REQUIRE_EXT=$(SCFM_REQUIRE_EXT) SCFM_WERROR=$(SCFM_WERROR) $(BIN)/pip install --quiet --disable-pip-version-check \
 		-c constraints.txt --no-build-isolation -e ".[dev,pancreas]"
-	@# An oracle of the tests, without its dependencies, which pin old versions; tests that want it skip where it is missing.
+	@# Tests that want these skip where they are missing: an oracle, without its dependencies, which pin old versions; Harmony.
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps scgpt==0.2.4
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "harmonypy>=2.0"
 	touch $@
 
 # A demo needs the package alone. pip shows its progress, because the first installation downloads torch.

@@ -117,6 +117,7 @@ CALLS = {
             *(f"obs/scfm_mapped_{name}" for name in ("label", "confidence", "distance")),
             *(f"obsm/scfm_mapped_{name}" for name in ("neighbors", "neighbor_distances")),
             "uns/scfm",
+            "uns/scfm_mapped_report",
         },
     ),
     "tl.perturb": (

@@ -20,6 +20,7 @@ from scfm import pp, train
 from scfm._config import require_seed
 from scfm._docs import document
 from scfm.annotation.gene_classifier import gene_scales
+from scfm.annotation.harmony import corrected_by_harmony
 from scfm.data import CellBatch, columns
 from scfm.data.columns import Labels
 from scfm.errors import LabelsError, ModelTaskError
@@ -139,31 +140,10 @@ def integrate(
         parts = [_components(model.embed(cells), N_EMBEDDING_COMPONENTS)]
         if method == "harmony":
             parts.append(_expression_components(log_normalized_counts(adata, **source)))
-        adata.obsm[key_added] = _harmony(np.concatenate(parts, 1), dict(zip(keys, batches)), seed)
+        names = {key: np.asarray(labels.names, dtype=object)[labels.codes] for key, labels in zip(keys, batches)}
+        adata.obsm[key_added] = corrected_by_harmony(np.concatenate(parts, 1), names, seed)
     record(adata, model, key_added, **source, batch_key=keys, method=method, seed=seed)
     return adata if copy else None
-
-
-def _harmony(component_BR: NDArray[np.float64], batches: dict[str, Labels], seed: int) -> NDArray[np.float32]:
-    try:
-        import harmonypy
-    except ImportError as error:
-        raise ImportError(
-            'Integration by Harmony needs harmonypy: pip install "single-cell-fm[harmony]". Or train a copy of the model: '
-            '`method="train"`.'
-        ) from error
-    names = {key: np.asarray(labels.names, dtype=object)[labels.codes] for key, labels in batches.items()}
-    corrected = harmonypy.run_harmony(
-        component_BR,
-        pd.DataFrame(names),
-        list(batches),
-        nclust=max(2, min(len(component_BR) // 30, 100)),
-        verbose=False,
-        random_state=seed,
-        ncores=1,
-    ).Z_corr
-    corrected = np.asarray(corrected, dtype=np.float32)
-    return corrected if corrected.shape == component_BR.shape else corrected.T
 
 
 def _components(value_BX: NDArray[np.floating], n_components: int) -> NDArray[np.float64]:

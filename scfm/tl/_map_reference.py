@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import softmax
-from sklearn.neighbors import NearestNeighbors
 
 from scfm import pp
 from scfm._config import require_whole
 from scfm._docs import document
-from scfm.annotation.calibration import fit_temperature
-from scfm.annotation.discriminant import DiscriminantSpace
 from scfm.annotation.gene_classifier import expression_components
-from scfm.data import columns, split_cells
+from scfm.annotation.mapping import HeldOut, Mapping, hub_fraction
+from scfm.data import columns
 from scfm.errors import LabelsError
 from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import require_cells
+from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
 
-CALIBRATION_FRACTION = 0.2  # of the reference
-MIN_TO_CALIBRATE = 5  # reference cells of a label before one of them calibrates
+MAX_CELLS_TO_COMPARE = 20_000  # of the reference
 
 
 @document
@@ -43,6 +40,7 @@ def map_reference(
     layer: str | None = None,
     gene_key: str | None = None,
     depth_key: str | None = None,
+    baselines: bool = True,
     key_added: str = "scfm_mapped",
     copy: bool = False,
 ) -> anndata.AnnData | None:
@@ -70,6 +68,9 @@ def map_reference(
     {layer}
     {gene_key}
     {depth_key}
+    baselines
+        Whether to compare the mapping with simple methods on the held-out fifth of the reference, if the reference has at most
+        20,000 labeled cells.
     {prefix_key_added}
     copy
         Return a copy of `query` with the result instead of writing to it.
@@ -84,6 +85,9 @@ def map_reference(
       divided by the square root of the number of directions.
     - `obsm["KEY_neighbors"]`: rows of `reference`, nearest first, shape (n_obs, n_neighbors), int64
     - `obsm["KEY_neighbor_distances"]`: their distances, shape (n_obs, n_neighbors), float32
+    - `uns["KEY_report"]`: scores of the mapping, of regressions and of nearest neighbors on the held-out fifth of the
+      reference, as in `Model.report`; with harmonypy also of nearest neighbors after Harmony. The held-out cells are of the
+      same experiment as the rest, so all methods do worse on a query of another one.
     - `uns["scfm"]`: model, settings, and `hub_fraction`: of all neighbors of all query cells, the fraction that belongs to
       the 5 % of reference cells that are neighbors most often. If it is large, many query cells are mapped to the same few
       reference cells, and the labels should not be trusted.
@@ -117,16 +121,19 @@ def map_reference(
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     features_RX, features_QX = _features(reference[labels.labeled], query, model, source)
     codes_R = labels.codes[labels.labeled]
-    mapping = _Mapping.of(features_RX, codes_R, n_neighbors)
-    temperature = _temperature(features_RX, codes_R, n_neighbors)
+    mapping = Mapping.of(features_RX, codes_R, n_neighbors)
+    held_out = HeldOut.of(features_RX, codes_R, n_neighbors)
     log_proba_QC, distance_QN, row_QN = mapping.predict(features_QX)
-    proba_QC = softmax(log_proba_QC / temperature, axis=1)
+    proba_QC = softmax(log_proba_QC / (1.0 if held_out is None else held_out.temperature), axis=1)
     unit = np.sqrt(mapping.space.projection_XK.shape[1])
     query.obs[f"{key_added}_label"] = pd.Categorical.from_codes(proba_QC.argmax(1), categories=list(labels.names))
     query.obs[f"{key_added}_confidence"] = proba_QC.max(1)
     query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / unit
     query.obsm[f"{key_added}_neighbors"] = labels.labeled[row_QN]
     query.obsm[f"{key_added}_neighbor_distances"] = (distance_QN / unit).astype(np.float32)
+    if baselines and held_out is not None and len(codes_R) <= MAX_CELLS_TO_COMPARE:
+        expression_RG = log_normalized_counts(reference[labels.labeled], **source)
+        query.uns[f"{key_added}_report"] = held_out.report(expression_RG, labels.names, codes_R, n_neighbors)
     settings = {
         "labels_key": labels_key,
         "n_neighbors": n_neighbors,
@@ -146,57 +153,3 @@ def _features(
     expression_RV, expression_QV = (pp.log_expression(cells, model.encoding, **source) for cells in (reference, query))
     component_RK, component_QK = expression_components(expression_RV, expression_QV)
     return np.hstack([embedding_RD, component_RK]), np.hstack([embedding_QD, component_QK])
-
-
-@dataclass(frozen=True, eq=False)
-class _Mapping:
-    """Labeled cells in their supervised space."""
-
-    space: DiscriminantSpace
-    found: NearestNeighbors
-    codes_R: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, features_RX: NDArray[np.float64], codes_R: NDArray[np.int64], n_neighbors: int) -> _Mapping:
-        space = DiscriminantSpace.of(features_RX, codes_R)
-        found = NearestNeighbors(n_neighbors=min(n_neighbors, len(codes_R))).fit(space.coordinates(features_RX))
-        return cls(space, found, codes_R)
-
-    def predict(
-        self, features_QX: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        """Log-probabilities (Q, C), and distances and rows of the neighbors (Q, N)."""
-        coordinate_QK = self.space.coordinates(features_QX)
-        distance_QN, row_QN = self.found.kneighbors(coordinate_QK)
-        counts_C = np.bincount(self.codes_R)
-        share_QC = _shares(distance_QN, self.codes_R[row_QN], 1 / np.sqrt(counts_C))
-        proba_QC = (share_QC + np.exp(self.space.log_proba(coordinate_QK))) / 2
-        return np.log(np.maximum(proba_QC, 1e-9)), distance_QN, row_QN
-
-
-def _temperature(features_RX: NDArray[np.float64], codes_R: NDArray[np.int64], n_neighbors: int) -> float:
-    """Temperature that fits a fifth of the reference, mapped to the rest; 1 if it is too small."""
-    often = np.flatnonzero(np.bincount(codes_R)[codes_R] >= MIN_TO_CALIBRATE)
-    if len(often) < MIN_TO_CALIBRATE / CALIBRATION_FRACTION:
-        return 1.0
-    held = often[split_cells(labels=codes_R[often], test_fraction=CALIBRATION_FRACTION).test]
-    rest = np.setdiff1d(np.arange(len(codes_R)), held)
-    log_proba_QC = _Mapping.of(features_RX[rest], codes_R[rest], n_neighbors).predict(features_RX[held])[0]
-    return fit_temperature(np.exp(log_proba_QC), codes_R[held])
-
-
-def _shares(
-    distance_QN: NDArray[np.floating], code_QN: NDArray[np.int64], weight_C: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Weighted share of each class among the neighbors, shape (Q, C)."""
-    width_Q1 = np.maximum(np.median(distance_QN, axis=1, keepdims=True), 1e-12)
-    weight_QN = np.exp(-0.5 * (distance_QN / width_Q1) ** 2) * weight_C[code_QN]
-    share_QC = np.zeros((len(code_QN), len(weight_C)))
-    np.add.at(share_QC, (np.arange(len(code_QN))[:, None], code_QN), weight_QN)
-    return share_QC / share_QC.sum(1, keepdims=True)
-
-
-def hub_fraction(row_QN: NDArray[np.int64], n_reference: int) -> float:
-    """Fraction of all neighbors that are among the 5 % of reference cells that are chosen most often."""
-    chosen_R = np.sort(np.bincount(row_QN.ravel(), minlength=n_reference))[::-1]
-    return float(chosen_R[: max(1, n_reference // 20)].sum() / row_QN.size)

@@ -9,10 +9,11 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import scfm
 from scfm.annotation.discriminant import DiscriminantSpace
+from scfm.annotation.harmony import corrected_by_harmony
+from scfm.annotation.mapping import HeldOut, hub_fraction, shares
 from scfm.data.columns import Labels
 from scfm.errors import EmptyCellError, LabelsError, ModelTaskError
-from scfm.tl._integrate import _components, _crossed, _harmony, _with_integration_heads
-from scfm.tl._map_reference import _shares, hub_fraction
+from scfm.tl._integrate import _components, _crossed, _with_integration_heads
 
 SHORT = scfm.FitConfig(n_steps=2, tokens_per_step=2048)
 
@@ -91,7 +92,7 @@ def test_a_query_without_cells_is_an_error(blood, rank_model):
 
 
 def test_nearer_neighbors_weigh_more():
-    share = _shares(np.array([[1.0, 2.0, 3.0]]), np.array([[1, 0, 0]]), np.ones(2))
+    share = shares(np.array([[1.0, 2.0, 3.0]]), np.array([[1, 0, 0]]), np.ones(2))
     near, middle, far = np.exp([-1 / 8, -1 / 2, -9 / 8])  # the median distance is 2
     np.testing.assert_allclose(share, [[(middle + far) / (near + middle + far), near / (near + middle + far)]])
 
@@ -122,8 +123,7 @@ def test_harmony_takes_a_shift_between_batches_away_and_leaves_types_apart():
     cells = rng.normal(0, 0.1, (400, 3))
     cells[:, 0] += types
     cells[:, 1] += 0.5 * donors
-    labels = Labels(("a", "b"), donors)
-    corrected = _harmony(_components(cells, 3), {"donor": labels}, seed=0)
+    corrected = corrected_by_harmony(_components(cells, 3), {"donor": donors.astype(str)}, seed=0)
     apart = {name: _gap(values, donors) / _gap(values, types) for name, values in (("raw", cells), ("new", corrected))}
     assert apart["raw"] > 0.4
     assert apart["new"] < 0.15
@@ -179,3 +179,29 @@ def test_integration_needs_values_and_two_batches(blood, rank_model, bin_model):
         scfm.tl.integrate(adata, bin_model, batch_key="donor", method="scvi")
     with pytest.raises(ValueError, match="`config`"):
         scfm.tl.integrate(with_donors(blood), bin_model, batch_key="donor", config=SHORT)
+
+
+def test_the_report_scores_held_out_cells_of_the_reference_beside_simple_methods(
+    blood, rank_model, monkeypatch, tmp_path
+):
+    query = blood[:10].copy()
+    scfm.tl.map_reference(query, blood, rank_model, labels_key="bulk_labels")
+    report = query.uns["scfm_mapped_report"]
+    assert report.index[0] == "scfm.tl.map_reference"
+    assert {"logistic regression (balanced)", "SVD-50 + 15 nearest neighbors"} <= set(report.index)
+    assert report.drop(columns="setting").apply(lambda column: column.between(0, 1)).all(axis=None)
+    query.write_h5ad(tmp_path / "query.h5ad")
+    assert anndata.read_h5ad(tmp_path / "query.h5ad").uns["scfm_mapped_report"].equals(report)
+    without = blood[:10].copy()
+    scfm.tl.map_reference(without, blood, rank_model, labels_key="bulk_labels", baselines=False)
+    assert "scfm_mapped_report" not in without.uns
+
+
+def test_held_out_cells_and_the_rest_are_all_cells_of_the_reference():
+    rng = np.random.default_rng(0)
+    codes = np.repeat(np.arange(3), 30)
+    features = rng.normal(size=(3, 5))[codes] * 4 + rng.normal(size=(90, 5))
+    held_out = HeldOut.of(features, codes, 5)
+    np.testing.assert_array_equal(np.sort(np.concatenate([held_out.held, held_out.rest])), np.arange(90))
+    assert (held_out.log_proba_HC.argmax(1) == codes[held_out.held]).mean() > 0.9
+    assert HeldOut.of(features[:4], np.array([0, 0, 1, 1]), 2) is None
