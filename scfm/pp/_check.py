@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import sparse
 
 from scfm._docs import document
 from scfm.data.source import BLOCK_ROWS, CountSource
@@ -25,6 +26,8 @@ from scfm.vocab import guess_id_type
 Verdict = Literal["ok", "note", "problem"]
 
 _ENCODED_CELLS = 2000  # by which the time to encode is estimated
+_HALVED_CELLS = 100  # by which the stability of the first genes is estimated
+_FIRST_GENES = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class DataCheck:
         Median number of tokens.
     truncated_fraction
         Fraction of cells that express more genes than the context length allows.
+    token_stability
+        For rank encodings: fraction of the first 64 genes of a cell that are also among the first 64 of the other half, if the
+        counts of the cell are divided into two random halves; mean over 100 cells. In shallow data the order of genes is
+        mostly chance, and the fraction is small.
     memory_bytes, encode_seconds
         Estimated size of the tokens of all cells, and time to encode them.
     findings
@@ -79,6 +86,7 @@ class DataCheck:
     empty_fraction: float | None = None
     tokens_per_cell: float | None = None
     truncated_fraction: float | None = None
+    token_stability: float | None = None
     memory_bytes: int | None = None
     encode_seconds: float | None = None
     findings: list[Finding] = field(default_factory=list)
@@ -212,7 +220,8 @@ def _check_cells(
     report.counts_elsewhere = counts.matrices_with_counts()
     total_G, depths, empty, lengths = np.zeros(counts.n_vars), [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0, int)]
     encoded, seconds, dtype = [np.zeros(0, int)], 0.0, None
-    n_encoded = -(-_ENCODED_CELLS * BLOCK_ROWS // max(counts.n_obs, BLOCK_ROWS))  # of each block
+    shared = [np.zeros(0)]
+    n_encoded, n_halved = (-(-n * BLOCK_ROWS // max(counts.n_obs, BLOCK_ROWS)) for n in (_ENCODED_CELLS, _HALVED_CELLS))
     try:
         for _, block, depth_B in counts.blocks(BLOCK_ROWS):
             dtype = block.dtype
@@ -227,6 +236,8 @@ def _check_cells(
             started = time.perf_counter()
             encoded.append(encoding.encode(block[:n_encoded], genes, depth_B=depth_B[:n_encoded]).lengths_B.numpy())
             seconds += time.perf_counter() - started
+            if not encoding.config.has_values:  # the order of genes is all that is read
+                shared.append(_shared_by_halves(block[:n_halved], genes, encoding))
     except CountsError as error:
         report.add("counts", str(error), "problem")
         return None
@@ -241,6 +252,8 @@ def _check_cells(
     if genes is not None:
         n_tokens_B = np.concatenate(encoded)
         report.encode_seconds = seconds * counts.n_obs / len(n_tokens_B)
+        fractions = np.concatenate(shared)
+        report.token_stability = float(fractions.mean()) if len(fractions) else None
         _report_tokens(
             report,
             encoding,
@@ -249,6 +262,24 @@ def _check_cells(
             n_tokens_B=n_tokens_B,
         )
     return total_G
+
+
+def _shared_by_halves(block: sparse.csr_matrix, genes: GeneMap, encoding: Encoding) -> NDArray[np.float64]:
+    """For each cell with enough genes, the fraction of the first genes that both halves of its counts agree on."""
+    halves = [block.astype(np.float64), block.astype(np.float64)]
+    halves[0].data = (
+        np.random.default_rng(0).binomial(np.minimum(halves[0].data, 2**53).astype(np.int64), 0.5).astype(float)
+    )
+    halves[1].data = halves[1].data - halves[0].data
+    n_special = encoding.config.n_special_tokens
+    cells = [encoding.encode(half, genes, depth_B=np.ones(half.shape[0])) for half in halves]
+    fractions = []
+    for one, other in zip(*(each.gene_ids_T.split(each.lengths_B.tolist()) for each in cells)):
+        n_first = min(_FIRST_GENES, len(one) - n_special, len(other) - n_special)
+        if n_first >= _FIRST_GENES // 4:
+            first = [tokens[encoding.config.add_cls :][:n_first].tolist() for tokens in (one, other)]
+            fractions.append(len(set(first[0]) & set(first[1])) / n_first)
+    return np.array(fractions)
 
 
 def _report_coverage(report: DataCheck, genes: GeneMap, total_G: NDArray[np.float64] | None) -> None:
@@ -278,6 +309,9 @@ def _report_tokens(
         advice = "filter them out with scanpy.pp.filter_cells(adata, min_genes=1), after leaving out other genes"
         report.add("empty cells", f"{report.empty_fraction:.2%} express no gene of the vocabulary: {advice}", "problem")
     report.add("tokens per cell", f"median {report.tokens_per_cell:,.0f}, at most {n_tokens_B.max():,}")
+    if report.token_stability is not None:
+        text = f"{report.token_stability:.0%} are the same in two random halves of a cell's counts"
+        report.add(f"first {_FIRST_GENES} genes", text, "ok" if report.token_stability >= 0.5 else "note")
     if report.truncated_fraction:
         text = f"{report.truncated_fraction:.1%} of the cells express more genes than the {config.max_genes:,} that fit"
         report.add("truncated", text, "note")

@@ -1,7 +1,9 @@
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
 import scfm.datasets
 import scfm.pp
@@ -104,3 +106,19 @@ def test_memory_of_large_data_is_estimated_from_some_cells_and_every_cell_is_che
     assert scfm.pp.check(adata, encoding).empty_fraction == 1 / 9000
     adata.X.data[-1] = 0.5
     assert not scfm.pp.check(adata, encoding).raw_counts
+
+
+def test_the_first_genes_of_deep_cells_are_stable_and_those_of_shallow_cells_are_not():
+    rng = np.random.default_rng(0)
+    rates = np.exp(rng.normal(0, 2, (50, 400)))
+    genes = pd.DataFrame(index=[f"GENE{n}" for n in range(400)])
+    found = {}
+    for name, depth in (("deep", 3e5), ("shallow", 400)):
+        counts = rng.poisson(rates * depth / rates.sum(1, keepdims=True))
+        adata = anndata.AnnData(csr_matrix(counts.astype(np.float32)), var=genes)
+        found[name] = scfm.pp.check(adata, scfm.encoding.make_encoding("rank", adata=adata))
+    assert found["deep"].token_stability > 0.9
+    assert found["shallow"].token_stability < 0.6
+    assert "first 64 genes" in str(found["deep"])
+    bins = scfm.pp.check(adata, scfm.encoding.make_encoding("bin", adata=adata))
+    assert bins.token_stability is None
