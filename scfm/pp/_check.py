@@ -66,9 +66,9 @@ class DataCheck:
     truncated_fraction
         Fraction of cells that express more genes than the context length allows.
     token_stability
-        For rank encodings: fraction of the first 64 genes of a cell that are also among the first 64 of the other half, if the
-        counts of the cell are divided into two random halves; mean over 100 cells. In shallow data the order of genes is
-        mostly chance, and the fraction is small.
+        For rank encodings: how far the order of genes depends on chance. The counts of a cell are divided into two random
+        halves, which are encoded. The value is the fraction of the first 64 genes of one half that are among the first 64 of
+        the other, averaged over 100 cells. It is small if cells have few counts.
     memory_bytes, encode_seconds
         Estimated size of the tokens of all cells, and time to encode them.
     findings

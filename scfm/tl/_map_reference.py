@@ -69,8 +69,8 @@ def map_reference(
     {gene_key}
     {depth_key}
     baselines
-        Whether to compare the mapping with simple methods on the held-out fifth of the reference, if the reference has at most
-        20,000 labeled cells.
+        Whether to compare the mapping with simple methods on a fifth of the reference, which is held out for this. It is done
+        only for references of at most 20,000 labeled cells.
     {prefix_key_added}
     copy
         Return a copy of `query` with the result instead of writing to it.
@@ -87,7 +87,7 @@ def map_reference(
     - `obsm["KEY_neighbor_distances"]`: their distances, shape (n_obs, n_neighbors), float32
     - `uns["KEY_report"]`: scores of the mapping, of regressions and of nearest neighbors on the held-out fifth of the
       reference, as in `Model.report`; with harmonypy also of nearest neighbors after Harmony. The held-out cells are of the
-      same experiment as the rest, so all methods do worse on a query of another one.
+      same experiment as the rest; on a query of another experiment, all methods usually do worse.
     - `uns["scfm"]`: model, settings, and `hub_fraction`: of all neighbors of all query cells, the fraction that belongs to
       the 5 % of reference cells that are neighbors most often. If it is large, many query cells are mapped to the same few
       reference cells, and the labels should not be trusted.
