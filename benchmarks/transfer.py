@@ -18,7 +18,9 @@ Half of the target's cells, at most, are test cells. Some labels per class are d
 | PCA + LR | balanced logistic regression on 50 components of all target cells, labeled or not |
 | LR | balanced logistic regression on all genes |
 
-Models and rows are kept in `--out`; a stopped run resumes. Tables of macro-F1 with 95 % t intervals over seeds are printed last.
+A seed chooses the cells, the split and the labels. Rows that fine-tune a network have their own number of seeds and of labels
+(`--finetune-seeds`, `--finetune-labels`), because each takes minutes, and the others seconds. Models and rows are kept in `--out`;
+a stopped run resumes. Tables of macro-F1 with 95 % t intervals over seeds are printed last.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import multiprocessing
 import os
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +64,16 @@ BASELINES = {
     "SVD-50 of all cells + logistic regression (balanced)": "PCA + LR",
     "logistic regression (balanced)": "LR",
 }
-FIRST = "fine-tuned"
+FIRST = "linear probe"
+ORDER = [
+    "fine-tuned",
+    "fine-tuned, transformer alone",
+    FIRST,
+    "SVD start, linear probe",
+    "from scratch",
+    "PCA + LR",
+    "LR",
+]
 
 
 @dataclass(frozen=True)
@@ -91,11 +103,13 @@ STUDIES = {target.file: target.study for target in TARGETS.values()} | {
 class Budget:
     """Sizes of the runs, small enough for two CPU cores."""
 
-    steps: int = 300  # of pretraining
-    tokens: int = 8192  # per step, of both stages
+    steps: int = 100  # of pretraining
+    pretraining_tokens: int = 32_768  # per step, about 128 cells
     context_length: int = 256
     encoding: str = "rank"
+    objective: str = "profile"
     finetune_steps: int = 40
+    finetune_tokens: int = 8192  # per step
 
 
 def pretraining_files(target: str) -> list[str]:
@@ -144,28 +158,28 @@ def pretrain(files: list[str], out: Path, budget: Budget, *, train: bool) -> Non
     """Pretrain on files, or (`train=False`) stop at the start: one step of a rate that moves nothing."""
     if (out / "model").exists():
         return
-    fit = scfm.FitConfig(n_steps=budget.steps, tokens_per_step=budget.tokens)
+    fit = scfm.FitConfig(n_steps=budget.steps, tokens_per_step=budget.pretraining_tokens)
     if not train:
-        fit = fit.replace(n_steps=1, learning_rate=1e-12)
+        fit = fit.replace(n_steps=1, tokens_per_step=1024, learning_rate=1e-12)
     scfm.pretrain(
         files,
         out,
         init="svd",
         encoding=scfm.EncodingConfig(kind=budget.encoding, context_length=budget.context_length),
+        objective=budget.objective,
         config=fit,
         progress=False,
     )
 
 
-def probe(adata: anndata.AnnData, model: scfm.Model) -> dict[str, float]:
-    """Scores of a balanced logistic regression on the frozen embedding."""
-    scfm.tl.embed(adata, model, key_added="probe")
+def probe(adata: anndata.AnnData, key: str) -> dict[str, float]:
+    """Scores of a balanced logistic regression on a frozen embedding, `obsm[key]`."""
     is_test = adata.obs["is_test"].to_numpy()
     learn = ~is_test & adata.obs["known"].notna().to_numpy()
     regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000))
-    regression.fit(adata.obsm["probe"][learn], adata.obs["label"][learn].astype(str))
+    regression.fit(adata.obsm[key][learn], adata.obs["label"][learn].astype(str))
     return baselines.scores(
-        adata.obs["label"][is_test].astype(str).tolist(), regression.predict(adata.obsm["probe"][is_test]).tolist()
+        adata.obs["label"][is_test].astype(str).tolist(), regression.predict(adata.obsm[key][is_test]).tolist()
     )
 
 
@@ -183,37 +197,60 @@ def simple_methods(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
     )
 
 
-def score(name: str, folder: Path, n_labels: int, seed: int, budget: Budget) -> pd.DataFrame:
-    """One row per method."""
-    adata = hide_labels(read_target(name, seed), n_labels, seed)
-    model = scfm.fit(
-        adata,
-        labels_key="known",
-        test_key="is_test",
-        model=folder / "pretrained" / "model",
-        compare_from_scratch=True,
-        baselines=False,
-        config=scfm.FitConfig(n_steps=budget.finetune_steps, tokens_per_step=budget.tokens, seed=seed),
-        seed=seed,
-        progress=False,
-    )
-    report = model.report()
-    rows = {ours: report.loc[theirs].to_dict() for theirs, ours in REPORT_ROWS.items()}
-    for row, kind in (("linear probe", "pretrained"), ("SVD start, linear probe", "start")):
-        rows[row] = probe(adata, scfm.load(folder / kind / "model"))
-    simple = simple_methods(adata, seed)
-    rows |= {ours: simple.loc[theirs].to_dict() for theirs, ours in BASELINES.items()}
+def score_frozen(name: str, folder: Path, n_labels: list[int], seed: int, budget: Budget) -> pd.DataFrame:
+    """One row for each method that trains no network, and each number of labels."""
+    target = read_target(name, seed)
+    for kind in ("pretrained", "start"):
+        scfm.tl.embed(target, scfm.load(folder / kind / "model"), key_added=kind)
+    tables = []
+    for number in n_labels:
+        adata = hide_labels(target, number, seed)
+        rows = {FIRST: probe(adata, "pretrained"), "SVD start, linear probe": probe(adata, "start")}
+        simple = simple_methods(adata, seed)
+        rows |= {ours: simple.loc[theirs].to_dict() for theirs, ours in BASELINES.items()}
+        tables.append(as_table(rows).assign(labels=number))
+    return pd.concat(tables)
+
+
+def score_finetuned(name: str, folder: Path, n_labels: list[int], seed: int, budget: Budget) -> pd.DataFrame:
+    """One row for each method that trains a network, and each number of labels."""
+    target, tables = read_target(name, seed), []
+    for number in n_labels:
+        model = scfm.fit(
+            hide_labels(target, number, seed),
+            labels_key="known",
+            test_key="is_test",
+            model=folder / "pretrained" / "model",
+            compare_from_scratch=True,
+            baselines=False,
+            config=scfm.FitConfig(n_steps=budget.finetune_steps, tokens_per_step=budget.finetune_tokens, seed=seed),
+            seed=seed,
+            progress=False,
+        )
+        report = model.report()
+        rows = {ours: report.loc[theirs].to_dict() for theirs, ours in REPORT_ROWS.items()}
+        tables.append(as_table(rows).assign(labels=number))
+    return pd.concat(tables)
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(rows, orient="index")[["accuracy", "macro_f1"]]
     return table.rename_axis("method").reset_index()
 
 
-def measure(path: Path, name: str, folder: Path, n_labels: int, seed: int, budget: Budget) -> None:
-    """Write the rows of one target, number of labels and seed."""
+def measure(
+    path: Path,
+    score: Callable[[str, Path, list[int], int, Budget], pd.DataFrame],
+    name: str,
+    folder: Path,
+    n_labels: list[int],
+    seed: int,
+    budget: Budget,
+) -> None:
+    """Write the rows of one target and seed."""
     started = time.perf_counter()
     rows = score(name, folder, n_labels, seed, budget)
-    rows = rows.assign(
-        target=name, model=folder.name, labels=n_labels, seed=seed, seconds=time.perf_counter() - started
-    )
+    rows = rows.assign(target=name, model=folder.name, seed=seed, seconds=time.perf_counter() - started)
     rows.to_csv(path.with_suffix(".part"), index=False)
     path.with_suffix(".part").rename(path)
 
@@ -256,27 +293,31 @@ def interval(values: pd.Series) -> float:
 
 
 def show(rows: pd.DataFrame) -> None:
-    """Print macro-F1 by method and number of labels for each model, and what the first row gains over each other."""
+    """Print macro-F1 by method and number of labels for each model, and what the linear probe gains over each row."""
     rows = rows.assign(labels=rows["labels"].map(lambda number: "all" if number == ALL else str(number)))
-    order, columns = rows["method"].unique(), rows["labels"].unique()
+    columns = rows["labels"].unique()
     for (model, target), part in rows.groupby(["model", "target"], sort=False):
         wide = part.pivot(index=["labels", "seed"], columns="method", values="macro_f1")
+        order = [method for method in ORDER if method in wide]
         cells, gains = {}, {}
         for labels, method in itertools.product(columns, order):
-            values = wide.loc[labels]
-            gain = values[FIRST] - values[method]
-            cells[method, labels] = f"{values[method].mean():.3f} ± {interval(values[method]):.3f}"
-            gains[method, labels] = f"{gain.mean():+.3f} ± {interval(gain):.3f}"
+            values = wide.loc[labels][method].dropna()
+            cells[method, labels] = with_interval(values, "{:.3f}")
+            gains[method, labels] = with_interval((wide.loc[labels][FIRST] - values).dropna(), "{:+.3f}")
         name = target if model == target else f"{target}, pretrained on {model} cells"
         for title, table in ((f"{name}: macro-F1", cells), (f"{name}: {FIRST} less the row, paired", gains)):
             lines = [[method, *(table[method, labels] for labels in columns)] for method in order]
+            head = [["labels per class", *columns], ["---"] * (len(columns) + 1)]
             print(f"\n{title}\n")
-            print(
-                "\n".join(
-                    f"| {' | '.join(line)} |"
-                    for line in [["labels per class", *columns], ["---"] * (len(columns) + 1), *lines]
-                )
-            )
+            print("\n".join(f"| {' | '.join(line)} |" for line in [*head, *lines]))
+
+
+def with_interval(values: pd.Series, form: str) -> str:
+    """Mean and 95 % interval; the mean alone for one seed, and nothing without any."""
+    if not len(values):
+        return ""
+    mean = form.format(values.mean())
+    return mean if len(values) == 1 else f"{mean} ± {interval(values):.3f}"
 
 
 def main() -> None:
@@ -286,6 +327,8 @@ def main() -> None:
     parser.add_argument("--corpus-cells", nargs="+", type=int, default=[2_000, 20_000, 200_000])
     parser.add_argument("--labels", nargs="+", type=int, default=[5, 10, 20, 50, ALL], help="per class")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--finetune-labels", nargs="+", type=int, default=[10, ALL], help="per class")
+    parser.add_argument("--finetune-seeds", type=int, default=3)
     for name, value in vars(Budget()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -299,18 +342,22 @@ def main() -> None:
         for kind in ("pretrained", "start")
     ]
     run_all(calls, options.processes)
+    plan = [("frozen", score_frozen, options.labels, seed) for seed in range(options.seeds)]
+    plan += [
+        (f"finetuned_{number}", score_finetuned, [number], seed)
+        for seed in range(options.finetune_seeds)
+        for number in options.finetune_labels
+    ]
     tasks = [
-        (folder / f"rows_{n_labels}_{seed}.csv", name, folder, n_labels, seed, budget)
-        for seed in range(options.seeds)
+        (folder / f"rows_{kind}_{seed}.csv", score, name, folder, n_labels, seed, budget)
+        for kind, score, n_labels, seed in plan
         for folder, (name, _) in found.items()
-        for n_labels in options.labels
     ]
     run_all([functools.partial(measure, *task) for task in tasks if not task[0].exists()], options.processes)
     rows = pd.concat([pd.read_csv(task[0]) for task in tasks], ignore_index=True)
     show(rows)
-    print(
-        f"\nminutes of one core for the rows: {rows.drop_duplicates(['model', 'target', 'labels', 'seed'])['seconds'].sum() / 60:.0f}"
-    )
+    minutes = rows.groupby("model", sort=False)["seconds"].unique().map(sum).sum() / 60
+    print(f"\nminutes of one core for the rows: {minutes:.0f}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class EncodingConfig(Config):
     depth_key
         Column of `adata.obs` from which the total counts were read when the encoding was learned. For new cells the same
         column is used; if it is missing, a warning is logged. None if the rows were summed.
+    keep_counts
+        Rank only: whether the values of tokens are their counts. Some objectives need them during training.
 
     Examples
     --------
@@ -81,6 +83,7 @@ class EncodingConfig(Config):
     duplicates: DuplicatePolicy = "error"
     seed: int = 0
     depth_key: str | None = None
+    keep_counts: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ENCODINGS:
@@ -91,8 +94,9 @@ class EncodingConfig(Config):
         self._check()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name. `depth_key` is omitted if it is None, so that ids of earlier models do not change."""
-        return {name: value for name, value in super().to_dict().items() if name != "depth_key" or value is not None}
+        """Return the fields by name. Later fields with their defaults are omitted, so that ids of earlier models do not change."""
+        later = {"depth_key": None, "keep_counts": False}
+        return {name: value for name, value in super().to_dict().items() if name not in later or value != later[name]}
 
     def _check(self) -> None:
         rules = [
@@ -107,6 +111,7 @@ class EncodingConfig(Config):
             ("duplicates", self.duplicates in get_args(DuplicatePolicy), "must be 'error' or 'sum'"),
             ("depth_over", self.depth_over in get_args(DepthOver), "must be 'matrix' or 'vocabulary'"),
             ("seed", 0 <= self.seed < 2**63, "must be in 0..2^63 - 1"),
+            ("keep_counts", self.is_ordered or not self.keep_counts, "must be False, because its tokens have values"),
             ("include_zeros", not (self.is_ordered and self.include_zeros), "must be False, because zeros have no rank"),
         ]  # fmt: skip
         for name, holds, rule in rules:
@@ -135,7 +140,7 @@ class EncodingConfig(Config):
     @property
     def has_values(self) -> bool:
         """Whether tokens carry values (`CellBatch.values_T`)."""
-        return self._class.has_values
+        return self._class.has_values or self.keep_counts
 
     @property
     def is_ordered(self) -> bool:

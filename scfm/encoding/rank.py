@@ -97,10 +97,11 @@ class RankEncoding(Encoding):
         cells = cells.take(~np.isnan(self._medians[cells.token_T]))
         kept = cells.take(best_T(cells, cells.count_T / self._medians[cells.token_T], self.config.max_genes))
         front, back = cls_and_eos(self, kept.n_cells)
-        return add_special_tokens(kept.cu_seqlens, kept.token_T, None, front=front, back=back)
+        values = kept.count_T.astype(np.float32) if self.config.keep_counts else None
+        return add_special_tokens(kept.cu_seqlens, kept.token_T, values, front=front, back=back)
 
     def _is_compiled(self, block: sp.csr_matrix, genes: GeneMap) -> bool:
-        return True
+        return not self.config.keep_counts
 
     def _encode_compiled(
         self, compiled: ModuleType, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None

@@ -71,7 +71,7 @@ def choose_preset(name: str, *, encoding: str | None = None, objective: str | No
     encoding
         Kind of encoding. Sizes exist for "rank" (the default) and "bin"; every other preset has one kind.
     objective
-        "masked" or "generative". None for the default of the preset.
+        "masked", "generative" or "profile". None for the default of the preset.
 
     Raises
     ------

@@ -36,7 +36,7 @@ class Preset:
     objective
         Name of the pretraining objective.
     objectives
-        Names in `scfm.objectives.OBJECTIVES` of the objectives that "masked" and "generative" select.
+        Names in `scfm.objectives.OBJECTIVES` of the objectives that "masked", "generative" and "profile" select.
     size
         "small", "medium" or "large" for a size that exists with several encodings.
     n_tokens
@@ -75,7 +75,7 @@ class Preset:
         return ModelConfig.from_dict({**settings, "n_tokens": n_tokens, "pad_id": pad_id})
 
     def for_objective(self, objective: str) -> Preset:
-        """Return the preset for pretraining with the objective "masked" or "generative".
+        """Return the preset for pretraining with the objective "masked", "generative" or "profile".
 
         Raises
         ------

@@ -26,11 +26,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "rank": merged(geneformer.ARCHITECTURE, {"pooling": {"how": "weighted"}}),
     "bin": merged(scgpt.ARCHITECTURE, {"pooling": {"normalize": False}, "heads": {"values_from_cells": False}}),
 }
+OBJECTIVES: dict[str, dict[str, str]] = {
+    "rank": {**geneformer.OBJECTIVES, "profile": "profile"},
+    "bin": scgpt.OBJECTIVES,
+}
 _FAMILY_OF = {"rank": geneformer, "bin": scgpt}
 
 
 def _preset(size: str, encoding: str) -> Preset:
-    objectives = _FAMILY_OF[encoding].OBJECTIVES
+    objectives = OBJECTIVES[encoding]
     return Preset(
         name=f"{size}-{encoding}",
         size=size,

@@ -25,13 +25,18 @@ def start_from_loadings(network: CellTransformer, expression_BV: sparse.csr_matr
 
 def gene_loadings(expression_BV: sparse.csr_matrix, n_components: int, seed: int = 0) -> torch.Tensor:
     """Return right singular vectors of the cells-by-genes matrix, scaled by `compressed_loadings`, shape (V, R), float32."""
+    return compressed_loadings(singular_vectors(expression_BV, n_components, seed))
+
+
+def singular_vectors(expression_BV: sparse.csr_matrix, n_components: int, seed: int = 0) -> NDArray[np.floating]:
+    """Return right singular vectors of the cells-by-genes matrix, shape (V, R)."""
     n_components = min(n_components, *(size - 1 for size in expression_BV.shape))
     if n_components < 1:
         raise CountsError(
             f"Gene embeddings start from principal components, which need two cells, and there is {expression_BV.shape[0]}. "
             "Pass more cells, or a pretrained model (`model=`)."
         )
-    return compressed_loadings(TruncatedSVD(n_components, random_state=seed).fit(expression_BV).components_.T)
+    return TruncatedSVD(n_components, random_state=seed).fit(expression_BV).components_.T
 
 
 def compressed_loadings(loadings_VR: NDArray[np.floating]) -> torch.Tensor:

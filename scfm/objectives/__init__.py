@@ -16,6 +16,7 @@ from scfm.objectives.classify_genes import GeneClassification
 from scfm.objectives.generative import Generative
 from scfm.objectives.integrate import Integration
 from scfm.objectives.masked import MaskedBuckets, MaskedGenes, MaskedValues
+from scfm.objectives.profile import Profile
 from scfm.objectives.read_depth import ReadDepth
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "PretrainingObjective",
+    "Profile",
     "ReadDepth",
     "Targets",
     "Term",

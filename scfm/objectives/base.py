@@ -106,11 +106,18 @@ class PretrainingObjective:
         Fields of `ModelConfig` that the objective needs.
     encoding_settings
         Fields of `EncodingConfig` that the objective needs during training only.
+    training_settings
+        Fields of `FitConfig` that differ from the defaults of pretraining.
+    start
+        Function that initializes a network from loadings (V, R) and total counts (V,) of the genes; None for the start that
+        all objectives share, `scfm.models.initialize.set_gene_embeddings`.
     """
 
     make: Callable[[CellTransformer, Encoding], Objective]
     network_settings: Mapping[str, Any] = field(default_factory=dict)
     encoding_settings: Mapping[str, Any] = field(default_factory=dict)
+    training_settings: Mapping[str, Any] = field(default_factory=dict)
+    start: Callable[..., None] | None = None
 
 
 OBJECTIVES: Registry[PretrainingObjective] = Registry("objective", "scfm.objectives")

@@ -27,10 +27,10 @@ from scfm.errors import ModelTaskError
 from scfm.families import Preset, choose_preset
 from scfm.families.loading import opened
 from scfm.models.extend import extend_network, extended_encoding, extended_vocabulary
-from scfm.models.initialize import sample_rows, start_from_loadings
+from scfm.models.initialize import N_COMPONENTS, sample_rows, singular_vectors, start_from_loadings
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
-from scfm.objectives import make_objective
+from scfm.objectives import OBJECTIVES, make_objective
 from scfm.pp._encode import gene_map, open_counts, require_cells, select_cells
 from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
@@ -108,8 +108,8 @@ def fit(
         our benchmarks); otherwise the value of the preset, 1,024 for the sizes. Not with `model`.
     objective
         "masked": predict hidden genes (rank) or hidden values (bin). "generative": predict the values of random target genes
-        from the other genes of the cell (only with bin, as scGPT). None for "masked". Not with `model`, whose objective is
-        kept.
+        from the other genes of the cell (only with bin, as scGPT). "profile": predict a part of the counts of a cell from
+        the embedding of the other part (only sizes with rank). None for "masked". Not with `model`, whose objective is kept.
     pretrain
         Whether to train without labels first. With `model`, this continues its pretraining on the new cells, with its
         objective. None for True, except with both `model` and `labels_key`, where the model is only fine-tuned.
@@ -217,7 +217,7 @@ def fit(
         if labels_key is not None:
             stage = pretrain_config or stage.machine_only()
             stage = stage if model is not None else stage.with_defaults(**short_stage(len(split.fitted), cells.tokens))
-        _pretrain(fitted, cells, stage.with_defaults(seed=seed), progress)
+        _pretrain(fitted, counts, cells, stage.with_defaults(seed=seed), progress)
     if labels_key is None:
         adata.obsm[key_added] = fitted.embed(cells.tokens)
     else:
@@ -302,7 +302,12 @@ def _new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = CellTransformer.for_vocabulary(chosen.model_config(**shape), vocabulary)
-    start_from_loadings(network, cells.expression_BV[sample_rows(split.fitted, seed)], seed=seed)
+    expression_BV = cells.expression_BV[sample_rows(split.fitted, seed)]
+    if (start := OBJECTIVES[chosen.objective].start) is not None:
+        profile_V = np.asarray(expression_BV.expm1().sum(0)).ravel()
+        start(network, singular_vectors(expression_BV, N_COMPONENTS, seed), profile_V, seed=seed)
+    else:
+        start_from_loadings(network, expression_BV, seed=seed)
     history = {"preset": chosen.name, "seed": seed}
     return Model(network, encoding, objective=chosen.objective, history=history), cells
 
@@ -356,15 +361,18 @@ def _copied_model(
     return fitted, cells
 
 
-def _pretrain(model: Model, cells: Cells, config: FitConfig, progress: bool) -> None:
+def _pretrain(model: Model, counts: _Counts, cells: Cells, config: FitConfig, progress: bool) -> None:
     if model.objective is None:
         raise ModelTaskError(
             "The pretraining objective of this model is unknown, so pretraining cannot be continued. "
             "Fine-tune it with `labels_key`, without `pretrain`, or continue with `scfm.pretrain(files, out, init=model)`."
         )
-    objective = make_objective(model.objective, model.network, model.encoding)
-    tokens = cells.tokens.select(cells.split.fitted)
-    config = config.with_defaults(n_steps=FitConfig.for_cells(len(tokens)).n_steps)
+    objective, tokens = make_objective(model.objective, model.network, model.encoding), cells.tokens
+    if OBJECTIVES[model.objective].encoding_settings.get("keep_counts"):
+        tokens = pp.encode(counts.adata, model.encoding.replace(keep_counts=True), **counts.source)
+    tokens = tokens.select(cells.split.fitted)
+    defaults = {"n_steps": FitConfig.for_cells(len(tokens)).n_steps, **OBJECTIVES[model.objective].training_settings}
+    config = config.with_defaults(**defaults)
     run_stage(model, "pretraining", objective=objective, cells=tokens, config=config, progress=progress)
 
 

@@ -83,7 +83,8 @@ def pretrain(
         :class:`scfm.EncodingConfig`. None: "rank", or the encoding of the preset. Not with a model as `init`.
     objective
         "masked": predict hidden genes (rank) or hidden values. "generative": predict the values of random target genes from
-        the other genes of the cell (only with bin, as scGPT). None for the objective of the preset, or of `init`.
+        the other genes of the cell (only with bin, as scGPT). "profile": predict a part of the counts of a cell from the
+        embedding of the other part (only sizes with rank). None for the objective of the preset, or of `init`.
     vocabulary
         A `Vocabulary`, or a file with one: a published dictionary or a file of scfm. None for all genes with a count in at
         least one file. Not with a model as `init`.

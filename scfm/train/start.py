@@ -45,7 +45,8 @@ class Start:
     def stage_defaults(self) -> dict[str, Any]:
         """Return default settings of training; initialized gene embeddings get a lower learning rate."""
         scale = 1.0 if self.init is None else EMBEDDING_SCALE
-        return {**STAGE_DEFAULTS, "learning_rate": LEARNING_RATE, "embedding_learning_rate_scale": scale}
+        defaults = {**STAGE_DEFAULTS, "learning_rate": LEARNING_RATE, "embedding_learning_rate_scale": scale}
+        return {**defaults, **OBJECTIVES[self.objective].training_settings}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that identify this start, as JSON values."""
@@ -87,7 +88,11 @@ class Start:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = CellTransformer.for_vocabulary(config, vocabulary)
-        if statistics.loadings_VR.shape[1]:
+        if not statistics.loadings_VR.shape[1]:
+            return network
+        if (start := OBJECTIVES[self.objective].start) is not None:
+            start(network, statistics.loadings_VR, statistics.totals_V, seed=seed)
+        else:
             set_gene_embeddings(network, compressed_loadings(statistics.loadings_VR), scale=GENE_SCALE)
         return network
 
@@ -129,7 +134,8 @@ def _continued(base: Model, objective: str | None, **given: Any) -> Start:
     chosen = base.objective
     if objective is not None or chosen is None:
         kind = base.encoding.config.kind
-        able = [preset for preset in presets() if preset.encoding["kind"] == kind]
+        same_kind = [preset for preset in presets() if preset.encoding["kind"] == kind]
+        able = [preset for preset in same_kind if objective in preset.objectives] or same_kind
         chosen = able[0].for_objective(objective or "masked").objective
     return Start(
         base=base,
