@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scfm.data.batch import CellBatch
 from scfm.models.initialize import GENE_SCALE
-from scfm.models.network import CellTransformer, visible_tokens
+from scfm.models.network import CellTransformer
 from scfm.nn import Block
 from scfm.objectives.base import OBJECTIVES, Loss, PretrainingObjective, Targets, Term
 from scfm.objectives.masked import values_of
@@ -86,7 +86,7 @@ class Profile:
         order_T = torch.argsort(-score_T, stable=True)
         order_T = order_T[torch.argsort(cells.cell_of_token_T()[order_T], stable=True)]
         ranked = cells.replace(gene_ids_T=cells.gene_ids_T[order_T], values_T=None)
-        return visible_tokens(ranked, ((kept_T > 0) | ~is_gene_T)[order_T])
+        return ranked.select_tokens(((kept_T > 0) | ~is_gene_T)[order_T])
 
     def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
         cell_N, weight_N = targets["cell_N"], targets["weight_N"]
