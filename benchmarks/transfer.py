@@ -104,7 +104,7 @@ class Budget:
     """Sizes of the runs, small enough for two CPU cores."""
 
     steps: int = 100  # of pretraining
-    pretraining_tokens: int = 32_768  # per step, about 128 cells
+    pretraining_tokens: int = 49_152  # per step, of all genes of a cell: about 120 simulated cells, and 70 of blood
     context_length: int = 256
     encoding: str = "rank"
     objective: str = "profile"

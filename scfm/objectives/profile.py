@@ -22,6 +22,11 @@ from scfm.objectives.masked import values_of
 if TYPE_CHECKING:
     from scfm.encoding import Encoding
 
+N_READ = 128  # genes: shorter cells allow more cells per step, and cells embedded later may have more
+ALL_GENES = (
+    2**31 - 1
+)  # tokens of a cell: if the first in rank were chosen before the split, the parts would not be independent
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -43,7 +48,9 @@ class Profile:
     medians_V
         Medians of the rank encoding, shape (V,), float64.
     lowest_rate, highest_rate
-        Range of the fraction of the counts that the network reads.
+        Range of the fraction of the counts that is kept.
+    n_read
+        Maximum number of kept genes that the network reads, the first in rank. The others are neither read nor predicted.
 
     Examples
     --------
@@ -61,6 +68,7 @@ class Profile:
     medians_V: Tensor
     lowest_rate: float = 0.2
     highest_rate: float = 0.6
+    n_read: int = N_READ
     name: str = "profile"
 
     def corrupt(self, cells: CellBatch, generator: torch.Generator) -> tuple[CellBatch, Targets]:
@@ -86,7 +94,9 @@ class Profile:
         order_T = torch.argsort(-score_T, stable=True)
         order_T = order_T[torch.argsort(cells.cell_of_token_T()[order_T], stable=True)]
         ranked = cells.replace(gene_ids_T=cells.gene_ids_T[order_T], values_T=None)
-        return ranked.select_tokens(((kept_T > 0) | ~is_gene_T)[order_T])
+        visible = ranked.select_tokens(((kept_T > 0) | ~is_gene_T)[order_T])
+        is_gene_T = self.is_gene_V[visible.gene_ids_T.long()]
+        return visible.select_tokens((visible.position_T() < self.n_read) | ~is_gene_T)
 
     def loss(self, network: CellTransformer, inputs: CellBatch, targets: Targets) -> Loss:
         cell_N, weight_N = targets["cell_N"], targets["weight_N"]
@@ -152,15 +162,19 @@ def start(network: CellTransformer, loadings_VR: ArrayLike, totals_V: ArrayLike,
 def _profile(network: CellTransformer, encoding: Encoding) -> Profile:
     if encoding.medians is None:
         raise ValueError(f"The profile objective needs a rank encoding; this one is {encoding.config.kind!r}.")
-    return Profile(is_gene_V=network.is_gene_V.cpu(), medians_V=torch.from_numpy(encoding.medians.copy()))
+    return Profile(
+        is_gene_V=network.is_gene_V.cpu(),
+        medians_V=torch.from_numpy(encoding.medians.copy()),
+        n_read=min(N_READ, network.config.context_length - 2),
+    )
 
 
 OBJECTIVES.add(
     "profile",
     PretrainingObjective(
         make=_profile,
-        encoding_settings={"keep_counts": True},
-        training_settings={"learning_rate": 1e-3, "embedding_learning_rate_scale": 1.0},
+        encoding_settings={"keep_counts": True, "context_length": ALL_GENES},
+        training_settings={"learning_rate": 1e-3, "embedding_learning_rate_scale": 2.0},
         start=start,
     ),
 )

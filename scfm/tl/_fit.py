@@ -368,8 +368,9 @@ def _pretrain(model: Model, counts: _Counts, cells: Cells, config: FitConfig, pr
             "Fine-tune it with `labels_key`, without `pretrain`, or continue with `scfm.pretrain(files, out, init=model)`."
         )
     objective, tokens = make_objective(model.objective, model.network, model.encoding), cells.tokens
-    if OBJECTIVES[model.objective].encoding_settings.get("keep_counts"):
-        tokens = pp.encode(counts.adata, model.encoding.replace(keep_counts=True), **counts.source)
+    settings = OBJECTIVES[model.objective].encoding_settings
+    if settings.get("keep_counts"):
+        tokens = pp.encode(counts.adata, model.encoding.replace(**settings), **counts.source)
     tokens = tokens.select(cells.split.fitted)
     defaults = {"n_steps": FitConfig.for_cells(len(tokens)).n_steps, **OBJECTIVES[model.objective].training_settings}
     config = config.with_defaults(**defaults)

@@ -1,5 +1,7 @@
 """The profile objective: how counts are split, what the network reads, and what the loss is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import scfm
 from scfm.data import CellBatch
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.models import CellTransformer
-from scfm.objectives import Profile, make_objective, total
+from scfm.objectives import OBJECTIVES, Profile, make_objective, total
 from scfm.objectives.profile import start
 
 N_TOKENS, FIRST_GENE = 60, 2
@@ -66,12 +68,30 @@ def test_kept_counts_are_ranked_as_the_encoding_ranks_them():
         counted = scfm.pp.encode(adata, encoding.replace(keep_counts=True))
         is_gene_V = torch.zeros(len(encoding.vocabulary), dtype=torch.bool)
         is_gene_V[torch.from_numpy(encoding.vocabulary.gene_ids).long()] = True
-        everything = Profile(is_gene_V, torch.from_numpy(encoding.medians.copy()), lowest_rate=1.0, highest_rate=1.0)
+        everything = Profile(
+            is_gene_V, torch.from_numpy(encoding.medians.copy()), lowest_rate=1.0, highest_rate=1.0, n_read=10**6
+        )
         shuffled, _ = everything.corrupt(counted, torch.Generator().manual_seed(0))
         assert plain.values_T is None
         assert torch.equal(plain.gene_ids_T, counted.gene_ids_T)
         assert torch.equal(shuffled.gene_ids_T, plain.gene_ids_T)
         assert torch.equal(shuffled.cu_seqlens.long(), plain.cu_seqlens.long())
+
+
+def test_the_network_reads_the_first_genes_in_rank_of_a_part_of_all_counts(cells, objective):
+    draws = [
+        replace(objective, n_read=n_read).corrupt(cells, torch.Generator().manual_seed(0)) for n_read in (5, 10**6)
+    ]
+    (short, of_short), (complete, of_complete) = draws
+    for cell in range(3):
+        ids = [inputs.select([cell]).gene_ids_T.tolist() for inputs in (short, complete)]
+        assert ids[0] == ids[1][:5]
+    assert torch.equal(of_short["gene_ids_N"], of_complete["gene_ids_N"])
+    adata = scfm.datasets.pbmc()[:3].copy()
+    encoding = make_encoding(EncodingConfig(kind="rank", context_length=20), adata=adata)
+    in_training = encoding.replace(**OBJECTIVES["profile"].encoding_settings)
+    n_genes = (adata.X > 0).sum(1).ravel().tolist()[0]
+    assert scfm.pp.encode(adata, in_training).lengths_B.tolist() == n_genes
 
 
 def test_counts_that_are_kept_are_those_of_the_matrix():
@@ -140,7 +160,7 @@ def test_a_network_at_the_start_projects_on_the_loadings_and_predicts_the_mean_p
     _, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
     mean_V = (totals + 0.5) / (totals + 0.5)[FIRST_GENE:].sum()
     expected = -(targets["weight_N"].numpy() * np.log(mean_V[targets["gene_ids_N"]])).sum() / 3
-    assert float(total(objective.loss(network, inputs, targets))) == pytest.approx(expected, rel=1e-5)
+    assert total(objective.loss(network, inputs, targets)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_other_encodings_and_poolings_are_refused(cells, objective):
@@ -155,7 +175,7 @@ def test_other_encodings_and_poolings_are_refused(cells, objective):
         objective.corrupt(cells.replace(values_T=None), torch.Generator())
 
 
-CONFIG = scfm.FitConfig(n_steps=15, tokens_per_step=2000, learning_rate=3e-3, accelerator="cpu")
+CONFIG = scfm.FitConfig(n_steps=15, tokens_per_step=12_000, learning_rate=3e-3, accelerator="cpu")
 SHORT_CELLS = EncodingConfig(kind="rank", context_length=24)
 
 
