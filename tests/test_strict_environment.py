@@ -1,9 +1,10 @@
-"""The whole job gives the same result where numpy raises, warnings are errors, nothing may be written at home, and the locale is C."""
+"""Every function gives the same where numpy raises, warnings are errors, nothing may be written at home, and the locale is C."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ THIRD_PARTY = (
     "pkg_resources",
 )
 
-JOB = """
+START = """
 import hashlib, json, os, sys, warnings
 from pathlib import Path
 strict, folder, ignored = sys.argv[1] == "strict", Path(sys.argv[2]), sys.argv[3].split(",")
@@ -39,6 +40,9 @@ import scfm.datasets
 torch.set_num_threads(1)
 if strict:
     np.seterr(all="raise")
+"""
+
+JOB = """
 adata = scfm.datasets.pbmc()[:120].copy()
 adata.obs["bulk_labels"] = adata.obs["bulk_labels"].astype(str).where(lambda label: label.isin(["CD19+ B", "Dendritic"]), "other \\u03b3\\u03b4")
 config = scfm.FitConfig(n_steps=1, tokens_per_step=1024)
@@ -60,11 +64,37 @@ parts = {
 Path(folder / "result.json").write_text(json.dumps(parts), encoding="utf-8")
 """
 
+# Every function of the table of tests/test_inputs_stay.py: what it returns and what it writes.
+EVERY_CALL = """
+import matplotlib
+matplotlib.use("agg")
+sys.path.insert(0, sys.argv[4])
+import test_inputs_stay as stay
+import pandas as pd
 
-def run(kind, folder, env):
+def digest(value):
+    if isinstance(value, pd.DataFrame):
+        return value.to_json(double_precision=15, orient="split")
+    if isinstance(value, np.ndarray):
+        return stay.digest(value)
+    if isinstance(value, dict):
+        return {str(key): digest(entry) for key, entry in value.items()}
+    if isinstance(value, scfm.CellBatch):
+        return [stay.digest(value.gene_ids_T.numpy()), stay.digest(value.cu_seqlens.numpy())]
+    return value.id if isinstance(value, scfm.Model) else type(value).__name__
+
+models, parts = stay.make_models(), {}
+for name, (call, _) in stay.CALLS.items():
+    adata = stay.make_data()
+    parts[name] = [digest(call(adata, models[name])), repr(stay.parts_of(adata))]
+Path(folder / "result.json").write_text(json.dumps(parts), encoding="utf-8")
+"""
+
+
+def run(kind, folder, env, job):
     folder.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", JOB, kind, str(folder), ",".join(THIRD_PARTY)],
+        [sys.executable, "-c", START + job, kind, str(folder), ",".join(THIRD_PARTY), str(Path(__file__).parent)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
@@ -75,14 +105,16 @@ def run(kind, folder, env):
 
 
 @pytest.mark.slow
-def test_the_same_result_in_a_strict_environment(tmp_path):
+@pytest.mark.parametrize("job", [JOB, EVERY_CALL], ids=["the whole job", "every function"])
+def test_the_same_result_in_a_strict_environment(job, tmp_path):
     home = tmp_path / "home"
     home.mkdir(mode=0o500)
     caches = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "NUMBA_CACHE_DIR", "HF_HOME", "TORCH_HOME")
     strict = {"HOME": str(home), "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     strict |= {name: str(home / name) for name in caches}
-    plain = run("plain", tmp_path / "plain", {})
-    assert run("strict", tmp_path / "strict", strict) == plain
-    assert "other \u03b3\u03b4" in plain["labels"]
+    plain = run("plain", tmp_path / "plain", {}, job)
+    assert run("strict", tmp_path / "strict", strict, job) == plain
+    if job is JOB:
+        assert "other \u03b3\u03b4" in plain["labels"]
     if os.getuid() != 0:  # root writes everywhere
         assert not any(home.iterdir())

@@ -17,7 +17,7 @@ from scfm.errors import CountsError
 # log1p of ten million counts is 16. Fractions above that come from scaling, not from a logarithm.
 _MAX_LOG = 16.0
 # float64 represents every whole number up to here, so sums of counts are exact.
-_MAX_COUNT = 2.0**53
+MAX_COUNT = 2.0**53
 _CHUNK = 1 << 20
 TARGET_SUM = 1e4
 
@@ -189,7 +189,7 @@ def check_counts(block: sp.csr_matrix, *, name: str, advice: Callable[[], str]) 
         If an entry is not a raw count. The message has the value and `advice`.
     """
     low, high, fractions = survey(block.data)
-    if low >= 0 and high <= _MAX_COUNT and fractions == 0:
+    if low >= 0 and high <= MAX_COUNT and fractions == 0:
         return low
     if not (np.isfinite(low) and np.isfinite(high)):
         value = next(value for value in (low, high) if not np.isfinite(value))
@@ -206,15 +206,3 @@ def check_counts(block: sp.csr_matrix, *, name: str, advice: Callable[[], str]) 
         f"{name} holds fractions ({share:.0%} of the non-zero values, largest {high:.4g}): it looks {looks}, and raw "
         f"counts are needed. {advice()} Counts corrected for ambient RNA or multi-mapping must be rounded first."
     )
-
-
-def looks_like_counts(matrix: Any, *, rows: int = 200) -> bool:
-    """Whether the first rows of a matrix of any type are raw counts, and not all zero."""
-    block = matrix[: min(rows, matrix.shape[0])]
-    block = block.compute() if hasattr(block, "compute") else block
-    try:
-        values = canonical_csr(block).data
-    except CountsError:
-        return False
-    low, high, fractions = survey(values)
-    return bool(values.size and low >= 0 and 0 < high <= _MAX_COUNT and fractions == 0)

@@ -12,7 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scfm.data.counts import check_pointers, native_numbers, signed_indices
+from scfm.data.counts import MAX_COUNT, canonical_csr, check_pointers, native_numbers, signed_indices, survey
 from scfm.errors import CountsError
 
 
@@ -122,23 +122,44 @@ def other_matrices(adata: Any, layer: str | None) -> dict[str, Any]:
 
 def readable_by_rows(matrix: Any, name: str) -> Any:
     """Return `matrix` in a form that is fast to read by blocks of rows."""
-    if isinstance(matrix, pd.DataFrame):
-        return matrix.to_numpy()
     matrix = getattr(matrix, "opened", matrix)
     if getattr(matrix, "format", None) == "csc" and not sp.issparse(matrix):
         matrix = matrix.to_memory()  # each block of rows of backed CSC would read the whole file
-    if sp.issparse(matrix):
-        return _checked_sparse(matrix, name)
-    return np.asarray(matrix) if isinstance(matrix, np.matrix) else matrix
+    matrix = _sliceable(matrix, name)
+    return matrix.tocsr() if sp.issparse(matrix) else matrix
 
 
-def _checked_sparse(matrix: Any, name: str) -> sp.csr_matrix:
-    """Return a sparse matrix as CSR after a check of its row pointers; its entries are not checked."""
+def read_rows(matrix: Any, start: int, stop: int, name: str) -> sp.csr_matrix:
+    """Read rows of a matrix in canonical CSR form, without a check of the counts; memory is shared if possible."""
+    is_csr = sp.issparse(matrix) and matrix.format == "csr"
+    block = slice_rows(matrix, start, stop) if is_csr else matrix[start:stop]
+    return canonical_csr(block.compute() if hasattr(block, "compute") else block, name=name)
+
+
+def looks_like_counts(matrix: Any, name: str, *, rows: int = 200) -> bool:
+    """Whether the first rows of a matrix of any type are raw counts, and not all zero."""
+    try:
+        block = read_rows(_sliceable(matrix, name), 0, min(rows, matrix.shape[0]), name)
+    except CountsError:
+        return False
+    low, high, fractions = survey(block.data)
+    return bool(block.data.size and low >= 0 and 0 < high <= MAX_COUNT and fractions == 0)
+
+
+def _sliceable(matrix: Any, name: str) -> Any:
+    """Return a matrix whose rows can be sliced: of a sparse one, row pointers (CSR) or all indices (CSC) are checked."""
+    if isinstance(matrix, pd.DataFrame | np.matrix):
+        return np.asarray(matrix)
+    if not sp.issparse(matrix):
+        return matrix
     if matrix.format not in ("csr", "csc"):
         return matrix.tocsr()
     check_pointers(matrix.indptr, len(matrix.data), len(matrix.indices), matrix.shape[matrix.format == "csc"])
-    if matrix.format == "csr":
-        return matrix
+    return matrix if matrix.format == "csr" else _native_csc(matrix, name)
+
+
+def _native_csc(matrix: Any, name: str) -> sp.csc_matrix:
+    """Return a CSC matrix with numbers and indices of kinds that scipy computes with, after a check of its indices."""
     checked = sp.csc_matrix(matrix.shape, dtype=np.int8)
     checked.data, checked.indices = native_numbers(matrix.data, name=name), signed_indices(matrix.indices)
     checked.indptr = matrix.indptr.astype(np.int64)
@@ -146,7 +167,7 @@ def _checked_sparse(matrix: Any, name: str) -> sp.csr_matrix:
         raise CountsError(
             f"{name} has a row index out of range: the matrix is damaged. Build it again from its source."
         )
-    return checked.tocsr()
+    return checked
 
 
 def slice_rows(matrix: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
@@ -156,6 +177,40 @@ def slice_rows(matrix: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
     block = sp.csr_matrix((stop - start, matrix.shape[1]), dtype=np.int8)
     block.data, block.indices, block.indptr = matrix.data[first:last], matrix.indices[first:last], pointers - first
     return block
+
+
+def take_rows(matrix: sp.csr_matrix, rows: NDArray[np.integer]) -> sp.csr_matrix:
+    """Return rows of a CSR matrix whose row pointers were checked; its entries may be of any dtype."""
+    starts, stops = matrix.indptr[rows].astype(np.int64), matrix.indptr[rows + 1].astype(np.int64)
+    entries = [slice(starts[first], stops[last - 1]) for first, last in _runs(rows)]
+    taken = sp.csr_matrix((len(rows), matrix.shape[1]), dtype=np.int8)
+    taken.data = np.concatenate([matrix.data[:0], *(matrix.data[each] for each in entries)])
+    taken.indices = np.concatenate([matrix.indices[:0], *(matrix.indices[each] for each in entries)])
+    taken.indptr = np.concatenate([[0], np.cumsum(stops - starts)])
+    return taken
+
+
+def _runs(rows: NDArray[np.integer]) -> list[tuple[int, int]]:
+    """Return the first and last (exclusive) position of every run of consecutive numbers."""
+    starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)
+    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]))
+
+
+class SelectedRows:
+    """Some rows of a matrix that `readable_by_rows` returned, in any order; they are read when they are sliced."""
+
+    def __init__(self, matrix: Any, rows: NDArray[np.integer], name: str) -> None:
+        self._matrix, self._rows, self._name = matrix, rows, name
+        self.shape = (len(rows), matrix.shape[1])
+
+    def __getitem__(self, block: slice) -> Any:
+        rows = self._rows[block]
+        if sp.issparse(self._matrix):
+            return take_rows(self._matrix, rows)
+        if isinstance(self._matrix, np.ndarray) or hasattr(self._matrix, "compute"):
+            return self._matrix[rows]
+        parts = [read_rows(self._matrix, int(rows[a]), int(rows[b - 1]) + 1, self._name) for a, b in _runs(rows)]
+        return sp.vstack(parts, format="csr") if parts else read_rows(self._matrix, 0, 0, self._name)
 
 
 def take_columns(block: sp.csr_matrix, kept: NDArray[np.integer]) -> sp.csr_matrix:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,14 +16,16 @@ import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
 from scfm.data import columns
-from scfm.data.counts import canonical_csr, check_counts, log_normalize, looks_like_counts, row_totals
+from scfm.data.counts import check_counts, log_normalize, row_totals
 from scfm.data.files import AnnDataFile
 from scfm.data.gene_names import choose_names
 from scfm.data.matrices import (
+    SelectedRows,
     find_matrix,
+    looks_like_counts,
     other_matrices,
+    read_rows,
     readable_by_rows,
-    slice_rows,
     sum_columns,
     take_columns,
     with_matrix,
@@ -191,6 +194,29 @@ class CountSource:
             elsewhere=other_matrices(data, layer),
         )
 
+    def select(self, rows: ArrayLike) -> CountSource:
+        """Return the counts of some cells, which are read from the same matrix when they are needed.
+
+        Parameters
+        ----------
+        rows
+            Row numbers, in any order, or a boolean mask, shape (n_obs,).
+
+        Examples
+        --------
+        >>> import scfm
+        >>> counts = scfm.data.CountSource.of(scfm.datasets.pbmc())
+        >>> counts.select([5, 3]).obs_names.tolist() == counts.obs_names[[5, 3]].tolist()
+        True
+        """
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+        selected = copy.copy(self)
+        selected._matrix, selected.n_obs = SelectedRows(self._matrix, rows, self.name), len(rows)
+        selected._depth = None if self._depth is None else self._depth[rows]
+        selected._obs_names = lambda: self.obs_names[rows]
+        return selected
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.n_obs, self.n_vars
@@ -219,8 +245,7 @@ class CountSource:
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Read rows start..stop in canonical CSR form, without a check; memory is shared with the source if possible."""
-        block = slice_rows(self._matrix, start, stop) if sp.issparse(self._matrix) else self._matrix[start:stop]
-        block = canonical_csr(block.compute() if hasattr(block, "compute") else block, name=self.name)
+        block = read_rows(self._matrix, start, stop, self.name)
         return take_columns(block, self.columns) if self.omitted else block
 
     def blocks(
@@ -273,7 +298,7 @@ class CountSource:
 
     def matrices_with_counts(self) -> list[str]:
         """Return the other matrices of the AnnData whose first rows look like raw counts."""
-        return [name for name, matrix in self._elsewhere.items() if looks_like_counts(matrix)]
+        return [name for name, matrix in self._elsewhere.items() if looks_like_counts(matrix, name)]
 
     def _depth_of(self, block: sp.csr_matrix, first: int, last: int) -> NDArray[np.float64]:
         """Return the given depths of a block of cells; a cell with counts must have a positive depth."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import anndata
 import numpy as np
@@ -21,7 +21,7 @@ from scfm.data.columns import groups
 from scfm.errors import LabelsError
 from scfm.models.model import Model, Precision
 from scfm.perturbation.labels import LabelHead
-from scfm.pp._encode import require_cells, select_cells
+from scfm.pp._encode import open_counts, require_cells
 
 Measure = Literal["shift", "goal", "label"]
 
@@ -103,11 +103,11 @@ def read_states(
         chosen = group_B != goal
     if not chosen.any():
         raise LabelsError(f"All cells are of the goal state {goal!r}; there are none to start from.")
-    source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
-    cells = pp.encode(select_cells(adata, chosen), model.encoding, **source)
+    counts = open_counts(adata, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    cells = pp.encode(counts.select(chosen), model.encoding)
 
     def n_expressing() -> NDArray[np.int64]:
-        expression_BV = pp.log_expression(select_cells(adata, chosen), model.encoding, **source)
+        expression_BV = pp.log_expression(counts.select(chosen), model.encoding)
         return np.bincount(expression_BV.indices, minlength=expression_BV.shape[1])
 
     if measure == "label":
@@ -118,7 +118,7 @@ def read_states(
     goal_D, original_BD = None, model.embed(cells, precision=precision)
     embedded = [original_BD]
     if group_B is not None and goal is not None:
-        goal_cells = pp.encode(select_cells(adata, group_B == goal), model.encoding, **source)
+        goal_cells = pp.encode(counts.select(group_B == goal), model.encoding)
         embedded.append(model.embed(goal_cells, precision=precision))
         goal_D = embedded[1].mean(0, dtype=np.float64)
     center_D = np.concatenate(embedded).mean(0, dtype=np.float64) if center else None

@@ -18,7 +18,7 @@ from scfm.data.matrices import require_adata
 from scfm.data.source import BLOCK_ROWS, CountSource
 from scfm.encoding.base import Backend, Encoding
 from scfm.encoding.genes import GeneMap
-from scfm.errors import CountsError, EmptyCellError
+from scfm.errors import EmptyCellError
 from scfm.families.loading import opened
 
 
@@ -106,19 +106,6 @@ def require_cells(adata: Any) -> None:
     require_adata(adata)
     if not adata.n_obs:
         raise EmptyCellError(f"The data hold no cells ({adata.n_obs} x {adata.n_vars}). Was every cell filtered out?")
-
-
-def select_cells(adata: Any, rows: Any) -> Any:
-    """Select cells as `adata[rows]` does, or say why AnnData cannot."""
-    for slot in ("obs", "var"):
-        columns = getattr(adata, slot).columns
-        if not columns.is_unique:
-            name = columns[columns.duplicated()][0]
-            raise CountsError(
-                f"`adata.{slot}` has several columns named {name!r}, and AnnData cannot select cells of such data. Keep one: "
-                f"`adata.{slot} = adata.{slot}.loc[:, ~adata.{slot}.columns.duplicated()]`."
-            )
-    return adata[rows]
 
 
 def encoding_of(model_or_encoding: Any) -> Encoding:

@@ -31,7 +31,7 @@ from scfm.models.initialize import N_COMPONENTS, sample_rows, singular_vectors, 
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.objectives import OBJECTIVES, make_objective
-from scfm.pp._encode import gene_map, open_counts, require_cells, select_cells
+from scfm.pp._encode import gene_map, open_counts, require_cells
 from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
 from scfm.train import FitConfig, run_stage
@@ -250,7 +250,8 @@ class _Counts:
         return {"layer": self.layer, "gene_key": self.gene_key, "depth_key": self.depth_key}
 
     def make_encoding(self, settings: EncodingConfig, rows: NDArray[np.int64], vocabulary: Any = None) -> Encoding:
-        return make_encoding(settings, adata=select_cells(self.adata, rows), vocabulary=vocabulary, **self.source)
+        counts = CountSource.of(self.adata, **self.source, usual_depth_key=settings.depth_key)
+        return make_encoding(settings, adata=counts.select(rows), vocabulary=vocabulary)
 
     def with_depth(self, encoding: Encoding) -> Encoding:
         """The encoding, with the column that these data read the depth of their cells from."""

@@ -86,6 +86,32 @@ def test_indices_and_pointers_of_every_type(dtype, array, form):
     same(CountSource(matrix))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["dense", "csr", "csc"])
+def test_counts_of_every_type_are_found_in_another_matrix(dtype, form):
+    adata = make(np.log1p(COUNTS))
+    matrix = COUNTS if form == "dense" else (sp.csr_matrix if form == "csr" else sp.csc_matrix)(COUNTS)
+    if form == "dense":
+        adata.layers["raw counts"] = matrix.astype(dtype)
+    else:
+        matrix.data, matrix.indices = matrix.data.astype(dtype), matrix.indices.astype("u4")
+        adata.layers["raw counts"] = matrix
+    with pytest.raises(CountsError, match='seem to hold raw counts: pass layer="raw counts"'):
+        CountSource.of(adata).check(CountSource.of(adata).rows(0, 23))
+
+
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix])
+@pytest.mark.parametrize("array", ["data", "indices", "indptr"])
+def test_a_damaged_matrix_holds_no_counts_for_another_to_name(form, array):
+    damaged = form(COUNTS)
+    bad = {"data": "text", "indices": 10**6, "indptr": 10**6}[array]
+    setattr(damaged, array, np.full_like(getattr(damaged, array), bad, dtype=object if array == "data" else None))
+    adata = make(np.log1p(COUNTS))
+    adata.layers["damaged"] = damaged
+    with pytest.raises(CountsError, match=r"No raw counts were found elsewhere \(layer=\"damaged\"\)"):
+        CountSource.of(adata).check(CountSource.of(adata).rows(0, 23))
+
+
 def test_entries_in_any_order():
     matrix = csr()
     for start, stop in zip(matrix.indptr, matrix.indptr[1:]):
@@ -105,6 +131,28 @@ def test_entries_of_one_cell_and_gene_are_summed(dtype):
         data=lambda _: np.repeat(part, 2).astype(dtype), indices=lambda x: np.repeat(x, 2), indptr=lambda x: 2 * x
     )
     same(CountSource(matrix), (COUNTS > 0) * 2 * part[0])
+
+
+@pytest.mark.parametrize("rows", [[], [22], [3, 4, 5, 17, 0, 1, 9], np.arange(23) % 3 > 0])
+@pytest.mark.parametrize(
+    "form", ["dense", "csr", "csc", "parts", ".h5ad", "csc.h5ad", "dense.h5ad", ".zarr", "collection", "view"]
+)
+def test_selected_cells(rows, form, tmp_path):
+    matrix = {"dense": COUNTS, "csc": sp.csc_matrix(COUNTS)}.get(form.split(".")[0], sp.csr_matrix(COUNTS))
+    if form == "parts":
+        matrix = csr(data=lambda x: np.repeat(x / 2, 2), indices=lambda x: np.repeat(x, 2), indptr=lambda x: 2 * x)
+    adata = make(matrix, total=COUNTS.sum(1) + 5.0)
+    data = write(adata, tmp_path / f"a.{form.split('.')[1]}") if "." in form else adata
+    data = anndata.experimental.AnnCollection([adata[:9], adata[9:]]) if form == "collection" else data
+    data = adata[::-1][::-1] if form == "view" else data
+    wanted = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.array(rows, dtype=int)
+    counts = CountSource.of(data)
+    same(counts.select(rows), COUNTS[wanted])
+    assert counts.select(rows).obs_names.tolist() == adata.obs_names[wanted].tolist()
+    same(counts)  # is left as it was
+    if form != "collection":
+        depth_B = CountSource.of(data, depth_key="total").select(rows).depth()
+        np.testing.assert_array_equal(depth_B, COUNTS[wanted].sum(1) + 5)
 
 
 def test_scipys_memory_of_a_matrix_is_not_trusted():

@@ -17,7 +17,7 @@ from scfm.perturbation.prediction.features import target_features
 from scfm.perturbation.prediction.measured import Measured, read_measured
 from scfm.perturbation.prediction.methods import BASELINES, Predictor, Targets, ridge_on_features
 from scfm.perturbation.prediction.targets import read_targets
-from scfm.pp._encode import select_cells
+from scfm.pp._encode import open_counts
 
 CONTROL_CELLS = 48  # that features are averaged over
 OURS = "scfm"
@@ -111,7 +111,8 @@ def _methods(
 ) -> dict[str, Predictor]:
     rows = measured.control_rows
     rows = np.sort(np.random.default_rng(seed).choice(rows, min(CONTROL_CELLS, len(rows)), replace=False))
-    cells = pp.encode(select_cells(adata, rows), model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    counts = open_counts(adata, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    cells = pp.encode(counts.select(rows), model.encoding)
     genes = sorted({gene for target in (*measured.targets, *targets) for gene in target})
     return {OURS: ridge_on_features(target_features(model, cells, genes)), **BASELINES}
 
