@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from scfm.errors import CountsError, LabelsError, ScfmError, VocabularyMismatchError
 
+# Texts and numbers that mean True.
+_TRUE = ("true", "t", "yes", "y", "1", "1.0", "test")
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -61,6 +64,7 @@ def labels(obs: Any, key: str, *, argument: str = "labels_key") -> Labels:
     return found
 
 
+
 def groups(obs: Any, key: str, *, argument: str = "batch_key") -> Labels:
     """Read the groups of cells (donors, batches, clusters, conditions); a cell without a group has code -1.
 
@@ -87,10 +91,12 @@ def truth(obs: Any, key: str, *, argument: str = "test_key") -> NDArray[np.bool_
     present = column[column.notna()]
     is_boolean = [isinstance(value, bool | np.bool_) for value in present.unique()]
     if not all(is_boolean):
-        wrong = present.unique()[is_boolean.index(False)]
+        values = [value.item() if isinstance(value, np.generic) else value for value in present.unique()]
+        wrong = values[is_boolean.index(False)]
+        true = next((value for value in values if str(value).strip().lower() in _TRUE), wrong)
         raise LabelsError(
             f"`adata.obs[{key!r}]` (`{argument}`) holds {wrong!r}; it must hold True and False. Make such a column, for "
-            f'example by `adata.obs["is_test"] = adata.obs[{key!r}] == {wrong!r}`, and pass `{argument}="is_test"`.'
+            f'example by `adata.obs["is_test"] = adata.obs[{key!r}] == {true!r}`, and pass `{argument}="is_test"`.'
         )
     if n_missing := len(column) - len(present):
         raise LabelsError(

@@ -83,7 +83,10 @@ def native_numbers(values: NDArray[Any], *, name: str) -> NDArray[Any]:
             )
         values = values.data
     if values.dtype.kind not in "uibf":
-        raise CountsError(f"{name} has dtype {values.dtype}; counts must be integers, floats or booleans.")
+        raise CountsError(
+            f"{name} has dtype {values.dtype}; counts must be integers, floats or booleans. Convert them, for example by "
+            "`.astype('float32')`."
+        )
     if values.dtype.kind == "f" and values.dtype.itemsize not in (4, 8):
         values = values.astype(np.float32 if values.dtype.itemsize < 4 else np.float64)
     values = values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))

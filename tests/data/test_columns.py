@@ -1,5 +1,7 @@
 """One reader for user columns: what is missing is missing, and what is of another type is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,12 +85,17 @@ def test_a_missing_truth_value_is_not_true_and_the_advice_works(dtype):
     assert columns.truth(frame, "c").tolist() == [True, False, False]
 
 
-def test_the_advice_for_texts_works():
-    frame = obs(["test", "train"])
-    with pytest.raises(LabelsError, match=r'adata.obs\["is_test"\] = adata.obs\[.c.\] == .test.'):
+@pytest.mark.parametrize(
+    ("values", "true"), [(["train", "test"], "'test'"), (["False", "True"], "'True'"), ([0, 1, 0], "1"), ([4, 0, 2], "4")]
+)
+def test_the_advice_for_other_values_works(values, true):
+    frame = obs(values)
+    with pytest.raises(LabelsError) as raised:
         columns.truth(frame, "c")
-    frame["is_test"] = frame["c"] == "test"
-    assert columns.truth(frame, "is_test").tolist() == [True, False]
+    advice = f"adata.obs[\"is_test\"] = adata.obs['c'] == {true}"
+    assert f"`{advice}`" in str(raised.value)
+    exec(advice, {"adata": SimpleNamespace(obs=frame)})
+    assert columns.truth(frame, "is_test").tolist() == [repr(value) == true for value in values]
 
 
 @pytest.mark.parametrize("dtype", ["int64", "float32", "Int64", "uint8", "object"])
