@@ -19,6 +19,8 @@ from scfm.errors import OutputError
 
 ZARR_FILES = ("zarr.json", ".zgroup", ".zattrs")
 
+_FULL = 1 << 26  # bytes that may be free on a full disk
+_LIMITED = "Disk quota exceeded|File too large"
 _HOST = re.sub(r"\W", "-", socket.gethostname())[:40]
 _counter = itertools.count()
 _in_use: set[Path] = set()
@@ -41,7 +43,7 @@ def atomic_write(path: str | Path, *, n_bytes: int | None = None) -> Iterator[Pa
     Raises
     ------
     OutputError
-        If the disk is full.
+        If the disk is full, or a quota or a limit of the size of files is reached.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +56,8 @@ def atomic_write(path: str | Path, *, n_bytes: int | None = None) -> Iterator[Pa
         yield temporary_path
         _move(temporary_path, path)
     except Exception as error:
-        if is_disk_full(error):
-            raise _disk_full(path, _size(temporary_path) + _free(path), at_least=True) from error
+        if is_out_of_space(error):
+            raise _out_of_space(path, _size(temporary_path), error, at_least=True) from error
         raise
     finally:
         _remove(temporary_path)
@@ -93,7 +95,8 @@ def output_lock(path: str | Path) -> Iterator[None]:
                 break
         os.close(descriptor)  # the previous holder removed the file
     try:
-        os.pwrite(descriptor, f"process {os.getpid()} on {_HOST}".encode(), 0)
+        with suppress(OSError):  # on a full disk the holder has no name
+            os.pwrite(descriptor, f"process {os.getpid()} on {_HOST}".encode(), 0)
         yield
     finally:
         lock_path.unlink(missing_ok=True)
@@ -121,6 +124,7 @@ def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Pat
             f"{out} {f'ends in {out.suffix!r}' if out.suffix else 'has no suffix'}; choose an output that ends in one of "
             f"{', '.join(suffixes)}."
         )
+    require_folder(out.parent)
     if out.resolve() in [path.resolve() for path in inputs]:
         raise ValueError(f"{out} is an input, and inputs are never changed. Choose another output.")
     if out.is_dir() and not (out.suffix == ".zarr" and any((out / name).exists() for name in ZARR_FILES)):
@@ -130,7 +134,6 @@ def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Pat
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise ValueError('Writing .parquet needs pyarrow: pip install "single-cell-fm[parquet]".') from error
-    require_folder(out.parent)
 
 
 def require_folder(folder: Path) -> None:
@@ -145,29 +148,29 @@ def require_folder(folder: Path) -> None:
 def require_space(path: Path, n_bytes: int) -> None:
     """Raise `OutputError` unless `n_bytes` are free on the disk of `path`."""
     if _free(path) < n_bytes:
-        raise _disk_full(path, n_bytes)
+        raise _out_of_space(path, n_bytes)
 
 
 @contextmanager
-def disk_full_as(path: Path, n_bytes: int) -> Iterator[None]:
-    """Raise `OutputError` for `path`, which needs `n_bytes`, if the code inside reports a full disk."""
+def out_of_space_as(path: Path, n_bytes: int) -> Iterator[None]:
+    """Raise `OutputError` for `path`, which needs `n_bytes`, if the code inside reports that they cannot be written."""
     try:
         yield
     except Exception as error:
-        if is_disk_full(error):
-            raise _disk_full(path, n_bytes) from error
+        if is_out_of_space(error):
+            raise _out_of_space(path, n_bytes, error) from error
         raise
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error of any library says that a disk is full or a quota is reached."""
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether an error of any library says that a disk is full, or a quota or a limit of the size of files is reached."""
     if isinstance(error, OutputError):
         return False
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     # HDF5 and safetensors repeat the message of the system; NumPy and torch report the number of bytes written.
     return re.search(
-        r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|"
+        rf"No space left on device|{_LIMITED}|\d+ requested and \d+ written|"
         r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+",
         str(error),
     ) is not None  # fmt: skip
@@ -190,18 +193,37 @@ def _free(path: Path) -> int:
 
 def _existing(folder: Path) -> Path:
     """Return `folder` if it exists, otherwise the nearest parent folder that exists."""
-    while not folder.exists():
+    while True:
+        with suppress(PermissionError):  # of a folder whose content cannot be listed
+            if folder.exists():
+                return folder
         folder = folder.parent
-    return folder
 
 
-def _disk_full(path: Path, n_bytes: int, *, at_least: bool = False) -> OutputError:
-    """Return the error for a `path` that needs `n_bytes` on a disk with less free space."""
+def _out_of_space(
+    path: Path, n_bytes: int, error: BaseException | None = None, *, at_least: bool = False
+) -> OutputError:
+    """Return the error for a `path` that needs `n_bytes`, or more than these, which were written."""
+    free = _free(path)
+    unchanged = f"{path} is unchanged." if path.exists() else "Nothing was written."
+    if _is_limited(error, free):
+        return OutputError(
+            f"{path} could not be written completely, although {_readable(free)} are free: a quota or a limit of the size of "
+            f"files (`ulimit -f`) is reached. Raise it, or choose an output on another disk. {unchanged}"
+        )
+    needed = f"more than {_readable(n_bytes + free)}" if at_least else _readable(n_bytes)
     return OutputError(
-        f"The disk is full: {path} needs {'more than ' if at_least else ''}{_readable(n_bytes)}, and {_readable(_free(path))} "
-        f"are free. Free some space, or choose an output on another disk. "
-        f"{f'{path} is unchanged.' if path.exists() else 'Nothing was written.'}"
+        f"The disk is full: {path} needs {needed}, and {_readable(free)} are free. Free some space, or choose an output on "
+        f"another disk. {unchanged}"
     )
+
+
+def _is_limited(error: BaseException | None, free: int) -> bool:
+    """Whether a limit stopped the writing and not a full disk; libraries that do not say are asked for the free space."""
+    number = getattr(error, "errno", None)
+    if error is None or number == errno.ENOSPC or "No space left" in str(error):
+        return False
+    return number in (errno.EDQUOT, errno.EFBIG) or re.search(_LIMITED, str(error)) is not None or free > _FULL
 
 
 def _readable(n_bytes: int) -> str:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import anndata
@@ -165,6 +166,48 @@ def test_a_full_disk_is_recognized_in_the_error_of_every_library(tmp_path):
             r"or choose an output on another disk. \S+/output.h5ad is unchanged. before \['output.h5ad'\]",
             line,
         ), line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_limit_of_the_size_of_files_is_recognized_in_the_error_of_every_library(tmp_path):
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({20_000}, {20_000}))\n"
+    command = [sys.executable, "-c", limit + ON_A_FULL_DISK, str(tmp_path), *WRITERS.values()]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    assert len(lines) == len(WRITERS)
+    for line in lines:
+        assert re.fullmatch(
+            r"OutputError \S+/output.h5ad could not be written completely, although .* are free: a quota or a limit of the size "
+            r"of files \(`ulimit -f`\) is reached. Raise it, or choose an output on another disk. \S+/output.h5ad is unchanged. "
+            r"before \['output.h5ad'\]",
+            line,
+        ), line
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from scfm._files import require_folder, require_writable
+os.setuid(65534)
+locked = Path(sys.argv[1]) / "locked"
+for call in (lambda: require_folder(locked / "a"), lambda: require_writable(locked / "a" / "x.csv", [".csv"])):
+    try:
+        call()
+    except PermissionError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="becomes another user")
+def test_folders_without_permission_are_named():
+    """Below a folder that cannot be listed, `Path.exists` raises an error without advice."""
+    with tempfile.TemporaryDirectory() as name:  # other users cannot reach the folders of pytest
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "locked").mkdir(mode=0o700)
+        command = [sys.executable, "-c", AS_NOBODY, name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    message = f"The folder {folder / 'locked'} is not writable. Choose another output."
+    assert done.stdout.splitlines() == [message] * 2, done.stderr
 
 
 def test_an_output_larger_than_the_disk_is_refused_before_anything_is_written(tmp_path):

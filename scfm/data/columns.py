@@ -64,7 +64,6 @@ def labels(obs: Any, key: str, *, argument: str = "labels_key") -> Labels:
     return found
 
 
-
 def groups(obs: Any, key: str, *, argument: str = "batch_key") -> Labels:
     """Read the groups of cells (donors, batches, clusters, conditions); a cell without a group has code -1.
 

@@ -197,7 +197,8 @@ def _opened(path: Path) -> tuple[Family, CheckpointFiles]:
     if (family := _family_of(files)) is not None:
         return family, files
     if inside := [entry.name for entry in _entries(path) if _family_of(CheckpointFiles(entry)) is not None]:
-        raise ModelFileError(f"{path} holds several models. Select one with `subfolder=`: {', '.join(inside)}.")
+        models = "a model" if len(inside) == 1 else "several models"
+        raise ModelFileError(f"{path} is a folder with {models}. Select one with `subfolder=`: {', '.join(inside)}.")
     layouts = ", ".join(family.layout for family in FAMILIES.values())
     raise ModelFileError(f"{path} is not a model in a supported format. scfm reads: {layouts}.")
 

@@ -21,7 +21,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from scfm._docs import document
-from scfm._files import as_paths, atomic_write, disk_full_as, output_lock, require_writable
+from scfm._files import as_paths, atomic_write, out_of_space_as, output_lock, require_writable
 from scfm.data import CellBatch, CountSource
 from scfm.data.files import count_rows
 from scfm.data.ranks import gather, range_of_rank, torchrun_rank
@@ -176,7 +176,7 @@ class _Job:
         if world_size == 1:
             return first.rows()
         path = self.folder / "embedding.npy"
-        with disk_full_as(path, self.n_cells * self.width * 4), path.open("wb") as file:
+        with out_of_space_as(path, self.n_cells * self.width * 4), path.open("wb") as file:
             _write_header(file, (self.n_cells, self.width))
             for rank in range(world_size):
                 part_path = self.part_folder(rank, world_size) / "embedding.npy"
@@ -224,7 +224,7 @@ class _Part:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         n_bytes = self._offset(self._shape[0])
-        with disk_full_as(self._path, n_bytes):
+        with out_of_space_as(self._path, n_bytes):
             self._file = self._path.open("w+b")
             _write_header(self._file, self._shape)
             if hasattr(os, "posix_fallocate"):
@@ -235,7 +235,7 @@ class _Part:
         return 128 + row * self._shape[1] * 4
 
     def append(self, embedding_BD: NDArray[np.float32], digest: str) -> None:
-        with disk_full_as(self._path, self._offset(self._shape[0])):
+        with out_of_space_as(self._path, self._offset(self._shape[0])):
             self._file.seek(self._offset(self.done))
             self._file.write(np.ascontiguousarray(embedding_BD, dtype=np.float32).data)
             self._file.flush()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from scfm.errors import ModelFileError
+from scfm.models.io.tensors import read_torch
 from scfm.train.config import FitConfig
 from scfm.train.ranks import rank_and_world_size
 
@@ -28,11 +29,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     ModelFileError
         If the file is cut short, or is not a checkpoint of scfm.
     """
-    file = path / META if path.is_dir() else path
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and others for damaged files
-        raise ModelFileError(f"{path} is cut short or damaged ({type(error).__name__}: {error}).") from error
+        content = read_torch(path / META if path.is_dir() else path)
+    except (ModelFileError, OSError) as error:
+        raise ModelFileError(f"{path} is cut short or damaged, or scfm did not write it.") from error
     if not isinstance(content, dict) or "global_step" not in content:
         raise ModelFileError(f"{path} is not a checkpoint of a training run.")
     return content
@@ -65,7 +65,7 @@ class Resumption:
             try:
                 content = read_checkpoint(path)
             except ModelFileError as error:
-                logger.warning("%s The checkpoint before it is used.", error)
+                logger.warning("%s It is ignored; an older checkpoint is used, or the run starts again.", error)
                 continue
             return cls(path, int(content["global_step"]), int(content.get("n_lanes", 1)))
         return None

@@ -44,6 +44,7 @@ class Run:
     @contextmanager
     def open(cls, folder: Path, config: FitConfig) -> Iterator[Run]:
         """Lock the folder, so that no other run can be started in it meanwhile."""
+        require_folder(folder.parent)
         require_folder(folder)
         is_first = rank_and_world_size(config)[0] == 0
         with output_lock(folder) if is_first else nullcontext():

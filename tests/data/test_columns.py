@@ -86,7 +86,8 @@ def test_a_missing_truth_value_is_not_true_and_the_advice_works(dtype):
 
 
 @pytest.mark.parametrize(
-    ("values", "true"), [(["train", "test"], "'test'"), (["False", "True"], "'True'"), ([0, 1, 0], "1"), ([4, 0, 2], "4")]
+    ("values", "true"),
+    [(["train", "test"], "'test'"), (["False", "True"], "'True'"), ([0, 1, 0], "1"), ([4, 0, 2], "4")],
 )
 def test_the_advice_for_other_values_works(values, true):
     frame = obs(values)

@@ -214,7 +214,8 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_used(tiny, tmp_pat
     with caplog.at_level(logging.WARNING):
         found = Resumption.newest(run)
     assert (found.path.name, found.step) == ("step=8.ckpt", 8)
-    assert "is used" in caplog.text
+    assert f"{newest} is cut short or damaged" in caplog.text
+    assert "an older checkpoint is used" in caplog.text
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):

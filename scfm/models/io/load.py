@@ -49,6 +49,8 @@ def load_saved(path: Path) -> ModelState:
         raise
     except KeyError as error:
         raise ModelFileError(f"{path / CONFIG} has no entry {error}. It is damaged; save the model again.") from error
+    except PermissionError as error:
+        raise ModelFileError(f"{error.filename or path} cannot be read: permission denied.") from error
     except (TypeError, ValueError, AttributeError, SafetensorError, OSError) as error:
         what = str(error).rstrip(".")
         raise ModelFileError(f"{path} is damaged or incomplete: {what}. Save the model again.") from error

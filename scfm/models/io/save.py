@@ -28,11 +28,11 @@ def save(model: ModelState, path: Path) -> None:
 
 def require_replaceable(path: Path) -> None:
     """Raise `ModelFileError` if a model cannot be saved as `path`; call it before the training."""
+    require_folder(path.parent)
     if path.exists() and not is_saved(path):
         raise ModelFileError(
             f"{path} exists and is not a saved scfm model, so it is not overwritten. Choose another path, or remove it."
         )
-    require_folder(path.parent)
 
 
 def write_files(model: ModelState, folder: Path) -> None:
