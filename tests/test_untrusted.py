@@ -11,11 +11,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from torch.distributed import checkpoint as distributed_checkpoint
 
 import scfm
 from scfm._untrusted import MAX_OPCODES, check_pickle, check_torch_file
 from scfm.errors import ModelFileError
 from scfm.models.io.tensors import read_torch
+from scfm.train.checkpoints import META, SHARDS, Resumption, read_checkpoint
 
 HARMFUL = {
     "a deep tuple as a key": b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x01s.",
@@ -86,3 +88,25 @@ def test_every_truncation_is_an_error_with_a_sentence(tmp_path):
         (tmp_path / "cut.pkl").write_bytes(pickled[:length])
         with pytest.raises(ModelFileError):
             scfm.encoding.read_vocabulary(tmp_path / "cut.pkl")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch harmed\x85R.",
+        b"\x80\x04\x8c)torch.distributed.checkpoint.filesystem\x8c\tos.system\x93\x8c\x0ctouch harmed\x85R.",
+        b"",
+    ],
+)
+def test_a_sharded_checkpoint_runs_no_code(harm, tmp_path, monkeypatch):
+    """torch unpickles the list of shards without restrictions."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run" / "checkpoints" / "step=1.ckpt"
+    distributed_checkpoint.save({"state_dict": {"a": torch.zeros(3).bfloat16()}}, checkpoint_id=path, no_dist=True)
+    torch.save({"global_step": 1, "n_lanes": 1}, path / META)
+    assert Resumption.newest(tmp_path / "run") == Resumption(path, 1, 1)
+    (path / SHARDS).write_bytes(harm)
+    with pytest.raises(ModelFileError, match=r"step=1.ckpt is cut short or damaged, or scfm did not write it"):
+        read_checkpoint(path)
+    assert Resumption.newest(tmp_path / "run") is None
+    assert not (tmp_path / "harmed").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,19 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".ckpt"
 META = "meta.pt"  # Lightning's name of the file, in a folder of shards, for all but weights and optimizer state
+SHARDS = ".metadata"  # torch's name of the list of all shards, a pickle that torch reads without restrictions
+# What that list is made of, by module.
+_OF_SHARDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -30,12 +44,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         If the file is cut short, or is not a checkpoint of scfm.
     """
     try:
+        if path.is_dir():
+            require_shards_only(path)
         content = read_torch(path / META if path.is_dir() else path)
     except (ModelFileError, OSError) as error:
         raise ModelFileError(f"{path} is cut short or damaged, or scfm did not write it.") from error
     if not isinstance(content, dict) or "global_step" not in content:
         raise ModelFileError(f"{path} is not a checkpoint of a training run.")
     return content
+
+
+class _ShardsReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _OF_SHARDS.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def require_shards_only(path: Path) -> None:
+    """Raise `ModelFileError` if the list of shards of a checkpoint is damaged, or asks for more than descriptions of tensors.
+
+    torch reads this list as a pickle that may run any code, so it must be checked before.
+    """
+    try:
+        with (path / SHARDS).open("rb") as file:
+            _ShardsReader(file).load()
+    except Exception as error:  # a damaged pickle can raise almost any exception
+        raise ModelFileError(f"{path / SHARDS} is not a list of shards: {error}.") from error
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Program:
 
 
 def fit(seed: int) -> scfm.Model:
-    return scfm.fit(clean_data(seed), labels_key="type", seed=seed, config=CONFIG, progress=False, baselines=False)
+    settings = {"config": CONFIG, "pretrain_config": CONFIG, "progress": False, "baselines": False}
+    return scfm.fit(clean_data(seed), labels_key="type", seed=seed, **settings)
 
 
 def leftovers(folder: Path, *expected: str) -> str | None:

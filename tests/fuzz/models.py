@@ -44,23 +44,16 @@ def _(folder: Path, other: Path, rng: np.random.Generator) -> str:
     return path.name
 
 
-@damage("bits flipped")
-def _(folder: Path, other: Path, rng: np.random.Generator) -> str:
-    path = any_file(folder, rng)
-    content = bytearray(path.read_bytes())
-    for _ in range(rng.integers(1, 4)):
-        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(content)
-    return path.name
+for _name, _stop in (("bits flipped", None), ("bits of the header flipped", 200)):
 
-
-@damage("bits of the header flipped")
-def _(folder: Path, other: Path, rng: np.random.Generator) -> str:
-    path = any_file(folder, rng)
-    content = bytearray(path.read_bytes())
-    content[rng.integers(min(200, len(content)))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(content)
-    return path.name
+    @damage(_name)
+    def _(folder: Path, other: Path, rng: np.random.Generator, stop: int | None = _stop) -> str:
+        path = any_file(folder, rng)
+        content = bytearray(path.read_bytes())
+        for _ in range(rng.integers(1, 4)):
+            content[rng.integers(len(content[:stop]))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        return path.name
 
 
 @damage("a block overwritten")
