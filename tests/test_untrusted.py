@@ -98,6 +98,7 @@ def test_every_truncation_is_an_error_with_a_sentence(tmp_path):
         b"",
     ],
 )
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_sharded_checkpoint_runs_no_code(harm, tmp_path, monkeypatch):
     """torch unpickles the list of shards without restrictions."""
     monkeypatch.chdir(tmp_path)
