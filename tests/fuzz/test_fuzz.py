@@ -15,7 +15,7 @@ import run
 def test_data_in_many_forms(first, tmp_path):
     wrong = {}
     for seed in range(first, first + 15):
-        case, complaint = run.run_case(seed, tmp_path)
+        case, complaint = run.run_case(seed, tmp_path, fits=8)
         if complaint is not None:
             wrong[seed] = (case.steps, complaint)
     assert not wrong
