@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
 import scfm
 from scfm.encoding import make_encoding
@@ -57,6 +58,7 @@ def make_models():
     config = ModelConfig.from_dict(
         {**scfoundation.ARCHITECTURE, **shape, **parts, "n_tokens": len(encoding.vocabulary)}
     )
+    torch.manual_seed(0)
     denoiser = scfm.Model(CellTransformer.for_vocabulary(config, encoding.vocabulary), encoding)
     values = scfm.fit(make_data(), encoding="bin", **QUIET)
     labels = scfm.fit(make_data(), labels_key="type", encoding="rank", baselines=False, **QUIET)
