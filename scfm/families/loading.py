@@ -32,7 +32,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> Model:
-    """Load a model that `model.save` wrote, or a published checkpoint.
+    """Load a model that `model.save` wrote, a model that is part of the package, or a published checkpoint.
 
     It reads scfm's own directories, Geneformer directories (V1 or V2; pretrained model, cell classifier or gene classifier),
     scGPT directories, scBERT files (.pth) and scFoundation files (.ckpt). No code in the files is executed: weights are
@@ -43,7 +43,8 @@ def load(
     Parameters
     ----------
     path
-        Directory or file, or "owner/name" of a repository on the Hugging Face Hub, whose model files are downloaded.
+        Directory or file; "blood", the model of blood cells that is part of the package; or "owner/name" of a repository on
+        the Hugging Face Hub, whose model files are downloaded. A directory of the same name comes first.
     {checkpoint}
     device
         Device of the network: "cpu", "cuda", ... or "auto" for a CUDA device if there is one (under torchrun, that of
@@ -69,6 +70,8 @@ def load(
     Examples
     --------
     >>> import scfm
+    >>> scfm.load("blood").labels[:3]
+    ('B', 'plasma', 'CD4 T')
     >>> model = scfm.load("demo_output/model")  # doctest: +SKIP
     >>> model = scfm.load("ctheodoris/Geneformer", subfolder="Geneformer-V2-104M")  # doctest: +SKIP
     >>> model = scfm.load("Geneformer-V1-10M", vocabulary="tokens.pkl", medians="medians.pkl")  # doctest: +SKIP

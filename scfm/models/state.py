@@ -7,13 +7,21 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from scfm._config import Config
 from scfm.encoding import Encoding
 from scfm.models.network import CellTransformer
+
+Precision = Literal["fp32", "bf16"]
+
+
+def require_precision(precision: str) -> None:
+    """Raise `ValueError` unless `precision` is a `Precision`."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"`precision` is {precision!r}; choose one of {', '.join(get_args(Precision))}.")
 
 
 @dataclass(frozen=True, kw_only=True)

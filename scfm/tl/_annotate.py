@@ -19,12 +19,13 @@ from scfm.data import columns
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
 from scfm.models.model import Model
-from scfm.pp._encode import require_cells
+from scfm.pp._encode import gene_map, open_counts, require_cells
 from scfm.tl._record import record
 
 logger = logging.getLogger(__name__)
 
 UNASSIGNED = "unassigned"
+MIN_GENE_FRACTION = 0.5  # of the genes of the model; with fewer, a warning is logged
 
 
 @document
@@ -111,6 +112,7 @@ def annotate(
     limit = _novelty_limit(model, max_novelty)
     adata = adata.copy() if copy else adata
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
+    _report_missing_genes(adata, model, source)
     cells = pp.encode(adata, model.encoding, **source)
     expression_BV = pp.log_expression(adata, model.encoding, **source)
     proba_BC = model.predict_proba(cells, expression_BV, progress=progress)
@@ -141,6 +143,18 @@ def annotate(
         majority_key=majority_key,
     )
     return adata if copy else None
+
+
+def _report_missing_genes(adata: anndata.AnnData, model: Model, source: dict[str, Any]) -> None:
+    """Log a warning if the data lack most genes of a model with a gene classifier, to which absent genes are zeros."""
+    report = gene_map(open_counts(adata, model.encoding, **source), model.encoding).report
+    if model.network.gene_classifier is not None and report.n_matched < MIN_GENE_FRACTION * report.n_vocabulary:
+        logger.warning(
+            "The data have %s of the %s genes of the model. The model takes absent genes for genes without counts, so the labels "
+            "may be wrong. Pass the complete matrix, not only variable genes.",
+            report.n_matched,
+            report.n_vocabulary,
+        )
 
 
 def _novelty_limit(model: Model, max_novelty: float | Literal["calibrated"] | None) -> float:

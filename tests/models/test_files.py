@@ -232,7 +232,7 @@ folder, when = sys.argv[1], sys.argv[2]
 model = t.make_model(seed=1)
 if when == "during":
     write = save.write_files
-    save.write_files = lambda model, path: (write(model, path), (path / "config.json").unlink(), os.kill(os.getpid(), signal.SIGKILL))
+    save.write_files = lambda model, path, **settings: (write(model, path, **settings), (path / "config.json").unlink(), os.kill(os.getpid(), signal.SIGKILL))
 else:
     import scfm._files as files
     move = files._exchange
@@ -269,3 +269,20 @@ def test_every_tensor_is_named_that_does_not_fit(folder):
         "shape: gene_head.bias is (5,)",
     ):
         assert words in str(raised.value)
+
+
+def test_bfloat16_halves_the_file_and_keeps_the_values_that_it_holds(tmp_path):
+    model = make_model()
+    model.save(tmp_path / "full")
+    model.save(tmp_path / "half", precision="bf16")
+    loaded = scfm.load(tmp_path / "half")
+    for name, tensor in loaded.network.state_dict().items():
+        original = model.network.state_dict()[name]
+        assert tensor.dtype == original.dtype
+        assert torch.equal(tensor, original.bfloat16().float() if original.dim() > 1 else original), name
+    loaded.save(tmp_path / "again", precision="bf16")
+    assert scfm.load(tmp_path / "again").id == loaded.id != model.id
+    sizes = [(tmp_path / name / "weights.safetensors").stat().st_size for name in ("half", "full")]
+    assert sizes[0] < 0.75 * sizes[1]
+    with pytest.raises(ValueError, match="choose one of fp32, bf16"):
+        model.save(tmp_path / "none", precision="int8")

@@ -10,6 +10,7 @@ from typing import Any
 
 from scfm.errors import ModelFileError
 from scfm.models.io.card import model_card
+from scfm.models.io.layout import shipped
 from scfm.models.io.save import save
 from scfm.models.state import ModelState
 
@@ -33,12 +34,12 @@ def fetched(
     patterns: Sequence[str] = PATTERNS,
     shared: Sequence[str] = (),
 ) -> Path:
-    """Return a local file or directory; for the name of a hub repository, the directory to which its files are downloaded.
+    """Return a local file or directory, that of a model in the package, or that to which a hub repository is downloaded.
 
     Parameters
     ----------
     path
-        Local path, or "owner/name".
+        Local path, name of a model that is part of the package, or "owner/name".
     revision, token
         Branch, tag or commit of the repository, and the token that gives access to a private one.
     subfolder
@@ -59,12 +60,14 @@ def fetched(
     if local.exists():
         return local
     name = str(path)
+    if subfolder is None and name in shipped():
+        return shipped()[name]
     if Path(path).exists():
         raise ModelFileError(f"{path} has no {subfolder}; it contains {_content_of(Path(path))}.")
     if not REPOSITORY.fullmatch(name) or Path(path).parent.exists():
         raise ModelFileError(
-            f"There is no {path}. Pass a directory that `model.save` wrote, a published checkpoint, or a repository on the "
-            "hub as 'owner/name'."
+            f"There is no {path}. Pass a directory that `model.save` wrote, a published checkpoint, a repository on the hub "
+            f"as 'owner/name', or the name of a model in the package ({', '.join(shipped())})."
         )
     folder = "" if subfolder is None else f"{subfolder.strip('/')}/"
     wanted = [*(folder + pattern for pattern in patterns), *shared]
