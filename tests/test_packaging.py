@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_package_its_types_and_its_metadata(source):
         entries = opened.read(f"{info}/entry_points.txt").decode()
     package = {name for name in held if not name.startswith(f"{info}/")}
     assert package == files_below(source, "scfm/**/*")
-    assert {"scfm/py.typed", "scfm/ops/device_record.json"} <= package
+    assert {"scfm/py.typed", "scfm/ops/device_record.json", "scfm/shipped/blood/weights.safetensors"} <= package
     assert f"{info}/licenses/LICENSE" in held
     assert metadata["Name"] == PROJECT["name"]
     assert metadata["Requires-Python"] == PROJECT["requires-python"]
