@@ -18,9 +18,11 @@ GENE_SCALE = 0.3  # root mean square of the loadings in the gene embedding
 MAX_CELLS_FOR_SVD = 20_000
 
 
-def start_from_loadings(network: CellTransformer, expression_BV: sparse.csr_matrix, *, seed: int = 0) -> None:
-    """Initialize the gene embedding of a network with loadings of log1p counts per 10,000, shape (B, V)."""
-    set_gene_embeddings(network, gene_loadings(expression_BV, N_COMPONENTS, seed), scale=GENE_SCALE)
+def start_from_loadings(
+    network: CellTransformer, loadings_VR: NDArray[np.floating], totals_V: NDArray[np.floating], *, seed: int = 0
+) -> None:
+    """Initialize the gene embedding of a network with loadings (V, R) of log-expression; it needs neither totals nor a seed."""
+    set_gene_embeddings(network, compressed_loadings(loadings_VR), scale=GENE_SCALE)
 
 
 def gene_loadings(expression_BV: sparse.csr_matrix, n_components: int, seed: int = 0) -> torch.Tensor:

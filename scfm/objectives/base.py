@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scfm._registry import Registry
 from scfm.data.batch import CellBatch
+from scfm.models.initialize import start_from_loadings
 from scfm.models.network import CellTransformer
 
 if TYPE_CHECKING:
@@ -109,15 +110,14 @@ class PretrainingObjective:
     training_settings
         Fields of `FitConfig` that differ from the defaults of pretraining.
     start
-        Function that initializes a network from loadings (V, R) and total counts (V,) of the genes; None for the start that
-        all objectives share, `scfm.models.initialize.set_gene_embeddings`.
+        Function that initializes a network from loadings (V, R) and total counts (V,) of the genes.
     """
 
     make: Callable[[CellTransformer, Encoding], Objective]
     network_settings: Mapping[str, Any] = field(default_factory=dict)
     encoding_settings: Mapping[str, Any] = field(default_factory=dict)
     training_settings: Mapping[str, Any] = field(default_factory=dict)
-    start: Callable[..., None] | None = None
+    start: Callable[..., None] = start_from_loadings
 
 
 OBJECTIVES: Registry[PretrainingObjective] = Registry("objective", "scfm.objectives")

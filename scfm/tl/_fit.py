@@ -27,7 +27,7 @@ from scfm.errors import ModelTaskError
 from scfm.families import Preset, choose_preset
 from scfm.families.loading import opened
 from scfm.models.extend import extend_network, extended_encoding, extended_vocabulary
-from scfm.models.initialize import N_COMPONENTS, sample_rows, singular_vectors, start_from_loadings
+from scfm.models.initialize import N_COMPONENTS, sample_rows, singular_vectors
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.objectives import OBJECTIVES, make_objective
@@ -304,11 +304,9 @@ def _new_model(
         torch.manual_seed(seed)
         network = CellTransformer.for_vocabulary(chosen.model_config(**shape), vocabulary)
     expression_BV = cells.expression_BV[sample_rows(split.fitted, seed)]
-    if (start := OBJECTIVES[chosen.objective].start) is not None:
-        profile_V = np.asarray(expression_BV.expm1().sum(0)).ravel()
-        start(network, singular_vectors(expression_BV, N_COMPONENTS, seed), profile_V, seed=seed)
-    else:
-        start_from_loadings(network, expression_BV, seed=seed)
+    totals_V = np.asarray(expression_BV.expm1().sum(0)).ravel()
+    start = OBJECTIVES[chosen.objective].start
+    start(network, singular_vectors(expression_BV, N_COMPONENTS, seed), totals_V, seed=seed)
     history = {"preset": chosen.name, "seed": seed}
     return Model(network, encoding, objective=chosen.objective, history=history), cells
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scfm.encoding import EncodingConfig, Vocabulary, read_medians, read_vocabulary
 from scfm.families import Preset, choose_preset, presets
 from scfm.models import CellTransformer, Model
-from scfm.models.initialize import GENE_SCALE, N_COMPONENTS, compressed_loadings, set_gene_embeddings
+from scfm.models.initialize import N_COMPONENTS
 from scfm.objectives import OBJECTIVES
 from scfm.train.config import STAGE_DEFAULTS
 from scfm.train.statistics import Data, Statistics, learn
@@ -88,12 +88,8 @@ class Start:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = CellTransformer.for_vocabulary(config, vocabulary)
-        if not statistics.loadings_VR.shape[1]:
-            return network
-        if (start := OBJECTIVES[self.objective].start) is not None:
-            start(network, statistics.loadings_VR, statistics.totals_V, seed=seed)
-        else:
-            set_gene_embeddings(network, compressed_loadings(statistics.loadings_VR), scale=GENE_SCALE)
+        if statistics.loadings_VR.shape[1]:
+            OBJECTIVES[self.objective].start(network, statistics.loadings_VR, statistics.totals_V, seed=seed)
         return network
 
 

@@ -34,7 +34,7 @@ from scfm.families import choose_preset
 EVERY_FIT = 4  # one case in so many is fitted as well
 # Genes that a new model has, or has in another order, than on the clean data.
 OTHER_GENES = {"another order", "symbols in var_names and the ids in a column of CELLxGENE"}
-# What is no damage to a new model, which learns the genes of the data.
+# This does not damage a new model, which learns the genes of the data.
 FITTED_DAMAGES = {"genes of a mouse", "a gene twice"}
 FILE_DAMAGE = "another number of cells"  # of the file, not of the data that it was written from
 SHORT = scfm.FitConfig(n_steps=1)
