@@ -1,7 +1,10 @@
 """Every notebook runs from top to bottom, and is stored with its outputs."""
 
+import ast
 import importlib.util
 import os
+import pkgutil
+import re
 from pathlib import Path
 
 import nbformat
@@ -56,6 +59,26 @@ def test_is_stored_with_outputs_of_one_run(path):
     assert outputs
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert path.stat().st_size < 1_500_000
+
+
+def names_of_scfm(source):
+    """Dotted names of scfm that a cell imports or uses."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "scfm":
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"scfm(\.\w+)+", ast.unparse(node)):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_names_of_scfm_exist(path):
+    cells = code_cells(nbformat.read(path, as_version=4))
+    # Lines for the shell or for IPython are no Python.
+    sources = ["\n".join(line for line in cell.source.splitlines() if line[:1] not in "!%") for cell in cells]
+    names = {name for source in sources for name in names_of_scfm(source)}
+    assert names
+    for name in sorted(names):
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
