@@ -99,15 +99,22 @@ def score_shift(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
     is_test = adata.obs["is_test"].to_numpy()
     reference, query = adata[~is_test].copy(), adata[is_test].copy()
     scfm.tl.map_reference(query, reference, model, labels_key="label")
-    names = np.asarray(model.labels)
-    truth = pd.Categorical(query.obs["label"], categories=names).codes
-    predicted = query.obs["scfm_mapped_label"].astype(str).to_numpy()
-    scores = baselines.scores(list(names[truth]), list(predicted))
-    scores["ece"] = baselines.expected_calibration_error(
-        query.obs["scfm_mapped_confidence"].to_numpy(), predicted == names[truth]
-    )
-    mapped = {"method": "scfm.tl.map_reference", "setting": "inductive", **scores}
-    return pd.concat([rows, pd.DataFrame([mapped])], ignore_index=True)
+    scfm.tl.annotate(query, model, adapt=True, key_added="scfm_adapted")
+    more = [
+        {"method": method, "setting": setting, **score_labels(query, key)}
+        for method, setting, key in (
+            ("scfm.tl.map_reference", "inductive", "scfm_mapped"),
+            ("scfm, annotate(adapt=True)", "transductive", "scfm_adapted"),
+        )
+    ]
+    return pd.concat([rows, pd.DataFrame(more)], ignore_index=True)
+
+
+def score_labels(query: anndata.AnnData, key: str) -> dict[str, float]:
+    """Score `obs["KEY_label"]` and `obs["KEY_confidence"]`."""
+    truth, predicted = (query.obs[column].astype(str).to_numpy() for column in ("label", f"{key}_label"))
+    ece = baselines.expected_calibration_error(query.obs[f"{key}_confidence"].to_numpy(), predicted == truth)
+    return {**baselines.scores(list(truth), list(predicted)), "ece": ece}
 
 
 def score_unseen(name: str, unseen: str, seed: int) -> pd.DataFrame:

@@ -108,22 +108,25 @@ class GeneMembers:
 
 
 def expression_components(
-    reference_BV: sparse.csr_matrix, query_BV: sparse.csr_matrix, seed: int = 0
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return principal components of log-expression of two sets of cells, fitted on the first, shapes (B, R)."""
-    scale_V = max_scales(reference_BV)
-    importance_V = component_importance(reference_BV, scale_V)
+    fitted_BV: sparse.csr_matrix,
+    *others: sparse.csr_matrix,
+    n_components: int = NUMBERS_OF_COMPONENTS[-1],
+    seed: int = 0,
+) -> list[NDArray[np.float64]]:
+    """Return principal components of log-expression of sets of cells, fitted on the first, shapes (B, R)."""
+    scale_V = max_scales(fitted_BV)
+    importance_V = component_importance(fitted_BV, scale_V)
     chosen = np.flatnonzero(importance_V)
     factor_GG = sparse.diags_array(scale_V[chosen] * importance_V[chosen])
+    limit_G = MAX_SCALED * importance_V[chosen]
     parts = []
-    for expression_BV in (reference_BV, query_BV):
+    for expression_BV in (fitted_BV, *others):
         part_BG = (expression_BV[:, chosen] @ factor_GG).tocsr()
-        limit_G = MAX_SCALED * importance_V[chosen]
         part_BG.data = np.minimum(part_BG.data, limit_G[part_BG.indices])
         parts.append(part_BG)
-    n_components = max(1, min(NUMBERS_OF_COMPONENTS[-1], *(size - 1 for size in parts[0].shape)))
+    n_components = max(1, min(n_components, *(size - 1 for size in parts[0].shape)))
     svd = TruncatedSVD(n_components, random_state=seed).fit(parts[0])
-    return svd.transform(parts[0]), svd.transform(parts[1])
+    return [svd.transform(part_BG) for part_BG in parts]
 
 
 def max_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from scfm import pp
 from scfm._docs import document
+from scfm.annotation.adapt import MIN_CELLS, adapted_probabilities
 from scfm.data import columns
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
@@ -39,6 +40,7 @@ def annotate(
     min_confidence: float = 0.0,
     max_novelty: float | Literal["calibrated"] | None = None,
     majority_key: str | None = None,
+    adapt: bool = False,
     key_added: str = "scfm",
     progress: bool = True,
     copy: bool = False,
@@ -63,6 +65,10 @@ def annotate(
         Column of `adata.obs` with clusters. Every cell gets the label that is predicted most often in its cluster; its
         confidence is its own probability of this label. Then cells are rejected. Cells without a cluster (NaN) keep their
         own label.
+    adapt
+        Whether to predict the probabilities again from 50 principal components of these cells, by a regression that
+        is fitted to the probabilities of the model. For cells of another study or condition than the model's; without labels,
+        and in seconds. A cell's label then depends on the other cells. Needs at least 100 cells.
     {prefix_key_added}
     {progress}
     {copy}
@@ -89,7 +95,7 @@ def annotate(
     EmptyCellError
         If there are no cells, or one expresses no gene of the vocabulary.
     ValueError
-        If `min_confidence` is not a probability.
+        If `min_confidence` is not a probability, or there are too few cells for `adapt`.
 
     Examples
     --------
@@ -106,6 +112,11 @@ def annotate(
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"`min_confidence` is {min_confidence}; it is a probability, from 0 to 1.")
     require_cells(adata)
+    if adapt and adata.n_obs < MIN_CELLS:
+        raise ValueError(
+            f"`adapt` learns from the cells of `adata`, and {adata.n_obs} are too few; it needs {MIN_CELLS}. Omit it, or annotate "
+            "more cells of the same study together."
+        )
     clusters_B = (
         None if majority_key is None else columns.groups(adata.obs, majority_key, argument="majority_key").codes
     )
@@ -116,6 +127,8 @@ def annotate(
     cells = pp.encode(adata, model.encoding, **source)
     expression_BV = pp.log_expression(adata, model.encoding, **source)
     proba_BC = model.predict_proba(cells, expression_BV, progress=progress)
+    if adapt:
+        proba_BC = adapted_probabilities(proba_BC, expression_BV)
     code_B = proba_BC.argmax(1)
     if clusters_B is not None:
         code_B = _majority(code_B, clusters_B)
@@ -141,6 +154,7 @@ def annotate(
         min_confidence=min_confidence,
         max_novelty=max_novelty,
         majority_key=majority_key,
+        adapt=adapt,
     )
     return adata if copy else None
 

@@ -1,0 +1,61 @@
+"""Predict labels again from components of the new cells themselves, without labels of these cells."""
+
+# Axes: B cells, V tokens of the vocabulary, R components, C classes.
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
+
+from scfm.annotation.gene_classifier import expression_components
+
+N_COMPONENTS = 50
+MIN_CELLS = 100  # with fewer, components are mostly noise
+INVERSE_PENALTY = 1.0  # scikit-learn's C, for components with a mean square of 1
+
+
+def adapted_probabilities(
+    proba_BC: NDArray[np.floating], expression_BV: sparse.csr_matrix, *, seed: int = 0
+) -> NDArray[np.float32]:
+    """Fit a softmax regression on components of these cells to the probabilities of a model, and return its probabilities.
+
+    Parameters
+    ----------
+    proba_BC
+        Probabilities that a model predicts, shape (B, C).
+    expression_BV
+        log1p of counts per 10,000 of the same cells, shape (B, V).
+    seed
+        Seed of the components.
+
+    Returns
+    -------
+    Probabilities, shape (B, C), float32.
+
+    Notes
+    -----
+    A model that was fitted on another study or condition makes errors that its own genes cause. They are nearly random along
+    the components of the new cells, so a regression on few components corrects many of them: this is self-training with soft
+    labels, one round (Xie et al. 2020, arXiv:1911.04252). More rounds make rare classes rarer.
+    """
+    (component_BR,) = expression_components(expression_BV, n_components=N_COMPONENTS, seed=seed)
+    component_BR = component_BR - component_BR.mean(0)
+    component_BR /= max(float(np.sqrt((component_BR**2).mean())), 1e-12)
+    target_BC = np.asarray(proba_BC, dtype=np.float64)
+    shape = (component_BR.shape[1] + 1, target_BC.shape[1])
+
+    def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """Cross-entropy with an L2 penalty, and its gradient; the last row of the parameters holds the biases."""
+        weight_RC, bias_C = (parameters := flat.reshape(shape))[:-1], parameters[-1]
+        log_proba_BC = log_softmax(component_BR @ weight_RC + bias_C, axis=1)
+        excess_BC = np.exp(log_proba_BC) - target_BC
+        gradient = np.vstack([component_BR.T @ excess_BC + weight_RC / INVERSE_PENALTY, excess_BC.sum(0)])
+        penalty = float((weight_RC**2).sum()) / (2 * INVERSE_PENALTY)
+        return penalty - float((target_BC * log_proba_BC).sum()), gradient.ravel()
+
+    fitted = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 300})
+    weight_RC, bias_C = (parameters := fitted.x.reshape(shape))[:-1], parameters[-1]
+    return softmax(component_BR @ weight_RC + bias_C, axis=1).astype(np.float32)

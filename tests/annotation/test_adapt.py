@@ -1,0 +1,64 @@
+"""`scfm.annotation.adapt`: probabilities predicted again from components of the cells themselves."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+
+import scfm
+from scfm.annotation.adapt import INVERSE_PENALTY, adapted_probabilities
+from scfm.annotation.gene_classifier import expression_components
+
+N_CELLS, N_GENES, N_CLASSES = 1000, 120, 3
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Log-expression of three groups of cells that differ in a quarter of the genes each, and the group of each cell."""
+    rng = np.random.default_rng(0)
+    group_B = rng.integers(0, N_CLASSES, N_CELLS)
+    rate_CV = np.full((N_CLASSES, N_GENES), 0.4)
+    for group in range(N_CLASSES):
+        rate_CV[group, group * 30 : group * 30 + 30] = 3.0
+    return sparse.csr_matrix(np.log1p(rng.poisson(rate_CV[group_B]).astype(float))), group_B
+
+
+def test_the_regression_is_that_of_scikit_learn_on_weighted_copies(groups):
+    expression_BV, _ = groups
+    proba_BC = np.random.default_rng(1).dirichlet(np.ones(N_CLASSES), N_CELLS)
+    (component_BR,) = expression_components(expression_BV, n_components=50)
+    component_BR = component_BR - component_BR.mean(0)
+    component_BR /= np.sqrt((component_BR**2).mean())
+    oracle = LogisticRegression(C=INVERSE_PENALTY, tol=1e-8, max_iter=5000).fit(
+        np.repeat(component_BR, N_CLASSES, axis=0),
+        np.tile(np.arange(N_CLASSES), N_CELLS),
+        sample_weight=proba_BC.ravel(),
+    )
+    adapted = adapted_probabilities(proba_BC, expression_BV)
+    np.testing.assert_allclose(adapted, oracle.predict_proba(component_BR), atol=1e-3)
+
+
+def test_errors_that_have_nothing_to_do_with_the_expression_are_corrected(groups):
+    expression_BV, group_B = groups
+    rng = np.random.default_rng(2)
+    wrong_B = rng.random(N_CELLS) < 0.2
+    said_B = np.where(wrong_B, (group_B + rng.integers(1, N_CLASSES, N_CELLS)) % N_CLASSES, group_B)
+    proba_BC = np.where(np.arange(N_CLASSES) == said_B[:, None], 0.8, 0.1)
+    adapted = adapted_probabilities(proba_BC, expression_BV)
+    assert adapted.shape == proba_BC.shape
+    assert adapted.dtype == np.float32
+    np.testing.assert_allclose(adapted.sum(1), 1, rtol=1e-5)
+    assert (said_B == group_B).mean() < 0.85
+    assert (adapted.argmax(1) == group_B).mean() > 0.95
+
+
+def test_annotate_adapts_only_when_asked_and_with_enough_cells():
+    adata = scfm.datasets.pbmc()
+    quick = {"context_length": 32, "baselines": False, "pretrain": False, "progress": False}
+    model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=1), **quick)
+    plain, adapted = (scfm.tl.annotate(adata, model, adapt=adapt, copy=True, progress=False) for adapt in (False, True))
+    expected = adapted_probabilities(plain.obsm["scfm_proba"], scfm.pp.log_expression(adata, model.encoding))
+    np.testing.assert_array_equal(adapted.obsm["scfm_proba"], expected)
+    assert (plain.obsm["scfm_proba"] != expected).any()
+    with pytest.raises(ValueError, match="50 are too few; it needs 100"):
+        scfm.tl.annotate(adata[:50].copy(), model, adapt=True)
