@@ -28,6 +28,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -154,6 +155,14 @@ def hide_labels(adata: anndata.AnnData, n_labels: int, seed: int) -> anndata.Ann
     return adata
 
 
+def pretrain_and_start(files: list[str], folder: Path, budget: Budget) -> None:
+    """Pretrain a model, and make one that stops at the start, from the same decomposition."""
+    pretrain(files, folder / "pretrained", budget, train=True)
+    if not (folder / "start").exists():
+        shutil.copytree(folder / "pretrained" / "statistics", folder / "start" / "statistics")
+    pretrain(files, folder / "start", budget, train=False)
+
+
 def pretrain(files: list[str], out: Path, budget: Budget, *, train: bool) -> None:
     """Pretrain on files, or (`train=False`) stop at the start: one step of a rate that moves nothing."""
     if (out / "model").exists():
@@ -276,14 +285,17 @@ def run_all(calls: list[functools.partial], processes: int) -> None:
     print()
 
 
-def models(options: argparse.Namespace) -> dict[Path, tuple[str, list[str]]]:
-    """Folder of each pretrained model, the target that it serves, and the files that it learns from."""
+def models(options: argparse.Namespace) -> list[tuple[Path, str, list[str]]]:
+    """Folder of a pretrained model, a target that it serves, and the files that it learns from."""
     if options.part == "blood":
-        return {options.out / "blood" / name: (name, pretraining_files(name)) for name in options.targets}
-    found = {}
+        return [
+            (options.out / "blood" / f"without {TARGETS[name].study}", name, pretraining_files(name))
+            for name in options.targets
+        ]
+    found = []
     for n_cells in options.corpus_cells:
         paths = corpus.write_corpus(options.out / "corpus" / str(n_cells), n_cells)
-        found[options.out / "simulated" / str(n_cells)] = ("simulated", [str(path) for path in paths])
+        found.append((options.out / "simulated" / str(n_cells), "simulated", [str(path) for path in paths]))
     return found
 
 
@@ -304,7 +316,7 @@ def show(rows: pd.DataFrame) -> None:
             values = wide.loc[labels][method].dropna()
             cells[method, labels] = with_interval(values, "{:.3f}")
             gains[method, labels] = with_interval((wide.loc[labels][FIRST] - values).dropna(), "{:+.3f}")
-        name = target if model == target else f"{target}, pretrained on {model} cells"
+        name = f"{target}, pretrained {model if model.startswith('without') else f'on {model} cells'}"
         for title, table in ((f"{name}: macro-F1", cells), (f"{name}: {FIRST} less the row, paired", gains)):
             lines = [[method, *(table[method, labels] for labels in columns)] for method in order]
             head = [["labels per class", *columns], ["---"] * (len(columns) + 1)]
@@ -336,12 +348,11 @@ def main() -> None:
     options = parser.parse_args()
     budget = Budget(**{name: getattr(options, name) for name in vars(Budget())})
     found = models(options)
-    calls = [
-        functools.partial(pretrain, files, folder / kind, budget, train=kind == "pretrained")
-        for folder, (_, files) in found.items()
-        for kind in ("pretrained", "start")
-    ]
-    run_all(calls, options.processes)
+    files_of = {folder: files for folder, _, files in found}
+    run_all(
+        [functools.partial(pretrain_and_start, files, folder, budget) for folder, files in files_of.items()],
+        options.processes,
+    )
     plan = [("frozen", score_frozen, options.labels, seed) for seed in range(options.seeds)]
     plan += [
         (f"finetuned_{number}", score_finetuned, [number], seed)
@@ -349,9 +360,9 @@ def main() -> None:
         for number in options.finetune_labels
     ]
     tasks = [
-        (folder / f"rows_{kind}_{seed}.csv", score, name, folder, n_labels, seed, budget)
+        (folder / f"{name}_{kind}_{seed}.csv", score, name, folder, n_labels, seed, budget)
         for kind, score, n_labels, seed in plan
-        for folder, (name, _) in found.items()
+        for folder, name, _ in found
     ]
     run_all([functools.partial(measure, *task) for task in tasks if not task[0].exists()], options.processes)
     rows = pd.concat([pd.read_csv(task[0]) for task in tasks], ignore_index=True)

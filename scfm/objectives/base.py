@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scfm._registry import Registry
 from scfm.data.batch import CellBatch
-from scfm.models.initialize import start_from_loadings
+from scfm.models.initialize import N_COMPONENTS, start_from_loadings
 from scfm.models.network import CellTransformer
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def total(loss: Loss) -> Tensor:
 class Objective(Protocol):
     """A training objective. A new objective is a class with these two methods, in a new file.
 
-    An objective that changes during training also has a method `at_step(step)`, which returns the objective for a step.
+    An objective that changes during training also has a method `at_step(step)`, which returns the objective for a step. An
+    objective with weights that only training needs, such as a decoder, has an attribute `weights`, a torch module: they are
+    trained and kept in checkpoints, and are no part of the model.
     """
 
     @property
@@ -95,6 +97,11 @@ def at_step(objective: Objective, step: int) -> Objective:
     return objective if change is None else change(step)
 
 
+def weights_of(objective: Objective) -> nn.Module | None:
+    """Return the weights that an objective has besides those of the network, or None."""
+    return getattr(objective, "weights", None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainingObjective:
     """An entry of `OBJECTIVES`: a function that makes an objective, and the settings that it needs.
@@ -111,6 +118,11 @@ class PretrainingObjective:
         Fields of `FitConfig` that differ from the defaults of pretraining.
     start
         Function that initializes a network from loadings (V, R) and total counts (V,) of the genes.
+    n_components
+        Number of loadings R, at most.
+    residuals
+        Whether the loadings are those of Pearson residuals, scaled by their strength. Otherwise, they are right singular vectors
+        of log-normalized expression.
     """
 
     make: Callable[[CellTransformer, Encoding], Objective]
@@ -118,6 +130,8 @@ class PretrainingObjective:
     encoding_settings: Mapping[str, Any] = field(default_factory=dict)
     training_settings: Mapping[str, Any] = field(default_factory=dict)
     start: Callable[..., None] = start_from_loadings
+    n_components: int = N_COMPONENTS
+    residuals: bool = False
 
 
 OBJECTIVES: Registry[PretrainingObjective] = Registry("objective", "scfm.objectives")

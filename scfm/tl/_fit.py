@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import anndata
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 
 from scfm import pp
 from scfm._config import require_seed
@@ -22,12 +24,13 @@ from scfm.annotation.finetune import Cells, finetune, inference_precision, score
 from scfm.annotation.scores import score_baselines, score_model, score_probe
 from scfm.annotation.splits import FitSplit, split_for_fit
 from scfm.data import CountSource
+from scfm.data.matrices import sum_columns
 from scfm.encoding import Encoding, EncodingConfig, make_encoding
 from scfm.errors import ModelTaskError
 from scfm.families import Preset, choose_preset
 from scfm.families.loading import opened
 from scfm.models.extend import extend_network, extended_encoding, extended_vocabulary
-from scfm.models.initialize import N_COMPONENTS, sample_rows, singular_vectors
+from scfm.models.initialize import sample_rows, singular_vectors
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
 from scfm.objectives import OBJECTIVES, make_objective
@@ -35,6 +38,7 @@ from scfm.pp._encode import gene_map, open_counts, require_cells
 from scfm.pp._expression import log_normalized_counts
 from scfm.tl._record import record
 from scfm.train import FitConfig, run_stage
+from scfm.train.loadings import residual_loadings
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +276,13 @@ class _Counts:
             tuple(dict.fromkeys(name for column in outside if (name := names[column]) is not None)), fraction
         )
 
+    def blocks(self, encoding: Encoding, rows: NDArray[np.int64]) -> Iterator[sparse.csr_matrix]:
+        """Return raw counts of cells by token id, in blocks."""
+        counts = CountSource.of(self.adata, **self.source).select(rows)
+        token_G = gene_map(counts, encoding).token_ids
+        for _, block, _ in counts.blocks():
+            yield sum_columns(block, token_G, len(encoding.vocabulary))
+
     def cells(self, encoding: Encoding, split: FitSplit) -> Cells:
         tokens = pp.encode(self.adata, encoding, **self.source)
         return Cells(tokens, pp.log_expression(self.adata, encoding, **self.source), split)
@@ -305,8 +316,15 @@ def _new_model(
         network = CellTransformer.for_vocabulary(chosen.model_config(**shape), vocabulary)
     expression_BV = cells.expression_BV[sample_rows(split.fitted, seed)]
     totals_V = np.asarray(expression_BV.expm1().sum(0)).ravel()
-    start = OBJECTIVES[chosen.objective].start
-    start(network, singular_vectors(expression_BV, N_COMPONENTS, seed), totals_V, seed=seed)
+    objective = OBJECTIVES[chosen.objective]
+    if objective.residuals:
+        rows = sample_rows(split.fitted, seed)
+        loadings: NDArray[np.floating] = residual_loadings(
+            lambda: counts.blocks(encoding, rows), len(vocabulary), objective.n_components, seed=seed
+        )
+    else:
+        loadings = singular_vectors(expression_BV, objective.n_components, seed)
+    objective.start(network, loadings, totals_V, seed=seed)
     history = {"preset": chosen.name, "seed": seed}
     return Model(network, encoding, objective=chosen.objective, history=history), cells
 

@@ -86,11 +86,14 @@ class _Trial:
         self.network = copy.deepcopy(network).to(device).train()
         if config.activation_checkpointing:
             recompute_blocks(self.network)
-        self.objective, self.cells, self.device = objective, cells, device
+        self.objective, self.cells, self.device = copy.deepcopy(objective), cells, device
+        own = objectives.base.weights_of(self.objective)
+        parts = [self.network] if own is None else [self.network, own.to(device)]
         precision = resolved_precision(config)
         self.dtype = {"32-true": None, "16-mixed": torch.float16}.get(precision, torch.bfloat16)
         if precision == "bf16-true":
-            self.network.bfloat16()
+            for part in parts:
+                part.bfloat16()
 
     def bytes_per_token(self) -> float:
         (few, few_bytes), (many, many_bytes) = self._step(PROBE_TOKENS), self._step(4 * PROBE_TOKENS)

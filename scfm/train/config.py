@@ -44,8 +44,9 @@ class FitConfig(Config):
         `trainable` "all" and "last:N", 5e-4 for "lora:R" and 1e-3 for "head"; in `scfm.tl.classify_genes` 2e-4, and 5e-4
         for models of more than 20 million parameters.
     embedding_learning_rate_scale
-        Factor of the learning rate of the gene embedding; with 0 it is not trained. None for 1, and in `scfm.pretrain` 0.1
-        if the embedding is initialized by a decomposition or a model.
+        Factor of the learning rate of the gene embedding, and of weights that only the objective has (the decoder of "profile");
+        with 0 they are not trained. None for 1, and in `scfm.pretrain` 0.1 if the embedding is initialized by a
+        decomposition or a model; 5 for the objective "profile".
     weight_decay
         Weight decay of AdamW, for matrices only.
     warmup_fraction

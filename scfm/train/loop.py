@@ -158,7 +158,9 @@ def train(
         if best is not None and best.best_model_path:
             path = Path(best.best_model_path)
             state = joined_weights(path, Path(scratch)) if is_shards(path) else read_checkpoint(path)["state_dict"]
-            network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in state.items()})
+            network.load_state_dict(
+                {name.removeprefix("network."): tensor for name, tensor in state.items() if name.startswith("network.")}
+            )
     if config.precision == "bf16-true":
         network.float()
     merge(network)

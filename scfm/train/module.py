@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scfm import objectives
 from scfm.data.batch import CellBatch
 from scfm.models.network import CellTransformer
+from scfm.objectives.base import weights_of
 from scfm.train.config import STAGE_DEFAULTS, FitConfig
 from scfm.train.ranks import lanes_of
 from scfm.train.sharding import is_sharded, shard
@@ -39,6 +40,7 @@ class TrainingModule(lightning.LightningModule):
     def __init__(self, network: CellTransformer, objective: objectives.Objective, config: FitConfig) -> None:
         super().__init__()
         self.network, self.objective, self.config = network, objective, config.with_defaults(**STAGE_DEFAULTS)
+        self.objective_weights = weights_of(objective)  # registered here, so that checkpoints and shards include them
         self.lanes, self.n_lanes = lanes_of(self.config)
         self.losses: list[Tensor] = []  # loss of each step: the mean over its batches on all processes
         self._of_step: list[Tensor] = []
@@ -48,7 +50,7 @@ class TrainingModule(lightning.LightningModule):
     def configure_model(self) -> None:
         if is_sharded(self.trainer.strategy):
             if self.config.precision == "bf16-true":
-                self.network.bfloat16()
+                self.bfloat16()
             shard(self, self.network)
 
     def forward(
@@ -120,7 +122,7 @@ class TrainingModule(lightning.LightningModule):
         progress["is_last_batch"] = False
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.network, self.config)
+        groups = parameter_groups(self.network, self.config, self.objective_weights)
         fused = self.config.precision != "16-mixed"  # a fused optimizer prevents clipping of scaled gradients
         optimizer = torch.optim.AdamW(groups, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_at)
@@ -152,13 +154,20 @@ class TrainingModule(lightning.LightningModule):
                 return 1.0
 
 
-def parameter_groups(network: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
-    """Group parameters by weight decay (for matrices only) and learning rate (the gene embedding may have its own)."""
+def parameter_groups(
+    network: nn.Module, config: FitConfig, objective_weights: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """Group parameters by weight decay (for matrices only) and learning rate.
+
+    The gene embedding and the weights of the objective, which have a row for each gene, may have a rate of their own.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
+    own = () if objective_weights is None else objective_weights.named_parameters(prefix="objective")
+    for name, parameter in (*network.named_parameters(), *own):
         if parameter.requires_grad:
             weight_decay = config.weight_decay if parameter.dim() >= 2 else 0.0
-            scale = config.embedding_learning_rate_scale if name == "embedding.gene.weight" else None
+            is_of_genes = name == "embedding.gene.weight" or name.startswith("objective.")
+            scale = config.embedding_learning_rate_scale if is_of_genes else None
             scale = 1.0 if scale is None else scale
             groups.setdefault((weight_decay, scale), []).append(parameter)
     assert config.learning_rate is not None

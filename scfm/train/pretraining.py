@@ -72,7 +72,8 @@ def pretrain(
         Folder to write: `model/`, `config.json`, `losses.csv`, `losses.png`, `README.md` (the model card), `checkpoints/`.
     init
         Initial weights. "svd": gene embeddings are the leading right singular vectors of log-normalized expression, so genes
-        that are expressed in the same cells have similar embeddings; other weights are random. None: all weights are random.
+        that are expressed in the same cells have similar embeddings; other weights are random. For the objective "profile",
+        they are loadings of Pearson residuals, and the blocks add nothing at first. None: all weights are random.
         A model, or its path (any other string): its pretraining continues on the new files, with its encoding and vocabulary.
     preset
         Size of the network ("small", "medium" or "large"), or the name of a published architecture, such as

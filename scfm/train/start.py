@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from scfm.encoding import EncodingConfig, Vocabulary, read_medians, read_vocabulary
 from scfm.families import Preset, choose_preset, presets
 from scfm.models import CellTransformer, Model
-from scfm.models.initialize import N_COMPONENTS
 from scfm.objectives import OBJECTIVES
 from scfm.train.config import STAGE_DEFAULTS
 from scfm.train.statistics import Data, Statistics, learn
@@ -61,13 +60,15 @@ class Start:
         }
 
     def learn(self, data: Data, held_out_B: NDArray[np.bool_], seed: int) -> Statistics:
+        objective = OBJECTIVES[self.objective]
         return learn(
             data,
             self.training_encoding,
             held_out_B=held_out_B,
             vocabulary=self.vocabulary,
             medians=self.medians,
-            n_components=N_COMPONENTS if self.init == "svd" else 0,
+            n_components=objective.n_components if self.init == "svd" else 0,
+            residuals=objective.residuals,
             seed=seed,
         )
 

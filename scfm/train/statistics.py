@@ -23,7 +23,7 @@ from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary
 from scfm.encoding.registry import ENCODINGS
 from scfm.errors import CountsError, VocabularyMismatchError
 from scfm.train.gene_names import CommonNames
-from scfm.train.loadings import streamed_loadings
+from scfm.train.loadings import residual_loadings, streamed_loadings
 
 MAX_SAMPLED_CELLS = 50_000  # cells for medians, which are in memory during the pass
 MAX_CELLS_OF_LOADINGS = 20_000  # of these, the cells for the decomposition, as in `scfm.fit`
@@ -77,7 +77,7 @@ class Statistics:
     totals_V
         Total counts of each gene over all cells that are not held out, by token id, shape (V,).
     loadings_VR
-        Right singular vectors of log-normalized expression; R is 0 if they are not needed.
+        Right singular vectors of log-normalized expression, or loadings of Pearson residuals; R is 0 if they are not needed.
     fraction_known
         Fraction of all counts that is in genes of the vocabulary.
     """
@@ -136,6 +136,7 @@ def learn(
     vocabulary: Vocabulary | None = None,
     medians: ArrayLike | None = None,
     n_components: int = 0,
+    residuals: bool = False,
     seed: int = 0,
 ) -> Statistics:
     """Read all files once, and compute the statistics that are not given.
@@ -166,7 +167,7 @@ def learn(
         None if medians is None else np.asarray(medians, dtype=np.float64),
         np.concatenate([survey.lengths(config, vocabulary) for survey in surveys]),
         np.sum([survey.totals_V(token_G, len(vocabulary)) for survey, token_G in zip(surveys, tokens)], axis=0),
-        _loadings(surveys, tokens=tokens, n_tokens=len(vocabulary), n_components=n_components, seed=seed),
+        _loadings(_Sample(surveys, tokens, len(vocabulary)), n_components=n_components, residuals=residuals, seed=seed),
         sum(survey.known_counts(token_G) for survey, token_G in zip(surveys, tokens))
         / max(1.0, sum(float(survey.totals_G.sum()) for survey in surveys)),
     )
@@ -281,21 +282,36 @@ def _aligned(
             yield sum_columns(block, column_G, every.n_vars), depth_B
 
 
-def _loadings(
-    surveys: Sequence[_Survey], *, tokens: Sequence[NDArray[np.int32]], n_tokens: int, n_components: int, seed: int
-) -> NDArray[np.float32]:
-    """Return the singular vectors of log1p of counts per 10,000 of the sampled cells, by token id."""
-    if not n_components:
-        return np.zeros((n_tokens, 0), dtype=np.float32)
-    n_sampled = sum(len(depth_B) for survey in surveys for _, depth_B in survey.sample)
-    step = -(-n_sampled // MAX_CELLS_OF_LOADINGS) or 1
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """The cells for the decomposition, out of the sampled ones."""
 
-    def blocks() -> Iterator[sparse.csr_matrix]:
-        for survey, token_G in zip(surveys, tokens):
+    surveys: Sequence[_Survey]
+    tokens: Sequence[NDArray[np.int32]]
+    n_tokens: int
+
+    def blocks(self) -> Iterator[tuple[sparse.csr_matrix, NDArray[np.float64]]]:
+        """Counts by token id, and depths."""
+        n_sampled = sum(len(depth_B) for survey in self.surveys for _, depth_B in survey.sample)
+        step = -(-n_sampled // MAX_CELLS_OF_LOADINGS) or 1
+        for survey, token_G in zip(self.surveys, self.tokens):
             for block, depth_B in survey.sample:
-                yield log_normalize(sum_columns(block[::step], token_G, n_tokens), depth_B[::step])
+                yield sum_columns(block[::step], token_G, self.n_tokens), depth_B[::step]
 
-    return streamed_loadings(blocks, n_tokens, n_components, seed=seed).astype(np.float32)
+
+def _loadings(sample: _Sample, *, n_components: int, residuals: bool, seed: int) -> NDArray[np.float32]:
+    """Return loadings by token id: of Pearson residuals, or singular vectors of log1p of counts per 10,000."""
+    if not n_components:
+        return np.zeros((sample.n_tokens, 0), dtype=np.float32)
+    if residuals:
+        found_VR = residual_loadings(
+            lambda: (counts for counts, _ in sample.blocks()), sample.n_tokens, n_components, seed=seed
+        )
+    else:
+        found_VR, _ = streamed_loadings(
+            lambda: (log_normalize(*block) for block in sample.blocks()), sample.n_tokens, n_components, seed=seed
+        )
+    return found_VR.astype(np.float32)
 
 
 def _fingerprint(path: Path, counts: CountSource) -> dict[str, Any]:

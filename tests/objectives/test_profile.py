@@ -11,7 +11,8 @@ from scfm.data import CellBatch
 from scfm.encoding import EncodingConfig, make_encoding
 from scfm.models import CellTransformer
 from scfm.objectives import OBJECTIVES, Profile, make_objective, total
-from scfm.objectives.profile import start
+from scfm.objectives.profile import make_decoder, start
+from scfm.train.module import parameter_groups
 
 N_TOKENS, FIRST_GENE = 60, 2
 
@@ -112,15 +113,15 @@ def test_counts_that_are_kept_are_those_of_the_matrix():
 def test_the_loss_is_the_multinomial_negative_log_likelihood(cells, objective):
     """NumPy computes it from the embedding and the weights, cell by cell, with a dense matrix of targets."""
     network = network_of()
+    objective = replace(objective, weights=make_decoder(network))
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in (*network.parameters(), *objective.weights.parameters()):
             parameter.add_(0.1 * torch.randn(parameter.shape))
     inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(1))
-    head, weight = network.gene_head, {name: p.detach().double().numpy() for name, p in network.named_parameters()}
+    weight, bias = (parameter.detach().double().numpy() for parameter in objective.weights.parameters())
     z = network.embed_cells(inputs).detach().double().numpy()
-    z = (z - z.mean(0)) / np.sqrt(z.var(0) + 1e-6) * weight["gene_head.norm.weight"] + weight["gene_head.norm.bias"]
-    z = z @ weight["gene_head.transform.weight"].T + weight["gene_head.transform.bias"]
-    logits = (z @ weight["embedding.gene.weight"].T + weight["gene_head.bias"])[:, FIRST_GENE:]
+    z = (z - z.mean(0)) / np.sqrt(z.var(0) + 1e-6)
+    logits = (z @ weight.T + bias)[:, FIRST_GENE:]
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     dense = np.zeros((3, N_TOKENS))
     dense[targets["cell_N"], targets["gene_ids_N"]] = targets["weight_N"]
@@ -128,8 +129,13 @@ def test_the_loss_is_the_multinomial_negative_log_likelihood(cells, objective):
     assert loss.item() == pytest.approx(-(dense[:, FIRST_GENE:] * logs).sum() / 3, rel=1e-5)
     loss.backward()
     unused = [name for name, parameter in network.named_parameters() if parameter.grad is None]
-    assert unused == []
-    assert head.norm.weight.grad.abs().sum() > 0
+    assert all(name.startswith("gene_head.") for name in unused)
+    assert objective.weights.weight.grad.abs().sum() > 0
+
+
+def test_the_decoder_is_as_wide_as_the_embedding():
+    network = network_of(pooling={"how": "concat"})
+    assert make_decoder(network).weight.shape == (N_TOKENS, network.config.d_embedding)
 
 
 def test_cells_without_remaining_counts_are_not_counted(objective):
@@ -139,6 +145,7 @@ def test_cells_without_remaining_counts_are_not_counted(objective):
         cu_seqlens=torch.tensor([0, 1, 2], dtype=torch.int32),
     )
     network, generator = network_of(), torch.Generator().manual_seed(0)
+    objective = replace(objective, weights=make_decoder(network))
     for _ in range(30):
         inputs, targets = objective.corrupt(one, generator)
         term = objective.loss(network, inputs, targets)["profile"]
@@ -158,19 +165,17 @@ def test_a_network_at_the_start_projects_on_the_loadings_and_predicts_the_mean_p
     inputs = cells.replace(values_T=None)
     torch.testing.assert_close(network(inputs), network(inputs, hidden_layer=0), atol=1e-5, rtol=0)
     _, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
+    objective = replace(objective, weights=make_decoder(network))
     mean_V = (totals + 0.5) / (totals + 0.5)[FIRST_GENE:].sum()
     expected = -(targets["weight_N"].numpy() * np.log(mean_V[targets["gene_ids_N"]])).sum() / 3
     assert total(objective.loss(network, inputs, targets)).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_other_encodings_and_poolings_are_refused(cells, objective):
+def test_other_encodings_are_refused(cells, objective):
     adata = scfm.datasets.pbmc()[:20].copy()
     encoding = make_encoding("bin", adata=adata)
     with pytest.raises(ValueError, match="needs a rank encoding"):
         make_objective("profile", network_of(len(encoding.vocabulary)), encoding)
-    inputs, targets = objective.corrupt(cells, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="as wide as the model"):
-        objective.loss(network_of(pooling={"how": "concat"}), inputs, targets)
     with pytest.raises(ValueError, match="needs an encoding with values"):
         objective.corrupt(cells.replace(values_T=None), torch.Generator())
 
@@ -190,7 +195,33 @@ def check_trained(model, adata):
 
 def test_fit_learns_profiles():
     adata = scfm.datasets.pbmc()[:100].copy()
-    check_trained(scfm.fit(adata, objective="profile", encoding=SHORT_CELLS, config=CONFIG, progress=False), adata)
+    model = scfm.fit(adata, objective="profile", encoding=SHORT_CELLS, config=CONFIG, progress=False)
+    check_trained(model, adata)
+    untrained = scfm.families.preset("small-rank").model_config(n_tokens=model.network.config.n_tokens)
+    names = set(CellTransformer(untrained).state_dict())
+    assert not set(model.network.state_dict()) - names  # such as the decoder
+
+
+def test_the_decoder_is_trained_with_its_own_settings_and_kept_in_checkpoints(tmp_path):
+    adata = scfm.datasets.pbmc()[:40].copy()
+    encoding = make_encoding(SHORT_CELLS, adata=adata)
+    network = network_of(len(encoding.vocabulary))
+    objective = make_objective("profile", network, encoding)
+    cells = scfm.pp.encode(adata, encoding.replace(**OBJECTIVES["profile"].encoding_settings))
+    config = CONFIG.replace(n_steps=2, embedding_learning_rate_scale=5.0, weight_decay=0.1, checkpoint_every=2)
+    module = scfm.train.train(network, objective, cells, config, title="t", run_dir=tmp_path, progress=False)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = {
+        names[id(parameter)]: (group["weight_decay"], group["lr"])
+        for group in parameter_groups(network, module.config, objective.weights)
+        for parameter in group["params"]
+    }
+    assert groups["objective_weights.weight"] == groups["network.embedding.gene.weight"] == (0.1, 5 * 3e-3)
+    assert groups["objective_weights.bias"] == (0.0, 5 * 3e-3)
+    assert objective.weights.weight.abs().sum() > 0
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert torch.equal(state["objective_weights.weight"], objective.weights.weight)
 
 
 @pytest.mark.slow
