@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import pandas as pd
@@ -50,6 +51,15 @@ def choose_names(
     if source != "var_names":
         logger.info("genes are named by %s (var_names are not %s ids)", source, vocabulary.id_type)
     return best, source
+
+
+def names_key(var: pd.DataFrame) -> str:
+    """Return a digest of all that can name the genes of `var`: tables with equal digests have equal names."""
+    digest = hashlib.sha256("\n".join(map(str, var.index)).encode())
+    for name in var.columns:
+        if not pd.api.types.is_numeric_dtype(var[name]):
+            digest.update("\n".join([str(name), *map(str, var[name])]).encode())
+    return digest.hexdigest()
 
 
 def names_of_kind(var: pd.DataFrame, kind: IdType) -> list[str | None] | None:

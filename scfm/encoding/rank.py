@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from scfm.encoding.base import CountBlocks, Encoding, Tokens, add_special_tokens, cls_and_eos, csr_arrays
 from scfm.encoding.config import EncodingConfig
 from scfm.encoding.genes import GeneMap
-from scfm.encoding.ragged import best_T, boundaries, expressed
+from scfm.encoding.medians import GeneMedians
+from scfm.encoding.ragged import best_T, expressed
 from scfm.vocab import Vocabulary
 
 
@@ -76,19 +77,13 @@ class RankEncoding(Encoding):
     def fit(cls, blocks: CountBlocks, genes: GeneMap, config: EncodingConfig) -> RankEncoding:
         """Learn the median of each gene over its non-zero counts, normalized to `target_sum`.
 
-        Genes that no cell expresses get no median, and are never encoded. This needs 12 bytes of memory per non-zero count.
+        Genes that no cell expresses get no median, and are never encoded. Memory is bounded: see
+        `scfm.encoding.medians.GeneMedians`.
         """
-        target_sum = config.target_sum or 1e4
-        tokens, values = [], []
+        medians = GeneMedians(len(genes.vocabulary), config)
         for block, depth_B in blocks:
-            cells = expressed(block, genes)
-            total_B = cells.totals_B() if config.depth_over == "vocabulary" else depth_B
-            tokens.append(cells.token_T)
-            values.append(cells.count_T / total_B[cells.cell_T] * target_sum)
-        medians = nonzero_medians(
-            _joined(tokens, np.int32), _joined(values, np.float64), n_tokens=len(genes.vocabulary)
-        )
-        return cls(config, genes.vocabulary, medians=medians)
+            medians.add(block, genes, depth_B)
+        return cls(config, genes.vocabulary, medians=medians.result())
 
     def _encode_numpy(
         self, block: sp.csr_matrix, genes: GeneMap, depth_B: NDArray[np.float64], draw: int | None
@@ -111,20 +106,3 @@ class RankEncoding(Encoding):
         return compiled.encode_rank(
             *csr_arrays(block), token_of_column, genes.has_duplicates, self._frame(compiled), self._medians
         )
-
-
-def nonzero_medians(token_T: NDArray[np.int32], value_T: NDArray[np.float64], *, n_tokens: int) -> NDArray[np.float64]:
-    """Return the median of the values of each token, shape (n_tokens,), float64; NaN for tokens that do not occur."""
-    value_T = value_T[np.lexsort((value_T, token_T))]
-    lengths = np.bincount(token_T, minlength=n_tokens)
-    starts = boundaries(lengths)[:-1]
-    medians = np.full(n_tokens, np.nan)
-    seen = lengths > 0
-    low = value_T[starts[seen] + (lengths[seen] - 1) // 2]
-    high = value_T[starts[seen] + lengths[seen] // 2]
-    medians[seen] = (low + high) / 2
-    return medians
-
-
-def _joined(parts: list[NDArray], dtype: type) -> NDArray:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)

@@ -6,12 +6,12 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import starmap
 
 import pandas as pd
 
-from scfm.data.gene_names import choose_names, names_of_kind
+from scfm.data.gene_names import choose_names, names_key, names_of_kind
 from scfm.encoding.genes import guess_species
 from scfm.errors import VocabularyMismatchError
 from scfm.vocab import IdType, guess_id_type, strip_version
@@ -35,11 +35,14 @@ class CommonNames:
         Mapping of other names to names of that kind, from files whose `var` holds both.
     gene_key
         Column of `var` with the names.
+    all_names
+        All names of that kind of all files, in the order of the files.
     """
 
     id_type: IdType
     aliases: dict[str, str] = field(default_factory=dict)
     gene_key: str | None = None
+    all_names: dict[str, None] = field(default_factory=dict)
 
     @classmethod
     def of_files(
@@ -62,20 +65,24 @@ class CommonNames:
         VocabularyMismatchError
             If files have genes of different species, or fewer than half of the names of a file can be translated.
         """
-        found = [_names_of(name, var, gene_key) for name, var in files]
-        _refuse_species(found)
+        distinct: dict[str, _FileNames] = {}  # hundreds of files often have the same names
+        found = []
+        for name, var in files:
+            key = names_key(var)
+            if key not in distinct:
+                distinct[key] = _names_of(name, var, gene_key)
+            found.append(replace(distinct[key], file=name))
+        _refuse_species(list(distinct.values()))
         kind = id_type or _most_common(found)
-        aliases = _translations(found, kind)
+        aliases = _translations(list(distinct.values()), kind)
         for each in found:
             each.require(kind, aliases, found)
-        return cls(kind, aliases, gene_key)
+        every = (name for each in distinct.values() for name in each.in_kind(kind, aliases) if name is not None)
+        return cls(kind, aliases, gene_key, dict.fromkeys(every))
 
     def of(self, var: pd.DataFrame) -> list[str | None]:
         """Return the name of each gene of a file; None for a gene without a translation."""
-        each = _names_of("", var, self.gene_key)
-        if self.id_type in each.by_kind:
-            return list(each.by_kind[self.id_type])
-        return [None if name is None else self.aliases.get(name) for name in each.primary]
+        return _names_of("", var, self.gene_key).in_kind(self.id_type, self.aliases)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,12 @@ class _FileNames:
     @property
     def kind(self) -> IdType:
         return guess_id_type(self.primary)
+
+    def in_kind(self, kind: IdType, aliases: dict[str, str]) -> list[str | None]:
+        """Return the name of each gene of a kind; None for a gene without a translation."""
+        if kind in self.by_kind:
+            return list(self.by_kind[kind])
+        return [None if name is None else aliases.get(name) for name in self.primary]
 
     def require(self, kind: IdType, aliases: dict[str, str], others: Sequence[_FileNames]) -> None:
         """Raise if too few names of the file can be translated; warn if some cannot."""

@@ -20,8 +20,7 @@ from scfm import families
 from scfm._files import output_lock
 from scfm.encoding import EncodingConfig
 from scfm.errors import CountsError, ModelFileError, OutputError, VocabularyMismatchError
-from scfm.train import FitConfig, loop, start, train
-from scfm.train import statistics as statistics_of_files
+from scfm.train import FitConfig, loop, start, survey, train
 from scfm.train.pretraining import pretrain
 from scfm.train.statistics import Data, Statistics, learn
 
@@ -123,13 +122,15 @@ def test_cells_that_are_held_out_teach_nothing(files):
     assert found.lengths_B.tolist() == [*first.lengths_B.tolist(), *[0] * 60]
 
 
-def test_few_cells_are_sampled_evenly_over_the_files(files, monkeypatch):
-    monkeypatch.setattr(statistics_of_files, "MAX_SAMPLED_CELLS", 30)
-    monkeypatch.setattr(statistics_of_files, "MAX_CELLS_OF_LOADINGS", 10)
+def test_loadings_come_from_cells_that_are_spread_evenly_over_the_files(files, monkeypatch):
+    """Oracle: the exact decomposition of every twelfth cell. Medians are those of all cells."""
+    monkeypatch.setattr(survey, "MAX_SAMPLED_CELLS", 10)
     found, every = statistics_for(files, n_components=2), joined(files)
-    sample = every[np.arange(3, 120, 4)]
-    expected = scfm.encoding.make_encoding("rank", adata=sample, vocabulary=found.vocabulary)
-    np.testing.assert_allclose(found.medians, expected.medians, rtol=1e-6)
+    encoding = scfm.encoding.make_encoding("rank", adata=every, vocabulary=found.vocabulary)
+    np.testing.assert_allclose(found.medians, encoding.medians, rtol=1e-6)
+    sample_BV = scfm.pp.log_expression(every[np.arange(11, 120, 12)], encoding).toarray()
+    right = linalg.svd(sample_BV, full_matrices=False)[2][:2]
+    assert linalg.svdvals(found.loadings_VR.T @ right.T).min() > 0.99
     assert found.lengths_B.all()
 
 
