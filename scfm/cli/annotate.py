@@ -6,25 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import scfm
-from scfm._files import require_writable
 from scfm.cli import _files
 from scfm.cli._registry import command
 
 
 @command(
-    example="scfm annotate new.h5ad labeled.h5ad --model pbmc_model", options_of="scfm.tl.annotate", leave_out={"copy"}
+    example="scfm annotate donor1.h5ad donor2.h5ad labeled.h5ad --model pbmc_model",
+    options_of="scfm.tl.annotate_files",
 )
-def annotate(
-    data: Path, output: Path, /, *, model: Path, device: str = "auto", json: bool = False, **options: Any
-) -> None:
-    """Predict the label of every cell.
+def annotate(*paths: Path, model: Path, device: str = "auto", json: bool = False, **options: Any) -> None:
+    """Predict the label of every cell of one or many files; a run that was stopped resumes.
 
     Parameters
     ----------
-    data
-        .h5ad or .zarr with raw counts.
-    output
-        .h5ad or .zarr to write: the input with labels, confidences and probabilities.
+    paths
+        One or many .h5ad or .zarr inputs with raw counts, and last the output, whose suffix names its format: .h5ad or
+        .zarr (the input with labels, confidences and probabilities; of several inputs obs and these), .parquet or .csv.
     model
         Directory of a model that was fitted with labels.
     device
@@ -32,10 +29,8 @@ def annotate(
     json
         Print the result as one JSON object instead of words.
     """
-    require_writable(output, (".h5ad", ".zarr"), inputs=[data])
-    adata = _files.read(data)
-    scfm.tl.annotate(adata, scfm.load(model, device=device), **options)
-    _files.write(adata, output)
-    counts = adata.obs[f"{options.get('key_added', 'scfm')}_label"].value_counts()
-    facts = {"output": output, "n_cells": adata.n_obs, "labels": {str(name): int(n) for name, n in counts.items()}}
-    _files.tell(facts, as_json=json, text=f"{counts.to_string()}\nwritten to {output}")
+    *sources, target = _files.inputs_and_output(paths)
+    counts = scfm.tl.annotate_files(sources, target, scfm.load(model, device=device), **options)
+    labels = {str(name): int(n) for name, n in counts.items()}
+    facts = {"output": target, "n_cells": sum(labels.values()), "labels": labels}
+    _files.tell(facts, as_json=json, text=f"{counts.to_string()}\nwritten to {target}")

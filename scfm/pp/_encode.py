@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,15 +14,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from tqdm.auto import tqdm
 
 from scfm._docs import document
 from scfm.data.batch import CellBatch
-from scfm.data.matrices import require_adata
+from scfm.data.counts import log_normalize
+from scfm.data.matrices import require_adata, sum_columns
 from scfm.data.source import BLOCK_ROWS, CountSource
 from scfm.encoding.base import Backend, Encoding
 from scfm.encoding.genes import GeneMap
 from scfm.errors import EmptyCellError
 from scfm.families.loading import opened
+
+BLOCK_CELLS = 2048  # that are encoded and given to a network at once, and between two steps of a progress bar
 
 
 @document
@@ -99,6 +106,60 @@ def encode(
     else:
         cells = CellBatch.concat(parts) if parts else encoding.encode(np.zeros((0, counts.n_vars)), genes)
     return cells.replace(cu_seqlens=cells.cu_seqlens.long(), cell_index_B=torch.arange(cells.n_cells))
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBlock:
+    """Cells of a block of rows, as tokens and as log-expression; both are made when they are first used.
+
+    Attributes
+    ----------
+    encoding, genes
+        The encoding of a model, and the token of each column.
+    first
+        Row of the first cell.
+    block, depth_B
+        Checked counts and depths of the cells.
+    """
+
+    encoding: Encoding
+    genes: GeneMap
+    first: int
+    block: sparse.csr_matrix
+    depth_B: NDArray[np.float64]
+
+    @cached_property
+    def cells(self) -> CellBatch:
+        return self.encoding.encode(self.block, self.genes, depth_B=self.depth_B)
+
+    @cached_property
+    def expression_BV(self) -> sparse.csr_matrix:
+        """log1p of counts per 10,000 by token, as `scfm.pp.log_expression` returns it."""
+        by_token = sum_columns(self.block, self.genes.token_ids, len(self.encoding.vocabulary))
+        return log_normalize(by_token, self.depth_B)
+
+
+def encoded_blocks(
+    adata: Any, encoding: Encoding, *, title: str | None = None, **where: str | None
+) -> Iterator[EncodedBlock]:
+    """Yield all cells in blocks, so that memory does not grow with the cells; a title shows a progress bar.
+
+    All cells are checked before the first block is returned, as `encode` does.
+    """
+    counts = open_counts(adata, encoding, **where)
+    genes = gene_map(counts, encoding)
+    refuse_empty(
+        np.concatenate([np.zeros(0, bool), *(empty_cells(block, genes, encoding) for _, block, _ in counts.blocks())]),
+        counts,
+    )
+    return _blocks(counts, genes, encoding, title)
+
+
+def _blocks(counts: CountSource, genes: GeneMap, encoding: Encoding, title: str | None) -> Iterator[EncodedBlock]:
+    with tqdm(total=counts.n_obs, desc=title, unit="cell", delay=1, disable=title is None) as bar:
+        for first, block, depth_B in counts.blocks(BLOCK_CELLS):
+            yield EncodedBlock(encoding, genes, first, block, depth_B)
+            bar.update(len(depth_B))
 
 
 def require_cells(adata: Any) -> None:

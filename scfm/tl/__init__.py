@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scfm.tl._annotate import annotate
+from scfm.tl._annotate_files import annotate_files
 from scfm.tl._attention import attention
 from scfm.tl._denoise import denoise, evaluate_denoising
 from scfm.tl._embed import embed
@@ -22,6 +23,7 @@ from scfm.tl._screen import screen
 
 __all__ = [
     "annotate",
+    "annotate_files",
     "attention",
     "classify_genes",
     "denoise",

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,11 @@ from scfm import pp
 from scfm._docs import document
 from scfm.annotation.adapt import MIN_CELLS, adapted_probabilities
 from scfm.data import columns
+from scfm.encoding import GeneReport
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
 from scfm.models.model import Model
-from scfm.pp._encode import gene_map, open_counts, require_cells
+from scfm.pp._encode import EncodedBlock, encoded_blocks, gene_map, open_counts, require_cells
 from scfm.tl._record import record
 
 logger = logging.getLogger(__name__)
@@ -108,9 +110,7 @@ def annotate(
     10
     """
     model = opened(model)
-    model.require_labels()
-    if not 0 <= min_confidence <= 1:
-        raise ValueError(f"`min_confidence` is {min_confidence}; it is a probability, from 0 to 1.")
+    options = LabelOptions.of(model, min_confidence, max_novelty)
     require_cells(adata)
     if adapt and adata.n_obs < MIN_CELLS:
         raise ValueError(
@@ -120,48 +120,81 @@ def annotate(
     clusters_B = (
         None if majority_key is None else columns.groups(adata.obs, majority_key, argument="majority_key").codes
     )
-    limit = _novelty_limit(model, max_novelty)
     adata = adata.copy() if copy else adata
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
-    _report_missing_genes(adata, model, source)
-    cells = pp.encode(adata, model.encoding, **source)
-    expression_BV = pp.log_expression(adata, model.encoding, **source)
-    proba_BC = model.predict_proba(cells, expression_BV, progress=progress)
+    warn_of_missing_genes(gene_map(open_counts(adata, model.encoding, **source), model.encoding).report, model)
+    blocks = encoded_blocks(adata, model.encoding, title="annotating" if progress else None, **source)
+    rows_BX = np.concatenate([proba_and_novelty(model, block) for block in blocks])
     if adapt:
-        proba_BC = adapted_probabilities(proba_BC, expression_BV)
-    code_B = proba_BC.argmax(1)
-    if clusters_B is not None:
-        code_B = _majority(code_B, clusters_B)
-    confidence_B = proba_BC[np.arange(len(code_B)), code_B]
-    rejected_B = confidence_B < min_confidence
-    if model.network.novelty is not None:
-        novelty_B = model.network.novelty(expression_BV)
-        rejected_B |= novelty_B > limit
-        adata.obs[f"{key_added}_novelty"] = novelty_B
-        _report_novel(novelty_B, model, max_novelty)
-    rejects = min_confidence > 0 or max_novelty is not None
-    names = [*model.labels, UNASSIGNED] if rejects and UNASSIGNED not in model.labels else list(model.labels)
-    code_B = np.where(rejected_B, names.index(UNASSIGNED), code_B) if rejects else code_B
-    adata.obs[f"{key_added}_label"] = pd.Categorical.from_codes(code_B, categories=names)
-    adata.obs[f"{key_added}_confidence"] = confidence_B
-    adata.obsm[f"{key_added}_proba"] = proba_BC
-    record(
-        adata,
-        model,
-        f"{key_added}_label",
-        **source,
-        labels=list(model.labels),
-        min_confidence=min_confidence,
-        max_novelty=max_novelty,
-        majority_key=majority_key,
-        adapt=adapt,
-    )
+        expression_BV = pp.log_expression(adata, model.encoding, **source)
+        rows_BX[:, : len(model.labels)] = adapted_probabilities(rows_BX[:, : len(model.labels)], expression_BV)
+    for name, values in options.columns(rows_BX, clusters_B, key_added).items():
+        adata.obs[name] = values
+    adata.obsm[f"{key_added}_proba"] = rows_BX[:, : len(model.labels)].copy()
+    settings = {**source, **options.settings, "majority_key": majority_key, "adapt": adapt}
+    record(adata, model, f"{key_added}_label", **settings)
     return adata if copy else None
 
 
-def _report_missing_genes(adata: anndata.AnnData, model: Model, source: dict[str, Any]) -> None:
+def proba_and_novelty(model: Model, block: EncodedBlock) -> NDArray[np.float32]:
+    """Return the probability of each class, and if the model has it the novelty score, shape (B, C) or (B, C + 1)."""
+    proba_BC = model.predict_proba(block.cells, block.expression_BV)
+    if model.network.novelty is None:
+        return proba_BC
+    return np.column_stack([proba_BC, model.network.novelty(block.expression_BV)])
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How labels are made from probabilities and novelty scores."""
+
+    model: Model
+    min_confidence: float
+    max_novelty: float | Literal["calibrated"] | None
+    limit: float
+
+    @classmethod
+    def of(cls, model: Model, min_confidence: float, max_novelty: float | Literal["calibrated"] | None) -> LabelOptions:
+        """Check the options against the model."""
+        model.require_labels()
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"`min_confidence` is {min_confidence}; it is a probability, from 0 to 1.")
+        return cls(model, min_confidence, max_novelty, _novelty_limit(model, max_novelty))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "labels": list(self.model.labels),
+            "min_confidence": self.min_confidence,
+            "max_novelty": self.max_novelty,
+        }
+
+    def columns(
+        self, rows_BX: NDArray[np.float32], clusters_B: NDArray[np.int64] | None, key_added: str
+    ) -> dict[str, Any]:
+        """Return the columns of `obs` from the result of `proba_and_novelty` for all cells, and log how many are novel."""
+        labels = self.model.labels
+        proba_BC = rows_BX[:, : len(labels)]
+        code_B = proba_BC.argmax(1)
+        if clusters_B is not None:
+            code_B = _majority(code_B, clusters_B)
+        confidence_B = proba_BC[np.arange(len(code_B)), code_B]
+        rejected_B = confidence_B < self.min_confidence
+        novelty = {}
+        if self.model.network.novelty is not None:
+            novelty_B = rows_BX[:, len(labels)].copy()
+            rejected_B |= novelty_B > self.limit
+            novelty = {f"{key_added}_novelty": novelty_B}
+            _report_novel(novelty_B, self.model, self.max_novelty)
+        rejects = self.min_confidence > 0 or self.max_novelty is not None
+        names = [*labels, UNASSIGNED] if rejects and UNASSIGNED not in labels else list(labels)
+        code_B = np.where(rejected_B, names.index(UNASSIGNED), code_B) if rejects else code_B
+        label = pd.Categorical.from_codes(code_B, categories=names)
+        return {**novelty, f"{key_added}_label": label, f"{key_added}_confidence": confidence_B}
+
+
+def warn_of_missing_genes(report: GeneReport, model: Model) -> None:
     """Log a warning if the data lack most genes of a model with a gene classifier, to which absent genes are zeros."""
-    report = gene_map(open_counts(adata, model.encoding, **source), model.encoding).report
     if model.network.gene_classifier is not None and report.n_matched < MIN_GENE_FRACTION * report.n_vocabulary:
         logger.warning(
             "The data have %s of the %s genes of the model. The model takes absent genes for genes without counts, so the labels "

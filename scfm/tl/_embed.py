@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata
+import numpy as np
 
-from scfm import pp
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
-from scfm.pp._encode import require_cells
+from scfm.pp._encode import encoded_blocks, require_cells
 from scfm.tl._record import record
 
 
@@ -78,8 +79,14 @@ def embed(
     require_cells(adata)
     model = opened(model)
     adata = adata.copy() if copy else adata
-    cells = pp.encode(adata, model, layer=layer, gene_key=gene_key, depth_key=depth_key)
-    how = {"hidden_layer": hidden_layer, "pooling": pooling, "normalize": normalize, "precision": precision}
-    adata.obsm[key_added] = model.embed(cells, **how, progress=progress)  # type: ignore[arg-type]
-    record(adata, model, key_added, layer=layer, gene_key=gene_key, depth_key=depth_key, **how)
+    source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
+    how: dict[str, Any] = {
+        "hidden_layer": hidden_layer,
+        "pooling": pooling,
+        "normalize": normalize,
+        "precision": precision,
+    }
+    blocks = encoded_blocks(adata, model.encoding, title="embedding" if progress else None, **source)
+    adata.obsm[key_added] = np.concatenate([model.embed(block.cells, **how) for block in blocks])
+    record(adata, model, key_added, **source, **how)
     return adata if copy else None

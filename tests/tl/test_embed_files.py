@@ -13,7 +13,7 @@ import pytest
 
 import scfm
 from scfm.errors import OutputError
-from scfm.tl import _embed_files
+from scfm.tl import _file_pass
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def expected(model):
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(_embed_files, "BLOCK_CELLS", 16)
+    monkeypatch.setattr(_file_pass, "BLOCK_CELLS", 16)
 
 
 def embedding_in(path):

@@ -14,12 +14,12 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 import scfm
-from scfm.tl import _embed_files
+from scfm.tl import _file_pass
 from scfm.perturbation import runner as stream
 
 folder, stop_after = Path(sys.argv[1]), int(sys.argv[2])
 rank = int(os.environ["RANK"])
-_embed_files.BLOCK_CELLS, stream.VARIANTS_PER_BLOCK = 8, 20
+_file_pass.BLOCK_CELLS, stream.VARIANTS_PER_BLOCK = 8, 20
 model = scfm.load(folder / "model")
 embed, blocks = model.embed, []
 
