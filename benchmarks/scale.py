@@ -13,13 +13,7 @@ blocks with scfm's loader and with others that are installed, in turns in one pr
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

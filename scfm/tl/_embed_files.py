@@ -108,7 +108,9 @@ def embed_files(
     def write(rows: Rows) -> None:
         names = [f"scfm_{dimension}" for dimension in range(width)]
         records = {key_added: record_of(model, **where, **how)}
-        write_results(out, files, Results(matrix=rows, key=key_added, columns=slice(None), names=names, records=records))
+        write_results(
+            out, files, Results(matrix=rows, key=key_added, columns=slice(None), names=names, records=records)
+        )
 
     job = FilePass(
         files, out, model, where, how, width, lambda block: model.embed(block.cells, **how), title="embedding"

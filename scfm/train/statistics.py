@@ -145,9 +145,7 @@ def learn(
     """
     names, known = None, vocabulary
     if known is None:
-        names = CommonNames.of_files(
-            ((path.name, data.open(path).var) for path in data.paths), gene_key=data.gene_key
-        )
+        names = CommonNames.of_files(((path.name, data.open(path).var) for path in data.paths), gene_key=data.gene_key)
         known = vocabulary_of(names.all_names, config, names)
     survey = Survey(
         config,

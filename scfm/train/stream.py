@@ -12,13 +12,11 @@ save nothing that is noticed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +29,8 @@ from scfm.data.batch import CellBatch
 from scfm.data.compiled_encoder import encoder_threads, limit_to_one_thread
 from scfm.data.files import count_rows
 from scfm.data.sampler import pack
-from scfm.data.source import CountSource
-from scfm.encoding import Encoding, GeneMap
-
-MAX_OPEN_FILES = 64
+from scfm.encoding import Encoding
+from scfm.train.open_files import OpenFiles
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,7 @@ class CellStream(IterableDataset[CellBatch]):
         self._blocks_per_buffer = max(1, buffer_cells // block_cells)
         self.epoch, self._next_buffer, self._next_batch = 0, 0, 0
         self._sizes: tuple[int, list[int]] | None = None
-        self._opened: OrderedDict[int, tuple[CountSource, GeneMap]] = OrderedDict()
+        self._files = OpenFiles(self.paths, encoding, self._where)
 
     def _costs(
         self, batch_cells: int | None, max_tokens: int | None, lengths_B: ArrayLike | None
@@ -201,10 +197,7 @@ class CellStream(IterableDataset[CellBatch]):
 
     def close(self) -> None:
         """Close the files; they are opened again when they are needed."""
-        self._opened.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": OrderedDict()}  # worker processes open the files themselves
+        self._files.close()
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, *purpose))
@@ -251,14 +244,13 @@ class CellStream(IterableDataset[CellBatch]):
     def _read(self, buffer: list[_Block], place: int) -> CellBatch:
         """Read and encode a buffer, in the order of the files."""
         blocks = _in_file_order(buffer)
-        opened = [self._open(block.source) for block in blocks]
         rngs = [self._rng(2, self.rank, place, number) if self.shuffle else None for number in range(len(blocks))]
         with ThreadPoolExecutor(encoder_threads(), initializer=limit_to_one_thread) as pool:
-            return CellBatch.concat(list(pool.map(self._encode, blocks, opened, rngs)))
+            return CellBatch.concat(list(pool.map(self._encode, blocks, rngs)))
 
-    def _encode(self, block: _Block, opened: tuple[CountSource, GeneMap], rng: np.random.Generator | None) -> CellBatch:
+    def _encode(self, block: _Block, rng: np.random.Generator | None) -> CellBatch:
         """Read and encode one block; runs in several threads at once."""
-        counts, genes = opened
+        counts, genes = self._files[block.source]
         kept = self._rows_of(block)
         parts = []
         for first, rows, depth_B in counts.blocks(start=block.start, stop=block.stop):
@@ -269,15 +261,6 @@ class CellStream(IterableDataset[CellBatch]):
             cells = self.encoding.encode(rows, genes, depth_B=depth_B, rng=rng)
             parts.append(cells.replace(cell_index_B=torch.from_numpy(block.first + offset + own)))
         return parts[0] if len(parts) == 1 else CellBatch.concat(parts)
-
-    def _open(self, source: int) -> tuple[CountSource, GeneMap]:
-        if source not in self._opened:
-            counts = CountSource.of(self.paths[source], **self._where)
-            genes = GeneMap.of(counts, self.encoding.vocabulary, duplicates=self.encoding.config.duplicates)
-            self._opened[source] = counts, genes
-            if len(self._opened) > MAX_OPEN_FILES:
-                self._opened.popitem(last=False)
-        return self._opened[source]
 
 
 def _in_file_order(buffer: list[_Block]) -> list[_Block]:

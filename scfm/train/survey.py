@@ -61,7 +61,9 @@ class Survey:
         self.totals_V = np.zeros(len(vocabulary))
         self.all_counts = 0.0
         self.expressed: dict[int, None] = {}  # tokens with counts, in the order of the files
-        self._n_expressed: list[NDArray[np.int32]] = []  # genes of a cell that have a name; -1 for cells that are held out
+        self._n_expressed: list[
+            NDArray[np.int32]
+        ] = []  # genes of a cell that have a name; -1 for cells that are held out
         self._sample: list[tuple[sparse.csr_matrix, NDArray[np.int32], NDArray[np.float64]]] = []
         self._rate = min(1.0, MAX_SAMPLED_CELLS / max(1, n_training)) if samples else 0.0
         self._n_seen = 0

@@ -93,7 +93,9 @@ def test_a_stopped_run_resumes(adata, model, files, tmp_path, monkeypatch):
         patch.setattr(model, "predict_proba", counted)
         scfm.tl.annotate_files(files, tmp_path / "out.h5ad", model, progress=False)
     done, again = sum(blocks), []
-    monkeypatch.setattr(model, "predict_proba", lambda cells, *a, **k: again.append(len(cells)) or predict(cells, *a, **k))
+    monkeypatch.setattr(
+        model, "predict_proba", lambda cells, *a, **k: again.append(len(cells)) or predict(cells, *a, **k)
+    )
     scfm.tl.annotate_files(files, tmp_path / "out.h5ad", model, progress=False)
     assert done + sum(again) == 120
     expected = scfm.tl.annotate(adata, model, copy=True).obsm["scfm_proba"]

@@ -1,3 +1,6 @@
+import os
+import resource
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -9,7 +12,7 @@ from torch.utils.data import DataLoader
 from scfm.data import CellBatch
 from scfm.encoding import EncodingConfig, Vocabulary, make_encoding
 from scfm.errors import CountsError
-from scfm.train import CellStream
+from scfm.train import CellStream, open_files
 
 NAMES = [f"G{place}" for place in range(50)]
 ROWS = [230, 57, 1]
@@ -161,3 +164,23 @@ def test_a_rank_of_few_cells_repeats_them(files, encoding):
 def test_settings_that_do_not_fit_are_refused(files, encoding, wrong, match):
     with pytest.raises(ValueError, match=match):
         stream(files, encoding, **wrong)
+
+
+def test_many_files_are_read_with_few_open_at_a_time(encoding, tmp_path):
+    """As many files as in a large study, in a process that may open 128 at once."""
+    paths = []
+    for number in range(150):
+        counts = sp.csr_matrix(np.full((3, 50), 1 + number, dtype=np.float32))
+        paths.append(tmp_path / f"{number}.h5ad")
+        anndata.AnnData(counts, var=pd.DataFrame(index=NAMES)).write_h5ad(paths[-1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 3 * open_files.MAX_OPEN_FILES + 24, hard))
+    try:
+        cells = CellStream(paths, encoding, batch_cells=50)
+        assert sorted(cells_of(cells)) == list(range(450))
+        assert len(cells._files._opened) <= open_files.MAX_OPEN_FILES
+        cells.close()
+        assert len(os.listdir("/proc/self/fd")) <= n_open + 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

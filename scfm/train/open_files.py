@@ -1,0 +1,66 @@
+"""A bounded cache of open files with the tokens of their genes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scfm.data.gene_names import names_key
+from scfm.data.source import CountSource
+from scfm.encoding import Encoding, GeneMap
+
+# An open .h5ad file can need three file descriptors, and 256 is a common limit for all of a process.
+MAX_OPEN_FILES = 32
+
+
+class OpenFiles:
+    """Opens files when they are needed, and keeps the ones used last open; several threads may use it.
+
+    Parameters
+    ----------
+    paths
+        The files.
+    encoding
+        Encoding with whose vocabulary the genes of all files must match.
+    where
+        `layer`, `gene_key` and `depth_key` of `CountSource.of`.
+    """
+
+    def __init__(self, paths: Sequence[Path], encoding: Encoding, where: dict[str, Any]) -> None:
+        self._paths, self._encoding, self._where = paths, encoding, where
+        self._opened: OrderedDict[int, tuple[CountSource, GeneMap]] = OrderedDict()
+        self._maps: dict[str, GeneMap] = {}  # files with the same names share one map
+        self._lock = threading.Lock()
+
+    def __getitem__(self, number: int) -> tuple[CountSource, GeneMap]:
+        """Return the counts and the tokens of the genes of file `number`."""
+        with self._lock:
+            if number not in self._opened:
+                if len(self._opened) >= MAX_OPEN_FILES:
+                    self._opened.popitem(last=False)
+                counts = CountSource.of(self._paths[number], **self._where)
+                self._opened[number] = counts, self._genes_of(counts)
+            self._opened.move_to_end(number)
+            return self._opened[number]
+
+    def _genes_of(self, counts: CountSource) -> GeneMap:
+        key = names_key(counts.var)
+        if key not in self._maps:
+            config = self._encoding.config
+            self._maps[key] = GeneMap.of(counts, self._encoding.vocabulary, duplicates=config.duplicates)
+        return self._maps[key]
+
+    def close(self) -> None:
+        """Close all files that no thread reads; they are opened again when they are needed."""
+        with self._lock:
+            self._opened.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files and lock, which another process cannot use."""
+        return {**self.__dict__, "_opened": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
