@@ -13,7 +13,13 @@ blocks with scfm's loader and with others that are installed, in turns in one pr
 
 from __future__ import annotations
 
+import argparse
+import json
+import resource
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +30,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
+
+import scfm
+from scfm.data.files import count_rows
+from scfm.models import CellTransformer, Model
+from scfm.pp._encode import encoded_blocks
 
 N_GENES, N_EXPRESSED, N_TYPES, POOL = 24_000, 1_500, 20, 10_000
 PIECE = 20_000  # cells that are in memory while a set is written
@@ -110,5 +121,126 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
+def statistics(path: Path, folder: Path) -> int:
+    """The one pass before pretraining."""
+    from scfm.encoding import EncodingConfig
+    from scfm.train.statistics import Data, learn
+
+    data = Data(paths=(path,))
+    n_cells = data.open(path).n_obs
+    config = EncodingConfig(kind="rank", context_length=1024)
+    learn(data, config, held_out_B=np.zeros(n_cells, dtype=bool), n_components=50)
+    return n_cells
+
+
+def pretrain(path: Path, folder: Path) -> int:
+    """300 steps of 2,048 tokens, after the pass."""
+    config = scfm.FitConfig(n_steps=300, tokens_per_step=2048)
+    scfm.pretrain(path, folder / "run", config=config, progress=False)
+    return count_rows(path)
+
+
+def embed(path: Path, folder: Path) -> int:
+    """All cells, with a network of one narrow layer: what is measured is memory, and the speed of reading and encoding."""
+    return scfm.tl.embed_files(path, folder / "out.npy", narrow(folder), progress=False)
+
+
+def annotate(path: Path, folder: Path) -> int:
+    """All cells, with that network and the linear members of the ensemble, into a copy of the input."""
+    return int(scfm.tl.annotate_files(path, folder / f"out{path.suffix}", narrow(folder), progress=False).sum())
+
+
+def embed_small(path: Path, folder: Path) -> int:
+    """The first 20,000 cells, with the architecture of the preset "small"."""
+    model = scfm.load(folder / "small")
+    counts = scfm.data.CountSource.of(path).select(np.arange(20_000))
+    for block in encoded_blocks(counts, model.encoding):
+        model.embed(block.cells)
+    return 20_000
+
+
+COMMANDS = {each.__name__: each for each in (statistics, pretrain, embed, annotate, embed_small)}
+
+
+def narrow(folder: Path) -> Path:
+    return folder / "narrow"
+
+
+def make_models(path: Path, folder: Path) -> None:
+    """Fit the models of the measurements on the first 2,000 cells."""
+    with h5py.File(path) as file:
+        rows = file["X/indptr"][2000]
+        parts = [file[f"X/{name}"][:rows] for name in ("data", "indices")]
+        counts = sparse.csr_matrix((*parts, file["X/indptr"][:2001]), shape=(2000, N_GENES))
+        obs, var = (anndata.io.read_elem(file[name]) for name in ("obs", "var"))
+    adata = anndata.AnnData(counts, obs=obs[:2000], var=var)
+    quick = {"config": scfm.FitConfig(n_steps=1), "baselines": False, "pretrain": False, "progress": False}
+    scfm.fit(adata, labels_key="cell_type", context_length=1024, **quick).save(folder / "small")
+    model = scfm.fit(adata, labels_key="cell_type", context_length=64, **quick)
+    shape = model.network.config.replace(d_model=16, n_heads=1, n_layers=1, d_ff=16)
+    network = CellTransformer.for_vocabulary(shape, model.encoding.vocabulary)
+    network.gene_classifier, network.novelty = model.network.gene_classifier, model.network.novelty
+    Model(network, model.encoding, labels=model.labels, calibration=model.calibration).save(narrow(folder))
+
+
+def child(name: str, path: Path, folder: Path) -> None:
+    """Run one command, and print the seconds and the peak memory of this process."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started, worked = time.perf_counter(), time.process_time()
+    n_cells = COMMANDS[name](path, folder)
+    usage = {
+        "cells": n_cells,
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": time.process_time() - worked,
+        "imports_mb": before / 1000,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+    }
+    print(json.dumps(usage))
+
+
+def measure(paths: list[Path], commands: list[str]) -> None:
+    print("| command | set | peak memory | seconds of CPU | cells per second of CPU |\n| --- | --- | --- | --- | --- |")
+    for name in commands:
+        for path in paths:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                for model in path.parent.glob("models/*"):
+                    (Path(folder) / model.name).symlink_to(model)
+                command = [sys.executable, __file__, "child", name, str(path), folder]
+                found = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+            usage = json.loads(found.stdout.splitlines()[-1])
+            print(
+                f"| {name} | {path.name} | {usage['peak_mb']:,.0f} MB | {usage['cpu_s']:,.0f} | "
+                f"{usage['cells'] / usage['cpu_s']:,.0f} |",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    making = tasks.add_parser("make")
+    making.add_argument("folder", type=Path)
+    making.add_argument("--cells", type=int, default=100_000)
+    making.add_argument("--format", choices=["h5ad", "zarr"], default="h5ad")
+    measuring = tasks.add_parser("measure")
+    measuring.add_argument("paths", type=Path, nargs="+")
+    measuring.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    running = tasks.add_parser("child")
+    running.add_argument("name")
+    running.add_argument("path", type=Path)
+    running.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    if options.task == "make":
+        options.folder.mkdir(parents=True, exist_ok=True)
+        make(options.folder / f"{options.cells}.{options.format}", options.cells)
+    elif options.task == "measure":
+        models = options.paths[0].parent / "models"
+        if not models.exists():
+            make_models(next(path for path in options.paths if path.suffix == ".h5ad"), models)
+        measure(options.paths, options.commands)
+    else:
+        child(options.name, options.path, options.folder)
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), int(sys.argv[2]))
+    main()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000
 # With fewer labeled cells per class than this, only the head of a large network is trained.
 MIN_CELLS_PER_CLASS_FOR_LORA = 5
 MAX_PROBE_CELLS = 1000
+MAX_CELLS_FOR_LINEAR_PARTS = 20_000  # training, calibration and unlabeled cells each, whose expression is in memory
 CELLS_PER_STEP = 32  # default
 # Peak learning rates. They are small because the class head starts from a linear probe.
 LEARNING_RATES = {"all": 1e-4, "last": 1e-4, "lora": 5e-4, "head": 1e-3}
@@ -41,20 +43,20 @@ LEARNING_RATES = {"all": 1e-4, "last": 1e-4, "lora": 5e-4, "head": 1e-3}
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """The cells that annotation learns from, as tokens and as log-expression, and their split.
+    """The cells that annotation learns from, as tokens, and their split; log-expression is read for the cells that need it.
 
     Attributes
     ----------
     tokens
         All cells, encoded by the model's encoding.
-    expression_BV
-        log1p of counts per 10,000 by token id, shape (B, V).
+    expression
+        Returns log1p of counts per 10,000 by token id, shape (rows, V), of the rows that it is given.
     split
         Which cells are for training, for calibration and for tests.
     """
 
     tokens: CellBatch
-    expression_BV: sparse.csr_matrix
+    expression: Callable[[NDArray[np.int64]], sparse.csr_matrix]
     split: FitSplit
 
     @property
@@ -149,9 +151,9 @@ def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, see
     """Fit the gene classifier, the weights of the ensemble, the temperatures and the novelty score; `model` is changed.
 
     The weights are fitted on the calibration cells, on which no member was fitted. Then both regressions on genes are fitted
-    again, on training and calibration cells together, so that all labels are used.
+    again, on training and calibration cells together, so that all labels are used, or those of 20,000 cells of each part.
     """
-    split, network = cells.split, model.network
+    split, network = cells.split.limited(MAX_CELLS_FOR_LINEAR_PARTS, seed), model.network
     classifier, labels = network.gene_classifier, split.labels
     assert classifier is not None
     assert labels is not None
@@ -159,9 +161,10 @@ def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, see
     rows = sample_rows(split.fitted, seed, keep=learn)
     rows_of_learn, train, held = (np.searchsorted(rows, part) for part in (learn, split.train, split.calibration))
     is_fitted_B = np.isin(rows, split.calibration, invert=True) | split.transductive
-    fitted_BV = cells.expression_BV[rows[is_fitted_B]]
+    expression_BV = cells.expression(rows)
+    fitted_BV = expression_BV[is_fitted_B]
     classifier.scale_V.copy_(torch.from_numpy(max_scales(fitted_BV)))
-    scaled_BV = classifier.scaled(cells.expression_BV[rows])
+    scaled_BV = classifier.scaled(expression_BV)
     codes_B = np.where(np.isin(rows, learn), labels.codes[rows], -1)
     importance_V = component_importance(fitted_BV, classifier.scale_V.cpu().numpy())
     members = GeneMembers(scaled_BV, codes_B, importance_V, is_fitted_B, seed=seed)
@@ -175,29 +178,36 @@ def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, see
         n_cells=len(held),
         transformer_temperature=fit_temperature(uncalibrated_BC, codes_B[held]),
         ensemble_temperature=1 / float(weights.sum()),
-        novelty_threshold=_fit_novelty(network, cells, members),
+        novelty_threshold=_fit_novelty(network, split, expression_BV[train], expression_BV[held], members),
     )
     if len(held):
         linear = [members.fit_components(rows_of_learn), members.fit_genes(rows_of_learn)]
     classifier.set_members(linear, weights / weights.sum())
 
 
-def _fit_novelty(network: CellTransformer, cells: Cells, members: GeneMembers) -> float | None:
+def _fit_novelty(
+    network: CellTransformer,
+    split: FitSplit,
+    train_BV: sparse.csr_matrix,
+    held_BV: sparse.csr_matrix,
+    members: GeneMembers,
+) -> float | None:
     """Fit the Gaussians of the classes on training cells, and return the threshold from the calibration cells."""
-    classifier, split = network.gene_classifier, cells.split
+    classifier = network.gene_classifier
     assert classifier is not None
+    assert split.labels is not None
     loading_RV = members.loading_RV[:N_NOVELTY_COMPONENTS] * classifier.scale_V.cpu().numpy()
     network.add_novelty(len(loading_RV))
     assert network.novelty is not None
     genes = np.flatnonzero(loading_RV.any(0))
     fit_gaussians(
         network.novelty,
-        expression_BV=cells.expression_BV[split.train],
-        labels_B=cells.train_labels_B,
+        expression_BV=train_BV,
+        labels_B=split.labels.codes[split.train],
         loading_VR=loading_RV.T,
         genes=genes,
     )
-    return standardize(network.novelty, cells.expression_BV[split.calibration])
+    return standardize(network.novelty, held_BV)
 
 
 def set_labels(model: Model, labels: tuple[str, ...]) -> bool:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ MAX_CELLS_FOR_BASELINES = 20_000
 Row = dict[str, Any]
 
 
-def score_model(model: Model, logits_BC: torch.Tensor, expression_BV: sparse.csr_matrix, split: FitSplit) -> list[Row]:
+def score_model(model: Model, logits_BC: torch.Tensor, test_BV: sparse.csr_matrix, split: FitSplit) -> list[Row]:
     """Return rows of `model.report` with the scores of the model and of the transformer alone on the test cells.
 
     A row is "inductive" if nothing was fitted on test cells, and "transductive" if they were used without their labels.
@@ -32,14 +33,14 @@ def score_model(model: Model, logits_BC: torch.Tensor, expression_BV: sparse.csr
         The calibrated model.
     logits_BC
         Logits of the transformer for all cells.
-    expression_BV
-        log1p of counts per 10,000 of all cells by token id.
+    test_BV
+        log1p of counts per 10,000 of the test cells by token id.
     split
         The test cells.
     """
     test = split.test
     return [
-        score_row("scfm", model.proba_of_logits(logits_BC[test], expression_BV[test]), split),
+        score_row("scfm", model.proba_of_logits(logits_BC[test], test_BV), split),
         score_row("scfm, transformer alone", model.proba_of_logits(logits_BC[test]), split),
     ]
 
@@ -62,15 +63,23 @@ def score_probe(features_BX: NDArray[np.float32], split: FitSplit, *, seed: int)
     return score_row("linear probe on the frozen embedding", proba_BC, split)
 
 
-def score_baselines(expression_BG: sparse.csr_matrix, split: FitSplit, *, seed: int) -> list[Row]:
-    """Return the rows of the baselines. They are not calibrated, so they are fitted on calibration cells too."""
+def score_baselines(
+    expression: Callable[[NDArray[np.int64]], sparse.csr_matrix], split: FitSplit, *, n_obs: int, seed: int
+) -> list[Row]:
+    """Return the rows of the baselines. They are not calibrated, so they are fitted on calibration cells too.
+
+    `expression` returns log1p of counts per 10,000 by gene of the rows that it is given. All rows are read if there are at
+    most `MAX_CELLS_FOR_BASELINES`, else those of the cells to learn from and of the test cells.
+    """
     assert split.labels is not None
+    learn = cells_to_learn(split, seed)
+    rows = np.arange(n_obs) if n_obs <= MAX_CELLS_FOR_BASELINES else np.union1d(learn, split.test)
     table = baselines.score_annotation_baselines(
-        expression_BG,
+        expression(rows),
         np.asarray(split.labels.names),
-        split.labels.codes,
-        learn=cells_to_learn(split, seed),
-        test=split.test,
+        split.labels.codes[rows],
+        learn=np.searchsorted(rows, learn),
+        test=np.searchsorted(rows, split.test),
         seed=seed,
     )
     return table.reset_index().to_dict("records")

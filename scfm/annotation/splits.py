@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from scfm.annotation.probe import balanced_rows
 from scfm.data import columns, split_cells
 from scfm.data.columns import Labels
 from scfm.errors import LabelsError
@@ -42,6 +43,24 @@ class FitSplit:
     test: NDArray[np.int64]
     fitted: NDArray[np.int64]
     transductive: bool = False
+
+    def limited(self, n_cells: int, seed: int) -> FitSplit:
+        """Return a split of at most `n_cells` cells in each part, or this one if it has no more.
+
+        Training cells are chosen so that the numbers of cells per class are as equal as possible; others at random.
+        """
+        if max(map(len, (self.train, self.calibration, self.test, self.fitted))) <= n_cells:
+            return self
+        rng = np.random.default_rng(seed)
+        parts = {"calibration": self.calibration, "test": self.test, "fitted": self.fitted}
+        chosen = {
+            name: np.sort(rng.choice(rows, n_cells, replace=False)) if len(rows) > n_cells else rows
+            for name, rows in parts.items()
+        }
+        train = self.train
+        if self.labels is not None and len(train) > n_cells:
+            train = train[balanced_rows(self.labels.codes[train], n_cells, seed)]
+        return replace(self, train=train, **chosen)
 
     def names(self, n_obs: int) -> pd.Categorical:
         """Return the name of the part of each cell, as written to `obs["scfm_split"]`."""

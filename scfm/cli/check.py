@@ -26,6 +26,6 @@ def check(data: Path, /, *, model: Path, device: str = "auto", json: bool = Fals
     json
         Print the result as one JSON object instead of words.
     """
-    found = scfm.pp.check(_files.read(data), scfm.load(model, device=device), **options)
+    found = scfm.pp.check(data, scfm.load(model, device=device), **options)
     _files.tell({"ok": found.ok, "findings": _files.records(found.table)}, as_json=json, text=as_options(str(found)))
     return 0 if found.ok else 1

@@ -45,9 +45,8 @@ def fit(
     from scfm.models.io.save import require_replaceable
 
     require_replaceable(output)
-    adata = _files.read(data)
     options |= _pretraining(options, n_steps=pretrain_steps, learning_rate=pretrain_learning_rate)
-    model = scfm.fit(adata, **options)
+    model = scfm.fit(data, **options)
     model.save(output)
     report = model.report() if model.scores is not None else None
     facts: dict[str, Any] = {"model": output, "model_id": model.id, "n_parameters": model.n_parameters}

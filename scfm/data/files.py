@@ -40,6 +40,10 @@ class AnnDataFile:
         self.raw = None if where is None else _Raw(self._group[where.format("X")], self._group[where.format("var")])
 
     @property
+    def n_vars(self) -> int:
+        return len(self.var)
+
+    @property
     def obs_names(self) -> pd.Index:
         return self.obs.index
 

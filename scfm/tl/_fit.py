@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from scfm.annotation.finetune import Cells, finetune, inference_precision, score
 from scfm.annotation.scores import score_baselines, score_model, score_probe
 from scfm.annotation.splits import FitSplit, split_for_fit
 from scfm.data import CountSource
+from scfm.data.files import AnnDataFile
 from scfm.data.matrices import sum_columns
 from scfm.encoding import Encoding, EncodingConfig, make_encoding
 from scfm.errors import ModelTaskError
@@ -42,12 +43,13 @@ from scfm.train.loadings import residual_loadings
 
 logger = logging.getLogger(__name__)
 
+MAX_CELLS_TO_SCORE = 20_000  # of the test cells, for all rows of the report
 CONTEXT_LENGTH_TO_ANNOTATE = 128  # more genes do not change the predictions of the ensemble in our benchmarks
 
 
 @document
 def fit(
-    adata: anndata.AnnData,
+    adata: anndata.AnnData | str | Path,
     *,
     labels_key: str | None = None,
     model: Model | str | Path | None = None,
@@ -82,11 +84,15 @@ def fit(
     of the other labeled cells (the calibration cells) is used to weight and calibrate an ensemble that predicts the labels.
     Its members are the fine-tuned transformer, a logistic regression on principal components of expression, which are
     computed from labeled and unlabeled cells, and a logistic regression on the expression of all genes. When the weights
-    are known, both regressions are fitted again on training and calibration cells together.
+    are known, both regressions are fitted again on training and calibration cells together. The regressions learn from at most
+    20,000 cells of each part, the training cells among them with as equal numbers per class as possible.
 
     Parameters
     ----------
-    {adata}
+    adata
+        AnnData with raw counts of n_obs cells by n_vars genes, in `adata.X` or in `layer`. Or the path of a `.h5ad` file or a
+        `.zarr` folder, which is read in blocks: memory holds the tokens of all cells (4 bytes each, twice that with values) and
+        the counts of some 10,000 cells. Nothing is written to a file; `scfm.tl.embed_files` embeds its cells.
     labels_key
         Column of `adata.obs` with cell types. Cells without a label (NaN) are used too, except to learn the labels;
         `scfm.tl.annotate` predicts their labels.
@@ -133,7 +139,7 @@ def fit(
     test_fraction
         Fraction of the labeled cells that are test cells. Classes with a single cell have no test cell.
     baselines
-        Whether to fit the simple methods of the report, on up to 20,000 cells.
+        Whether to fit the simple methods of the report, on up to 20,000 cells. The report is about at most 20,000 test cells.
     seed
         Seed of the split and the initialization; also of the order of cells, masks and dropout, unless `config` has a
         seed. The same seed gives the same model on one machine.
@@ -149,7 +155,7 @@ def fit(
 
     Returns
     -------
-    The model. The function also writes the embedding to `obsm[key_added]`, shape (n_obs, width of the embedding), float32;
+    The model. Unless `adata` is a path, the function also writes the embedding to `obsm[key_added]`, shape (n_obs, width of the embedding), float32;
     with labels, the part of each cell ("train", "calibration", "test" or "unlabeled") to `obs["scfm_split"]`; and the id of
     the model with all settings to `uns["scfm"]`.
 
@@ -189,6 +195,9 @@ def fit(
     True
     """
     require_seed(seed)
+    is_file = isinstance(adata, str | Path)
+    if is_file:
+        adata = AnnDataFile(Path(adata))
     require_cells(adata)
     if pretrain is None:
         pretrain = model is None or labels_key is None
@@ -222,21 +231,25 @@ def fit(
             stage = pretrain_config or stage.machine_only()
             stage = stage if model is not None else stage.with_defaults(**short_stage(len(split.fitted), cells.tokens))
         _pretrain(fitted, counts, cells, stage.with_defaults(seed=seed), progress)
-    if labels_key is None:
+    if labels_key is None and not is_file:
         adata.obsm[key_added] = fitted.embed(cells.tokens)
-    else:
+    elif labels_key is not None:
         stage = stage_config(config, fitted.network, cells, seed)
         frozen_BX = None if model is None else _frozen_features(fitted, cells, stage)
         outputs = finetune(fitted, cells, stage, seed=seed, progress=progress)
-        fitted.scores = score_model(fitted, outputs.logits_BC, cells.expression_BV, split)
-        fitted.scores += [] if frozen_BX is None else [score_probe(frozen_BX, split, seed=seed)]
+        scored = split.limited(MAX_CELLS_TO_SCORE, seed)
+        fitted.scores = score_model(fitted, outputs.logits_BC, cells.expression(scored.test), scored)
+        fitted.scores += [] if frozen_BX is None else [score_probe(frozen_BX, scored, seed=seed)]
         if compare_from_scratch:
-            fitted.scores.append(score_from_scratch(fitted, cells, stage, progress=progress))
+            scratch = replace(cells, split=replace(split, test=scored.test))
+            fitted.scores.append(score_from_scratch(fitted, scratch, stage, progress=progress))
         if baselines:
-            fitted.scores += score_baselines(log_normalized_counts(adata, **counts.source), split, seed=seed)
-        adata.obs["scfm_split"] = split.names(adata.n_obs)
-        adata.obsm[key_added] = fitted.embedding_of_features(outputs.features_BX, cells.tokens)
-    record(adata, fitted, key_added, **counts.source, labels_key=labels_key, batch_key=batch_key)
+            fitted.scores += score_baselines(counts.expression, scored, n_obs=len(cells.tokens), seed=seed)
+        if not is_file:
+            adata.obs["scfm_split"] = split.names(adata.n_obs)
+            adata.obsm[key_added] = fitted.embedding_of_features(outputs.features_BX, cells.tokens)
+    if not is_file:
+        record(adata, fitted, key_added, **counts.source, labels_key=labels_key, batch_key=batch_key)
     return fitted
 
 
@@ -244,7 +257,7 @@ def fit(
 class _Counts:
     """The counts of the data, and encodings and cells made from them."""
 
-    adata: anndata.AnnData
+    adata: Any
     layer: str | None
     gene_key: str | None
     depth_key: str | None
@@ -285,7 +298,12 @@ class _Counts:
 
     def cells(self, encoding: Encoding, split: FitSplit) -> Cells:
         tokens = pp.encode(self.adata, encoding, **self.source)
-        return Cells(tokens, pp.log_expression(self.adata, encoding, **self.source), split)
+        counts = open_counts(self.adata, encoding, **self.source)
+        return Cells(tokens, lambda rows: pp.log_expression(counts.select(rows), encoding), split)
+
+    def expression(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+        """Return log1p of counts per 10,000 by gene of the data of some cells."""
+        return log_normalized_counts(CountSource.of(self.adata, **self.source).select(rows))
 
 
 @dataclass(frozen=True)
@@ -314,7 +332,7 @@ def _new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = CellTransformer.for_vocabulary(chosen.model_config(**shape), vocabulary)
-    expression_BV = cells.expression_BV[sample_rows(split.fitted, seed)]
+    expression_BV = cells.expression(sample_rows(split.fitted, seed))
     totals_V = np.asarray(expression_BV.expm1().sum(0)).ravel()
     objective = OBJECTIVES[chosen.objective]
     if objective.residuals:
@@ -354,7 +372,7 @@ def _copied_model(
         encoding = extended_encoding(encoding, vocabulary, learned)
         cells = counts.cells(encoding, split)
         rows = sample_rows(split.fitted, seed)
-        network = extend_network(network, vocabulary, cells.expression_BV[rows], seed=seed)
+        network = extend_network(network, vocabulary, cells.expression(rows), seed=seed)
     else:
         encoding = counts.with_depth(encoding)
         cells = counts.cells(encoding, split)

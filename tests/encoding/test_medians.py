@@ -16,9 +16,9 @@ def blocks_of(n_cells: int, seed: int = 0):
         yield block, np.asarray(block.sum(1), dtype=np.float64).ravel()
 
 
-def learned(blocks, config: EncodingConfig = EncodingConfig(kind="rank")):
+def learned(blocks, target_sum: float = 1e4):
     vocabulary = Vocabulary.from_genes(GENES, special=["pad", "mask"])
-    found = medians.GeneMedians(len(vocabulary), config)
+    found = medians.GeneMedians(len(vocabulary), EncodingConfig(kind="rank", target_sum=target_sum))
     genes = GeneMap.from_names(GENES, vocabulary)
     for block, depth_B in blocks:
         found.add(block, genes, depth_B)
@@ -38,7 +38,7 @@ def test_medians_of_few_values_are_exact():
 @pytest.mark.parametrize("target_sum", [1e4, 1.0])
 def test_the_error_of_histograms_is_below_the_bound(monkeypatch, target_sum):
     monkeypatch.setattr(medians, "MAX_EXACT_VALUES", 1000)
-    found = learned(blocks_of(3000), EncodingConfig(kind="rank", target_sum=target_sum))
+    found = learned(blocks_of(3000), target_sum)
     error = np.abs(found / exact(blocks_of(3000), target_sum) - 1)
     assert error.max() < medians.MAX_RELATIVE_ERROR
     assert error.max() > 1e-6  # the histograms were used

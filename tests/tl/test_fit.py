@@ -220,3 +220,19 @@ def test_a_model_is_trained_without_labels_too(blood, fitted):
 def test_settings_of_a_stage_that_does_not_take_place_are_refused(blood, arguments, words):
     with pytest.raises(ValueError, match=words):
         scfm.fit(blood.copy(), progress=False, **arguments)
+
+
+@pytest.mark.parametrize("labels_key", [None, "bulk_labels"])
+def test_a_file_gives_the_model_of_its_cells_in_memory(tmp_path, labels_key):
+    adata = scfm.datasets.pbmc()[:150].copy()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    content = (tmp_path / "cells.h5ad").read_bytes()
+    config = scfm.FitConfig(n_steps=1, tokens_per_step=1024)
+    models = [
+        scfm.fit(cells, labels_key=labels_key, config=config, context_length=32, progress=False)
+        for cells in (adata, tmp_path / "cells.h5ad")
+    ]
+    assert models[0].id == models[1].id
+    assert (tmp_path / "cells.h5ad").read_bytes() == content
+    if labels_key:
+        pd.testing.assert_frame_equal(models[0].report(), models[1].report())

@@ -1,5 +1,5 @@
-import os
 import resource
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -174,13 +174,13 @@ def test_many_files_are_read_with_few_open_at_a_time(encoding, tmp_path):
         paths.append(tmp_path / f"{number}.h5ad")
         anndata.AnnData(counts, var=pd.DataFrame(index=NAMES)).write_h5ad(paths[-1])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    n_open = len(os.listdir("/proc/self/fd"))
+    n_open = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 3 * open_files.MAX_OPEN_FILES + 24, hard))
     try:
         cells = CellStream(paths, encoding, batch_cells=50)
         assert sorted(cells_of(cells)) == list(range(450))
         assert len(cells._files._opened) <= open_files.MAX_OPEN_FILES
         cells.close()
-        assert len(os.listdir("/proc/self/fd")) <= n_open + 4
+        assert len(list(Path("/proc/self/fd").iterdir())) <= n_open + 4
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
