@@ -52,15 +52,14 @@ class FitSplit:
         if max(map(len, (self.train, self.calibration, self.test, self.fitted))) <= n_cells:
             return self
         rng = np.random.default_rng(seed)
-        parts = {"calibration": self.calibration, "test": self.test, "fitted": self.fitted}
-        chosen = {
-            name: np.sort(rng.choice(rows, n_cells, replace=False)) if len(rows) > n_cells else rows
-            for name, rows in parts.items()
-        }
+        calibration, test, fitted = (
+            np.sort(rng.choice(rows, n_cells, replace=False)) if len(rows) > n_cells else rows
+            for rows in (self.calibration, self.test, self.fitted)
+        )
         train = self.train
         if self.labels is not None and len(train) > n_cells:
             train = train[balanced_rows(self.labels.codes[train], n_cells, seed)]
-        return replace(self, train=train, **chosen)
+        return replace(self, train=train, calibration=calibration, test=test, fitted=fitted)
 
     def names(self, n_obs: int) -> pd.Categorical:
         """Return the name of the part of each cell, as written to `obs["scfm_split"]`."""

@@ -112,11 +112,7 @@ def annotate(
     model = opened(model)
     options = LabelOptions.of(model, min_confidence, max_novelty)
     require_cells(adata)
-    if adapt and adata.n_obs < MIN_CELLS:
-        raise ValueError(
-            f"`adapt` learns from the cells of `adata`, and {adata.n_obs} are too few; it needs {MIN_CELLS}. Omit it, or annotate "
-            "more cells of the same study together."
-        )
+    require_cells_to_adapt(adata.n_obs, adapt)
     clusters_B = (
         None if majority_key is None else columns.groups(adata.obs, majority_key, argument="majority_key").codes
     )
@@ -134,6 +130,14 @@ def annotate(
     settings = {**source, **options.settings, "majority_key": majority_key, "adapt": adapt}
     record(adata, model, f"{key_added}_label", **settings)
     return adata if copy else None
+
+
+def require_cells_to_adapt(n_obs: int, adapt: bool) -> None:
+    if adapt and n_obs < MIN_CELLS:
+        raise ValueError(
+            f"`adapt` learns from the cells of `adata`, and {n_obs} are too few; it needs {MIN_CELLS}. Omit it, or annotate "
+            "more cells of the same study together."
+        )
 
 
 def proba_and_novelty(model: Model, block: EncodedBlock) -> NDArray[np.float32]:

@@ -8,15 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
+from scfm import pp
 from scfm._docs import document
 from scfm._files import as_paths, require_writable
+from scfm.annotation.adapt import adapted_probabilities
 from scfm.data import columns
-from scfm.data.files import FileTable, open_group
+from scfm.data.files import FileTable, count_rows, open_group
 from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import gene_map, open_counts
-from scfm.tl._annotate import LabelOptions, proba_and_novelty, warn_of_missing_genes
+from scfm.tl._annotate import LabelOptions, proba_and_novelty, require_cells_to_adapt, warn_of_missing_genes
 from scfm.tl._file_pass import FilePass, Rows
 from scfm.tl._record import record_of
 from scfm.tl._write_results import SUFFIXES, Results, write_results
@@ -34,12 +37,13 @@ def annotate_files(
     min_confidence: float = 0.0,
     max_novelty: float | Literal["calibrated"] | None = None,
     majority_key: str | None = None,
+    adapt: bool = False,
     key_added: str = "scfm",
     progress: bool = True,
 ) -> pd.Series:
     """Predict the label of every cell of one or many files, with one block of cells in memory at a time.
 
-    The labels are the same as those of `scfm.tl.annotate`, whose option `adapt` would need all cells at once. Progress is saved in the folder `<out>.part`. After an
+    The labels are the same as those of `scfm.tl.annotate`. Progress is saved in the folder `<out>.part`. After an
     interruption, the same call resumes from there, unless the input has changed. Under torchrun, each process labels a part of
     the cells, and the first one writes `out`, which must be on a file system that all processes share.
 
@@ -65,6 +69,9 @@ def annotate_files(
     majority_key
         As in `scfm.tl.annotate`: column of `obs` with clusters, whose most frequent label every cell gets. A cluster may have
         cells in several files.
+    adapt
+        As in `scfm.tl.annotate`: predict the probabilities again from components of these cells, of all files together. This
+        holds the expression of all cells in memory, 8 bytes for each gene that a cell expresses.
     {prefix_key_added}
     {progress}
 
@@ -81,8 +88,8 @@ def annotate_files(
     LabelsError
         If `majority_key` is missing in a file.
     ValueError
-        If the suffix of `out` is not one of those above, `out` is an input or a folder that is not a .zarr, or
-        `min_confidence` is not a probability.
+        If the suffix of `out` is not one of those above, `out` is an input or a folder that is not a .zarr,
+        `min_confidence` is not a probability, or there are too few cells for `adapt`.
     OSError
         If an input is missing, cut short or not an AnnData, or `out` cannot be written (`OutputError` if the disk is full or
         another process is writing `out`).
@@ -104,6 +111,7 @@ def annotate_files(
     files, out = as_paths(paths), Path(out)
     require_writable(out, tuple(suffix for suffix in SUFFIXES if suffix != ".npy"), inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
+    require_cells_to_adapt(sum(map(count_rows, files)), adapt)
     clusters_B = None if majority_key is None else _clusters(files, majority_key)
     if files:
         warn_of_missing_genes(gene_map(open_counts(files[0], model.encoding, **where), model.encoding).report, model)
@@ -111,9 +119,11 @@ def annotate_files(
     counted: list[pd.Series] = []
 
     def write(rows: Rows) -> None:
+        if adapt:
+            rows = _adapted(rows, files, model, where)
         obs = options.columns(rows[:], clusters_B, key_added)
         counted.append(pd.Series(obs[f"{key_added}_label"]).value_counts())
-        settings = {**where, **options.settings, "majority_key": majority_key}
+        settings = {**where, **options.settings, "majority_key": majority_key, "adapt": adapt}
         results = Results(
             matrix=rows,
             key=f"{key_added}_proba",
@@ -136,6 +146,16 @@ def annotate_files(
     )
     job.run(write, progress=progress)
     return counted[0] if counted else pd.Series(dtype=np.int64)
+
+
+def _adapted(rows: Rows, files: Sequence[Path], model: Model, where: dict[str, Any]) -> Rows:
+    """Return rows with adapted probabilities, in a file beside the others."""
+    parts = [pp.log_expression(path, model.encoding, **where) for path in files]
+    adapted, n_labels = rows[:], len(model.labels)
+    adapted[:, :n_labels] = adapted_probabilities(adapted[:, :n_labels], sparse.vstack(parts, format="csr"))
+    path = rows.path.with_name("adapted.npy")
+    np.save(path, adapted)
+    return Rows(path, rows.shape)
 
 
 def _clusters(files: Sequence[Path], key: str) -> Any:

@@ -196,9 +196,8 @@ def fit(
     """
     require_seed(seed)
     is_file = isinstance(adata, str | Path)
-    if is_file:
-        adata = AnnDataFile(Path(adata))
-    require_cells(adata)
+    data: Any = AnnDataFile(Path(adata)) if isinstance(adata, str | Path) else adata
+    require_cells(data)
     if pretrain is None:
         pretrain = model is None or labels_key is None
     _refuse_unused(
@@ -209,7 +208,7 @@ def fit(
         pretrain_config=pretrain_config,
     )
     split = split_for_fit(
-        adata.obs,
+        data.obs,
         labels_key=labels_key,
         batch_key=batch_key,
         test_key=test_key,
@@ -217,7 +216,7 @@ def fit(
         transductive=transductive,
         seed=seed,
     )
-    counts = _Counts(adata, layer, gene_key, depth_key)
+    counts = _Counts(data, layer, gene_key, depth_key)
     if model is None:
         chosen = choose_preset(preset or "small", encoding=_kind(encoding), objective=objective)
         settings = _encoding_settings(chosen, encoding, context_length, annotates=labels_key is not None)
@@ -232,7 +231,7 @@ def fit(
             stage = stage if model is not None else stage.with_defaults(**short_stage(len(split.fitted), cells.tokens))
         _pretrain(fitted, counts, cells, stage.with_defaults(seed=seed), progress)
     if labels_key is None and not is_file:
-        adata.obsm[key_added] = fitted.embed(cells.tokens)
+        data.obsm[key_added] = fitted.embed(cells.tokens)
     elif labels_key is not None:
         stage = stage_config(config, fitted.network, cells, seed)
         frozen_BX = None if model is None else _frozen_features(fitted, cells, stage)
@@ -246,10 +245,10 @@ def fit(
         if baselines:
             fitted.scores += score_baselines(counts.expression, scored, n_obs=len(cells.tokens), seed=seed)
         if not is_file:
-            adata.obs["scfm_split"] = split.names(adata.n_obs)
-            adata.obsm[key_added] = fitted.embedding_of_features(outputs.features_BX, cells.tokens)
+            data.obs["scfm_split"] = split.names(data.n_obs)
+            data.obsm[key_added] = fitted.embedding_of_features(outputs.features_BX, cells.tokens)
     if not is_file:
-        record(adata, fitted, key_added, **counts.source, labels_key=labels_key, batch_key=batch_key)
+        record(data, fitted, key_added, **counts.source, labels_key=labels_key, batch_key=batch_key)
     return fitted
 
 

@@ -48,15 +48,17 @@ def read(path):
     return pd.concat([written.obs, pd.DataFrame(written.obsm["scfm_proba"], index=written.obs_names)], axis=1)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_novelty": 0.5, "min_confidence": 0.3}, {"majority_key": "bulk_labels"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_novelty": 0.5, "min_confidence": 0.3}, {"majority_key": "bulk_labels"}, {"adapt": True}]
+)
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr", ".parquet", ".csv"])
 def test_every_form_holds_the_labels_of_annotate(adata, model, files, tmp_path, suffix, options):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     expected = scfm.tl.annotate(adata, model, copy=True, progress=False, **options)
     for inputs, cells in ((files, expected), (files[:1], expected[:70]), (files[1:], expected[70:])):
-        if len(inputs) == 1 and "majority_key" in options:
-            continue  # the majority of a part of the cells is another
+        if len(inputs) == 1 and {"majority_key", "adapt"} & set(options):
+            continue  # what depends on the other cells
         out = tmp_path / f"out{len(inputs)}{suffix}"
         counted = scfm.tl.annotate_files(inputs, out, model, progress=False, **options)
         found = read(out)
