@@ -55,6 +55,22 @@ class EveryThirdGene:
         return {self.name: Term(loss, count_of(targets["gene_ids_N"]))}
 
 
+class WithWeights(EveryThirdGene):
+    """Adds logits of a layer that is no part of the network."""
+
+    name = "with_weights"
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.weights = torch.nn.Linear(32, N_TOKENS)
+
+    def loss(self, network, inputs, targets):
+        hidden_ND = network(inputs)[targets["token_N"]]
+        logits = network.gene_logits(hidden_ND) + self.weights(hidden_ND)
+        loss = torch.nn.functional.cross_entropy(logits, targets["gene_ids_N"], reduction="sum")
+        return {self.name: Term(loss, count_of(targets["gene_ids_N"]))}
+
+
 @pytest.fixture
 def tiny():
     network = make_network(classes={"n_classes": 3})

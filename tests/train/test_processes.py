@@ -46,7 +46,7 @@ WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from conftest import make_cells, make_network
+from conftest import WithWeights, make_cells, make_network
 from scfm.nn import ClassHeadConfig
 from scfm.objectives import Classification, MaskedGenes
 from scfm.train import FitConfig, train
@@ -54,6 +54,7 @@ from scfm.train import FitConfig, train
 for name, make in (
     ("masked", lambda network: MaskedGenes(mask_id=1, is_gene_V=network.is_gene_V)),
     ("classification", lambda network: Classification()),
+    ("with_weights", lambda network: WithWeights()),
 ):
     network = make_network(classes=ClassHeadConfig(n_classes=3))  # of whose heads each objective uses one
     module = train(network, make(network), make_cells(), FitConfig(**{config!r}), title="t", progress=False,
@@ -68,12 +69,16 @@ def trained(tmp_path, n_processes, config, out):
     script = WORKER.format(tests=str(Path(__file__).parent), out=str(out), config=config.to_dict())
     failure = torchrun(script, tmp_path / "worker.py", n_processes)
     assert failure == "", failure[-3000:]
-    return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in ("masked", "classification")}
+    return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in NOT_COMPARED}
 
 
 # Running statistics of batch norm are those of the batches of one process; no gradient depends on them. It also takes away
 # what the last bias adds to all cells: its gradient, 2e-8, is rounding, which AdamW makes as large as any other.
-NOT_COMPARED = {"masked": (), "classification": ("class_head.norm.", "blocks.1.feed_forward_norm.bias")}
+NOT_COMPARED = {
+    "masked": (),
+    "classification": ("class_head.norm.", "blocks.1.feed_forward_norm.bias"),
+    "with_weights": (),
+}
 
 
 def assert_close(one, other):
