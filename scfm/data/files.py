@@ -159,6 +159,12 @@ class FileCsr:
         return block
 
 
+# A program that converts the output of Cell Ranger; the names of genes are not unique in the .h5 file.
+_CONVERSION = (
+    '`import scanpy as sc; adata = sc.{}({!r}); adata.var_names_make_unique(); adata.write_h5ad("cells.h5ad")`.'
+)
+
+
 def count_rows(path: str | Path) -> int:
     """Return the number of cells in a file without reading it."""
     return len(FileTable(open_group(Path(path))["obs"]))
@@ -181,6 +187,10 @@ def open_group(path: Path) -> Any:
             f"{path} holds a MuData with the modalities {modalities}. Write the one with gene counts to a separate file: "
             f"`mudata.read({str(path)!r})[{next(iter(group['mod']))!r}].write_h5ad(...)`."
         )
+    if "obs" not in group and {"barcodes", "features"} <= set(group.get("matrix", ())):
+        raise OSError(
+            f"{path} is the output of Cell Ranger. Convert it: {_CONVERSION.format('read_10x_h5', str(path))}"
+        )
     if missing := [part for part in ("obs", "var") if part not in group]:
         raise OSError(
             f"{path} does not hold an AnnData: it has no {' and no '.join(missing)}. Write it with `write_h5ad`."
@@ -200,6 +210,10 @@ def _open_zarr(path: Path) -> Any:
 def _open_hdf5(path: Path) -> Any:
     import h5py
 
+    if path.is_dir() and any(path.glob("matrix.mtx*")):
+        raise IsADirectoryError(
+            f"{path} is the output of Cell Ranger. Convert it: {_CONVERSION.format('read_10x_mtx', str(path))}"
+        )
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not an .h5ad file. The name of a .zarr folder must end in .zarr.")
     try:

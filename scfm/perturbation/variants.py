@@ -17,7 +17,7 @@ from torch import Tensor
 from scfm._config import did_you_mean
 from scfm.data import CellBatch
 from scfm.perturbation.edits import Editor, TokenCell
-from scfm.vocab import Vocabulary
+from scfm.vocab import Vocabulary, guess_id_type
 
 Genes = Sequence[str | Sequence[str]]
 
@@ -140,7 +140,10 @@ def lookup(names: Sequence[str], vocabulary: Vocabulary) -> tuple[dict[str, int]
         if token >= 0:
             tokens[name] = token
         elif name not in faults:
-            faults[name] = f"{name!r} is not a gene of the model's vocabulary.{similar_gene(name, vocabulary.genes)}"
+            genes = vocabulary.genes if guess_id_type([name]) == vocabulary.id_type else tuple(vocabulary.aliases)
+            faults[name] = (
+                f"{name!r} is not a gene of the model's vocabulary.{similar_gene(name, genes or vocabulary.genes)}"
+            )
     return tokens, faults
 
 

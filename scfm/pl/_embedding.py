@@ -19,6 +19,7 @@ from scfm._docs import document
 from scfm.pl._figure import COLORS, UNASSIGNED, UNLABELED_COLOR, finish
 
 LEGEND_ROWS = 16  # maximum number of names in one column of the legend
+MAX_COLUMNS = 4  # maximum number of panels side by side
 
 Palette = str | Sequence[str] | Mapping[str, str]
 
@@ -37,7 +38,7 @@ def embedding(
     save: str | Path | None = None,
     **options: Any,
 ) -> list[Axes]:
-    """Scatter plot of the cells on a two-dimensional embedding, with one panel per column of `obs` or gene.
+    """Scatter plot of the cells on a two-dimensional embedding, with one panel per column of `obs` or gene, four in a row.
 
     A category has the same color in all panels. Panels with exactly the same categories have one legend. Cells without a
     category, and cells of the category "unassigned", are gray.
@@ -52,7 +53,7 @@ def embedding(
         Key of `obsm`, with or without its prefix `X_`. To make a UMAP of the model's embedding:
         `sc.pp.neighbors(adata, use_rep="X_scfm"); sc.tl.umap(adata)`.
     layer
-        Layer with the values of genes. None for `X`.
+        Layer with the values of genes. None for `X`. Counts are drawn as log(1 + count).
     palette
         Colors of categories: a list in the order of the categories, or a mapping of name to color. For numbers, the name of a
         colormap. None for the colors in `uns[f"{column}_colors"]`. If these are missing, up to 16 categories get colors that
@@ -92,7 +93,9 @@ def embedding(
     axis_name = {"umap": "UMAP", "tsne": "tSNE", "pca": "PC"}.get(key.removeprefix("X_"), key)
     for number, (panel, column) in enumerate(zip(panels, columns)):
         if (own := colors[number]) is None:
-            _draw_numbers(panel, points, values[number], palette=palette, options=options)
+            _draw_numbers(
+                panel, points, values[number], is_gene=column not in adata.obs, palette=palette, options=options
+            )
         else:
             _draw_categories(
                 panel, points, values[number], colors=own, options=options, legend=_has_legend(colors, number)
@@ -143,12 +146,17 @@ def _has_legend(colors: Sequence[dict[str, str] | None], number: int) -> bool:
 
 def _panels(colors: Sequence[dict[str, str] | None]) -> list[Axes]:
     """Axes of a new figure that is wide enough for the panels and their legends."""
-    width = 4.7 * len(colors)
+    n_rows = -(-len(colors) // MAX_COLUMNS)
+    width_of_row = np.zeros(n_rows)
     for number, own in enumerate(colors):
+        width_of_row[number // MAX_COLUMNS] += 4.7
         if own and _has_legend(colors, number):
-            width += -(-len(own) // LEGEND_ROWS) * (0.35 + 0.075 * max(map(len, own)))
-    _, axes = plt.subplots(1, len(colors), figsize=(width, 4.4), squeeze=False, layout="constrained")
-    return list(axes[0])
+            width_of_row[number // MAX_COLUMNS] += -(-len(own) // LEGEND_ROWS) * (0.35 + 0.075 * max(map(len, own)))
+    size = (width_of_row.max(), 4.4 * n_rows)
+    _, axes = plt.subplots(n_rows, min(len(colors), MAX_COLUMNS), figsize=size, squeeze=False, layout="constrained")
+    for unused in axes.ravel()[len(colors) :]:
+        unused.remove()
+    return list(axes.ravel()[: len(colors)])
 
 
 def _colors_of_panels(
@@ -213,13 +221,23 @@ def _shuffled(n: int) -> NDArray[np.int64]:
 
 
 def _draw_numbers(
-    ax: Axes, points: np.ndarray, values: pd.Series, *, palette: Palette | None, options: dict[str, Any]
+    ax: Axes,
+    points: np.ndarray,
+    values: pd.Series,
+    *,
+    is_gene: bool,
+    palette: Palette | None,
+    options: dict[str, Any],
 ) -> None:
+    """Draw numbers. Counts of a gene are drawn as logarithms, because a few cells have many times more than the others."""
     order = _shuffled(len(points))
     colormap = mpl.colormaps[palette] if isinstance(palette, str) else mpl.colormaps["cividis"]
     x, y = points[order].T
-    drawn = ax.scatter(x, y, c=np.asarray(values, dtype=float)[order], **{"linewidths": 0, "cmap": colormap, **options})
-    ax.figure.colorbar(drawn, ax=ax, fraction=0.04)
+    number_B = np.asarray(values, dtype=float)
+    are_counts = is_gene and bool(((number_B >= 0) & (number_B == np.floor(number_B))).all())
+    color_B = np.log1p(number_B) if are_counts else number_B
+    drawn = ax.scatter(x, y, c=color_B[order], **{"linewidths": 0, "cmap": colormap, **options})
+    ax.figure.colorbar(drawn, ax=ax, fraction=0.04, label="log(1 + count)" if are_counts else None)
 
 
 def _draw_categories(

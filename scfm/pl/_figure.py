@@ -14,6 +14,8 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import ScalarFormatter
 from numpy.typing import NDArray
 
+from scfm.vocab import SYMBOL_COLUMNS
+
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
@@ -76,8 +78,16 @@ def largest(effects: pd.DataFrame, measure: str, n: int) -> pd.DataFrame:
 def named(effects: pd.DataFrame) -> pd.DataFrame:
     """The table with one name per row as its index: the perturbed gene, or the perturbed and the affected gene."""
     if "affected" not in effects:
-        return effects
-    return effects.set_axis(effects["gene"].astype(str) + " on " + effects["affected"].astype(str), axis=0)
+        return effects.set_axis(symbols_or_names(effects, "gene"), axis=0)
+    pairs = symbols_or_names(effects, "gene") + " on " + symbols_or_names(effects, "affected")
+    return effects.set_axis(pairs, axis=0)
+
+
+def symbols_or_names(table: pd.DataFrame, column: str) -> pd.Index:
+    """Symbols of the genes of a column, or of the index; the name of a gene without one. For tables of Ensembl ids."""
+    names = pd.Index(table.get(column, table.index)).astype(str)
+    added = SYMBOL_COLUMNS[column]
+    return names if added not in table else pd.Index(np.where(table[added] == "", names, table[added]))
 
 
 def name_points(ax: Axes, points: pd.DataFrame, *, others: pd.DataFrame | None = None, size: float = 7) -> None:

@@ -14,7 +14,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from scfm._docs import document
-from scfm.pl._figure import COLORS, GRAY, axes_of, finish
+from scfm.pl._figure import COLORS, GRAY, axes_of, finish, symbols_or_names
 
 MORE, LESS = COLORS[0], COLORS[5]
 
@@ -62,6 +62,7 @@ def gene_network(
     >>> sorted(text.get_text() for text in ax.texts)
     ['CD74', 'CD79A']
     """
+    edges = edges.assign(source=symbols_or_names(edges, "source"), target=symbols_or_names(edges, "target"))
     sure = edges[edges["fdr"] <= max_fdr]
     if sure.empty:
         least = f"the smallest is {edges['fdr'].min():.2g}" if len(edges) else "there are none"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
@@ -17,6 +18,7 @@ from scfm.data import CellBatch
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.pp._encode import require_cells
+from scfm.vocab import Vocabulary
 
 
 @document
@@ -50,7 +52,8 @@ def gene_embeddings(
 
     Returns
     -------
-    One row per gene, named as in the vocabulary, and one column per dimension, float32.
+    One row per gene, named as in the vocabulary, and one column per dimension, float32. If the vocabulary has Ensembl ids and
+    their symbols, `attrs["symbols"]` maps each gene to its symbol.
 
     Raises
     ------
@@ -73,7 +76,7 @@ def gene_embeddings(
     if adata is None:
         with torch.inference_mode():
             embedding_GD = model.network.embedding.genes(gene_ids).float().cpu().numpy()
-        return pd.DataFrame(embedding_GD, index=pd.Index(vocabulary.genes, name="gene"))
+        return _table(embedding_GD, vocabulary.genes, vocabulary)
     require_cells(adata)
     encoding = model.encoding
     if model.network.decoder is not None and hidden_layer is None:  # the decoder has states of all genes
@@ -82,7 +85,15 @@ def gene_embeddings(
     sum_VD, count_V = _sums(model, cells, hidden_layer, precision)
     kept = [gene for gene in vocabulary.gene_ids.tolist() if count_V[gene] >= max(min_cells, 1)]
     mean_GD = (sum_VD[kept] / count_V[kept][:, None]).astype(np.float32)
-    return pd.DataFrame(mean_GD, index=pd.Index([vocabulary.tokens[gene] for gene in kept], name="gene"))
+    return _table(mean_GD, [vocabulary.tokens[gene] for gene in kept], vocabulary)
+
+
+def _table(embedding_GD: np.ndarray, genes: Sequence[str], vocabulary: Vocabulary) -> pd.DataFrame:
+    """Embeddings as a table; symbols are an attribute, because all columns are numbers."""
+    table = pd.DataFrame(embedding_GD, index=pd.Index(genes, name="gene"))
+    if (symbols := vocabulary.symbols(genes)) is not None:
+        table.attrs["symbols"] = dict(zip(genes, symbols))
+    return table
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import require_cells
-from scfm.tl._record import store_table
+from scfm.tl._record import add_symbols, store_table
 
 
 @document
@@ -64,7 +64,8 @@ def gene_network(
     -------
     One row per edge, the largest `z` first:
 
-    - `source`, `target`, `n_cells`, and `weight`, the mean over cells
+    - `source`, `target`, `n_cells`, and `weight`, the mean over cells; if the model has Ensembl ids and their symbols, also
+      `source_symbol` and `target_symbol`
     - `null`, a description of the null, and `null_mean` and `null_std` of the shuffled cells
     - `z`, the difference of the means in standard errors, `p_value` of Student's two-sided t-test, and `fdr`, the false
       discovery rate (Benjamini-Hochberg)
@@ -110,5 +111,6 @@ def gene_network(
         seed=seed,
         progress=progress,
     )
+    add_symbols(table, model)
     store_table(adata, model, key_added, table, kind=kind, hidden_layer=hidden_layer, n_shuffles=n_shuffles)
     return table

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import anndata
 import numpy as np
@@ -33,6 +33,8 @@ from scfm.vocab import strip_version
 if TYPE_CHECKING:
     from scfm.train import FitConfig
 
+Value = TypeVar("Value")
+
 
 def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: int = 10) -> pd.DataFrame:
     """Return the genes with the most similar embeddings for each of the given genes.
@@ -42,14 +44,15 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
     embeddings
         Table from `scfm.tl.gene_embeddings`.
     genes
-        List of genes.
+        List of genes, as named in the table, or by their symbols in `embeddings.attrs["symbols"]`.
     n_genes
         Number of similar genes to return for each gene.
 
     Returns
     -------
     One row per pair: `gene`, `similar`, `cosine`, the cosine similarity after the mean over all genes is subtracted, and, for
-    comparison, `cosine_baseline`, the mean of this similarity between the gene and all others.
+    comparison, `cosine_baseline`, the mean of this similarity between the gene and all others. If the table has symbols, also
+    `symbol` and `similar_symbol`.
 
     Raises
     ------
@@ -69,6 +72,9 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
     """
     if isinstance(genes, str):
         raise ValueError(f"`genes` is the string {genes!r}; pass a list of names, such as [{genes!r}].")
+    symbols: Mapping[str, str] = embeddings.attrs.get("symbols", {})
+    named = {symbol: gene for gene, symbol in symbols.items() if gene in embeddings.index}
+    genes = [gene if gene in embeddings.index else named.get(gene, gene) for gene in genes]
     if missing := [gene for gene in genes if gene not in embeddings.index]:
         raise VocabularyMismatchError(
             f"{len(missing)} of {len(genes)} genes have no embedding: {', '.join(map(repr, missing[:5]))}. Names are "
@@ -94,7 +100,11 @@ def similar_genes(embeddings: pd.DataFrame, genes: Sequence[str], *, n_genes: in
                 }
             )
         )
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    if symbols:
+        table.insert(1, "symbol", table["gene"].map(symbols))
+        table.insert(3, "similar_symbol", table["similar"].map(symbols))
+    return table
 
 
 @document
@@ -120,8 +130,8 @@ def classify_genes(
     embeddings
         Table from `scfm.tl.gene_embeddings`. None to compute it from `adata` and `model`.
     labels
-        Class of each gene. Genes without an embedding or without a column in `adata` are omitted; with `finetune`, also
-        genes that are not a token of any cell.
+        Class of each gene, by its name in the table or its symbol. Genes without an embedding or without a column in `adata` are
+        omitted; with `finetune`, also genes that are not a token of any cell.
     adata
         AnnData with raw counts, for the baselines and for fine-tuning.
     model
@@ -176,15 +186,16 @@ def classify_genes(
         assert model is not None
         embeddings = gene_embeddings(adata, model, layer=layer, gene_key=gene_key, depth_key=depth_key)
     expression_BG, names = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key).log_normalized()
-    column_of = {name: column for column, name in enumerate(names)}
-    usable, cells = {gene for gene in embeddings.index if strip_version(gene) in column_of}, None
+    column_of = _by_gene(embeddings, {name: column for column, name in enumerate(names)})
+    class_of = _by_gene(embeddings, labels)
+    usable, cells = column_of.keys() & class_of.keys(), None
     if finetune and model is not None:
         cells = pp.encode(adata, model, layer=layer, gene_key=gene_key, depth_key=depth_key)
         usable &= _tokens_of(cells, model)
-    genes = [gene for gene in embeddings.index if gene in labels and gene in usable]
-    classes = np.array([labels[gene] for gene in genes], dtype=object).astype(str)
+    genes = [gene for gene in embeddings.index if gene in usable]
+    classes = np.array([class_of[gene] for gene in genes], dtype=object).astype(str)
     _require_classes(classes, n_folds)
-    level_G3 = _levels(expression_BG)[[column_of[strip_version(gene)] for gene in genes]]
+    level_G3 = _levels(expression_BG)[[column_of[gene] for gene in genes]]
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     rows = {}
     if cells is not None and model is not None:
@@ -212,6 +223,16 @@ def classify_genes(
     for name, (classifier, features) in methods.items():
         rows[name] = _scores(classes, cross_val_predict(classifier, features, classes, cv=folds))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def _by_gene(embeddings: pd.DataFrame, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Values of the genes of the table; in `values`, a gene has its name, its name without version, or its symbol."""
+    symbols, found = embeddings.attrs.get("symbols", {}), {}
+    for gene in embeddings.index:
+        name = next((name for name in (gene, strip_version(gene), symbols.get(gene)) if name in values), None)
+        if name is not None:
+            found[gene] = values[name]
+    return found
 
 
 def _tokens_of(cells: CellBatch, model: Model) -> set[str]:

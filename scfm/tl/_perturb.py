@@ -13,7 +13,7 @@ from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.perturbation.variants import Genes
-from scfm.tl._record import store_table
+from scfm.tl._record import add_symbols, store_table
 
 
 @document
@@ -104,6 +104,7 @@ def perturb(
     One row per perturbation (index `gene`; genes perturbed together are joined by "+"), the largest mean of the chosen
     measure first; for "label" the most negative first. Columns:
 
+    - `symbol`: symbol of the gene; only if the model has Ensembl ids and their symbols
     - `n_cells`: number of cells in which the perturbation was computed
     - `shift_mean`, `shift_std`, `shift_sem`, `shift_low`, `shift_high`: mean over cells, standard deviation, standard error,
       and 95 % bootstrap interval (not with `n_bootstrap` 0) of the shift, which is from 0 (no effect) to 2
@@ -117,8 +118,8 @@ def perturb(
     - `p_value`: of the rank-sum test; `fdr`: false discovery rate (Benjamini-Hochberg) over the requested genes
     - `reason`: why a perturbation is not possible, empty for the others; only with `genes`
 
-    With ``effect_on="genes"``, one row per perturbation and other gene: `gene`, `affected`, and the same columns for the
-    shift of the affected gene's hidden vector. An affected gene is tested against all other genes under the same
+    With ``effect_on="genes"``, one row per perturbation and other gene: `gene`, `affected` (and their symbols as above,
+    `symbol` and `affected_symbol`), and the same columns for the shift of the affected gene's hidden vector. An affected gene is tested against all other genes under the same
     perturbation, or, with `null_genes`, against the same gene under the perturbations of `null_genes`.
 
     Raises
@@ -177,6 +178,7 @@ def perturb(
         seed=seed,
         progress=progress,
     )
+    add_symbols(table, model)
     store_table(
         adata,
         model,

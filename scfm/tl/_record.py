@@ -11,6 +11,7 @@ import anndata
 import pandas as pd
 
 from scfm.models.model import Model
+from scfm.vocab import SYMBOL_COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,24 @@ def record_of(model: Model, **settings: Any) -> dict[str, Any]:
     """Return the record of a result: model id, version, and settings that are not None."""
     entry = {"model_id": model.id, "version": version("single-cell-fm")}
     return entry | {key: value for key, value in settings.items() if value is not None}
+
+
+def add_symbols(table: pd.DataFrame, model: Model) -> None:
+    """Insert a column of gene symbols next to each column (or index) of genes, if the model has Ensembl ids and their symbols.
+
+    The symbol of genes that are perturbed together is joined by "+", as their names are.
+    """
+    vocabulary = model.encoding.vocabulary
+    for number, (column, added) in enumerate(SYMBOL_COLUMNS.items()):
+        if column not in table and column != table.index.name:
+            continue
+        names = table.get(column, table.index).astype(str).str.split("+")
+        symbols = vocabulary.symbols([name for group in names for name in group])
+        if symbols is None:
+            return
+        left = iter(symbols)
+        joined = ["+".join(next(left) for _ in group) for group in names]
+        table.insert(table.columns.get_loc(column) + 1 if column in table else number, added, joined)
 
 
 def store_table(

@@ -12,7 +12,7 @@ from scfm._config import require_seed
 from scfm._docs import document
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
-from scfm.tl._record import store_table
+from scfm.tl._record import add_symbols, store_table
 
 
 @document
@@ -145,6 +145,7 @@ def screen(
         seed=seed,
         progress=progress,
     )
+    add_symbols(table, model)
     store_table(
         adata,
         model,

@@ -49,6 +49,13 @@ def test_doctor_without_the_extension_says_so_in_words(command, monkeypatch):
     assert "plain torch" in out
 
 
+def test_names_of_genes_can_be_separated_by_commas(result, folder, tmp_path):
+    for number, genes in enumerate((["CD74", "CST3"], ["CD74,CST3"])):
+        options = ["--genes", *genes, "--null-genes", "CD79A", "LYZ"]
+        result("perturb", folder / "cells.h5ad", tmp_path / f"{number}.csv", "--model", folder / "model", *options)
+    assert (tmp_path / "0.csv").read_text() == (tmp_path / "1.csv").read_text()
+
+
 def test_embed_writes_what_the_function_computes(result, folder, cells, tmp_path):
     result("embed", folder / "cells.h5ad", tmp_path / "out.h5ad", "--model", folder / "model")
     written = anndata.read_h5ad(tmp_path / "out.h5ad")

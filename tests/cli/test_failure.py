@@ -50,6 +50,10 @@ def bad(tmp_path_factory):
     (place / "nothing.h5ad").touch()
     with h5py.File(place / "other.h5ad", "w") as file:
         file["x"] = 1
+    with h5py.File(place / "cellranger.h5", "w") as file:
+        file.create_group("matrix").update({"barcodes": [1], "features": [1], "data": [1]})
+    (place / "outs").mkdir()
+    (place / "outs" / "matrix.mtx.gz").touch()
     (place / "folder.h5ad").mkdir()
     (place / "folder.zarr").mkdir()
     (place / "file").write_text("mine")
@@ -135,6 +139,8 @@ def rename_gene(path):
         ("nothing.h5ad", "is empty (0 bytes)"),
         ("other.h5ad", "does not hold an AnnData: it has no obs and no var"),
         ("folder.h5ad", "is a folder"),
+        ("cellranger.h5", "Convert it: `import scanpy as sc; adata = sc.read_10x_h5("),
+        ("outs", "Convert it: `import scanpy as sc; adata = sc.read_10x_mtx("),
         ("folder.zarr", "folder.zarr"),
         ("none.zarr", "There is no"),
     ],

@@ -87,6 +87,32 @@ def test_symbols_work_with_a_model_of_ensembl_ids(repository):
     assert torch.equal(*tokens)
 
 
+def test_tables_of_genes_name_ensembl_ids_and_symbols(repository):
+    """Symbols go in and come out: in each table, the number in the symbol is that in the id."""
+    model = scfm.load(repository / FOLDERS["V2"])
+    counts = sparse.csr_matrix(1 + np.random.default_rng(0).poisson(2.0, (12, 60)).astype(np.float32))
+    cells = anndata.AnnData(counts, var=pd.DataFrame(index=SYMBOLS[20:80]))
+    asked = ["NAME30", IDS["V2"][3], ["NAME40", "NAME41"], "name30"]
+    effects = scfm.tl.perturb(cells, model, genes=asked, null_genes=["NAME50", "NAME51"], progress=False)
+    assert effects["symbol"].to_dict() == {
+        "NAME30": "NAME30", IDS["V2"][3]: "NAME23", "NAME40+NAME41": "NAME40+NAME41", "name30": "",
+    }  # fmt: skip
+    assert effects.loc["name30", "reason"].endswith("Did you mean 'NAME30'?")
+    screened = scfm.tl.screen(cells, model, n_verify=2, n_check=2, progress=False)
+    assert screened["symbol"].tolist() == [f"NAME{int(gene[4:])}" for gene in screened.index]
+    others = scfm.tl.perturb(cells, model, genes=["NAME30"], effect_on="genes", progress=False)
+    assert (others["symbol"] == "NAME30").all()
+    assert others["affected_symbol"].tolist() == [f"NAME{int(gene[4:])}" for gene in others["affected"]]
+    edges = scfm.tl.gene_network(cells, model, genes=["NAME30", IDS["V2"][3]], n_shuffles=2, progress=False)
+    assert set(edges["source_symbol"]) == set(edges["target_symbol"]) == {"NAME30", "NAME23"}
+    similar = scfm.tl.similar_genes(scfm.tl.gene_embeddings(cells, model), ["NAME30"], n_genes=2)
+    assert similar["gene"].tolist() == [IDS["V2"][10]] * 2
+    assert similar["similar_symbol"].tolist() == [f"NAME{int(gene[4:])}" for gene in similar["similar"]]
+    labels = {f"NAME{index}": "even" if index % 2 == 0 else "odd" for index in range(20, 60)}
+    scores = scfm.tl.classify_genes(None, labels, cells, model=model, n_folds=2, progress=False)
+    assert scores.loc["majority class", "accuracy"] == pytest.approx(0.5)
+
+
 def test_a_folder_serves_as_vocabulary_and_medians(repository, tmp_path):
     shutil.move(repository / FOLDERS["V1"], tmp_path / "alone")
     with pytest.raises(ModelFileError, match="has no vocabulary"):

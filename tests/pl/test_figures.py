@@ -127,9 +127,21 @@ def test_embedding_draws_genes_and_passes_options_on(adata):
     (ax,) = scfm.pl.embedding(adata, color="CD74", basis="umap", size=7, alpha=0.5, show=False)
     points = ax.collections[0]
     order = np.lexsort(points.get_offsets().T)
-    expected = adata.obs_vector("CD74")[np.lexsort(adata.obsm["X_umap"].T)]
+    expected = np.log1p(adata.obs_vector("CD74"))[np.lexsort(adata.obsm["X_umap"].T)]
     np.testing.assert_allclose(points.get_array()[order], expected)
     assert (points.get_sizes()[0], points.get_alpha()) == (7, 0.5)
+
+
+def test_values_that_are_no_counts_are_drawn_as_they_are(adata):
+    adata.layers["half"] = adata.X * 0.5
+    (ax,) = scfm.pl.embedding(adata, color="CD74", layer="half", show=False)
+    assert ax.collections[0].get_array().max() == adata.obs_vector("CD74", layer="half").max()
+
+
+def test_embedding_puts_four_panels_in_a_row(adata):
+    axes = scfm.pl.embedding(adata, color=["bulk_labels", "CD74", "CST3", "phase", "louvain"], show=False)
+    assert len(axes) == 5 == len([each for each in axes[0].figure.axes if each.get_title()])
+    assert axes[4].get_position().y1 < axes[0].get_position().y0
 
 
 def test_perturbation_fills_significant_genes_and_shades_the_null(effects):

@@ -124,5 +124,5 @@ def _client() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError('The model hub needs huggingface_hub: pip install "single-cell-fm[hub]".') from error
+        raise ImportError("The model hub needs huggingface_hub: `pip install huggingface_hub`.") from error
     return huggingface_hub

@@ -72,7 +72,7 @@ def _require_known_version(config: Mapping[str, Any], path: Path) -> None:
     if version > FORMAT_VERSION:
         raise ModelFileError(
             f"{path} has format version {version}; this scfm reads up to {FORMAT_VERSION}. "
-            "Upgrade: pip install -U single-cell-fm"
+            "Install a newer version of scfm."
         )
 
 
