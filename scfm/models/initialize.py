@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.decomposition import TruncatedSVD
 
 from scfm.errors import CountsError
 from scfm.models.network import CellTransformer
@@ -38,6 +37,8 @@ def singular_vectors(expression_BV: sparse.csr_matrix, n_components: int, seed: 
             f"Gene embeddings start from principal components, which need two cells, and there is {expression_BV.shape[0]}. "
             "Pass more cells, or a pretrained model (`model=`)."
         )
+    from sklearn.decomposition import TruncatedSVD  # takes a second, which loading a model should not
+
     return TruncatedSVD(n_components, random_state=seed).fit(expression_BV).components_.T
 
 

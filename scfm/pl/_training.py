@@ -25,14 +25,14 @@ def training(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> list[Axes]:
-    """Training curves, with one panel per stage: the loss of each step (faint) and its exponential moving average.
+    """Training curves, with one panel per stage: the loss of each step (faint) and its moving average.
 
     Parameters
     ----------
     model
         A model from `scfm.fit` or `scfm.pretrain`, or a saved one. Losses of validation cells are not drawn.
     smoothing
-        Span of the exponential moving average in steps, as `span` of `pandas.Series.ewm`. 1 for no average.
+        Number of steps of the moving average, centered at each step; at the ends, there are fewer. 1 for no average.
     {figure}
 
     Returns
@@ -62,7 +62,12 @@ def training(
         steps = 1 + np.arange(len(losses))
         color = COLORS[number % len(COLORS)]
         panel.plot(steps, losses, color=color, alpha=0.25, lw=0.8)
-        panel.plot(steps, losses.ewm(span=smoothing).mean(), color=color, label=f"average over {smoothing} steps")
+        panel.plot(
+            steps,
+            losses.rolling(smoothing, center=True, min_periods=1).mean(),
+            color=color,
+            label=f"average over {smoothing} steps",
+        )
         panel.set(title=stage["name"], xlabel="step", ylabel="loss")
         panel.grid(axis="y", alpha=0.3)
     if smoothing > 1:

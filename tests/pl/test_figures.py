@@ -255,14 +255,15 @@ def test_report_draws_each_method_and_marks_the_model(fitted):
         scfm.pl.report(fitted, score="f1", show=False)
 
 
-def test_training_has_one_panel_per_stage_and_an_exponential_average(fitted):
+def test_training_has_one_panel_per_stage_and_a_centered_average(fitted):
     panels = scfm.pl.training(fitted, smoothing=3, show=False)
     assert [panel.get_title() for panel in panels] == ["pretraining", "fine-tuning"]
     for panel, stage in zip(panels, fitted.history["stages"]):
         steps, average = panel.lines
         np.testing.assert_allclose(steps.get_ydata(), stage["losses"])
-        weights = 0.5 ** np.arange(len(stage["losses"]))[::-1]  # alpha = 2 / (span + 1)
-        np.testing.assert_allclose(average.get_ydata()[-1], np.average(stage["losses"], weights=weights))
+        losses = np.array(stage["losses"])
+        around = [losses[max(step - 1, 0) : step + 2].mean() for step in range(len(losses))]
+        np.testing.assert_allclose(average.get_ydata(), around)
     with pytest.raises(ValueError, match="2 stages"):
         scfm.pl.training(fitted, ax=panels[0], show=False)
 

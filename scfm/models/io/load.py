@@ -20,6 +20,7 @@ from scfm.models.config import ModelConfig
 from scfm.models.io import format_1
 from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, VOCABULARY, WEIGHTS
 from scfm.models.network import CellTransformer
+from scfm.models.shapes import shapes_only
 from scfm.models.state import Calibration, Checkpoint, ModelState
 from scfm.vocab import Vocabulary
 
@@ -137,7 +138,7 @@ def read_network(config: ModelConfig, vocabulary: Vocabulary, path: Path) -> Cel
             f"{path} has {n_blocks} blocks, but the network has {config.n_layers} according to its settings. Restore the files "
             "of one model."
         )
-    with torch.device("meta"):
+    with shapes_only():
         expected = CellTransformer.for_vocabulary(config, vocabulary).state_dict()
     require_fitting(expected, shapes, str(path.parent))
     weights = {format_1.RENAMED_TENSORS.get(name, name): tensor for name, tensor in read_weights(path).items()}

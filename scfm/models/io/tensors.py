@@ -19,6 +19,7 @@ from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
 from scfm.models.io.load import MAX_FAULTS, require_finite
 from scfm.models.network import CellTransformer
+from scfm.models.shapes import shapes_only
 from scfm.vocab import Vocabulary
 
 State = dict[str, Tensor]
@@ -88,7 +89,7 @@ def build_network(
     named = {name for entry in mappings for name in entry.theirs}
     if len(set(named) & set(state)) < MIN_FITTING * len(named):
         raise _nothing_fits(source, state, named)
-    with torch.device("meta"):
+    with shapes_only():
         wanted = CellTransformer.for_vocabulary(config, vocabulary).state_dict()
     assert {entry.ours for entry in mappings} == set(wanted), "a tensor of the network has no published name"
     faults = [fault for entry in mappings for fault in _faults_of(entry, state, wanted[entry.ours])]
