@@ -118,11 +118,12 @@ def annotate(
     )
     adata = adata.copy() if copy else adata
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
-    warn_of_missing_genes(gene_map(open_counts(adata, model.encoding, **source), model.encoding).report, model)
-    blocks = encoded_blocks(adata, model.encoding, title="annotating" if progress else None, **source)
+    counts = open_counts(adata, model.encoding, **source)
+    warn_of_missing_genes(gene_map(counts, model.encoding).report, model)
+    blocks = encoded_blocks(counts, model.encoding, title="annotating" if progress else None)
     rows_BX = np.concatenate([proba_and_novelty(model, block) for block in blocks])
     if adapt:
-        expression_BV = pp.log_expression(adata, model.encoding, **source)
+        expression_BV = pp.log_expression(counts, model.encoding)
         rows_BX[:, : len(model.labels)] = adapted_probabilities(rows_BX[:, : len(model.labels)], expression_BV)
     for name, values in options.columns(rows_BX, clusters_B, key_added).items():
         adata.obs[name] = values
