@@ -16,6 +16,7 @@ from scfm._files import as_paths, require_writable
 from scfm.annotation.adapt import adapted_probabilities
 from scfm.data import columns
 from scfm.data.files import FileTable, count_rows, open_group
+from scfm.errors import EmptyCellError
 from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import gene_map, open_counts
@@ -111,7 +112,11 @@ def annotate_files(
     files, out = as_paths(paths), Path(out)
     require_writable(out, tuple(suffix for suffix in SUFFIXES if suffix != ".npy"), inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
-    require_cells_to_adapt(sum(map(count_rows, files)), adapt)
+    n_cells = sum(map(count_rows, files))
+    if files and not n_cells:
+        n_genes = open_counts(files[0], model.encoding, **where).n_vars
+        raise EmptyCellError(f"The data hold no cells (0 x {n_genes}). Was every cell filtered out?")
+    require_cells_to_adapt(n_cells, adapt)
     clusters_B = None if majority_key is None else _clusters(files, majority_key)
     if files:
         warn_of_missing_genes(gene_map(open_counts(files[0], model.encoding, **where), model.encoding).report, model)
