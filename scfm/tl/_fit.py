@@ -1,50 +1,36 @@
 """`scfm.fit`: train a model on counts in one call."""
 
-# Axes: B cells, V tokens of the vocabulary, C classes.
+# Axes: B cells, X inputs of the class head.
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy import sparse
 
 from scfm import pp
 from scfm._config import require_seed
 from scfm._docs import document
 from scfm.annotation.finetune import Cells, finetune, inference_precision, score_from_scratch, short_stage, stage_config
 from scfm.annotation.scores import score_baselines, score_model, score_probe
-from scfm.annotation.splits import FitSplit, split_for_fit
-from scfm.data import CountSource
+from scfm.annotation.splits import split_for_fit
 from scfm.data.files import AnnDataFile
-from scfm.data.matrices import sum_columns
-from scfm.encoding import Encoding, EncodingConfig, make_encoding
+from scfm.encoding import EncodingConfig
 from scfm.errors import ModelTaskError
-from scfm.families import Preset, choose_preset
+from scfm.families import choose_preset
 from scfm.families.loading import opened
-from scfm.models.extend import extend_network, extended_encoding, extended_vocabulary
-from scfm.models.initialize import sample_rows, singular_vectors
 from scfm.models.model import Model
-from scfm.models.network import CellTransformer
 from scfm.objectives import OBJECTIVES, make_objective
-from scfm.pp._encode import gene_map, open_counts, require_cells
-from scfm.pp._expression import log_normalized_counts
+from scfm.pp._encode import require_cells
+from scfm.tl._fit_start import FitCounts, copied_model, encoding_settings, new_model
 from scfm.tl._record import record
 from scfm.train import FitConfig, run_stage
-from scfm.train.loadings import residual_loadings
-
-logger = logging.getLogger(__name__)
 
 MAX_CELLS_TO_SCORE = 20_000  # of the test cells, for all rows of the report
-CONTEXT_LENGTH_TO_ANNOTATE = 128  # more genes do not change the predictions of the ensemble in our benchmarks
 
 
 @document
@@ -216,186 +202,62 @@ def fit(
         transductive=transductive,
         seed=seed,
     )
-    counts = _Counts(data, layer, gene_key, depth_key)
+    counts = FitCounts(data, layer, gene_key, depth_key)
     if model is None:
-        chosen = choose_preset(preset or "small", encoding=_kind(encoding), objective=objective)
-        settings = _encoding_settings(chosen, encoding, context_length, annotates=labels_key is not None)
-        fitted, cells = _new_model(counts, chosen, settings, split=split, seed=seed)
+        kind = encoding.kind if isinstance(encoding, EncodingConfig) else encoding
+        chosen = choose_preset(preset or "small", encoding=kind, objective=objective)
+        settings = encoding_settings(chosen, encoding, context_length, annotates=labels_key is not None)
+        fitted, cells = new_model(counts, chosen, settings, split=split, seed=seed)
     else:
         _refuse_with_model(encoding=encoding, preset=preset, objective=objective, context_length=context_length)
-        fitted, cells = _copied_model(counts, opened(model), split, seed, extend_vocabulary=extend_vocabulary)
+        fitted, cells = copied_model(counts, opened(model), split, seed, extend_vocabulary=extend_vocabulary)
     if pretrain:
         stage = config or FitConfig()
         if labels_key is not None:
             stage = pretrain_config or stage.machine_only()
             stage = stage if model is not None else stage.with_defaults(**short_stage(len(split.fitted), cells.tokens))
         _pretrain(fitted, counts, cells, stage.with_defaults(seed=seed), progress)
-    if labels_key is None and not is_file:
-        data.obsm[key_added] = fitted.embed(cells.tokens)
-    elif labels_key is not None:
+    features_BX = None
+    if labels_key is not None:
         stage = stage_config(config, fitted.network, cells, seed)
-        frozen_BX = None if model is None else _frozen_features(fitted, cells, stage)
-        outputs = finetune(fitted, cells, stage, seed=seed, progress=progress)
-        scored = split.limited(MAX_CELLS_TO_SCORE, seed)
-        fitted.scores = score_model(fitted, outputs.logits_BC, cells.expression(scored.test), scored)
-        fitted.scores += [] if frozen_BX is None else [score_probe(frozen_BX, scored, seed=seed)]
-        if compare_from_scratch:
-            scratch = replace(cells, split=replace(split, test=scored.test))
-            fitted.scores.append(score_from_scratch(fitted, scratch, stage, progress=progress))
-        if baselines:
-            fitted.scores += score_baselines(counts.expression, scored, n_obs=len(cells.tokens), seed=seed)
-        if not is_file:
-            data.obs["scfm_split"] = split.names(data.n_obs)
-            data.obsm[key_added] = fitted.embedding_of_features(outputs.features_BX, cells.tokens)
+        rows = {"probe": model is not None, "from_scratch": compare_from_scratch, "baselines": baselines}
+        features_BX = _finetune(fitted, counts, cells, stage, rows=rows, seed=seed, progress=progress)
     if not is_file:
+        if features_BX is None:
+            data.obsm[key_added] = fitted.embed(cells.tokens)
+        else:
+            data.obs["scfm_split"] = split.names(data.n_obs)
+            data.obsm[key_added] = fitted.embedding_of_features(features_BX, cells.tokens)
         record(data, fitted, key_added, **counts.source, labels_key=labels_key, batch_key=batch_key)
     return fitted
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """The counts of the data, and encodings and cells made from them."""
-
-    adata: Any
-    layer: str | None
-    gene_key: str | None
-    depth_key: str | None
-
-    @property
-    def source(self) -> dict[str, Any]:
-        return {"layer": self.layer, "gene_key": self.gene_key, "depth_key": self.depth_key}
-
-    def make_encoding(self, settings: EncodingConfig, rows: NDArray[np.int64], vocabulary: Any = None) -> Encoding:
-        counts = CountSource.of(self.adata, **self.source, usual_depth_key=settings.depth_key)
-        return make_encoding(settings, adata=counts.select(rows), vocabulary=vocabulary)
-
-    def with_depth(self, encoding: Encoding) -> Encoding:
-        """The encoding, with the column that these data read the depth of their cells from."""
-        depth_key = open_counts(self.adata, encoding, **self.source).depth_key
-        return encoding if depth_key in (None, encoding.config.depth_key) else encoding.replace(depth_key=depth_key)
-
-    def genes_outside(self, encoding: Encoding) -> _MissingGenes:
-        """Find the genes that have counts but no token."""
-        counts = CountSource.of(self.adata, **self.source)
-        total_G = np.zeros(counts.n_vars)
-        for _, block, _ in counts.blocks():
-            total_G += np.asarray(block.sum(0), dtype=np.float64).ravel()
-        genes = gene_map(counts, encoding)
-        names, _ = counts.names(encoding.vocabulary)
-        outside = np.flatnonzero((genes.token_ids < 0) & (total_G > 0))
-        fraction = float(total_G[outside].sum() / max(total_G.sum(), 1.0))
-        return _MissingGenes(
-            tuple(dict.fromkeys(name for column in outside if (name := names[column]) is not None)), fraction
-        )
-
-    def blocks(self, encoding: Encoding, rows: NDArray[np.int64]) -> Iterator[sparse.csr_matrix]:
-        """Return raw counts of cells by token id, in blocks."""
-        counts = CountSource.of(self.adata, **self.source).select(rows)
-        token_G = gene_map(counts, encoding).token_ids
-        for _, block, _ in counts.blocks():
-            yield sum_columns(block, token_G, len(encoding.vocabulary))
-
-    def cells(self, encoding: Encoding, split: FitSplit) -> Cells:
-        tokens = pp.encode(self.adata, encoding, **self.source)
-        counts = open_counts(self.adata, encoding, **self.source)
-        return Cells(tokens, lambda rows: pp.log_expression(counts.select(rows), encoding), split)
-
-    def expression(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-        """Return log1p of counts per 10,000 by gene of the data of some cells."""
-        return log_normalized_counts(CountSource.of(self.adata, **self.source).select(rows))
+def _finetune(
+    model: Model,
+    counts: FitCounts,
+    cells: Cells,
+    config: FitConfig,
+    *,
+    rows: dict[str, bool],
+    seed: int,
+    progress: bool,
+) -> NDArray[np.float32]:
+    """Fine-tune the model, give it its scores and the rows of other methods, and return the class features of all cells."""
+    scored = cells.split.limited(MAX_CELLS_TO_SCORE, seed)
+    frozen_BX = model.class_features(cells.tokens, precision=inference_precision(config)) if rows["probe"] else None
+    outputs = finetune(model, cells, config, seed=seed, progress=progress)
+    model.scores = score_model(model, outputs.logits_BC, cells.expression(scored.test), scored)
+    if frozen_BX is not None:
+        model.scores.append(score_probe(frozen_BX, scored, seed=seed))
+    if rows["from_scratch"]:
+        scratch = replace(cells, split=replace(cells.split, test=scored.test))
+        model.scores.append(score_from_scratch(model, scratch, config, progress=progress))
+    if rows["baselines"]:
+        model.scores += score_baselines(counts.expression, scored, n_obs=len(cells.tokens), seed=seed)
+    return outputs.features_BX
 
 
-@dataclass(frozen=True)
-class _MissingGenes:
-    """Genes of the data that are not in the vocabulary, and the fraction of all counts that is in them."""
-
-    names: tuple[str, ...]
-    count_fraction: float
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.names):,} genes of the data ({self.count_fraction:.1%} of the counts) are not in the vocabulary of the "
-            f"model and are ignored, such as {', '.join(self.names[:3])}. `extend_vocabulary=True` adds them."
-        )
-
-
-def _new_model(
-    counts: _Counts, chosen: Preset, settings: EncodingConfig, *, split: FitSplit, seed: int
-) -> tuple[Model, Cells]:
-    """Learn an encoding, and build a network whose gene embeddings are initialized with loadings on principal components."""
-    encoding = counts.make_encoding(settings, split.fitted)
-    cells = counts.cells(encoding, split)
-    vocabulary, context_length = encoding.vocabulary, encoding.config.context_length
-    shape: dict[str, Any] = {"n_tokens": len(vocabulary), "pad_id": vocabulary.pad_id}
-    shape |= {"context_length": context_length} if context_length else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = CellTransformer.for_vocabulary(chosen.model_config(**shape), vocabulary)
-    expression_BV = cells.expression(sample_rows(split.fitted, seed))
-    totals_V = np.asarray(expression_BV.expm1().sum(0)).ravel()
-    objective = OBJECTIVES[chosen.objective]
-    if objective.residuals:
-        rows = sample_rows(split.fitted, seed)
-        loadings: NDArray[np.floating] = residual_loadings(
-            lambda: counts.blocks(encoding, rows), len(vocabulary), objective.n_components, seed=seed
-        )
-    else:
-        loadings = singular_vectors(expression_BV, objective.n_components, seed)
-    objective.start(network, loadings, totals_V, seed=seed)
-    history = {"preset": chosen.name, "seed": seed}
-    return Model(network, encoding, objective=chosen.objective, history=history), cells
-
-
-def _encoding_settings(
-    chosen: Preset, encoding: str | EncodingConfig | None, context_length: int | None, *, annotates: bool
-) -> EncodingConfig:
-    """The encoding of a new model; one for annotation reads fewer genes of a cell if nothing else is asked for."""
-    if isinstance(encoding, EncodingConfig):
-        settings = encoding
-    else:
-        settings = EncodingConfig(**chosen.encoding)
-        if annotates and not settings.has_values:
-            settings = settings.replace(context_length=CONTEXT_LENGTH_TO_ANNOTATE)
-    return settings if context_length is None else settings.replace(context_length=context_length)
-
-
-def _copied_model(
-    counts: _Counts, base: Model, split: FitSplit, seed: int, *, extend_vocabulary: bool
-) -> tuple[Model, Cells]:
-    """Copy a model and encode the cells with its encoding; other genes are added to the vocabulary or logged."""
-    network, encoding = copy.deepcopy(base.network), base.encoding
-    missing = counts.genes_outside(encoding)
-    if missing.names and extend_vocabulary:
-        vocabulary = extended_vocabulary(encoding.vocabulary, missing.names)
-        learned = counts.make_encoding(encoding.config, split.fitted, vocabulary)
-        encoding = extended_encoding(encoding, vocabulary, learned)
-        cells = counts.cells(encoding, split)
-        rows = sample_rows(split.fitted, seed)
-        network = extend_network(network, vocabulary, cells.expression(rows), seed=seed)
-    else:
-        encoding = counts.with_depth(encoding)
-        cells = counts.cells(encoding, split)
-        if missing.names:
-            logger.info("%s", missing)
-    history = {
-        "initial_model": base.id,
-        "genes_outside_vocabulary": len(missing.names),
-        "counts_outside_vocabulary": missing.count_fraction,
-        "stages": copy.deepcopy(base.history.get("stages", [])),
-        "seed": seed,
-    }
-    fitted = Model(
-        network,
-        encoding,
-        labels=base.labels,
-        objective=base.objective,
-        checkpoint=base.checkpoint,
-        history=history,
-    )
-    return fitted, cells
-
-
-def _pretrain(model: Model, counts: _Counts, cells: Cells, config: FitConfig, progress: bool) -> None:
+def _pretrain(model: Model, counts: FitCounts, cells: Cells, config: FitConfig, progress: bool) -> None:
     if model.objective is None:
         raise ModelTaskError(
             "The pretraining objective of this model is unknown, so pretraining cannot be continued. "
@@ -409,15 +271,6 @@ def _pretrain(model: Model, counts: _Counts, cells: Cells, config: FitConfig, pr
     defaults = {"n_steps": FitConfig.for_cells(len(tokens)).n_steps, **OBJECTIVES[model.objective].training_settings}
     config = config.with_defaults(**defaults)
     run_stage(model, "pretraining", objective=objective, cells=tokens, config=config, progress=progress)
-
-
-def _frozen_features(model: Model, cells: Cells, config: FitConfig) -> NDArray[np.float32]:
-    """Class features of all cells before fine-tuning, for the row of the linear probe."""
-    return model.class_features(cells.tokens, precision=inference_precision(config))
-
-
-def _kind(encoding: str | EncodingConfig | None) -> str | None:
-    return encoding.kind if isinstance(encoding, EncodingConfig) else encoding
 
 
 def _refuse_unused(
