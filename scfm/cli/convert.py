@@ -11,7 +11,7 @@ from scfm.cli._registry import command
 
 
 @command(
-    example="scfm convert Geneformer-V1-10M my_model --vocabulary tokens.pkl --medians medians.pkl",
+    example="scfm convert Geneformer/Geneformer-V1-10M geneformer_v1",
     options_of="scfm.families.convert",
     choices={"to": "scfm.families.FAMILIES"},
 )
