@@ -15,6 +15,11 @@ SHARED = {
 adata
     AnnData with raw counts of n_obs cells by n_vars genes, in `adata.X` or in `layer`.
 """,
+    "paths": """
+paths
+    Files with raw counts: one or several paths of `.h5ad` files or `.zarr` folders, URLs of such files (https, s3, gs and
+    others of fsspec), patterns such as "donors/*.h5ad", or `.txt` files with one of these per line.
+""",
     "model": """
 model
     A model, or the path or the repository name of one (see `scfm.load`).

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from scfm._remote import AnyPath
 from scfm.errors import OutputError
 
 ZARR_FILES = ("zarr.json", ".zgroup", ".zattrs")
@@ -103,12 +104,7 @@ def output_lock(path: str | Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def as_paths(paths: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
-    """Return paths as a tuple; a single path is a list of one."""
-    return (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
-
-
-def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[Path] = ()) -> None:
+def require_writable(out: Path, suffixes: Sequence[str], *, inputs: Sequence[AnyPath] = ()) -> None:
     """Raise unless `out` can be written at the end of the work.
 
     Raises

@@ -67,10 +67,10 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def inputs_and_output(paths: Sequence[Path]) -> Sequence[Path]:
+def inputs_and_output(paths: Sequence[str]) -> tuple[list[str], Path]:
     """Paths of a command that takes one or many inputs and then an output, as `cp` does."""
     if len(paths) < 2:
         raise ValueError(
             f"Name one or many inputs and then the output; there is only {paths[0] if paths else 'nothing'}."
         )
-    return paths
+    return list(paths[:-1]), Path(paths[-1])

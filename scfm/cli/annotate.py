@@ -14,13 +14,13 @@ from scfm.cli._registry import command
     example="scfm annotate donor1.h5ad donor2.h5ad labeled.h5ad --model pbmc_model",
     options_of="scfm.tl.annotate_files",
 )
-def annotate(*paths: Path, model: Path, device: str = "auto", json: bool = False, **options: Any) -> None:
+def annotate(*paths: str, model: Path, device: str = "auto", json: bool = False, **options: Any) -> None:
     """Predict the label of every cell of one or many files; a run that was stopped resumes.
 
     Parameters
     ----------
     paths
-        One or many .h5ad or .zarr inputs with raw counts, and last the output, whose suffix names its format: .h5ad or
+        One or many inputs with raw counts (.h5ad, .zarr, URLs, or a .txt file that lists them), and last the output, whose suffix names its format: .h5ad or
         .zarr (the input with labels, confidences and probabilities; of several inputs obs and these), .parquet or .csv.
     model
         Directory of a model that was fitted with labels.
@@ -29,7 +29,7 @@ def annotate(*paths: Path, model: Path, device: str = "auto", json: bool = False
     json
         Print the result as one JSON object instead of words.
     """
-    *sources, target = _files.inputs_and_output(paths)
+    sources, target = _files.inputs_and_output(paths)
     counts = scfm.tl.annotate_files(sources, target, scfm.load(model, device=device), **options)
     labels = {str(name): int(n) for name, n in counts.items()}
     facts = {"output": target, "n_cells": sum(labels.values()), "labels": labels}

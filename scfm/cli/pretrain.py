@@ -15,7 +15,7 @@ from scfm.cli._registry import command
     options_of="scfm.pretrain",
 )
 def pretrain(
-    *paths: Path,
+    *paths: str,
     init: str = "svd",
     vocabulary: Path | None = None,
     medians: Path | None = None,
@@ -28,7 +28,7 @@ def pretrain(
     Parameters
     ----------
     paths
-        One or many .h5ad or .zarr inputs with raw counts, and last the folder of the run.
+        One or many inputs with raw counts (.h5ad, .zarr, URLs, or a .txt file that lists them), and last the folder of the run.
     init
         "svd": gene embeddings start from a decomposition of the data. "none": from random numbers. Or a model, which is
         trained further.
@@ -42,7 +42,7 @@ def pretrain(
     json
         Print the result as one JSON object instead of words.
     """
-    *sources, target = _files.inputs_and_output(paths)
+    sources, target = _files.inputs_and_output(paths)
     model = scfm.pretrain(
         sources,
         target,

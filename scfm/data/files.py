@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scfm._remote import AnyPath, input_path
 from scfm.data.counts import check_pointers
 from scfm.data.raw_hdf5 import RawDataset
 
@@ -20,7 +21,7 @@ class AnnDataFile:
     Parameters
     ----------
     path
-        `.h5ad` file or `.zarr` folder.
+        `.h5ad` file or `.zarr` folder, or a URL of one.
 
     Raises
     ------
@@ -28,7 +29,7 @@ class AnnDataFile:
         If the file is missing, cut short, or does not hold an AnnData.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.label = path.name
         self._group = open_group(path)
         self.obs, self.var = FileTable(self._group["obs"]), FileTable(self._group["var"])
@@ -165,12 +166,12 @@ _CONVERSION = (
 )
 
 
-def count_rows(path: str | Path) -> int:
+def count_rows(path: str | AnyPath) -> int:
     """Return the number of cells in a file without reading it."""
-    return len(FileTable(open_group(Path(path))["obs"]))
+    return len(FileTable(open_group(input_path(path))["obs"]))
 
 
-def open_group(path: Path) -> Any:
+def open_group(path: AnyPath) -> Any:
     """Open a `.h5ad` file (h5py) or a `.zarr` folder (zarr) for reading.
 
     Raises
@@ -198,26 +199,26 @@ def open_group(path: Path) -> Any:
     return group
 
 
-def _open_zarr(path: Path) -> Any:
+def _open_zarr(path: AnyPath) -> Any:
     import zarr
 
     try:
-        return zarr.open_group(path, mode="r")
+        return zarr.open_group(path if isinstance(path, Path) else path.url, mode="r")
     except FileNotFoundError as error:  # zarr raises it for any other folder
         raise OSError(f"{path} is not a .zarr folder. Write it with `adata.write_zarr`.") from error
 
 
-def _open_hdf5(path: Path) -> Any:
+def _open_hdf5(path: AnyPath) -> Any:
     import h5py
 
-    if path.is_dir() and any(path.glob("matrix.mtx*")):
+    if isinstance(path, Path) and path.is_dir() and any(path.glob("matrix.mtx*")):
         raise IsADirectoryError(
             f"{path} is the output of Cell Ranger. Convert it: {_CONVERSION.format('read_10x_mtx', str(path))}"
         )
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not an .h5ad file. The name of a .zarr folder must end in .zarr.")
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path if isinstance(path, Path) else path.open(), "r")
     except OSError as error:
         if isinstance(error, PermissionError):
             raise PermissionError(f"{path} cannot be read: permission denied.") from error

@@ -47,7 +47,11 @@ class RawDataset:
 
         creation, dtype, path = dataset.id.get_create_plist(), dataset.dtype, dataset.file.filename
         plain = (
-            dataset.ndim == 1 and dataset.size and creation.get_nfilters() == 0 and creation.get_external_count() == 0
+            dataset.file.driver != "fileobj"  # a remote file
+            and dataset.ndim == 1
+            and dataset.size
+            and creation.get_nfilters() == 0
+            and creation.get_external_count() == 0
         )
         if not (plain and dtype.kind in "biuf" and dtype.isnative and dataset.file.userblock_size == 0):
             return None

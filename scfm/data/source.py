@@ -15,6 +15,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
+from scfm._remote import RemotePath, input_path
 from scfm.data import columns
 from scfm.data.counts import check_counts, log_normalize, row_totals
 from scfm.data.files import AnnDataFile
@@ -132,8 +133,8 @@ class CountSource:
         Parameters
         ----------
         data
-            An AnnData (in memory, backed, lazy, or a view), an AnnCollection, or the path of a `.h5ad` file or `.zarr`
-            folder, whose cells are read when they are needed.
+            An AnnData (in memory, backed, lazy, or a view), an AnnCollection, or the path or URL of a `.h5ad` file or
+            `.zarr` folder, whose cells are read when they are needed.
         layer
             Name in `adata.layers`; "raw" for `adata.raw` (with its own genes); None for `adata.X`.
         gene_key
@@ -171,8 +172,8 @@ class CountSource:
                     "`gene_key` and `depth_key` when it is made, with `CountSource.of(adata, ...)`."
                 )
             return data
-        if isinstance(data, str | Path):
-            data = AnnDataFile(Path(data))
+        if isinstance(data, str | Path | RemotePath):
+            data = AnnDataFile(input_path(data))
         else:
             data = with_matrix(data)
         matrix, var, name = find_matrix(data, layer)

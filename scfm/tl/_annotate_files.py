@@ -12,7 +12,8 @@ from scipy import sparse
 
 from scfm import pp
 from scfm._docs import document
-from scfm._files import as_paths, require_writable
+from scfm._files import require_writable
+from scfm._remote import AnyPath, input_paths
 from scfm.annotation.adapt import adapted_probabilities
 from scfm.data import columns
 from scfm.data.files import FileTable, count_rows, open_group
@@ -50,8 +51,7 @@ def annotate_files(
 
     Parameters
     ----------
-    paths
-        Paths of `.h5ad` files and `.zarr` folders with raw counts, or one path.
+    {paths}
     out
         File to write, whose suffix determines the format:
 
@@ -109,7 +109,7 @@ def annotate_files(
     """
     model = opened(model)
     options = LabelOptions.of(model, min_confidence, max_novelty)
-    files, out = as_paths(paths), Path(out)
+    files, out = input_paths(paths), Path(out)
     require_writable(out, tuple(suffix for suffix in SUFFIXES if suffix != ".npy"), inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     n_cells = sum(map(count_rows, files))
@@ -153,7 +153,7 @@ def annotate_files(
     return counted[0] if counted else pd.Series(dtype=np.int64)
 
 
-def _adapted(rows: Rows, files: Sequence[Path], model: Model, where: dict[str, Any]) -> Rows:
+def _adapted(rows: Rows, files: Sequence[AnyPath], model: Model, where: dict[str, Any]) -> Rows:
     """Return rows with adapted probabilities, in a file beside the others."""
     parts = [pp.log_expression(path, model.encoding, **where) for path in files]
     adapted, n_labels = rows[:], len(model.labels)
@@ -163,7 +163,7 @@ def _adapted(rows: Rows, files: Sequence[Path], model: Model, where: dict[str, A
     return Rows(path, rows.shape)
 
 
-def _clusters(files: Sequence[Path], key: str) -> Any:
+def _clusters(files: Sequence[AnyPath], key: str) -> Any:
     """Return the cluster of each cell of all files, -1 for a cell without one."""
     values = [columns.find(FileTable(open_group(path)["obs"]), key, argument="majority_key") for path in files]
     frame = pd.DataFrame({key: pd.concat([pd.Series(value, dtype=object) for value in values], ignore_index=True)})

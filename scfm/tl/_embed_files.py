@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from scfm._docs import document
-from scfm._files import as_paths, require_writable
+from scfm._files import require_writable
+from scfm._remote import input_paths
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.tl._file_pass import FilePass, Rows
@@ -42,8 +43,7 @@ def embed_files(
 
     Parameters
     ----------
-    paths
-        Paths of `.h5ad` files and `.zarr` folders with raw counts, or one path.
+    {paths}
     out
         File to write, whose suffix determines the format:
 
@@ -93,7 +93,7 @@ def embed_files(
     (700, 128)
     """
     model = opened(model)
-    files, out = as_paths(paths), Path(out)
+    files, out = input_paths(paths), Path(out)
     require_writable(out, SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     how: dict[str, Any] = {

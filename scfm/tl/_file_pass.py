@@ -21,6 +21,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from scfm._files import atomic_write, out_of_space_as, output_lock
+from scfm._remote import AnyPath
 from scfm.data import CountSource
 from scfm.data.files import count_rows
 from scfm.data.gene_names import names_key
@@ -59,7 +60,7 @@ class FilePass:
         Title of the progress bar.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[AnyPath, ...]
     out: Path
     model: Model
     where: dict[str, Any]
@@ -262,7 +263,7 @@ class _Blocks:
         part.restart()
         self.digest, self._blocks = "", self._read()
 
-    def _open(self, path: Path) -> tuple[CountSource, GeneMap]:
+    def _open(self, path: AnyPath) -> tuple[CountSource, GeneMap]:
         counts = open_counts(path, self._encoding, **self._job.where)
         key = names_key(counts.var)
         if key not in self._maps:
@@ -280,7 +281,7 @@ class _Blocks:
                 yield counts, genes, first, block, depth_B
 
 
-def _spans(files: tuple[Path, ...], rows: list[int], cells: range) -> Iterator[tuple[Path, range]]:
+def _spans(files: tuple[AnyPath, ...], rows: list[int], cells: range) -> Iterator[tuple[AnyPath, range]]:
     """Yield the files that contain some of the `cells`, which are numbered over all files, and their rows in each file."""
     first = 0
     for path, n_rows in zip(files, rows):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scfm import pp
 from scfm._config import require_seed
 from scfm._docs import document
+from scfm._remote import input_path
 from scfm.annotation.finetune import Cells, finetune, inference_precision, score_from_scratch, short_stage, stage_config
 from scfm.annotation.scores import score_baselines, score_model, score_probe
 from scfm.annotation.splits import split_for_fit
@@ -76,8 +77,8 @@ def fit(
     Parameters
     ----------
     adata
-        AnnData with raw counts of n_obs cells by n_vars genes, in `adata.X` or in `layer`. Or the path of a `.h5ad` file or a
-        `.zarr` folder, which is read in blocks: memory holds the tokens of all cells (4 bytes each, twice that with values) and
+        AnnData with raw counts of n_obs cells by n_vars genes, in `adata.X` or in `layer`. Or the path or URL of a `.h5ad` file or
+        a `.zarr` folder, which is read in blocks: memory holds the tokens of all cells (4 bytes each, twice that with values) and
         the counts of some 10,000 cells. Nothing is written to a file; `scfm.tl.embed_files` embeds its cells.
     labels_key
         Column of `adata.obs` with cell types. Cells without a label (NaN) are used too, except to learn the labels;
@@ -182,7 +183,7 @@ def fit(
     """
     require_seed(seed)
     is_file = isinstance(adata, str | Path)
-    data: Any = AnnDataFile(Path(adata)) if isinstance(adata, str | Path) else adata
+    data: Any = AnnDataFile(input_path(adata)) if isinstance(adata, str | Path) else adata
     require_cells(data)
     if pretrain is None:
         pretrain = model is None or labels_key is None

@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scfm._files import atomic_write, write_adata
+from scfm._remote import AnyPath
 from scfm.data.files import FileTable, open_group
 from scfm.tl._file_pass import Rows
 from scfm.tl._record import records_of
@@ -61,7 +62,7 @@ class Results:
         return np.concatenate([np.zeros((0, self.shape[1]), np.float32), *(rows for _, rows in self.chunks())])
 
 
-def write_results(out: Path, files: tuple[Path, ...], results: Results) -> None:
+def write_results(out: Path, files: tuple[AnyPath, ...], results: Results) -> None:
     """Write the results of the cells of `files` to `out`."""
     with atomic_write(out) as temporary_path:
         if out.suffix == ".npy":
@@ -71,18 +72,18 @@ def write_results(out: Path, files: tuple[Path, ...], results: Results) -> None:
                 table.to_csv(temporary_path, mode="a" if number else "w", header=not number)
         elif out.suffix == ".parquet":
             _write_parquet(temporary_path, _tables(files, results))
-        elif len(files) == 1 and files[0].suffix == out.suffix:
+        elif len(files) == 1 and isinstance(files[0], Path) and files[0].suffix == out.suffix:
             _write_into_copy(temporary_path, files[0], results)
         else:
             _write_anndata(temporary_path, files, results)
 
 
-def read_obs(path: Path) -> pd.DataFrame:
+def read_obs(path: AnyPath) -> pd.DataFrame:
     """Read `obs` of a file and nothing else."""
     return FileTable(open_group(path)["obs"]).to_memory()
 
 
-def _tables(files: tuple[Path, ...], results: Results) -> Iterator[pd.DataFrame]:
+def _tables(files: tuple[AnyPath, ...], results: Results) -> Iterator[pd.DataFrame]:
     """Yield tables with one row per cell, in order; for several files, with a column `file`."""
     names = [FileTable(open_group(path)["obs"]).index for path in files]
     ends = np.cumsum([len(each) for each in names])
@@ -160,10 +161,9 @@ def write_matrix(group: Any, key: str, results: Results) -> None:
         array[start : start + len(block)] = block
 
 
-def _write_anndata(path: Path, files: tuple[Path, ...], results: Results) -> None:
-    """Write an AnnData: the complete content of one file in the other format, or only `obs` of several files."""
-    if len(files) == 1:
-        source = files[0]
+def _write_anndata(path: Path, files: tuple[AnyPath, ...], results: Results) -> None:
+    """Write an AnnData: the complete content of one file in the other format, or only `obs` of several or remote files."""
+    if len(files) == 1 and isinstance(source := files[0], Path):
         adata = anndata.read_zarr(source) if source.suffix == ".zarr" else anndata.read_h5ad(source)
     else:
         adata = anndata.AnnData(obs=pd.concat([read_obs(path).assign(file=path.name) for path in files]))

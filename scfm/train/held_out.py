@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scfm._files import as_paths
+from scfm._remote import AnyPath, input_paths
 from scfm.data import CellBatch
 from scfm.data.files import count_rows
 from scfm.encoding import Encoding
@@ -26,7 +26,7 @@ MAX_VALIDATION_CELLS = 1000
 class HeldOut:
     """The validation cells: rows of the training files or of other files."""
 
-    paths: tuple[Path, ...]  # other files
+    paths: tuple[AnyPath, ...]  # other files
     of_training: NDArray[np.bool_]
     fraction: float | None
     rows: NDArray[np.bool_]  # of the files that they are taken from
@@ -45,7 +45,7 @@ class HeldOut:
             n_cells = min(MAX_VALIDATION_CELLS, max(1, round(validation * n_obs)), n_obs - 1)
             chosen = _drawn(n_obs, n_cells, rng)
             return cls((), chosen, float(validation), chosen)
-        paths = as_paths(validation)
+        paths = input_paths(validation)
         if twice := sorted({path.name for path in paths if path.resolve() in {each.resolve() for each in data.paths}}):
             raise ValueError(f"{', '.join(twice)} is in `paths` and in `validation`. Remove it from one of them.")
         n_cells = sum(map(count_rows, paths))
@@ -67,7 +67,7 @@ def _drawn(n_cells: int, n_drawn: int, rng: np.random.Generator) -> NDArray[np.b
     return drawn
 
 
-def encode_rows(paths: Sequence[Path], data: Data, encoding: Encoding, rows: NDArray[np.bool_]) -> CellBatch:
+def encode_rows(paths: Sequence[AnyPath], data: Data, encoding: Encoding, rows: NDArray[np.bool_]) -> CellBatch:
     """Encode some rows of files; cells without a gene of the vocabulary are omitted."""
     stream = CellStream(
         paths,

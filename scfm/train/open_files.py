@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from scfm._remote import AnyPath
 from scfm.data.gene_names import names_key
 from scfm.data.source import CountSource
 from scfm.encoding import Encoding, GeneMap
@@ -29,7 +29,7 @@ class OpenFiles:
         `layer`, `gene_key` and `depth_key` of `CountSource.of`.
     """
 
-    def __init__(self, paths: Sequence[Path], encoding: Encoding, where: dict[str, Any]) -> None:
+    def __init__(self, paths: Sequence[AnyPath], encoding: Encoding, where: dict[str, Any]) -> None:
         self._paths, self._encoding, self._where = paths, encoding, where
         self._opened: OrderedDict[int, tuple[CountSource, GeneMap]] = OrderedDict()
         self._maps: dict[str, GeneMap] = {}  # files with the same names share one map

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from scfm._config import require_seed
 from scfm._docs import document
-from scfm._files import as_paths
+from scfm._remote import input_paths
 from scfm.data import CellBatch
 from scfm.data.files import count_rows
 from scfm.encoding import Encoding, EncodingConfig, Vocabulary
@@ -65,9 +65,9 @@ def pretrain(
 
     Parameters
     ----------
-    paths
-        Paths of `.h5ad` files and `.zarr` folders with raw counts, or one path. If some files name genes by symbols and others
-        by Ensembl ids, `var` of a file must hold both kinds of names, to translate them.
+    {paths}
+        If some files name genes by symbols and others by Ensembl ids, `var` of a file must hold both kinds of names, to
+        translate them.
     out
         Folder to write: `model/`, `config.json`, `losses.csv`, `losses.png`, `README.md` (the model card), `checkpoints/`.
     init
@@ -138,7 +138,7 @@ def pretrain(
     True
     """
     require_seed(seed)
-    data = Data(paths=as_paths(paths), layer=layer, gene_key=gene_key, depth_key=depth_key)
+    data = Data(paths=input_paths(paths), layer=layer, gene_key=gene_key, depth_key=depth_key)
     if not data.paths:
         raise ValueError("`paths` is empty; name at least one .h5ad file or .zarr folder.")
     if init is not None and init != "svd" and not isinstance(init, Model):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scfm._files import atomic_write
+from scfm._remote import AnyPath
 from scfm.data import CountSource
 from scfm.encoding import Encoding, EncodingConfig, Vocabulary
 from scfm.encoding.registry import ENCODINGS
@@ -35,12 +36,12 @@ class Data:
         The same for all files; see `scfm.pp.encode`.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[AnyPath, ...]
     layer: str | None = None
     gene_key: str | None = None
     depth_key: str | None = None
 
-    def open(self, path: Path) -> CountSource:
+    def open(self, path: AnyPath) -> CountSource:
         return CountSource.of(path, layer=self.layer, gene_key=self.gene_key, depth_key=self.depth_key)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def learn(
     )
 
 
-def _fingerprint(path: Path, counts: CountSource) -> dict[str, Any]:
+def _fingerprint(path: AnyPath, counts: CountSource) -> dict[str, Any]:
     digest = hashlib.sha256("\n".join(counts.var.index.astype(str)).encode())
     starts = np.linspace(0, max(0, counts.n_obs - DIGEST_ROWS), N_DIGEST_BLOCKS).astype(int)
     for start in np.unique(starts).tolist():

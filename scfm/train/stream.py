@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from scfm._docs import document
-from scfm._files import as_paths
+from scfm._remote import AnyPath, input_paths
 from scfm.data.batch import CellBatch
 from scfm.data.compiled_encoder import encoder_threads, limit_to_one_thread
 from scfm.data.files import count_rows
@@ -59,8 +58,7 @@ class CellStream(IterableDataset[CellBatch]):
 
     Parameters
     ----------
-    paths
-        One or several `.h5ad` files or `.zarr` folders.
+    {paths}
     encoding
         Encoding of the cells.
     batch_cells
@@ -101,7 +99,7 @@ class CellStream(IterableDataset[CellBatch]):
 
     def __init__(
         self,
-        paths: str | Path | Sequence[str | Path],
+        paths: str | AnyPath | Sequence[str | AnyPath],
         encoding: Encoding,
         *,
         batch_cells: int | None = None,
@@ -126,7 +124,7 @@ class CellStream(IterableDataset[CellBatch]):
             raise ValueError("`batch_cells`, `max_tokens`, `buffer_cells` and `block_cells` must be positive.")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` is {rank}; with `world_size` {world_size} it must be in 0..{world_size - 1}.")
-        self.paths = as_paths(paths)
+        self.paths = input_paths(paths)
         self.encoding = encoding
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
