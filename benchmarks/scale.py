@@ -1,9 +1,8 @@
 """Memory and speed of every command that reads files, on sets of 100,000 and 1,000,000 cells that this script makes.
 
     python benchmarks/scale.py make FOLDER --cells 1000000 --format h5ad|zarr
-    python benchmarks/scale.py measure FOLDER/1000000.h5ad [--commands statistics pretrain embed annotate] [--tiny]
-    python benchmarks/scale.py load FOLDER/1000000.h5ad
-    python benchmarks/scale.py fit FOLDER/100000.h5ad
+    python benchmarks/scale.py measure FOLDER/100000.h5ad FOLDER/1000000.h5ad [--commands statistics pretrain embed annotate fit]
+    python benchmarks/scale.py load FOLDER/100000.h5ad
 
 The cells: 24,000 genes, about 1,500 of them expressed, with the skewed counts of a negative binomial model of 20 cell types. A pool of
 10,000 cells is drawn; every cell of a set is one of them without a random tenth of its genes, so that no two cells are the same.
@@ -35,6 +34,7 @@ import scfm
 from scfm.data.files import count_rows
 from scfm.models import CellTransformer, Model
 from scfm.pp._encode import encoded_blocks
+from scfm.train import CellStream
 
 N_GENES, N_EXPRESSED, N_TYPES, POOL = 24_000, 1_500, 20, 10_000
 PIECE = 20_000  # cells that are in memory while a set is written
@@ -159,7 +159,13 @@ def embed_small(path: Path, folder: Path) -> int:
     return 20_000
 
 
-COMMANDS = {each.__name__: each for each in (statistics, pretrain, embed, annotate, embed_small)}
+def fit(path: Path, folder: Path) -> int:
+    """`scfm.fit` with labels and default settings."""
+    print(scfm.fit(path, labels_key="cell_type", progress=False).report().to_string())
+    return count_rows(path)
+
+
+COMMANDS = {each.__name__: each for each in (statistics, pretrain, embed, annotate, embed_small, fit)}
 
 
 def narrow(folder: Path) -> Path:
@@ -215,6 +221,67 @@ def measure(paths: list[Path], commands: list[str]) -> None:
             )
 
 
+def read_bare(path: Path, n_cells: int) -> int:
+    """Blocks of 256 rows in the order of the file, through h5py, into CSR matrices; nothing is shuffled or encoded."""
+    counts = scfm.data.CountSource.of(path)
+    for start in range(0, n_cells, 256):
+        counts.rows(start, start + 256)
+    return n_cells
+
+
+def read_scfm(path: Path, n_cells: int) -> int:
+    """Shuffled batches of 64 cells; counts are checked and encoded by rank."""
+    model = scfm.load(narrow(path.parent / "models"))
+    return taken(CellStream(path, model.encoding, batch_cells=64), n_cells)
+
+
+def read_annloader(path: Path, n_cells: int) -> int:
+    """Shuffled batches of 64 cells of a backed AnnData."""
+    from anndata.experimental.pytorch import AnnLoader
+
+    backed = anndata.read_h5ad(path, backed="r")
+    return taken(AnnLoader(backed, batch_size=64, shuffle=True), min(n_cells, 640))
+
+
+def read_scdataset(path: Path, n_cells: int) -> int:
+    """Shuffled blocks of 16 cells, 64 of them at a time, as its documentation recommends."""
+    from scdataset import BlockShuffling, scDataset
+
+    backed = anndata.io.sparse_dataset(h5py.File(path)["X"])
+    return taken(scDataset(backed, BlockShuffling(block_size=16), batch_size=64, fetch_factor=64), n_cells)
+
+
+def taken(batches: Any, n_cells: int) -> int:
+    """Read batches until they hold a number of cells."""
+    n_read = 0
+    for batch in batches:
+        n_read += len(batch) if hasattr(batch, "__len__") and not sparse.issparse(batch) else batch.shape[0]
+        if n_read >= n_cells:
+            break
+    return n_read
+
+
+READERS = {"bare read": read_bare, "scfm": read_scfm, "AnnLoader": read_annloader, "scDataset": read_scdataset}
+
+
+def load(path: Path, n_cells: int, rounds: int) -> None:
+    """Compare loaders, in turns in this process, by the time of all its threads on the CPU."""
+    rates: dict[str, list[float]] = {name: [] for name in READERS}
+    for _ in range(rounds):
+        for name, reader in READERS.items():
+            started = time.process_time()
+            try:
+                n_read = reader(path, n_cells)
+            except ImportError:
+                continue
+            rates[name].append(n_read / (time.process_time() - started))
+    print("| loader | cells per second of CPU | of the bare read |\n| --- | --- | --- |")
+    bare = float(np.median(rates["bare read"]))
+    for name, found in rates.items():
+        if found:
+            print(f"| {name} | {np.median(found):,.0f} | {np.median(found) / bare:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
@@ -225,6 +292,10 @@ def main() -> None:
     measuring = tasks.add_parser("measure")
     measuring.add_argument("paths", type=Path, nargs="+")
     measuring.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    loading = tasks.add_parser("load")
+    loading.add_argument("path", type=Path)
+    loading.add_argument("--cells", type=int, default=20_000)
+    loading.add_argument("--rounds", type=int, default=3)
     running = tasks.add_parser("child")
     running.add_argument("name")
     running.add_argument("path", type=Path)
@@ -238,6 +309,8 @@ def main() -> None:
         if not models.exists():
             make_models(next(path for path in options.paths if path.suffix == ".h5ad"), models)
         measure(options.paths, options.commands)
+    elif options.task == "load":
+        load(options.path, options.cells, options.rounds)
     else:
         child(options.name, options.path, options.folder)
 

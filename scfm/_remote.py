@@ -32,10 +32,7 @@ class RemotePath:
         try:
             self._files, self._path = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            kind = url.partition("://")[0]
-            raise OSError(
-                f'{url} cannot be read: {error}. URLs of {kind}:// need pip install "single-cell-fm[remote]".'
-            ) from error
+            raise OSError(f"{url} cannot be read: {error} (`pip install` the package).") from error
         except ValueError as error:
             raise OSError(
                 f"{url} is of a kind that fsspec does not know ({error}). Pass a path, or another URL."
