@@ -84,9 +84,9 @@ def _snapshot(repository: str, revision: str | None, token: str | None, **patter
     try:
         return Path(hub.snapshot_download(repository, revision=revision, token=token, **patterns))
     except (OSError, ValueError) as error:  # base classes of all errors of the client
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ModelFileError(
-            f"There is no local {repository}, and it could not be downloaded from the hub: {reason} "
+            f"There is no local {repository}, and it could not be downloaded from the hub: {reason}. "
             "Check the name and the network, or pass a directory that `model.save` wrote."
         ) from error
 
