@@ -1,6 +1,6 @@
 """What a user waits for: each call in a fresh process, in CPU seconds of one thread, beside the import of torch.
 
-    python benchmarks/waiting.py
+python benchmarks/waiting.py
 """
 
 from __future__ import annotations

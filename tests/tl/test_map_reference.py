@@ -149,7 +149,7 @@ def test_harmony_works_for_every_encoding_and_for_several_kinds_of_batch(blood, 
 
 def test_without_harmonypy_the_error_says_what_to_do(blood, rank_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "harmonypy", None)
-    with pytest.raises(ImportError, match=r"single-cell-fm\[harmony\].*method=\"train\""):
+    with pytest.raises(ImportError, match=r"`pip install harmonypy`.*method=\"train\""):
         scfm.tl.integrate(with_donors(blood), rank_model, batch_key="donor")
 
 
