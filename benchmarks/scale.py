@@ -247,15 +247,23 @@ def read_scdataset(path: Path, n_cells: int) -> int:
     """Shuffled blocks of 16 cells, 64 of them at a time, as its documentation recommends."""
     from scdataset import BlockShuffling, scDataset
 
-    backed = anndata.io.sparse_dataset(h5py.File(path)["X"])
-    return taken(scDataset(backed, BlockShuffling(block_size=16), batch_size=64, fetch_factor=64), n_cells)
+    backed = anndata.read_h5ad(path, backed="r")
+    batches = scDataset(
+        backed,
+        BlockShuffling(block_size=16),
+        batch_size=64,
+        fetch_factor=64,
+        fetch_transform=lambda part: part.to_memory(),
+    )
+    return taken(batches, n_cells)
 
 
 def taken(batches: Any, n_cells: int) -> int:
     """Read batches until they hold a number of cells."""
     n_read = 0
     for batch in batches:
-        n_read += len(batch) if hasattr(batch, "__len__") and not sparse.issparse(batch) else batch.shape[0]
+        _ = getattr(batch, "X", None)  # views read their counts when they are asked for them
+        n_read += len(batch)
         if n_read >= n_cells:
             break
     return n_read
