@@ -112,6 +112,22 @@ positions
     For rank encodings, the positions of the genes after a deleted one: "shift" moves them up by one, as in Geneformer,
     "held" leaves them unchanged. This is unrelated to the measure "shift".
 """,
+    "how_labels_are_made": """
+min_confidence
+    Cells whose predicted label has a lower probability become "unassigned".
+max_novelty
+    Cells with a larger novelty score become "unassigned". "calibrated" for `model.calibration.novelty_threshold`, which
+    95 % of the calibration cells do not exceed. None to reject no cell; the log then says how many cells "calibrated"
+    would reject.
+majority_key
+    Column of `obs` with clusters. Every cell gets the label that is predicted most often in its cluster; its confidence is
+    its own probability of this label. Then cells are rejected. Cells without a cluster (NaN) keep their own label.
+adapt
+    Whether to predict the probabilities again from 50 principal components of these cells, by a regression that is fitted
+    to the probabilities of the model. For cells of another study or condition than the model's; without labels, and in
+    seconds. A cell's label then depends on the other cells. Needs at least 100 cells, and holds the expression of all of
+    them in memory.
+""",
     "n_bootstrap": """
 n_bootstrap
     Number of bootstrap samples of the cells for the confidence intervals. 0 for no intervals.

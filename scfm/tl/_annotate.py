@@ -57,20 +57,7 @@ def annotate(
     {layer}
     {gene_key}
     {depth_key}
-    min_confidence
-        Cells whose predicted label has a lower probability become "unassigned".
-    max_novelty
-        Cells with a larger novelty score become "unassigned". "calibrated" for `model.calibration.novelty_threshold`, which
-        95 % of the calibration cells do not exceed. None to reject no cell; the log then says how many cells "calibrated"
-        would reject.
-    majority_key
-        Column of `adata.obs` with clusters. Every cell gets the label that is predicted most often in its cluster; its
-        confidence is its own probability of this label. Then cells are rejected. Cells without a cluster (NaN) keep their
-        own label.
-    adapt
-        Whether to predict the probabilities again from 50 principal components of these cells, by a regression that
-        is fitted to the probabilities of the model. For cells of another study or condition than the model's; without labels,
-        and in seconds. A cell's label then depends on the other cells. Needs at least 100 cells.
+    {how_labels_are_made}
     {prefix_key_added}
     {progress}
     {copy}

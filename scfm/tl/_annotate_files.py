@@ -63,16 +63,7 @@ def annotate_files(
     {layer}
     {gene_key}
     {depth_key}
-    min_confidence
-        As in `scfm.tl.annotate`: cells whose predicted label has a lower probability become "unassigned".
-    max_novelty
-        As in `scfm.tl.annotate`: cells with a larger novelty score become "unassigned".
-    majority_key
-        As in `scfm.tl.annotate`: column of `obs` with clusters, whose most frequent label every cell gets. A cluster may have
-        cells in several files.
-    adapt
-        As in `scfm.tl.annotate`: predict the probabilities again from components of these cells, of all files together. This
-        holds the expression of all cells in memory, 8 bytes for each gene that a cell expresses.
+    {how_labels_are_made}
     {prefix_key_added}
     {progress}
 

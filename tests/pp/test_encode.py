@@ -74,7 +74,9 @@ def test_what_is_no_adata_is_told_what_to_do(pbmc, encoding):
         with pytest.raises(TypeError, match=rf"is a {type(other).__name__}, not an AnnData. Read a file with"):
             scfm.pp.encode(other, encoding)
     with pytest.raises(TypeError, match="not an AnnData"):
-        scfm.fit("pbmc.h5ad")
+        scfm.fit(pbmc.X)
+    with pytest.raises(FileNotFoundError, match=r"There is no pbmc\.h5ad"):
+        scfm.fit("pbmc.h5ad")  # a path of a file is read
 
 
 def test_a_layer_is_named_where_there_is_no_x(pbmc, encoding):
