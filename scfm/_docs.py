@@ -18,7 +18,7 @@ adata
     "paths": """
 paths
     Files with raw counts: one or several paths of `.h5ad` files or `.zarr` folders, URLs of such files (https, s3, gs and
-    others of fsspec), patterns such as "donors/*.h5ad", or `.txt` files with one of these per line.
+    others of fsspec), patterns such as `donors/*.h5ad`, or `.txt` files with one of these per line.
 """,
     "model": """
 model
