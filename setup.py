@@ -28,7 +28,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# _PYTHON_HOST_PLATFORM names the platform of a cross build, such as linux-aarch64, as for CPython itself.
+IS_X86 = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower().endswith(("x86_64", "amd64"))
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # gcc 12 warns of its own AVX-512 headers (gcc bug 105593).
