@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import minimize
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 
 from scfm.annotation.gene_classifier import expression_components
 
@@ -47,15 +47,18 @@ def adapted_probabilities(
     target_BC = np.asarray(proba_BC, dtype=np.float64)
     shape = (component_BR.shape[1] + 1, target_BC.shape[1])
 
+    def log_probabilities(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Log-probabilities, shape (B, C), from weights and, in the last row, biases."""
+        return log_softmax(component_BR @ parameters[:-1] + parameters[-1], axis=1)
+
     def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Cross-entropy with an L2 penalty, and its gradient; the last row of the parameters holds the biases."""
-        weight_RC, bias_C = (parameters := flat.reshape(shape))[:-1], parameters[-1]
-        log_proba_BC = log_softmax(component_BR @ weight_RC + bias_C, axis=1)
+        """Cross-entropy with an L2 penalty, and its gradient."""
+        weight_RC = flat.reshape(shape)[:-1]
+        log_proba_BC = log_probabilities(flat.reshape(shape))
         excess_BC = np.exp(log_proba_BC) - target_BC
         gradient = np.vstack([component_BR.T @ excess_BC + weight_RC / INVERSE_PENALTY, excess_BC.sum(0)])
         penalty = float((weight_RC**2).sum()) / (2 * INVERSE_PENALTY)
         return penalty - float((target_BC * log_proba_BC).sum()), gradient.ravel()
 
     fitted = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 300})
-    weight_RC, bias_C = (parameters := fitted.x.reshape(shape))[:-1], parameters[-1]
-    return softmax(component_BR @ weight_RC + bias_C, axis=1).astype(np.float32)
+    return np.exp(log_probabilities(fitted.x.reshape(shape))).astype(np.float32)

@@ -115,11 +115,11 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = CellTransformer.for_vocabulary(chosen.model_config(**shape), vocabulary)
-    expression_BV = cells.expression(sample_rows(split.fitted, seed))
+    rows = sample_rows(split.fitted, seed)
+    expression_BV = cells.expression(rows)
     totals_V = np.asarray(expression_BV.expm1().sum(0)).ravel()
     objective = OBJECTIVES[chosen.objective]
     if objective.residuals:
-        rows = sample_rows(split.fitted, seed)
         loadings: NDArray[np.floating] = residual_loadings(
             lambda: counts.blocks(encoding, rows), len(vocabulary), objective.n_components, seed=seed
         )

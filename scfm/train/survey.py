@@ -156,9 +156,8 @@ class Survey:
         genes = dict.fromkeys(tokens[token] for token in self.expressed)
         found = vocabulary_of(genes, self.config, self.names)
         aliases = {alias: name for alias, name in self.names.aliases.items() if name in genes and alias not in genes}
-        specials = list(range(len(found) - len(genes)))
         vocabulary = Vocabulary(found.tokens, special=found.special, id_type=id_type, aliases=aliases)
-        return vocabulary, np.array([*specials, *self.expressed], dtype=np.int64)
+        return vocabulary, np.array([*range(len(found) - len(genes)), *self.expressed], dtype=np.int64)
 
 
 def vocabulary_of(genes: dict[str, None], config: EncodingConfig, names: CommonNames) -> Vocabulary:
