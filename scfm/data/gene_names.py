@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import pandas as pd
 
@@ -11,6 +13,7 @@ from scfm.data import columns
 from scfm.vocab import IdType, Vocabulary, guess_id_type
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Columns with the other kind of name, most specific first: CELLxGENE (feature_name, feature_id), 10x files read by scanpy
 # (gene_ids), and other common names.
@@ -60,6 +63,14 @@ def names_key(var: pd.DataFrame) -> str:
         if not pd.api.types.is_numeric_dtype(var[name]):
             digest.update("\n".join([str(name), *map(str, var[name])]).encode())
     return digest.hexdigest()
+
+
+def shared_by_names(results: dict[str, T], var: pd.DataFrame, make: Callable[[], T]) -> T:
+    """Return the result of `make` for the names of `var`; tables with equal names share one, which is kept in `results`."""
+    key = names_key(var)
+    if key not in results:
+        results[key] = make()
+    return results[key]
 
 
 def names_of_kind(var: pd.DataFrame, kind: IdType) -> list[str | None] | None:

@@ -24,7 +24,7 @@ from scfm._files import atomic_write, out_of_space_as, output_lock
 from scfm._remote import AnyPath
 from scfm.data import CountSource
 from scfm.data.files import count_rows
-from scfm.data.gene_names import names_key
+from scfm.data.gene_names import shared_by_names
 from scfm.data.ranks import gather, range_of_rank, torchrun_rank
 from scfm.encoding import GeneMap
 from scfm.models.model import Model
@@ -265,10 +265,7 @@ class _Blocks:
 
     def _open(self, path: AnyPath) -> tuple[CountSource, GeneMap]:
         counts = open_counts(path, self._encoding, **self._job.where)
-        key = names_key(counts.var)
-        if key not in self._maps:
-            self._maps[key] = gene_map(counts, self._encoding)
-        return counts, self._maps[key]
+        return counts, shared_by_names(self._maps, counts.var, lambda: gene_map(counts, self._encoding))
 
     def _read(self) -> Iterator[tuple[CountSource, GeneMap, int, sparse.csr_matrix, NDArray[np.float64]]]:
         for path, span in self._spans:

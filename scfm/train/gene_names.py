@@ -7,11 +7,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import starmap
 
 import pandas as pd
 
-from scfm.data.gene_names import choose_names, names_key, names_of_kind
+from scfm.data.gene_names import choose_names, names_of_kind, shared_by_names
 from scfm.encoding.genes import guess_species
 from scfm.errors import VocabularyMismatchError
 from scfm.vocab import IdType, guess_id_type, strip_version
@@ -68,10 +69,8 @@ class CommonNames:
         distinct: dict[str, _FileNames] = {}  # hundreds of files often have the same names
         found = []
         for name, var in files:
-            key = names_key(var)
-            if key not in distinct:
-                distinct[key] = _names_of(name, var, gene_key)
-            found.append(replace(distinct[key], file=name))
+            each = shared_by_names(distinct, var, partial(_names_of, name, var, gene_key))
+            found.append(replace(each, file=name))
         _refuse_species(list(distinct.values()))
         kind = id_type or _most_common(found)
         aliases = _translations(list(distinct.values()), kind)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scfm._remote import AnyPath
-from scfm.data.gene_names import names_key
+from scfm.data.gene_names import shared_by_names
 from scfm.data.source import CountSource
 from scfm.encoding import Encoding, GeneMap
 
@@ -47,11 +47,8 @@ class OpenFiles:
             return self._opened[number]
 
     def _genes_of(self, counts: CountSource) -> GeneMap:
-        key = names_key(counts.var)
-        if key not in self._maps:
-            config = self._encoding.config
-            self._maps[key] = GeneMap.of(counts, self._encoding.vocabulary, duplicates=config.duplicates)
-        return self._maps[key]
+        vocabulary, duplicates = self._encoding.vocabulary, self._encoding.config.duplicates
+        return shared_by_names(self._maps, counts.var, lambda: GeneMap.of(counts, vocabulary, duplicates=duplicates))
 
     def close(self) -> None:
         """Close all files that no thread reads; they are opened again when they are needed."""

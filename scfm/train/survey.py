@@ -12,7 +12,7 @@ from scipy import sparse
 
 from scfm.data import CountSource
 from scfm.data.counts import log_normalize
-from scfm.data.gene_names import names_key
+from scfm.data.gene_names import shared_by_names
 from scfm.data.matrices import sum_columns
 from scfm.encoding import EncodingConfig, GeneMap, Vocabulary
 from scfm.encoding.medians import GeneMedians
@@ -89,14 +89,12 @@ class Survey:
 
     def _genes_of(self, counts: CountSource) -> GeneMap:
         """Map the genes of a file; files with the same names share one map."""
-        key = names_key(counts.var)
-        if key not in self._maps:
-            if self.names is None:
-                self._maps[key] = GeneMap.of(counts, self.vocabulary, duplicates=self.config.duplicates)
-            else:
-                named = self.names.of(counts.var)
-                self._maps[key] = GeneMap.from_names(named, self.vocabulary, duplicates="sum", min_coverage=0)
-        return self._maps[key]
+        return shared_by_names(self._maps, counts.var, lambda: self._map(counts))
+
+    def _map(self, counts: CountSource) -> GeneMap:
+        if self.names is None:
+            return GeneMap.of(counts, self.vocabulary, duplicates=self.config.duplicates)
+        return GeneMap.from_names(self.names.of(counts.var), self.vocabulary, duplicates="sum", min_coverage=0)
 
     def _keep_some(self, block: sparse.csr_matrix, token_G: NDArray[np.int32], depth_B: NDArray[np.float64]) -> None:
         number_B = self._n_seen + np.arange(len(depth_B))
