@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,58 @@ def groups(obs: Any, key: str, *, argument: str = "batch_key") -> Labels:
     if not found.names:
         raise LabelsError(f"`adata.obs[{key!r}]` (`{argument}`) has no value for any cell. Pass another column.")
     return found
+
+
+def groups_of_tables(tables: Iterable[tuple[str, Any]], key: str, *, argument: str) -> Labels:
+    """Read the groups of the cells of several tables, one after another; a cell without a group has code -1.
+
+    Parameters
+    ----------
+    tables
+        Name for error messages, and table, of each file.
+    key, argument
+        Name of the column, and of the caller's parameter.
+
+    Raises
+    ------
+    LabelsError
+        If a table lacks the column, or it has no value for any cell.
+    """
+    number_of: dict[str, int] = {}  # of each group, in the order in which they are found
+    parts = [np.zeros(0, dtype=np.int32)]
+    for where, table in tables:
+        found = _classes(find(table, key, argument=argument, where=where))
+        numbers = [number_of.setdefault(name, len(number_of)) for name in found.names]
+        parts.append(np.array([*numbers, -1], dtype=np.int32)[found.codes])
+    if not number_of:
+        raise LabelsError(f"The column {key!r} of `obs` (`{argument}`) has no value for any cell. Pass another column.")
+    names = tuple(sorted(number_of))
+    code_of = np.argsort(np.argsort(np.array(list(number_of), dtype=object)))
+    return Labels(names, np.append(code_of, -1)[np.concatenate(parts)])
+
+
+def weights(obs: Any, key: str, *, where: str, argument: str = "sampling") -> NDArray[np.float32]:
+    """Read weights of cells, shape (n_obs,), float32.
+
+    Raises
+    ------
+    LabelsError
+        If the column does not exist or does not hold numbers, or if a weight is missing, negative or infinite.
+    """
+    column = find(obs, key, argument=argument, where=where)
+    if not pd.api.types.is_numeric_dtype(column.dtype):
+        raise LabelsError(
+            f"The column {key!r} of {where} (`{argument}`) has dtype {column.dtype}; weights are numbers."
+        )
+    weight_B = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    wrong = ~(np.isfinite(weight_B) & (weight_B >= 0) & (weight_B <= np.finfo(np.float32).max))
+    if wrong.any():
+        raise LabelsError(
+            f"{int(wrong.sum())} of {len(weight_B)} weights in the column {key!r} of {where} (`{argument}`) are missing, "
+            f"negative or infinite (cell {int(wrong.argmax())}: {weight_B[wrong.argmax()]}). Correct them; a weight of 0 "
+            "leaves a cell out."
+        )
+    return weight_B.astype(np.float32)
 
 
 def truth(obs: Any, key: str, *, argument: str = "test_key") -> NDArray[np.bool_]:
@@ -183,6 +236,11 @@ def find(
 
 
 def _classes(column: pd.Series) -> Labels:
+    if isinstance(column.dtype, pd.CategoricalDtype):  # a text per category, not per cell
+        texts, code_B = as_names(column.cat.categories), column.cat.codes.to_numpy()
+        names = tuple(sorted({text for code in np.unique(code_B) if code >= 0 and (text := texts[code]) is not None}))
+        number_of: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+        return Labels(names, np.array([*(number_of.get(text, -1) for text in texts), -1])[code_B])
     text = pd.Series(as_names(column), dtype=object)
     names = tuple(sorted(text.dropna().unique()))
     return Labels(names, pd.Categorical(text, categories=list(names)).codes.astype(np.int64))

@@ -166,9 +166,14 @@ _CONVERSION = (
 )
 
 
+def obs_of(path: str | AnyPath) -> FileTable:
+    """Return `obs` of a file, whose columns are read when they are needed; counts are not read."""
+    return FileTable(open_group(input_path(path))["obs"])
+
+
 def count_rows(path: str | AnyPath) -> int:
     """Return the number of cells in a file without reading it."""
-    return len(FileTable(open_group(input_path(path))["obs"]))
+    return len(obs_of(path))
 
 
 def open_group(path: AnyPath) -> Any:

@@ -16,7 +16,7 @@ from scfm._files import require_writable
 from scfm._remote import AnyPath, input_paths
 from scfm.annotation.adapt import adapted_probabilities
 from scfm.data import columns
-from scfm.data.files import FileTable, count_rows, open_group
+from scfm.data.files import count_rows, obs_of
 from scfm.errors import EmptyCellError
 from scfm.families.loading import opened
 from scfm.models.model import Model
@@ -156,6 +156,5 @@ def _adapted(rows: Rows, files: Sequence[AnyPath], model: Model, where: dict[str
 
 def _clusters(files: Sequence[AnyPath], key: str) -> Any:
     """Return the cluster of each cell of all files, -1 for a cell without one."""
-    values = [columns.find(FileTable(open_group(path)["obs"]), key, argument="majority_key") for path in files]
-    frame = pd.DataFrame({key: pd.concat([pd.Series(value, dtype=object) for value in values], ignore_index=True)})
-    return columns.groups(frame, key, argument="majority_key").codes
+    tables = ((f"obs of {path.name}", obs_of(path)) for path in files)
+    return columns.groups_of_tables(tables, key, argument="majority_key").codes

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from scfm._files import atomic_write, write_adata
 from scfm._remote import AnyPath
-from scfm.data.files import FileTable, open_group
+from scfm.data.files import FileTable, obs_of
 from scfm.tl._file_pass import Rows
 from scfm.tl._record import records_of
 
@@ -80,12 +80,12 @@ def write_results(out: Path, files: tuple[AnyPath, ...], results: Results) -> No
 
 def read_obs(path: AnyPath) -> pd.DataFrame:
     """Read `obs` of a file and nothing else."""
-    return FileTable(open_group(path)["obs"]).to_memory()
+    return obs_of(path).to_memory()
 
 
 def _tables(files: tuple[AnyPath, ...], results: Results) -> Iterator[pd.DataFrame]:
     """Yield tables with one row per cell, in order; for several files, with a column `file`."""
-    names = [FileTable(open_group(path)["obs"]).index for path in files]
+    names = [obs_of(path).index for path in files]
     ends = np.cumsum([len(each) for each in names])
     index = names[0].append(names[1:]) if len(names) > 1 else names[0]
     for start, rows in results.chunks() if len(results.matrix) else [(0, results.whole())]:

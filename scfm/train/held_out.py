@@ -73,7 +73,7 @@ def encode_rows(paths: Sequence[AnyPath], data: Data, encoding: Encoding, rows: 
         paths,
         encoding,
         batch_cells=1024,
-        lengths_B=rows.astype(int),
+        lengths_B=rows,
         shuffle=False,
         layer=data.layer,
         gene_key=data.gene_key,

@@ -28,6 +28,7 @@ from scfm.train.held_out import HeldOut, encode_rows
 from scfm.train.precision import training_device
 from scfm.train.ranks import lanes_of, start_process_group
 from scfm.train.run import Run
+from scfm.train.sampling import Sampling, make_sampling
 from scfm.train.start import choose_start
 from scfm.train.statistics import Data, Statistics
 from scfm.train.stream import CellStream
@@ -49,6 +50,7 @@ def pretrain(
     vocabulary: Vocabulary | str | Path | None = None,
     medians: ArrayLike | str | Path | None = None,
     validation: float | str | Path | Sequence[str | Path] | None = None,
+    sampling: str | Sampling = "shuffled",
     layer: str | None = None,
     gene_key: str | None = None,
     depth_key: str | None = None,
@@ -96,6 +98,11 @@ def pretrain(
         Validation cells: a fraction of the cells, which is held out (at most 1,000 cells), or files that are not in `paths`,
         from which up to 1,000 cells are read. The loss of these cells is computed every `config.validate_every` steps, and
         the weights with the lowest validation loss are kept. None for no validation.
+    sampling
+        How often each cell is read in an epoch. "shuffled": once. "balanced:COLUMN": all classes of a column of `obs` equally
+        often. "weighted:COLUMN": in proportion to the weights in a column of `obs`. "by-file": all files equally often. Or an
+        object of `scfm.train.sampling`, which has more settings, such as weights of files. An epoch has as many cells in all
+        cases, and a cell is read at most ten times in it.
     {layer}
     {gene_key}
     {depth_key}
@@ -118,6 +125,8 @@ def pretrain(
         If the genes of the files do not match each other, the vocabulary or the model.
     ModelFileError
         If `init`, `vocabulary` or `medians` cannot be read.
+    LabelsError
+        If a column of `sampling` is missing in a file, or does not hold weights or classes for all cells.
     ValueError
         If `out` holds a run with other settings or data, `paths` is empty, `validation` is not between 0 and 1 or names a file
         of `paths`, or arguments contradict each other; the message says which.
@@ -138,6 +147,7 @@ def pretrain(
     True
     """
     require_seed(seed)
+    sampling = make_sampling(sampling)
     data = Data(paths=input_paths(paths), layer=layer, gene_key=gene_key, depth_key=depth_key)
     if not data.paths:
         raise ValueError("`paths` is empty; name at least one .h5ad file or .zarr folder.")
@@ -171,9 +181,9 @@ def pretrain(
         config = _with_token_budget(config, run, network=network, objective=task, cells=sample)
         if (resumed := Resumption.newest(run.folder)) is not None:
             config = resumed.divided(config)
-        settings["config"] = config.to_dict()
+        settings |= {"config": config.to_dict(), "sampling": sampling.to_dict()}
         run.resume_or_start(settings, fingerprint)
-        streams = _streams(data, training_encoding, statistics, config)
+        streams = _streams(data, training_encoding, statistics, sampling, config)
         module = _train(network, task, streams=streams, config=config, run=run, validation=valid, progress=progress)
         encoding_after = statistics.encoding(start.encoding)
         history = _history(start.base, module, settings, fingerprint)
@@ -190,7 +200,9 @@ def _first_cells(data: Data, encoding: Encoding, statistics: Statistics) -> Cell
     return encode_rows(data.paths, data, encoding, rows)
 
 
-def _streams(data: Data, encoding: Encoding, statistics: Statistics, config: FitConfig) -> list[CellStream]:
+def _streams(
+    data: Data, encoding: Encoding, statistics: Statistics, sampling: Sampling, config: FitConfig
+) -> list[CellStream]:
     """Return one stream for each batch that this process contributes to a step."""
     lanes, n_lanes = lanes_of(config)
     assert config.seed is not None
@@ -200,6 +212,7 @@ def _streams(data: Data, encoding: Encoding, statistics: Statistics, config: Fit
             encoding,
             max_tokens=config.tokens_per_step,
             lengths_B=statistics.lengths_B,
+            sampling=sampling,
             seed=config.seed,
             rank=lane,
             world_size=n_lanes,

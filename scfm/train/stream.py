@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,9 @@ from scfm.data.compiled_encoder import encoder_threads, limit_to_one_thread
 from scfm.data.files import count_rows
 from scfm.data.sampler import pack
 from scfm.encoding import Encoding
+from scfm.errors import EmptyCellError
 from scfm.train.open_files import OpenFiles
+from scfm.train.sampling import Sampling, make_sampling
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,15 @@ class CellStream(IterableDataset[CellBatch]):
         Maximum number of tokens in a batch, instead of `batch_cells`. A cell with more tokens forms a batch alone. Needs
         `lengths_B`.
     lengths_B
-        Number of tokens of each cell of all files, or an upper bound of it, shape (cells,). Cells of length 0 are left out.
+        Number of tokens of each cell of all files, or an upper bound of it, shape (cells,). Cells of length 0 are left out;
+        with `max_tokens` also those that turn out to express no gene of the vocabulary.
     buffer_cells
         Number of cells in the buffer that is shuffled. A larger buffer shuffles better and needs more memory.
     block_cells
         Number of consecutive cells that are read together. Smaller blocks shuffle better and are read more slowly.
+    sampling
+        How often each cell is drawn: "shuffled" for once per epoch, "weighted:COLUMN", "balanced:COLUMN" or "by-file", or an
+        object of `scfm.train.sampling`.
     shuffle
         Whether to shuffle cells. False keeps the order of the files, and the encoding draws no random numbers.
     seed
@@ -107,6 +114,7 @@ class CellStream(IterableDataset[CellBatch]):
         lengths_B: ArrayLike | None = None,
         buffer_cells: int = 16_384,
         block_cells: int = 256,
+        sampling: str | Sampling = "shuffled",
         shuffle: bool = True,
         seed: int = 0,
         rank: int = 0,
@@ -131,31 +139,28 @@ class CellStream(IterableDataset[CellBatch]):
         self._where = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
         rows = [count_rows(path) for path in self.paths]
         self.n_obs = sum(rows)
-        self._kept_B, self._cost_B, self._budget = self._costs(batch_cells, max_tokens, lengths_B)
+        self._length_B = None if lengths_B is None else self._checked(lengths_B)
+        self._by_tokens, self._budget = max_tokens is not None, max_tokens or batch_cells or 1
+        used_B = None if self._length_B is None else self._length_B > 0
+        self._repeats_B = make_sampling(sampling).repeats(self.paths, rows, used_B)
         first_rows = np.concatenate([[0], np.cumsum(rows)])
         every = [
             block
             for source, n_rows in enumerate(rows)
             for block in _cut(source, n_rows, int(first_rows[source]), block_cells)
         ]
-        self._blocks = [block for block in every if self._kept_B is None or len(self._rows_of(block))]
+        self._blocks = [block for block in every if len(self._rows_of(block))]
         self._blocks_per_buffer = max(1, buffer_cells // block_cells)
         self.epoch, self._next_buffer, self._next_batch = 0, 0, 0
         self._sizes: tuple[int, list[int]] | None = None
         self._files = OpenFiles(self.paths, encoding, self._where)
 
-    def _costs(
-        self, batch_cells: int | None, max_tokens: int | None, lengths_B: ArrayLike | None
-    ) -> tuple[NDArray[np.bool_] | None, NDArray[np.int64] | None, int]:
-        """Return which cells are used (None for all), the cost of each (None for 1), and the maximum cost of a batch."""
-        if lengths_B is None:
-            assert batch_cells is not None
-            return None, None, batch_cells
-        length_B = np.asarray(lengths_B, dtype=np.int64)
+    def _checked(self, lengths_B: ArrayLike) -> NDArray[Any]:
+        """Return the lengths without a copy of an array: of millions of cells, they are held once."""
+        length_B = np.asarray(lengths_B)
         if length_B.shape != (self.n_obs,):
             raise ValueError(f"`lengths_B` has shape {length_B.shape}; the files hold {self.n_obs} cells.")
-        cost_B = length_B if max_tokens is not None else None
-        return length_B > 0, cost_B, max_tokens or batch_cells or 1
+        return length_B
 
     def __len__(self) -> int:
         """Number of batches of this rank in the current epoch, over all workers."""
@@ -186,6 +191,7 @@ class CellStream(IterableDataset[CellBatch]):
                     coming = reader.submit(self._read, ranks[self.rank][mine[turn + 1]], mine[turn + 1])
                 skipped = self._next_batch if place == self._next_buffer else 0
                 batches = self._batches([buffers[place] for buffers in ranks], place)
+                batches = self._without_empty_cells(batches, cells) if self._by_tokens else batches
                 self._next_buffer = place
                 for number in range(skipped, len(batches)):
                     self._next_batch = number + 1
@@ -224,20 +230,56 @@ class CellStream(IterableDataset[CellBatch]):
         batches = self._packed(of_ranks[self.rank], place, self.rank)
         return _extended(batches, self._n_batches(of_ranks, place))
 
+    def _without_empty_cells(self, batches: list[NDArray[np.int64]], cells: CellBatch) -> list[NDArray[np.int64]]:
+        """Leave out cells without genes, which an upper bound of their lengths does not show; no batch becomes empty."""
+        filled_B = cells.lengths_B.numpy() > self.encoding.config.n_special_tokens
+        if filled_B.all():
+            return batches
+        if not filled_B.any():
+            raise EmptyCellError(
+                f"{len(filled_B)} cells that were read together express no gene of the vocabulary. Omit their files, or filter "
+                "these cells out."
+            )
+        others = np.flatnonzero(filled_B)[:1]
+        kept = [batch[filled_B[batch]] for batch in batches]
+        return [batch if len(batch) else others for batch in kept]
+
     def _packed(self, buffer: list[_Block], place: int, rank: int) -> list[NDArray[np.int64]]:
-        cost_B = np.concatenate([self._costs_of(block) for block in _in_file_order(buffer)])
-        order = self._rng(1, rank, place).permutation(len(cost_B)) if self.shuffle else np.arange(len(cost_B))
+        blocks = _in_file_order(buffer)
+        cost_B = np.concatenate([self._costs_of(block) for block in blocks])
+        drawn_N = self._drawn(blocks, len(cost_B))
+        order = drawn_N[self._rng(1, rank, place).permutation(len(drawn_N))] if self.shuffle else drawn_N
         return pack(order, cost_B, self._budget)
+
+    def _drawn(self, blocks: list[_Block], n_cells: int) -> NDArray[np.int64]:
+        """Return the cells of a buffer that are drawn in this epoch, as indices into the buffer, some of them repeated.
+
+        A cell is drawn as often as the whole part of its expected number says, and with the probability of the rest once more.
+        """
+        if self._repeats_B is None:
+            return np.arange(n_cells)
+        expected_B = np.concatenate([self._repeats_B[block.first + self._rows_of(block)] for block in blocks])
+        chance_B = np.concatenate([self._rng(3, block.first).random(len(self._rows_of(block))) for block in blocks])
+        n_draws_B = np.floor(expected_B) + (chance_B < expected_B % 1)
+        if not n_draws_B.any():  # every buffer is at least one batch, so that ranks stay in step
+            n_draws_B[expected_B.argmax()] = 1
+        return np.repeat(np.arange(n_cells), n_draws_B.astype(np.int64))
 
     def _rows_of(self, block: _Block) -> NDArray[np.int64]:
         """Rows of a block that are used, counted from its start."""
-        if self._kept_B is None:
-            return np.arange(block.stop - block.start)
-        return np.flatnonzero(self._kept_B[block.first : block.first + block.stop - block.start])
+        cells = slice(block.first, block.first + block.stop - block.start)
+        if self._repeats_B is not None:  # 0 for cells of length 0 too
+            return np.flatnonzero(self._repeats_B[cells] > 0)
+        return (
+            np.arange(block.stop - block.start) if self._length_B is None else np.flatnonzero(self._length_B[cells] > 0)
+        )
 
     def _costs_of(self, block: _Block) -> NDArray[np.int64]:
         rows = self._rows_of(block)
-        return np.ones(len(rows), dtype=np.int64) if self._cost_B is None else self._cost_B[block.first + rows]
+        if not self._by_tokens:
+            return np.ones(len(rows), dtype=np.int64)
+        assert self._length_B is not None
+        return self._length_B[block.first + rows].astype(np.int64)
 
     def _read(self, buffer: list[_Block], place: int) -> CellBatch:
         """Read and encode a buffer, in the order of the files."""

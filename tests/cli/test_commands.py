@@ -164,7 +164,9 @@ def test_pretrain_takes_options_vocabulary_and_validation_cells(command, folder,
     code, _, err = command(*more, "--vocabulary", tmp_path / "vocabulary.json", "--validation", folder / "cells.h5ad")
     assert code == 1
     assert "Remove it from one of them" in err
-    assert command(*more, "--init", tmp_path / "run" / "model")[0] == 0
+    assert command(*more, "--init", tmp_path / "run" / "model", "--sampling", "balanced:bulk_labels")[0] == 0
+    stage = scfm.load(tmp_path / "more" / "model").history["stages"][-1]
+    assert stage["config"]["sampling"] == {"name": "balanced", "column": "bulk_labels", "max_repeats": 10}
     assert scfm.load(tmp_path / "more" / "model").encoding.vocabulary == model.encoding.vocabulary
 
 

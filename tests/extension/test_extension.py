@@ -1,4 +1,4 @@
-"""An encoding, an objective, a family and a command, each added by one file of this folder and used like built-in ones."""
+"""An encoding, an objective, a family, a sampling and a command, each added by one file of this folder and used like built-in ones."""
 
 import importlib.util
 import sys
@@ -13,13 +13,15 @@ from scfm.cli._registry import COMMANDS
 from scfm.encoding.registry import ENCODINGS
 from scfm.families import FAMILIES
 from scfm.objectives import OBJECTIVES
+from scfm.train import CellStream
+from scfm.train.sampling import SAMPLINGS
 
 SHORT = scfm.FitConfig(n_steps=2, tokens_per_step=1024)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def toys():
-    names = ("toy_encoding", "toy_objective", "toy_family", "toy_command")
+    names = ("toy_encoding", "toy_objective", "toy_family", "toy_sampling", "toy_command")
     for name in names:
         specification = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
         module = importlib.util.module_from_spec(specification)
@@ -29,6 +31,7 @@ def toys():
     ENCODINGS.remove("toy_bits")
     OBJECTIVES.remove("toy_half_hidden")
     FAMILIES.remove("toy")
+    SAMPLINGS.remove("toy-every-other")
     COMMANDS.pop("toy-count", None)
     for name in names:
         del sys.modules[name]
@@ -73,6 +76,13 @@ def test_pretraining_over_files_knows_the_toy_preset(cells, tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     model = scfm.pretrain([tmp_path / "cells.h5ad"], tmp_path / "run", preset="toy-tiny", config=SHORT, progress=False)
     assert scfm.load(tmp_path / "run" / "model").id == model.id
+
+
+def test_a_stream_draws_by_the_toy_sampling(cells, fitted, tmp_path):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    stream = CellStream(tmp_path / "cells.h5ad", fitted.encoding, batch_cells=10, sampling="toy-every-other")
+    drawn = [cell for batch in stream for cell in batch.cell_index_B.tolist()]
+    assert sorted(drawn) == sorted(2 * list(range(1, 60, 2)))
 
 
 def test_the_command_line_has_the_toy_command_and_the_toy_preset(cells, tmp_path, capsys):
