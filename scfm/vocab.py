@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,9 @@ SYMBOL_COLUMNS = {
     "source": "source_symbol",
     "target": "target_symbol",
 }
+
+_ENSEMBL_SPECIES = {"ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSSSCG": "pig",
+                    "ENSMMUG": "macaque", "ENSMFAG": "macaque", "ENSPTRG": "chimpanzee"}  # fmt: skip
 
 _ENSEMBL = re.compile(r"ENS[A-Z]{0,5}G\d{11}(\.\d+)?")
 _VERSION = re.compile(r"\.\d+$")
@@ -56,6 +60,24 @@ def guess_id_type(names: Sequence[str | None]) -> IdType:
         return "ensembl"
     numeric = sum(name.isdigit() for name in sample) / len(sample)
     return "other" if numeric > 0.5 else "symbol"
+
+
+def guess_species(names: Sequence[str | None]) -> str:
+    """Guess a species from Ensembl prefixes or the case of symbols (GAPDH in human, Gapdh in mouse, gapdh in zebrafish)."""
+    sample = [name for name in names[:: max(1, len(names) // 2000)] if name is not None]
+    if guess_id_type(sample) == "ensembl":
+        prefixes = [re.match(r"[A-Z]+", name) for name in sample if is_ensembl(name)]
+        (prefix, _), *_ = Counter(match.group() for match in prefixes if match).most_common(1)
+        return _ENSEMBL_SPECIES.get(prefix, "unknown")
+    forms = {"human": r"[A-Z][A-Z0-9.orf-]*", "mouse": r"[A-Z][a-z][a-z0-9-]*", "zebrafish": r"[a-z][a-z0-9.:-]*"}
+    lettered = [name for name in sample if re.match(r"[A-Za-z]{2}", name)]
+    stems = {name.rstrip("0123456789") for name in lettered}
+    if len(stems) < len(lettered) / 10:  # gene1, gene2, ...: numbers, not names
+        return "unknown"
+    for species, form in forms.items():
+        if lettered and sum(re.fullmatch(form, name) is not None for name in lettered) / len(lettered) > 0.6:
+            return species
+    return "unknown"
 
 
 class Vocabulary:
@@ -164,6 +186,11 @@ class Vocabulary:
             [position for position, token in enumerate(self.tokens) if token not in specials], dtype=np.int32
         )
 
+    @cached_property
+    def species(self) -> str:
+        """Species of the genes, guessed from their names; "unknown" if they do not show it."""
+        return guess_species(self.genes)
+
     def special_id(self, role: str) -> int | None:
         """Return the id of the special token with this role; None if there is none."""
         token = self.special.get(role)
@@ -191,18 +218,25 @@ class Vocabulary:
         A name is first looked up as it is, then as an alias, then without the version of an Ensembl id: ENSG00000019582.14
         finds the token ENSG00000019582, and the reverse.
         """
-        names = list(names)
+        return self._look_up(list(names))[0]
+
+    def _look_up(self, names: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the token id of each name, and the indices of the names that are neither a token nor an alias."""
         ids = self._as_written(names)
         rest = np.flatnonzero(ids < 0)
         bare = [strip_version(names[index]) for index in rest.tolist()]
         found = self._as_written(bare)
         ids[rest] = np.where(found >= 0, found, [self._unversioned.get(name, -1) for name in bare])
-        return ids
+        return ids, rest
 
     def _as_written(self, names: Sequence[str]) -> NDArray[np.int32]:
         ids, aliases = self._ids, self.aliases
-        found = (ids.get(name, -1) if name in ids else ids.get(aliases.get(name, ""), -1) for name in names)
-        return np.fromiter(found, dtype=np.int32)
+        found = [ids.get(name, -1) for name in names]
+        if aliases:
+            found = [
+                ids.get(aliases.get(name, ""), -1) if position < 0 else position for name, position in zip(names, found)
+            ]
+        return np.array(found, dtype=np.int32)
 
     def find(self, names: Sequence[str | None]) -> tuple[NDArray[np.int32], int]:
         """Look up genes as `token_ids` does; special tokens are not found.
@@ -218,10 +252,11 @@ class Vocabulary:
         only without their version.
         """
         given = ["" if name is None else name for name in names]
-        ids = self.token_ids(given)
-        special = np.setdiff1d(np.arange(len(self)), self.gene_ids)
-        ids[np.array([not name for name in given], dtype=bool) | np.isin(ids, special)] = -1
-        return ids, int(((ids >= 0) & (self._as_written(given) < 0)).sum())
+        ids, rest = self._look_up(given)
+        is_gene_V = np.zeros(len(self) + 1, dtype=bool)  # the last entry is that of id -1
+        is_gene_V[self.gene_ids] = True
+        ids[np.array([not name for name in given], dtype=bool) | ~is_gene_V[ids]] = -1
+        return ids, int((ids[rest] >= 0).sum())
 
     @cached_property
     def _unversioned(self) -> dict[str, int]:

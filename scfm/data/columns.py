@@ -191,7 +191,8 @@ def gene_names(var: Any, key: str) -> list[str | None]:
 
 def as_names(values: pd.Series | pd.Index) -> list[str | None]:
     """Return values as strings; a missing value is None."""
-    return [str(value) if given and value != "" else None for value, given in zip(values, pd.notna(values))]
+    given = pd.notna(values)
+    return [str(value) if has and value != "" else None for value, has in zip(values.tolist(), given.tolist())]
 
 
 def find(

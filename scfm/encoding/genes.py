@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -16,13 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from scfm.data.source import CountSource
 from scfm.encoding.config import DuplicatePolicy
 from scfm.errors import VocabularyMismatchError
-from scfm.vocab import IdType, Vocabulary, guess_id_type, is_ensembl
+from scfm.vocab import IdType, Vocabulary, guess_id_type, guess_species
 
 MIN_COVERAGE = 0.1
 _FIRST_ROWS = 200  # cells from which the matched fraction of the counts is estimated
-
-_ENSEMBL_SPECIES = {"ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSSSCG": "pig",
-                    "ENSMMUG": "macaque", "ENSMFAG": "macaque", "ENSPTRG": "chimpanzee"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,24 +230,6 @@ def several_columns(names: Sequence[str | None], genes: Sequence[Hashable], sour
     return f"{start}Keep one column of each (`adata[:, ~{column}.duplicated()]`), or fit with {sums}."
 
 
-def guess_species(names: Sequence[str | None]) -> str:
-    """Guess a species from Ensembl prefixes or the case of symbols (GAPDH in human, Gapdh in mouse, gapdh in zebrafish)."""
-    sample = [name for name in names[:: max(1, len(names) // 2000)] if name is not None]
-    if guess_id_type(sample) == "ensembl":
-        prefixes = [re.match(r"[A-Z]+", name) for name in sample if is_ensembl(name)]
-        counts = pd.Series([match.group() for match in prefixes if match]).value_counts()
-        return _ENSEMBL_SPECIES.get(str(counts.index[0]), "unknown")
-    forms = {"human": r"[A-Z][A-Z0-9.orf-]*", "mouse": r"[A-Z][a-z][a-z0-9-]*", "zebrafish": r"[a-z][a-z0-9.:-]*"}
-    lettered = [name for name in sample if re.match(r"[A-Za-z]{2}", name)]
-    stems = {name.rstrip("0123456789") for name in lettered}
-    if len(stems) < len(lettered) / 10:  # gene1, gene2, ...: numbers, not names
-        return "unknown"
-    for species, form in forms.items():
-        if lettered and sum(re.fullmatch(form, name) is not None for name in lettered) / len(lettered) > 0.6:
-            return species
-    return "unknown"
-
-
 def _ratio(part: int, total: int) -> float:
     return part / total if total else 0.0
 
@@ -280,9 +258,9 @@ def _report(
         id_type=guess_id_type(names),
         species=guess_species(names),
         vocabulary_id_type=vocabulary.id_type,
-        vocabulary_species=guess_species(vocabulary.genes),
+        vocabulary_species=vocabulary.species,
         n_unversioned=0,
-        n_aliased=sum(name not in vocabulary and name in vocabulary.aliases for name in names),
+        n_aliased=sum(name in vocabulary.aliases and name not in vocabulary for name in names),
         duplicated=tuple(vocabulary.tokens[token] for token in tokens[n_columns > 1]),
         unmatched=tuple(name for name, token in zip(names, ids_G) if token < 0 and name is not None)[:10],
     )

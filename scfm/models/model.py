@@ -21,6 +21,7 @@ from scfm.models.io.hub import fetched, push, save_pretrained
 from scfm.models.io.load import load_saved
 from scfm.models.io.save import save
 from scfm.models.network import CellTransformer
+from scfm.models.precision import in_bfloat16
 from scfm.models.state import Calibration, ModelState, Precision, require_precision
 
 if TYPE_CHECKING:
@@ -344,9 +345,9 @@ class Model(ModelState):
         return torch.softmax(logits_BC, -1).numpy()
 
     def network_in(self, precision: Precision) -> CellTransformer:
-        """Return the network for inference: the network itself ("fp32"), or a copy with blocks in bfloat16 ("bf16")."""
+        """Return the network for inference: the network itself ("fp32"), or one with blocks in bfloat16 ("bf16")."""
         require_precision(precision)
-        return self.network if precision == "fp32" else self.network.in_bfloat16()
+        return self.network if precision == "fp32" else in_bfloat16(self.network)
 
     def require_labels(self) -> None:
         """Raise `ModelTaskError` unless the model predicts classes of cells."""

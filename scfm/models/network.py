@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -349,13 +348,6 @@ class CellTransformer(nn.Module):
         none = {"n_classes": 0, "gene_classifier": False, "n_novelty_components": 0}
         self.config = self.config.replace(classes=none)
         self.class_head = self.gene_classifier = self.novelty = None
-
-    def in_bfloat16(self) -> CellTransformer:
-        """Return a copy for inference with blocks in bfloat16; embedding and heads stay in float32."""
-        copied = copy.deepcopy(self).eval()
-        copied.blocks.bfloat16()
-        copied.norm.bfloat16()
-        return copied
 
     def train(self, mode: bool = True) -> CellTransformer:
         """Set training mode; batch norm statistics of frozen parts are not updated."""

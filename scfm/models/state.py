@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ import torch
 
 from scfm._config import Config
 from scfm.encoding import Encoding
+from scfm.models.identity import model_id
 from scfm.models.network import CellTransformer
 
 Precision = Literal["fp32", "bf16"]
@@ -124,19 +123,7 @@ class ModelState:
         The hash covers weights, settings of network and encoding, vocabulary with aliases, medians, labels and calibration.
         It does not cover scores and history.
         """
-        settings = {
-            "network": self.network.config.to_dict(),
-            "encoding": self.encoding.to_dict(),
-            "vocabulary": self.encoding.vocabulary.to_dict(),
-            "labels": self.labels,
-            "calibration": None if self.calibration is None else self.calibration.to_dict(),
-        }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        arrays = {name: torch.from_numpy(array.copy()) for name, array in self.encoding.arrays().items()}
-        for name, tensor in [*sorted(arrays.items()), *sorted(self.network.state_dict().items())]:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:12]
+        return model_id(self)
 
     def __repr__(self) -> str:
         config = self.network.config

@@ -18,10 +18,10 @@ from scipy import sparse
 from scfm._docs import document
 from scfm.data.source import BLOCK_ROWS, CountSource
 from scfm.encoding.base import Encoding
-from scfm.encoding.genes import GeneMap, GeneReport, guess_species
+from scfm.encoding.genes import GeneMap, GeneReport
 from scfm.errors import CountsError, VocabularyMismatchError
 from scfm.pp._encode import empty_cells, encoding_of, gene_map, open_counts
-from scfm.vocab import guess_id_type
+from scfm.vocab import guess_id_type, guess_species
 
 Verdict = Literal["ok", "note", "problem"]
 

@@ -13,9 +13,8 @@ from itertools import starmap
 import pandas as pd
 
 from scfm.data.gene_names import choose_names, names_of_kind, shared_by_names
-from scfm.encoding.genes import guess_species
 from scfm.errors import VocabularyMismatchError
-from scfm.vocab import IdType, guess_id_type, strip_version
+from scfm.vocab import IdType, guess_id_type, guess_species, strip_version
 
 logger = logging.getLogger(__name__)
 
