@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -259,16 +260,16 @@ class Model(ModelState):
         pooling: str | None = None,
         normalize: bool | None = None,
         precision: Precision = "fp32",
-        progress: bool = False,
+        progress: bool | tqdm = False,
     ) -> NDArray[np.float32]:
         """Return the embedding of each encoded cell, shape (B, D), float32. It does not depend on the other cells.
 
-        The arguments are those of `scfm.tl.embed`.
+        The arguments are those of `scfm.tl.embed`; a progress bar that is given as `progress` is advanced.
         """
         network, config = self.network_in(precision), self.network.config
         parts = [
             network.embed_cells(batch, hidden_layer=hidden_layer, pooling=pooling).float().cpu()
-            for batch in self.batches(cells, title="embedding" if progress else None)
+            for batch in self.batches(cells, title="embedding", progress=progress)
         ]
         if not parts:
             return np.empty((0, config.width_of(pooling or config.pooling.how)), np.float32)
@@ -309,7 +310,7 @@ class Model(ModelState):
         expression_BV: csr_matrix | None = None,
         *,
         calibrated: bool = True,
-        progress: bool = False,
+        progress: bool | tqdm = False,
     ) -> NDArray[np.float32]:
         """Return the probability of each class for each encoded cell, shape (B, C), float32, in the order of `labels`.
 
@@ -323,10 +324,10 @@ class Model(ModelState):
         calibrated
             Whether to divide logits by the temperature that was fitted on the calibration cells.
         progress
-            Whether to show a progress bar.
+            Whether to show a progress bar, or a bar of cells that is advanced.
         """
         self.require_labels()
-        batches = self.batches(cells, title="annotating" if progress else None)
+        batches = self.batches(cells, title="annotating", progress=progress)
         parts = [self.network.class_logits(batch).float().cpu() for batch in batches]
         logits_BC = torch.cat(parts) if parts else torch.empty(0, len(self.labels))
         return self.proba_of_logits(logits_BC, expression_BV, calibrated=calibrated)
@@ -361,16 +362,18 @@ class Model(ModelState):
                 "This model was not trained to annotate. Fit one with labels: `scfm.fit(adata, labels_key=...)`."
             )
 
-    def batches(self, cells: CellBatch, *, title: str | None = None) -> Iterator[CellBatch]:
+    def batches(
+        self, cells: CellBatch, *, title: str | None = None, progress: bool | tqdm = False
+    ) -> Iterator[CellBatch]:
         """Yield batches of at most `TOKENS_PER_BATCH` tokens on the device of the network, which is set to inference.
 
-        With a title, a progress bar appears if the work takes more than a second.
+        A progress bar with the title appears if the work takes more than a second; or a bar that is given is advanced.
 
         Gradients are not turned off here, because they would stay off if an error left this generator suspended. The caller
         turns them off.
         """
         self.network.eval()
-        with tqdm(total=len(cells), desc=title, unit="cell", delay=1, disable=title is None) as bar:
+        with cell_bar(len(cells), title, progress=progress) as bar:
             for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
                 yield cells.select(torch.arange(rows.start, rows.stop)).to(self.device)
                 bar.update(rows.stop - rows.start)
@@ -381,6 +384,13 @@ class Model(ModelState):
         cells = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
         report = self.report().to_html(float_format="{:.3f}".format) if self.scores is not None else ""
         return f"<table>{cells}</table>{report}"
+
+
+def cell_bar(n_cells: int, title: str | None, *, progress: bool | tqdm = True) -> AbstractContextManager[tqdm]:
+    """Return a bar that shows cells per second and appears if the work takes more than a second, or the one that is given."""
+    if isinstance(progress, bool):
+        return tqdm(total=n_cells, desc=title, unit="cell", delay=1, disable=not progress)
+    return nullcontext(progress)
 
 
 def unit_length(embedding_BD: NDArray[np.float32]) -> NDArray[np.float32]:

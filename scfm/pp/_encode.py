@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from tqdm.auto import tqdm
 
 from scfm._docs import document
+from scfm.data.ahead import one_ahead
 from scfm.data.batch import CellBatch
 from scfm.data.counts import log_normalize
 from scfm.data.matrices import require_adata, sum_columns
@@ -26,7 +27,7 @@ from scfm.encoding.genes import GeneMap
 from scfm.errors import EmptyCellError
 from scfm.families.loading import opened
 
-BLOCK_CELLS = 2048  # that are encoded and given to a network at once, and between two steps of a progress bar
+BLOCK_CELLS = 2048  # that are encoded and given to a network at once
 
 
 @document
@@ -138,13 +139,19 @@ class EncodedBlock:
         by_token = sum_columns(self.block, self.genes.token_ids, len(self.encoding.vocabulary))
         return log_normalize(by_token, self.depth_B)
 
+    def made(self, *, expression: bool) -> EncodedBlock:
+        """Return the block after its tokens, and its log-expression if wanted, were made."""
+        _ = self.cells, expression and self.expression_BV
+        return self
 
+
+@contextmanager
 def encoded_blocks(
-    adata: Any, encoding: Encoding, *, title: str | None = None, **where: str | None
-) -> Iterator[EncodedBlock]:
-    """Yield all cells in blocks, so that memory does not grow with the cells; a title shows a progress bar.
+    adata: Any, encoding: Encoding, *, expression: bool = False, **where: str | None
+) -> Iterator[Iterator[EncodedBlock]]:
+    """Iterate over all cells in blocks, so that memory does not grow with the cells; the next block is made in a thread.
 
-    All cells are checked before the first block is returned, as `encode` does.
+    All cells are checked before the first block is returned, as `encode` does. `expression` makes log-expression ahead too.
     """
     counts = open_counts(adata, encoding, **where)
     genes = gene_map(counts, encoding)
@@ -152,14 +159,12 @@ def encoded_blocks(
         np.concatenate([np.zeros(0, bool), *(empty_cells(block, genes, encoding) for _, block, _ in counts.blocks())]),
         counts,
     )
-    return _blocks(counts, genes, encoding, title)
-
-
-def _blocks(counts: CountSource, genes: GeneMap, encoding: Encoding, title: str | None) -> Iterator[EncodedBlock]:
-    with tqdm(total=counts.n_obs, desc=title, unit="cell", delay=1, disable=title is None) as bar:
-        for first, block, depth_B in counts.blocks(BLOCK_CELLS):
-            yield EncodedBlock(encoding, genes, first, block, depth_B)
-            bar.update(len(depth_B))
+    made = (
+        EncodedBlock(encoding, genes, first, block, depth_B).made(expression=expression)
+        for first, block, depth_B in counts.blocks(BLOCK_CELLS)
+    )
+    with one_ahead(made) as blocks:
+        yield blocks
 
 
 def require_cells(adata: Any) -> None:

@@ -13,6 +13,7 @@ import anndata
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from scfm import pp
 from scfm._docs import document
@@ -21,7 +22,7 @@ from scfm.data import columns
 from scfm.encoding import GeneReport
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
-from scfm.models.model import Model
+from scfm.models.model import Model, cell_bar
 from scfm.pp._encode import EncodedBlock, encoded_blocks, gene_map, open_counts, require_cells
 from scfm.tl._record import record
 
@@ -107,8 +108,11 @@ def annotate(
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     counts = open_counts(adata, model.encoding, **source)
     warn_of_missing_genes(gene_map(counts, model.encoding).report, model)
-    blocks = encoded_blocks(counts, model.encoding, title="annotating" if progress else None)
-    rows_BX = np.concatenate([proba_and_novelty(model, block) for block in blocks])
+    with (
+        encoded_blocks(counts, model.encoding, expression=True) as blocks,
+        cell_bar(adata.n_obs, "annotating", progress=progress) as bar,
+    ):
+        rows_BX = np.concatenate([proba_and_novelty(model, block, bar) for block in blocks])
     if adapt:
         expression_BV = pp.log_expression(counts, model.encoding)
         rows_BX[:, : len(model.labels)] = adapted_probabilities(rows_BX[:, : len(model.labels)], expression_BV)
@@ -128,9 +132,9 @@ def require_cells_to_adapt(n_obs: int, adapt: bool) -> None:
         )
 
 
-def proba_and_novelty(model: Model, block: EncodedBlock) -> NDArray[np.float32]:
+def proba_and_novelty(model: Model, block: EncodedBlock, bar: tqdm) -> NDArray[np.float32]:
     """Return the probability of each class, and if the model has it the novelty score, shape (B, C) or (B, C + 1)."""
-    proba_BC = model.predict_proba(block.cells, block.expression_BV)
+    proba_BC = model.predict_proba(block.cells, block.expression_BV, progress=bar)
     if model.network.novelty is None:
         return proba_BC
     return np.column_stack([proba_BC, model.network.novelty(block.expression_BV)])

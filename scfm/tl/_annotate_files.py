@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,8 +138,9 @@ def annotate_files(
         where,
         {"task": "annotate"},
         n_labels + (model.network.novelty is not None),
-        lambda block: proba_and_novelty(model, block),
+        partial(proba_and_novelty, model),
         title="annotating",
+        expression=True,
     )
     job.run(write, progress=progress)
     return counted[0] if counted else pd.Series(dtype=np.int64)

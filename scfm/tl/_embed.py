@@ -10,7 +10,7 @@ import numpy as np
 
 from scfm._docs import document
 from scfm.families.loading import opened
-from scfm.models.model import Model, Precision
+from scfm.models.model import Model, Precision, cell_bar
 from scfm.pp._encode import encoded_blocks, require_cells
 from scfm.tl._record import record
 
@@ -86,7 +86,11 @@ def embed(
         "normalize": normalize,
         "precision": precision,
     }
-    blocks = encoded_blocks(adata, model.encoding, title="embedding" if progress else None, **source)
-    adata.obsm[key_added] = np.concatenate([model.embed(block.cells, **how) for block in blocks])
+    with (
+        encoded_blocks(adata, model.encoding, **source) as blocks,
+        cell_bar(adata.n_obs, "embedding", progress=progress) as bar,
+    ):
+        parts = [model.embed(block.cells, progress=bar, **how) for block in blocks]
+    adata.obsm[key_added] = np.concatenate(parts)
     record(adata, model, key_added, **source, **how)
     return adata if copy else None

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
 from scfm._docs import document
 from scfm._files import require_writable
 from scfm._remote import input_paths
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
+from scfm.pp._encode import EncodedBlock
 from scfm.tl._file_pass import FilePass, Rows
 from scfm.tl._record import record_of
 from scfm.tl._write_results import SUFFIXES, Results, write_results
@@ -112,7 +117,8 @@ def embed_files(
             out, files, Results(matrix=rows, key=key_added, columns=slice(None), names=names, records=records)
         )
 
-    job = FilePass(
-        files, out, model, where, how, width, lambda block: model.embed(block.cells, **how), title="embedding"
-    )
+    def compute(block: EncodedBlock, bar: tqdm) -> NDArray[np.float32]:
+        return model.embed(block.cells, progress=bar, **how)
+
+    job = FilePass(files, out, model, where, how, width, compute, title="embedding")
     return job.run(write, progress=progress)

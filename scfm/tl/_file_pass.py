@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from scfm._files import atomic_write, out_of_space_as, output_lock
 from scfm._remote import AnyPath
 from scfm.data import CountSource
+from scfm.data.ahead import one_ahead
 from scfm.data.files import count_rows
 from scfm.data.gene_names import shared_by_names
 from scfm.data.ranks import gather, range_of_rank, torchrun_rank
@@ -55,9 +56,11 @@ class FilePass:
     width
         Numbers per cell.
     compute
-        Returns the numbers of a block of cells, shape (B, X), float32.
+        Returns the numbers of a block of cells, shape (B, X), float32, and advances the progress bar.
     title
         Title of the progress bar.
+    expression
+        Whether `compute` needs the log-expression of the cells.
     """
 
     files: tuple[AnyPath, ...]
@@ -66,8 +69,9 @@ class FilePass:
     where: dict[str, Any]
     settings: dict[str, Any]
     width: int
-    compute: Callable[[EncodedBlock], NDArray[np.float32]]
+    compute: Callable[[EncodedBlock, tqdm], NDArray[np.float32]]
     title: str
+    expression: bool = False
 
     @property
     def folder(self) -> Path:
@@ -98,9 +102,9 @@ class FilePass:
                 blocks = _Blocks(self, rows, share)
                 with tqdm(total=len(share), desc=self.title, unit="cell", disable=not progress or rank > 0) as bar:
                     blocks.skip(part, bar)
-                    for block in blocks:
-                        part.append(self.compute(block), blocks.digest)
-                        bar.update(block.cells.n_cells)
+                    with one_ahead(blocks) as encoded:
+                        for block, digest in encoded:
+                            part.append(self.compute(block, bar), digest)
             except BaseException as error:
                 if part.done:
                     error.add_note(
@@ -245,10 +249,12 @@ class _Blocks:
             self._open(path)
         self._blocks = self._read()
 
-    def __iter__(self) -> Iterator[EncodedBlock]:
+    def __iter__(self) -> Iterator[tuple[EncodedBlock, str]]:
+        """Yield each encoded block, and the digest of the counts up to its end."""
         for counts, genes, first, block, depth_B in self._blocks:
             refuse_empty(empty_cells(block, genes, self._encoding), counts, first)
-            yield EncodedBlock(self._encoding, genes, first, block, depth_B)
+            encoded = EncodedBlock(self._encoding, genes, first, block, depth_B)
+            yield encoded.made(expression=self._job.expression), self.digest
 
     def skip(self, part: _Part, bar: Any) -> None:
         """Skip the cells that an earlier run finished; if their counts have changed, start from the first cell."""
