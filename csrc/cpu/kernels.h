@@ -1,6 +1,7 @@
 // The table of kernels of one dtype. Each instruction set has one per dtype, in a unit of its own.
 #pragma once
 
+#include "cross_entropy.h"
 #include "linear.h"
 #include "linear_attention.h"
 
@@ -27,6 +28,9 @@ struct Kernels {
   int64_t (*linear_scratch)(const LinearProblem&);
   void (*pack_weight)(const LinearProblem&, uint32_t* panels, void* scratch);
   void (*linear)(const LinearProblem&, int64_t row, const uint32_t* panels, void* scratch);
+
+  int64_t (*cross_entropy_scratch)(const CrossEntropyProblem&);
+  void (*cross_entropy)(const CrossEntropyProblem&, int64_t row, void* scratch);
 };
 
 // Null where the instruction set adds no kernel for the dtype.

@@ -4,6 +4,7 @@
 #include "attention_backward.h"
 #include "attention_forward.h"
 #include "attention_keys.h"
+#include "cross_entropy_rows.h"
 #include "kernels.h"
 #include "linear_attention_backward.h"
 #include "linear_forward.h"
@@ -28,7 +29,9 @@ constexpr Kernels kernels_of() {
           linear_panel_bytes<Forward>,
           linear_scratch<Forward>,
           pack_weight<Forward, Source>,
-          linear_rows<Forward, Source>};
+          linear_rows<Forward, Source>,
+          cross_entropy_scratch,
+          cross_entropy_rows<Source>};
 }
 
 }  // namespace

@@ -28,4 +28,7 @@ void run_linear_attention_forward(const LinearAttentionProblem&, const Cells&, i
 void run_linear_attention_backward(const LinearAttentionProblem&, const Cells&, int64_t n_heads, Dtype);
 void run_linear(const LinearProblem&, Dtype);
 
+// `grad_bias` gets the sum over all rows, one element per class; the problem's own is set inside.
+void run_cross_entropy(CrossEntropyProblem, float* grad_bias, Dtype);
+
 }  // namespace scfm

@@ -10,7 +10,7 @@ import torch
 from scfm.extension import find_library
 
 # Of the newest sources: a build without them is older than the Python code.
-OPERATORS = ("attention_forward", "linear", "linear_attention_forward")
+OPERATORS = ("attention_forward", "linear", "linear_attention_forward", "cross_entropy_gradient")
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 

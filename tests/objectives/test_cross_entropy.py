@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scfm.objectives import cross_entropy
 from scfm.objectives.cross_entropy import linear_cross_entropy
@@ -49,6 +50,24 @@ def test_autocast_is_at_most_twice_as_far_off_as_torch_in_autocast():
     for mine, torchs, true in zip(*(gradients(loss, leaves) for loss in (ours, theirs, exact))):
         assert mine.dtype == torch.float32
         assert (mine - true).norm() <= 2 * (torchs - true).norm()
+
+
+def test_no_bfloat16_matrices_are_multiplied_where_that_is_slow(monkeypatch):
+    class DtypesOfProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name().split(".")[0] in ("aten::mm", "aten::addmm", "aten::addmm_"):
+                seen.update(each.dtype for each in args if isinstance(each, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    seen: set[torch.dtype] = set()
+    *leaves, target = problem()
+    for slow in (True, False):
+        monkeypatch.setattr(cross_entropy, "has_slow_bfloat16", lambda slow=slow: slow)
+        with torch.autocast("cpu", torch.bfloat16), DtypesOfProducts():
+            seen.clear()
+            loss = linear_cross_entropy(*leaves, target)
+        assert seen == ({torch.float32} if slow else {torch.bfloat16})
+        assert [each.dtype for each in gradients(loss, leaves)] == [torch.float32] * 3
 
 
 def test_without_gradients_only_the_loss_is_made():

@@ -43,7 +43,8 @@ def test_no_access_out_of_bounds_and_no_undefined_behavior(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    tests = [f"tests/ops/test_{name}.py" for name in ("attention", "invariance", "keys", "linear", "linear_attention")]
+    names = ("attention", "cross_entropy", "invariance", "keys", "linear", "linear_attention")
+    tests = [f"tests/ops/test_{name}.py" for name in names]
     run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "fused or instruction", *tests]
     done = subprocess.run(run, cwd=sources, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
