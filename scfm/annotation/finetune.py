@@ -36,7 +36,8 @@ MAX_PARAMETERS_TO_TRAIN_ALL = 20_000_000
 MIN_CELLS_PER_CLASS_FOR_LORA = 5
 MAX_PROBE_CELLS = 1000
 MAX_CELLS_FOR_LINEAR_PARTS = 20_000  # training, calibration and unlabeled cells each, whose expression is in memory
-CELLS_PER_STEP = 32  # default
+# Default cells per step. More cells per step of pretraining do not improve the transformer that is fine-tuned afterwards.
+CELLS_PER_STEP = {"pretraining": 16, "fine-tuning": 32}
 # Peak learning rates. They are small because the class head starts from a linear probe.
 LEARNING_RATES = {"all": 1e-4, "last": 1e-4, "lora": 5e-4, "head": 1e-3}
 
@@ -90,20 +91,20 @@ def default_trainable(network: CellTransformer, labels_B: NDArray[np.int64]) -> 
     return "lora:8" if per_class >= MIN_CELLS_PER_CLASS_FOR_LORA else "head"
 
 
-def short_stage(n_cells: int, tokens: CellBatch) -> dict[str, int]:
-    """Return the default length of both stages of annotation, as fields of `FitConfig`: few steps of about 32 cells.
+def short_stage(stage: str, n_cells: int, tokens: CellBatch) -> dict[str, int]:
+    """Return the default length of a stage of annotation, as fields of `FitConfig`: few steps of 16 or 32 cells.
 
     The number of steps grows with the square root of the number of cells and is at least 30. In our benchmarks, more steps or
     more tokens per step do not change the predictions of the ensemble.
     """
-    tokens_per_step = min(max(CELLS_PER_STEP * int(tokens.lengths_B.max()), 1024), CPU_TOKENS_PER_STEP)
+    tokens_per_step = min(max(CELLS_PER_STEP[stage] * int(tokens.lengths_B.max()), 1024), CPU_TOKENS_PER_STEP)
     return {"n_steps": int(min(max(0.75 * n_cells**0.5, 30), 4000)), "tokens_per_step": tokens_per_step}
 
 
 def stage_config(config: FitConfig | None, network: CellTransformer, cells: Cells, seed: int) -> FitConfig:
     """Fill in missing settings of fine-tuning: number and size of steps, trainable weights, learning rate and seed."""
     labels_B = cells.train_labels_B
-    length = short_stage(len(labels_B), cells.tokens)
+    length = short_stage("fine-tuning", len(labels_B), cells.tokens)
     config = (config or FitConfig()).with_defaults(**length, trainable=default_trainable(network, labels_B), seed=seed)
     assert config.trainable is not None
     return config.with_defaults(learning_rate=LEARNING_RATES[config.trainable.partition(":")[0]])

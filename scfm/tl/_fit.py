@@ -216,7 +216,8 @@ def fit(
         stage = config or FitConfig()
         if labels_key is not None:
             stage = pretrain_config or stage.machine_only()
-            stage = stage if model is not None else stage.with_defaults(**short_stage(len(split.fitted), cells.tokens))
+            if model is None:
+                stage = stage.with_defaults(**short_stage("pretraining", len(split.fitted), cells.tokens))
         _pretrain(fitted, counts, cells, stage.with_defaults(seed=seed), progress)
     features_BX = None
     if labels_key is not None:

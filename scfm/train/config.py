@@ -35,7 +35,7 @@ class FitConfig(Config):
     tokens_per_step
         Maximum number of tokens of a batch on each device, so that all batches need about the same memory. None for 8,192 on
         a CPU; on a GPU, the memory per token is measured, and the batch uses half of the free memory. By
-        default, a batch of `scfm.fit` with labels has about 32 cells.
+        default, a batch of `scfm.fit` with labels has about 16 cells in pretraining and 32 in fine-tuning.
     accumulate
         Number of batches per step on each device (gradient accumulation). The loss of a step is the mean over all batches of
         all devices, so 2 devices with 1 batch each compute the same as 1 device with 2.
