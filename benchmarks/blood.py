@@ -145,7 +145,7 @@ def evaluate(study: str, seed: int, folder: Path) -> None:
         folder / f"outputs {study} {seed}.npz",
         proba_BC=proba_BC[np.isin(test.types_B, model.labels)],
         code_B=codes(scored.types_B, TYPES),
-        log_distance_B=model.network.novelty.log_distances(scored.expression_BV)[:, 0],
+        log_distance_B=model.network.novelty.log_distances(scored.expression_BV)[0][:, 0],
     )
     table.assign(seconds=time.perf_counter() - started).to_csv(folder / f"rows {study} {seed}.csv", index=False)
 
@@ -161,7 +161,7 @@ def score_novelty(network: CellTransformer, known: Cells, unlabeled: Cells, test
         for file in np.unique(test.column("file")):
             of_B = (test.column("file") == file) & (is_new_B | is_known_B)
             if min(is_new_B[of_B].sum(), is_known_B[of_B].sum()) >= MIN_CELLS_OF_MEAN:
-                distance_B = network.novelty.log_distances(test.expression_BV[of_B])[:, 0]
+                distance_B = network.novelty.log_distances(test.expression_BV[of_B])[0][:, 0]
                 rows.append({"file": file, "type": name, "auroc": roc_auc_score(is_new_B[of_B], distance_B)})
     return rows
 

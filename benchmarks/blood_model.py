@@ -267,8 +267,8 @@ def calibrate(model: scfm.Model, left_out: dict[str, NDArray]) -> None:
     temperature = fit_temperature(left_out["proba_BC"], left_out["code_B"])
     log_distance_B = left_out["log_distance_B"]
     location, scale = float(log_distance_B.mean()), float(log_distance_B.std())
-    model.network.novelty.location.copy_(torch.tensor([location, 0.0]))
-    model.network.novelty.scale.copy_(torch.tensor([scale, 1.0]))
+    model.network.novelty.component_location_C.fill_(location)
+    model.network.novelty.component_scale_C.fill_(scale)
     threshold = float(np.quantile((log_distance_B - location) / scale, KEPT_FRACTION))
     model.calibration = Calibration(
         n_cells=len(log_distance_B), ensemble_temperature=temperature, novelty_threshold=threshold

@@ -1,16 +1,18 @@
-"""Deleting every gene of a cell: our exact way beside a batched transformers loop, and `screen` beside exact; Perturb-seq.
+"""Deleting every gene of a cell: our exact way beside a batched transformers loop, and `screen` beside exact; Perturb-seq; markers.
 
     python benchmarks/perturbation.py exact [--clock cpu]     # V1-10M shape, 2,000 genes, random weights
     python benchmarks/perturbation.py screen [--clock cpu]    # a model trained on pancreas cells, by time and by recall
     python benchmarks/perturbation.py predict                 # knock-outs left out in turn (SCFM_DATA names the folder)
+    python benchmarks/perturbation.py markers                 # genes that hold cells in their type, beside their markers
 
-Each ends within five minutes on two cores. `--clock cpu` counts the seconds of one thread's work instead of those on the wall, for
+Each but the last ends within five minutes on two cores. `--clock cpu` counts the seconds of one thread's work instead of those on the wall, for
 machines that others use at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +22,14 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
+import scanpy as sc
 import torch
+from scipy import stats
 from scipy.stats import spearmanr
+from sklearn.model_selection import train_test_split
 
 import scfm
-from scfm import ops
+from scfm import baselines, ops
 from scfm.models.network import CellTransformer
 from scfm.perturbation.deletions import embed_deletions, embed_run, prepare
 from scfm.perturbation.edits import Editor
@@ -38,6 +43,8 @@ V1 = {"d_model": 256, "n_heads": 4, "n_layers": 6, "d_ff": 512, "context_length"
 N_GENES = 2000
 N_VARIANTS = 8  # of the 2,000; a batch of ours, and of the peer
 N_TOP = 50
+MARKER_DATA = ("pbmc3k", "pancreas")
+MIN_CELLS_OF_TYPE, MAX_CELLS_OF_TYPE = 5, 20
 GOAL = "beta"  # the commonest type
 TRAINING = {"n_steps": 150, "tokens_per_step": 4096}
 TRAINING_CELLS = 600  # of the 1,937: more than the steps read
@@ -232,16 +239,78 @@ def predict() -> pd.DataFrame:
     return table.reset_index()
 
 
+def markers(n_seeds: int, rows: Path) -> pd.DataFrame:
+    """AUC of the top 50 markers of each type, found in training cells, in rankings of the genes of held-out cells.
+
+    "scfm" ranks genes by how much their deletion lowers the log-odds of the cell's own type, in a model that was fitted to the
+    training cells. The simple methods read the held-out cells. One row per data set, type, method and seed.
+    """
+    rows.mkdir(parents=True, exist_ok=True)
+    found = []
+    for seed, name in itertools.product(range(n_seeds), MARKER_DATA):
+        path = rows / f"markers {name} {seed}.csv"
+        if not path.exists():
+            _score_markers(name, seed).to_csv(path, index=False)
+        found.append(pd.read_csv(path))
+    table = pd.concat(found, ignore_index=True)
+    summary = table.groupby(["data", "type", "method"], sort=False)["auc"].agg(["mean", "std", "count"]).reset_index()
+    half = stats.t.ppf(0.975, np.maximum(summary["count"] - 1, 1)) * summary["std"] / np.sqrt(summary["count"])
+    summary["auc"] = summary["mean"].map("{:.3f}".format) + " ± " + half.map("{:.3f}".format)
+    wide = summary.pivot(index=["data", "type"], columns="method", values="auc")[summary["method"].unique()]
+    means = table.groupby("method", sort=False)["auc"].mean().map("{:.3f}".format)
+    wide.loc[("all", "mean"), :] = means
+    return wide.reset_index()
+
+
+def _score_markers(name: str, seed: int) -> pd.DataFrame:
+    if name == "pancreas":
+        adata, key = scfm.datasets.pancreas(), "cell_type"
+    else:
+        adata = anndata.read_h5ad(Path(os.environ["SCFM_DATA"]) / "pbmc3k_raw_counts_labels.h5ad")
+        key = "cell_type_seurat"
+    adata = adata[adata.obs[key].notna().to_numpy()].copy()
+    adata.obs[key] = adata.obs[key].astype(str)
+    learn, held_out = train_test_split(
+        np.arange(adata.n_obs), test_size=0.3, stratify=adata.obs[key], random_state=seed
+    )
+    adata.obs["is_test"] = np.isin(np.arange(adata.n_obs), held_out)
+    model = scfm.fit(adata, labels_key=key, test_key="is_test", baselines=False, seed=seed, progress=False)
+    learned, test = adata[learn].copy(), adata[held_out].copy()
+    learned.X = baselines.log_normalize(learned.X)
+    sc.tl.rank_genes_groups(learned, key, method="t-test", n_genes=N_TOP)
+    lines = []
+    for state in sorted(test.obs[key].unique()):
+        cells = np.flatnonzero(test.obs[key] == state)
+        if len(cells) < MIN_CELLS_OF_TYPE:
+            continue
+        some = test[cells[:MAX_CELLS_OF_TYPE]].copy()
+        best = [str(gene) for gene in learned.uns["rank_genes_groups"]["names"][state]]
+        for positions in ("shift", "held"):
+            options = {"measure": "label", "groupby": key, "positions": positions, "n_verify": 0, "n_check": 0}
+            effects = scfm.tl.screen(some, model, **options, n_bootstrap=0, progress=False)
+            scores = scfm.tl.evaluate_perturbation(effects, best, test, groupby=key, group=state, n_permutations=200)
+            scores = scores.rename(index={"scfm": f"scfm, positions {positions}"})
+            scores = scores if positions == "held" else scores.iloc[:1]
+            lines += [
+                {"data": name, "type": state, "method": method, "seed": seed, **row}
+                for method, row in scores.iterrows()
+            ]
+    return pd.DataFrame(lines)
+
+
 def main() -> None:
     global clock
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["exact", "screen", "predict"])
+    parser.add_argument("what", choices=["exact", "screen", "predict", "markers"])
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--seeds", type=int, default=5, help="of markers")
+    parser.add_argument("--rows", type=Path, default=Path("marker_rows"), help="folder of markers, for what is done")
     options = parser.parse_args()
     if options.clock == "cpu":
         torch.set_num_threads(1)
         clock = time.process_time
-    table = {"exact": exact, "screen": screen, "predict": predict}[options.what]()
+    measures = {"exact": exact, "screen": screen, "predict": predict}
+    table = markers(options.seeds, options.rows) if options.what == "markers" else measures[options.what]()
     print(f"{torch.get_num_threads()} threads, {options.clock} clock, {ops.extension_info()['isa']}")
     print(table.to_string(index=False, float_format="{:.3g}".format))
 

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import anndata
@@ -22,8 +23,12 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import torch
+from annotation import score_celltypist
 from numpy.typing import NDArray
+from scipy import stats
+from sklearn.decomposition import TruncatedSVD
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
 
 import scfm
 from scfm import baselines
@@ -93,7 +98,7 @@ def learnable(adata: anndata.AnnData, is_test: NDArray[np.bool_]) -> anndata.Ann
 
 
 def score_shift(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
-    """One row per method: the report of `scfm.fit`, and `map_reference` with its own comparisons."""
+    """One row per method: the report of `scfm.fit`, `map_reference`, and what else needs the query: Harmony and CellTypist."""
     model = scfm.fit(adata, labels_key="label", test_key="is_test", seed=seed, progress=False)
     rows = model.report().reset_index().drop(columns="above_scfm")
     is_test = adata.obs["is_test"].to_numpy()
@@ -107,7 +112,27 @@ def score_shift(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
             ("scfm, annotate(adapt=True)", "transductive", "scfm_adapted"),
         )
     ]
+    if find_spec("harmonypy"):
+        more.append(
+            {"method": "Harmony + 15 nearest neighbors", "setting": "transductive", **score_harmony(adata, is_test)}
+        )
+    if find_spec("celltypist"):
+        more.append({"method": "CellTypist", **score_celltypist(adata, "label")})
     return pd.concat([rows, pd.DataFrame(more)], ignore_index=True)
+
+
+def score_harmony(adata: anndata.AnnData, is_test: NDArray[np.bool_]) -> dict[str, float]:
+    """15 nearest neighbors on 50 components of reference and query, corrected for the difference between the two."""
+    import harmonypy
+
+    component_BR = TruncatedSVD(50, random_state=0).fit_transform(baselines.log_normalize(adata.X))
+    part = pd.DataFrame({"part": np.where(is_test, "query", "reference")})
+    corrected = np.asarray(harmonypy.run_harmony(component_BR, part, ["part"], verbose=False, random_state=0).Z_corr)
+    corrected = corrected if len(corrected) == adata.n_obs else corrected.T
+    truth = adata.obs["label"].astype(str).to_numpy()
+    neighbors = KNeighborsClassifier(15).fit(corrected[~is_test], truth[~is_test])
+    names, proba = neighbors.classes_, neighbors.predict_proba(corrected[is_test])
+    return baselines.score_proba(proba, names, pd.Categorical(truth[is_test], categories=names).codes)
 
 
 def score_labels(query: anndata.AnnData, key: str) -> dict[str, float]:
@@ -162,14 +187,29 @@ def main() -> None:
             measure(seed).assign(task=name, seed=seed).to_csv(path, index=False)
         tables.append(pd.read_csv(path))
     table = pd.concat(tables, ignore_index=True)
-    if options.what == "shift":
-        methods = table["method"].unique()
-        table["kind"] = table["task"].str.replace(r".*(studies|condition|donors)$", r"\1", regex=True)
-        print(
-            table.groupby(["method", "setting", "kind"])[["accuracy", "macro_f1", "ece"]].mean().loc[methods].round(3)
-        )
-    else:
-        print(table.groupby("task").mean(numeric_only=True).round(3).to_string())
+    print(summarize_shift(table) if options.what == "shift" else summarize_unseen(table))
+
+
+def interval(values: pd.Series) -> str:
+    """Mean and half width of a 95 % t interval."""
+    half = stats.t.ppf(0.975, max(len(values) - 1, 1)) * values.std() / np.sqrt(len(values))
+    return f"{values.mean():.3f} ± {half:.3f}"
+
+
+def summarize_shift(table: pd.DataFrame) -> str:
+    """Scores of each method by kind of task: means over the tasks of a kind, with intervals over seeds."""
+    table["kind"] = table["task"].str.replace(r".*(studies|condition|donors)$", r"\1", regex=True)
+    scores = ["accuracy", "macro_f1", "ece"]
+    index = ["method", "setting", "kind"]
+    of_seeds = table.groupby([*index, "seed"], sort=False)[scores].mean()
+    return str(of_seeds.groupby(index, sort=False).agg(interval).unstack().to_markdown())
+
+
+def summarize_unseen(table: pd.DataFrame) -> str:
+    """Scores for each type that was left out, and their means over types, with intervals over seeds."""
+    scores = [name for name in table if name not in ("task", "seed")]
+    means = table.groupby("seed", as_index=False)[scores].mean().assign(task="mean")
+    return str(pd.concat([table, means]).groupby("task", sort=False)[scores].agg(interval).to_markdown())
 
 
 if __name__ == "__main__":

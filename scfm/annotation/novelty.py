@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.covariance import ledoit_wolf
 
-from scfm.nn import ClassGaussians
+from scfm.nn.novelty import KINDS, ClassGaussians
 
-N_COMPONENTS = 20
+N_COMPONENTS = 30
 KEPT_FRACTION = 0.95  # fraction of the cells of known classes with a score up to the threshold
 MIN_CELLS = 10  # with fewer calibration cells there is no threshold
+PRIOR_CELLS = 10  # number of cells of a class that weigh as much as all classes together in the scale of its distances
 
 
 @torch.no_grad()
@@ -77,17 +78,33 @@ def fit_gaussians(
 def standardize(gaussians: ClassGaussians, expression_BV: sparse.csr_matrix) -> float | None:
     """Standardize both distances on held-out cells of known classes and return the threshold that keeps 95 % of them.
 
-    It is the smallest threshold (split conformal prediction) for which the next cell of a known class has a score up to it
-    with a probability of at least 95 %, for every distribution of scores. With fewer than 19 cells it is their maximum, and
-    with fewer than `MIN_CELLS` it is None.
+    Mean and variance of the distances from each class are shrunk toward those of all classes, as if each class had
+    `PRIOR_CELLS` more cells that are typical of all.
+
+    The threshold is the smallest (split conformal prediction) for which the next cell of a known class has a score up to it
+    with a probability of about 95 %; the probability would be at least 95 % if the distances were not standardized on the
+    same cells. With fewer than 19 cells it is their maximum, and with fewer than `MIN_CELLS` it is None.
     """
     if expression_BV.shape[0] < MIN_CELLS:
         return None
-    log_B2 = gaussians.log_distances(expression_BV)
-    gaussians.location.copy_(torch.from_numpy(log_B2.mean(0)))
-    gaussians.scale.copy_(torch.from_numpy(np.maximum(log_B2.std(0), 1e-6)))
+    log_B2, class_B2 = gaussians.log_distances(expression_BV)
+    for kind, log_B, class_B in zip(KINDS, log_B2.T, class_B2.T):
+        location_C, scale_C = _shrunk_moments(log_B, class_B, len(gaussians.mean_CR))
+        getattr(gaussians, f"{kind}_location_C").copy_(torch.from_numpy(location_C))
+        getattr(gaussians, f"{kind}_scale_C").copy_(torch.from_numpy(scale_C))
     novelty_B = np.sort(gaussians(expression_BV))
     return float(novelty_B[min(int(np.ceil(KEPT_FRACTION * (len(novelty_B) + 1))), len(novelty_B)) - 1])
+
+
+def _shrunk_moments(
+    value_B: NDArray[np.float64], class_B: NDArray[np.int64], n_classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of the values of each class, shrunk toward those of all values, shapes (C,)."""
+    n_C = np.bincount(class_B, minlength=n_classes)
+    mean_C = (np.bincount(class_B, value_B, n_classes) + PRIOR_CELLS * value_B.mean()) / (n_C + PRIOR_CELLS)
+    squares_C = np.bincount(class_B, (value_B - mean_C[class_B]) ** 2, n_classes)
+    variance_C = (squares_C + PRIOR_CELLS * value_B.var()) / (n_C + PRIOR_CELLS)
+    return mean_C, np.maximum(np.sqrt(variance_C), 1e-6)
 
 
 def _variance_within(

@@ -59,6 +59,10 @@ class EncodingConfig(Config):
         column is used; if it is missing, a warning is logged. None if the rows were summed.
     keep_counts
         Rank only: whether the values of tokens are their counts. Some objectives need them during training.
+    n_dispersed_genes
+        Rank only: when medians are learned, offer only this number of genes, the most dispersed ones; other genes get no
+        median and never become tokens. For small data, where the first tokens of a cell otherwise depend much on chance
+        (`token_stability` of `scfm.pp.check`). None for all genes. Medians that are given are used as they are.
 
     Examples
     --------
@@ -84,6 +88,7 @@ class EncodingConfig(Config):
     seed: int = 0
     depth_key: str | None = None
     keep_counts: bool = False
+    n_dispersed_genes: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ENCODINGS:
@@ -95,7 +100,7 @@ class EncodingConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name. Later fields with their defaults are omitted, so that ids of earlier models do not change."""
-        later = {"depth_key": None, "keep_counts": False}
+        later = {"depth_key": None, "keep_counts": False, "n_dispersed_genes": None}
         return {name: value for name, value in super().to_dict().items() if name not in later or value != later[name]}
 
     def _check(self) -> None:
@@ -112,6 +117,8 @@ class EncodingConfig(Config):
             ("depth_over", self.depth_over in get_args(DepthOver), "must be 'matrix' or 'vocabulary'"),
             ("seed", 0 <= self.seed < 2**63, "must be in 0..2^63 - 1"),
             ("keep_counts", self.is_ordered or not self.keep_counts, "must be False, because its tokens have values"),
+            ("n_dispersed_genes", self.n_dispersed_genes is None or self._class.learns_medians, "has no effect; leave it out"),
+            ("n_dispersed_genes", self.n_dispersed_genes is None or self.n_dispersed_genes >= 1, "must be at least 1"),
             ("include_zeros", not (self.is_ordered and self.include_zeros), "must be False, because zeros have no rank"),
         ]  # fmt: skip
         for name, holds, rule in rules:

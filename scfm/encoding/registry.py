@@ -16,6 +16,7 @@ class EncodingClass(Protocol):
     special_roles: tuple[str, ...]
     has_values: bool
     is_ordered: bool
+    learns_medians: bool
 
 
 ENCODINGS: Registry[Any] = Registry("encoding", "scfm.encoding", first=("rank", "bin", "bucket", "continuous"))

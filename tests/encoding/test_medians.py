@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+import scfm
 from scfm.encoding import EncodingConfig, GeneMap, Vocabulary, medians
 
 GENES = [f"GENE{number}" for number in range(40)]
@@ -16,9 +17,9 @@ def blocks_of(n_cells: int, seed: int = 0):
         yield block, np.asarray(block.sum(1), dtype=np.float64).ravel()
 
 
-def learned(blocks, target_sum: float = 1e4):
+def learned(blocks, target_sum: float = 1e4, **settings):
     vocabulary = Vocabulary.from_genes(GENES, special=["pad", "mask"])
-    found = medians.GeneMedians(len(vocabulary), EncodingConfig(kind="rank", target_sum=target_sum))
+    found = medians.GeneMedians(len(vocabulary), EncodingConfig(kind="rank", target_sum=target_sum, **settings))
     genes = GeneMap.from_names(GENES, vocabulary)
     for block, depth_B in blocks:
         found.add(block, genes, depth_B)
@@ -66,3 +67,24 @@ def test_values_beyond_the_scale_are_in_its_outer_bins(monkeypatch, value):
     genes = GeneMap.from_names(["A"], Vocabulary.from_genes(["A"], special=["pad", "mask"]))
     found.add(sparse.csr_matrix([[1.0]]), genes, np.array([1e4 / value]))
     assert found.result()[2] == pytest.approx(2.0**-8 if value < 1 else 2.0**14, rel=0.01)
+
+
+def test_only_the_most_dispersed_genes_get_a_median():
+    shares = np.concatenate([block.toarray() / np.maximum(depth_B, 1)[:, None] for block, depth_B in blocks_of(500)])
+    dispersion = shares.var(0) / shares.mean(0)
+    chosen = np.sort(np.argsort(-dispersion)[:12])
+    found = learned(blocks_of(500), n_dispersed_genes=12)
+    assert np.flatnonzero(~np.isnan(found)).tolist() == chosen.tolist()
+    np.testing.assert_allclose(found[chosen], exact(blocks_of(500))[chosen], rtol=1e-12)
+
+
+def test_genes_that_are_not_offered_are_no_tokens(tmp_path):
+    adata = scfm.datasets.pbmc()
+    encoding = EncodingConfig(kind="rank", n_dispersed_genes=200)
+    model = scfm.fit(adata, encoding=encoding, config=scfm.FitConfig(n_steps=1), progress=False)
+    cells = scfm.pp.encode(adata, model)
+    assert len(np.unique(cells.gene_ids_T)) == 200
+    model.save(tmp_path / "model")
+    assert np.array_equal(scfm.load(tmp_path / "model").embed(cells), model.embed(cells))
+    with pytest.raises(ValueError, match="n_dispersed_genes"):
+        EncodingConfig(kind="bin", n_dispersed_genes=200)

@@ -6,6 +6,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 import scfm
@@ -66,6 +67,19 @@ def test_format_3_is_read_with_its_novelty_score(adata):
     components = expression.toarray() @ np.linspace(-1, 1, 84).reshape(42, 2)
     nearest = [(components**2).sum(1), 0.5 * (expression.toarray() ** 2).sum(1)]
     np.testing.assert_allclose(model.network.novelty(expression), np.log(nearest).max(0), rtol=1e-5)
+
+
+def test_format_4_is_read_with_the_scale_of_each_class(adata):
+    model = scfm.load(GOLDEN / "format_4")
+    expression = scfm.pp.log_expression(adata, model)
+    components = expression.toarray() @ np.linspace(-1, 1, 84).reshape(42, 2)
+    means = components[:2] + 0.5  # the classes of the file have equal means
+    model.network.novelty.mean_CR.copy_(torch.from_numpy(means))
+    squared = ((components[:, None] - means) ** 2).sum(2)
+    first = (np.log(squared.min(1)) - np.array([0.1, 0.3])[squared.argmin(1)]) / np.array([1, 3])[squared.argmin(1)]
+    second = (np.log(0.5 * (expression.toarray() ** 2).sum(1)) - 0.2) / 2  # equal distances: the first class
+    assert set(squared.argmin(1)) == {0, 1}
+    np.testing.assert_allclose(model.network.novelty(expression), np.maximum(first, second), rtol=1e-5)
 
 
 def test_what_was_read_can_be_written_again(adata, tmp_path):

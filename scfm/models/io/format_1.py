@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Names of tensors in format 1, and their names now.
-RENAMED_TENSORS = {"gene_classifier.vote_weights": "gene_classifier.ensemble_weights"}
 # Group and field of each setting that is no longer a field of ModelConfig.
 _GROUPED = {
     "head_width": ("attention", "head_width"),

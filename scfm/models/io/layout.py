@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 FORMAT = "scfm"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG, VOCABULARY, WEIGHTS = "config.json", "vocabulary.json", "weights.safetensors"
 ARRAYS = "encoding.safetensors"
 # Models that are part of the package; their names are those of the folders in it.

@@ -18,6 +18,7 @@ from scfm.encoding import encoding_from_dict
 from scfm.errors import ModelFileError
 from scfm.models.config import ModelConfig
 from scfm.models.io import format_1
+from scfm.models.io.earlier_tensors import current_shapes, current_tensors
 from scfm.models.io.layout import ARRAYS, CONFIG, FORMAT, FORMAT_VERSION, VOCABULARY, WEIGHTS
 from scfm.models.network import CellTransformer
 from scfm.models.shapes import shapes_only
@@ -131,7 +132,7 @@ def _state_of(config: Mapping[str, Any], path: Path) -> ModelState:
 
 def read_network(config: ModelConfig, vocabulary: Vocabulary, path: Path) -> CellTransformer:
     """Build a network from a file of weights; shapes are compared before memory is allocated."""
-    shapes = shapes_in(path)
+    shapes = current_shapes(shapes_in(path), config.classes.n_classes)
     n_blocks = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if n_blocks != config.n_layers:
         raise ModelFileError(
@@ -141,7 +142,7 @@ def read_network(config: ModelConfig, vocabulary: Vocabulary, path: Path) -> Cel
     with shapes_only():
         expected = CellTransformer.for_vocabulary(config, vocabulary).state_dict()
     require_fitting(expected, shapes, str(path.parent))
-    weights = {format_1.RENAMED_TENSORS.get(name, name): tensor for name, tensor in read_weights(path).items()}
+    weights = current_tensors(read_weights(path), config.classes.n_classes)
     require_finite(weights, str(path))
     network = CellTransformer.for_vocabulary(config, vocabulary)
     network.load_state_dict(weights)
@@ -154,7 +155,7 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()  # the file itself is not iterable
-            return {format_1.RENAMED_TENSORS.get(name, name): tuple(file.get_slice(name).get_shape()) for name in names}
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise ModelFileError(
             f"{path} is cut short or damaged ({error}). Copy it again, or save the model again."

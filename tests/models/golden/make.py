@@ -3,7 +3,7 @@
 Run once when the format version rises, never for a version that was released: `python tests/models/golden/make.py`.
 `format_1` was written by the version of this script that scfm had then. The network is the same in all: two layers with
 random weights, two classes. Format 2 adds a gene classifier, calibration, scores, aliases and directions of the screen; format 3
-adds Gaussians of the classes.
+adds Gaussians of the classes; format 4 standardizes their distances for each class.
 """
 
 from pathlib import Path
@@ -39,6 +39,10 @@ network.gene_classifier.ensemble_weights.copy_(torch.tensor([2.0, 0.5]))
 network.add_novelty(2)
 network.novelty.loading_VR.copy_(torch.linspace(-1, 1, 84).view(42, 2))
 network.novelty.weight_V.fill_(0.5)
+network.novelty.component_location_C.copy_(torch.tensor([0.1, 0.3]))
+network.novelty.component_scale_C.copy_(torch.tensor([1.0, 3.0]))
+network.novelty.gene_location_C.fill_(0.2)
+network.novelty.gene_scale_C.fill_(2.0)
 model = Model(
     network,
     encoding,
