@@ -1,6 +1,10 @@
 """Embedding cells beside transformers' BertForMaskedLM with SDPA: Geneformer V1-10M, same weights, same cells.
 
     python benchmarks/embed.py [--cells 48] [--rounds 3] [--clock wall|cpu] [--csv FILE]
+    python benchmarks/embed.py --around PRESET [--cells 48] [--rounds 3] [--clock wall|cpu]
+
+The second form compares `scfm.tl.embed` of an AnnData of 15,000 genes with the network alone, given encoded cells, for the shape of a
+published model with random weights. What surrounds the network is also measured by itself, with a network that returns zeros.
 
 Lengths run from 400 to 2,048 tokens. The peer pads each of its batches of 12 cells, sorted by length, as published code does. Peers
 run in one process and take turns; the table shows the median of the rounds, and ratios of medians. `--clock cpu` counts the seconds
@@ -16,16 +20,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
+from unittest import mock
 
+import anndata
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from transformers import BertConfig, BertModel
 from transformers import BertForMaskedLM as Bert
 
 import scfm
 from scfm.data import CellBatch
+from scfm.encoding import EncodingConfig, make_encoding
 from scfm.families import preset
-from scfm.models import Model
+from scfm.models import CellTransformer, Model
+from scfm.models.state import Precision
 
 PEER_BATCH = 12
 GOALS = {"scfm, fp32": 4.0, "scfm, bf16": 10.0}
@@ -80,17 +90,88 @@ def cosine(a_BD: np.ndarray, b_BD: np.ndarray) -> float:
     return float(((a_BD * b_BD).sum(1) / norms).min())
 
 
+def random_model(name: str) -> Model:
+    """A model of the shape of a preset, for its number of tokens, with random weights."""
+    shape = preset(name)
+    config = EncodingConfig(**shape.encoding)
+    special = ["pad", "mask", *(role for role in ("cls", "eos") if getattr(config, f"add_{role}"))]
+    genes = [f"ENSG{place:011d}" for place in range((shape.n_tokens or 20_000) - len(special))]
+    vocabulary = scfm.Vocabulary.from_genes(genes, special=special)
+    encoding = make_encoding(
+        config, vocabulary=vocabulary, medians=np.ones(len(vocabulary)) if config.kind == "rank" else None
+    )
+    torch.manual_seed(0)
+    network_config = shape.model_config(n_tokens=len(vocabulary), pad_id=vocabulary.pad_id)
+    return Model(CellTransformer.for_vocabulary(network_config, vocabulary), encoding)
+
+
+def random_counts(model: Model, n_cells: int, n_genes: int = 15_000) -> anndata.AnnData:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(400, 2049, n_cells)
+    columns = np.concatenate([np.sort(rng.choice(n_genes, length, replace=False)) for length in lengths])
+    counts = 1 + rng.poisson(2.0, len(columns)).astype(np.float32)
+    adata = anndata.AnnData(
+        csr_matrix((counts, columns, np.concatenate([[0], np.cumsum(lengths)])), (n_cells, n_genes))
+    )
+    adata.var_names = list(model.encoding.vocabulary.genes[:n_genes])
+    return adata
+
+
+def compare_with_network(
+    name: str, model: Model, adata: anndata.AnnData, precision: Precision, rounds: int, clock: Callable[[], float]
+) -> None:
+    """Print seconds of the network alone, of `scfm.tl.embed`, and of everything around the network."""
+    batches = list(model.batches(scfm.pp.encode(adata, model)))
+    zeros = torch.zeros(adata.n_obs, model.network.config.d_embedding)
+    network = model.network_in(precision)
+
+    @torch.no_grad()
+    def alone() -> None:
+        for batch in batches:
+            network.embed_cells(batch)
+
+    def embed() -> None:
+        scfm.tl.embed(adata, model, precision=precision, progress=False)
+
+    def around() -> None:
+        with mock.patch.object(CellTransformer, "embed_cells", lambda self, batch, **_: zeros[: len(batch)]):
+            embed()
+
+    seconds: dict[Callable[[], None], list[float]] = {alone: [], embed: [], around: []}
+    for turn in range(rounds + 1):  # the first one warms up
+        for method, taken in seconds.items():
+            start = clock()
+            method()
+            if turn:
+                taken.append(clock() - start)
+    network_s, embed_s, around_s = (statistics.median(taken) for taken in seconds.values())
+    print(
+        f"| {name} | {precision} | {adata.n_obs} | {network_s:.2f} | {embed_s:.2f} | {embed_s / network_s:.3f} "
+        f"| {1000 * around_s:.0f} | {around_s / network_s:.2%} |",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cells", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--around", metavar="PRESET")
     options = parser.parse_args()
     clock = time.perf_counter
     if options.clock == "cpu":
         torch.set_num_threads(1)
         clock = time.process_time
+    if options.around:
+        model = random_model(options.around)
+        adata = random_counts(model, options.cells)
+        print("| shape | precision | cells | network, s | tl.embed, s | ratio | around it, ms | of the network |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for precision in get_args(Precision):
+            compare_with_network(options.around, model, adata, precision, options.rounds, clock)
+        return
     with tempfile.TemporaryDirectory() as folder:
         bert, model = make_models(Path(folder))
     cells = make_cells(options.cells, len(model.encoding.vocabulary))

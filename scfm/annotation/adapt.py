@@ -7,10 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.optimize import minimize
 from scipy.special import log_softmax
-
-from scfm.annotation.gene_classifier import expression_components
 
 N_COMPONENTS = 50
 MIN_CELLS = 100  # with fewer, components are mostly noise
@@ -41,6 +38,11 @@ def adapted_probabilities(
     the components of the new cells, so a regression on few components corrects many of them: this is self-training with soft
     labels, one round (Xie et al. 2020, arXiv:1911.04252). More rounds make rare classes rarer.
     """
+    # Predicting labels without adaptation needs neither, and both take a second to import.
+    from scipy.optimize import minimize
+
+    from scfm.annotation.gene_classifier import expression_components
+
     (component_BR,) = expression_components(expression_BV, n_components=N_COMPONENTS, seed=seed)
     component_BR = component_BR - component_BR.mean(0)
     component_BR /= max(float(np.sqrt((component_BR**2).mean())), 1e-12)

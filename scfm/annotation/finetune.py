@@ -142,7 +142,7 @@ def finetune(model: Model, cells: Cells, config: FitConfig, *, seed: int, progre
         features_BX = model.class_features(training.select(rows), precision=inference_precision(config))
         start_from_probe(model.network, features_BX, labels_B[rows])
     train_classifier(model, training, config, progress=progress)
-    outputs = class_outputs(model, cells, inference_precision(config))
+    outputs = class_outputs(model, cells, inference_precision(config), progress=progress)
     fit_linear_parts(model, cells, outputs.logits_BC, seed=seed)
     return outputs
 
@@ -237,9 +237,9 @@ def inference_precision(config: FitConfig) -> Precision:
     return "bf16" if resolved_precision(config).startswith("bf16") else "fp32"
 
 
-def class_outputs(model: Model, cells: Cells, precision: Precision) -> Outputs:
+def class_outputs(model: Model, cells: Cells, precision: Precision, *, progress: bool) -> Outputs:
     """Run the fine-tuned network on all cells, after setting the head's statistics to those of the training cells."""
-    features_BX = model.class_features(cells.tokens, precision=precision)
+    features_BX = model.class_features(cells.tokens, precision=precision, progress=progress)
     head = model.network.class_head
     if hasattr(head, "set_statistics"):
         head.set_statistics(torch.from_numpy(features_BX[cells.split.train]))
@@ -256,7 +256,7 @@ def score_from_scratch(model: Model, cells: Cells, config: FitConfig, *, progres
         network = CellTransformer.for_vocabulary(shape, model.encoding.vocabulary).to(model.device)
     scratch = Model(network, model.encoding, labels=model.labels)
     train_classifier(scratch, cells.training_tokens(), config, progress=progress)
-    outputs = class_outputs(scratch, cells, inference_precision(config))
+    outputs = class_outputs(scratch, cells, inference_precision(config), progress=progress)
     held, labels = cells.split.calibration, cells.split.labels
     assert labels is not None
     proba_BC = scratch.proba_of_logits(outputs.logits_BC[held], calibrated=False)

@@ -29,8 +29,11 @@ class GeneReport:
     ----------
     source
         Where names were found: "var_names" or 'var["column"]'.
-    n_vars, n_matched, n_vocabulary
-        Number of genes of the data, of genes of the data that are in the vocabulary, and of genes of the vocabulary.
+    n_vars, n_matched
+        Number of genes of the data, and of those that are in the vocabulary.
+    n_found, n_vocabulary
+        Number of genes of the vocabulary that are in the data, and of all. `n_found` is smaller than `n_matched` if several
+        columns are one gene, such as an alias and the symbol.
     n_unnamed
         Number of genes of the data without a name.
     gene_fraction, count_fraction
@@ -52,12 +55,13 @@ class GeneReport:
     >>> import scfm
     >>> vocabulary = scfm.Vocabulary.from_genes(["CD74", "CST3"], special=("pad",))
     >>> print(scfm.encoding.GeneMap.from_names(["CST3", "INS"], vocabulary, gene_totals=[30, 10]).report)
-    1 of 2 genes matched (50.0%, 75.0% of the counts), by names; 2 genes in the vocabulary
+    1 of 2 genes matched (50.0%, 75.0% of the counts), by names; 1 of the 2 genes of the vocabulary were found
     """
 
     source: str
     n_vars: int
     n_matched: int
+    n_found: int
     n_vocabulary: int
     n_unnamed: int
     gene_fraction: float
@@ -75,13 +79,14 @@ class GeneReport:
     def coverage(self) -> float:
         """The larger of two fractions: matched counts (or genes) of the data, and matched genes of the vocabulary."""
         matched = self.gene_fraction if self.count_fraction is None else self.count_fraction
-        return max(matched, _ratio(self.n_matched, self.n_vocabulary))
+        return max(matched, _ratio(self.n_found, self.n_vocabulary))
 
     def __str__(self) -> str:
         counts = "" if self.count_fraction is None else f", {self.count_fraction:.1%} of the counts"
+        several = f", {len(self.duplicated)} of which have several columns" if self.duplicated else ""
         return (
             f"{self.n_matched} of {self.n_vars} genes matched ({self.gene_fraction:.1%}{counts}), by {self.source}; "
-            f"{self.n_vocabulary} genes in the vocabulary"
+            f"{self.n_found} of the {self.n_vocabulary} genes of the vocabulary were found{several}"
         )
 
 
@@ -251,6 +256,7 @@ def _report(
         source=source,
         n_vars=len(names),
         n_matched=int(matched_G.sum()),
+        n_found=len(tokens),
         n_vocabulary=vocabulary.n_genes,
         n_unnamed=sum(name is None for name in names),
         gene_fraction=_ratio(int(matched_G.sum()), len(names)),

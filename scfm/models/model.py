@@ -287,10 +287,13 @@ class Model(ModelState):
         return unit_length(features_BX) if self.network.config.pooling.normalize else features_BX
 
     @torch.no_grad()
-    def class_features(self, cells: CellBatch, *, precision: Precision = "fp32") -> NDArray[np.float32]:
+    def class_features(
+        self, cells: CellBatch, *, precision: Precision = "fp32", progress: bool = False
+    ) -> NDArray[np.float32]:
         """Return the input of the class head for each encoded cell, shape (B, X), float32."""
         network = self.network_in(precision)
-        parts = [network.class_features(batch).float().cpu() for batch in self.batches(cells)]
+        batches = self.batches(cells, title="class features", progress=progress)
+        parts = [network.class_features(batch).float().cpu() for batch in batches]
         return torch.cat(parts).numpy()
 
     @torch.no_grad()

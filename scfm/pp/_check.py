@@ -8,6 +8,7 @@ import dataclasses
 import html
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,10 @@ from scfm.data.source import BLOCK_ROWS, CountSource
 from scfm.encoding.base import Encoding
 from scfm.encoding.genes import GeneMap, GeneReport
 from scfm.errors import CountsError, VocabularyMismatchError
+from scfm.families.loading import opened
+from scfm.models.model import Model
 from scfm.pp._encode import empty_cells, encoding_of, gene_map, open_counts
+from scfm.pp._estimate import Estimate, estimated
 from scfm.vocab import guess_id_type, guess_species
 
 Verdict = Literal["ok", "note", "problem"]
@@ -71,6 +75,10 @@ class DataCheck:
         the other, averaged over 100 cells. It is small if cells have few counts.
     memory_bytes, encode_seconds
         Estimated size of the tokens of all cells, and time to encode them.
+    embed_seconds, annotate_seconds
+        Estimated time of `scfm.tl.embed` and `annotate`, measured on a few cells; None without a model, or labels.
+    embed_memory_bytes
+        Estimated memory of `scfm.tl.embed` besides the data and the model, on the device of the model.
     findings
         The rows of `table`.
     """
@@ -89,6 +97,9 @@ class DataCheck:
     token_stability: float | None = None
     memory_bytes: int | None = None
     encode_seconds: float | None = None
+    embed_seconds: float | None = None
+    annotate_seconds: float | None = None
+    embed_memory_bytes: int | None = None
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -131,10 +142,12 @@ def check(
     layer: str | None = None,
     gene_key: str | None = None,
     depth_key: str | None = None,
+    estimate: bool = True,
 ) -> DataCheck:
     """Check whether a model can use a data set: counts, genes, cells without genes or with too many, memory and time.
 
-    Problems of the data are reported, not raised. Every cell is read once, and about 2,000 cells are encoded.
+    Problems of the data are reported, not raised. Every cell is read once, and about 2,000 cells are encoded. To estimate the
+    time for all cells, a model embeds, and if it has labels annotates, up to 64 of them for about a second.
 
     Parameters
     ----------
@@ -145,6 +158,9 @@ def check(
     {layer}
     {gene_key}
     {depth_key}
+    estimate
+        Whether to estimate the time and memory of `scfm.tl.embed` and `annotate` with default settings. Other programs that
+        run at the same time make the estimate too high.
 
     Returns
     -------
@@ -167,6 +183,8 @@ def check(
     >>> scfm.pp.check(adata, scfm.encoding.make_encoding("rank", adata=adata)).ok
     True
     """
+    if isinstance(model_or_encoding, (str, Path)):
+        model_or_encoding = opened(model_or_encoding)
     encoding = encoding_of(model_or_encoding)
     try:
         counts = open_counts(adata, encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
@@ -183,11 +201,14 @@ def check(
             "features left out", f"{kinds}: not genes, so they count neither as tokens nor for the depth", "note"
         )
     genes = _check_genes(report, counts, encoding)
-    totals = _check_cells(report, counts, encoding, genes)
+    cells = _check_cells(report, counts, encoding, genes)
     if genes is not None:
-        _report_coverage(report, genes, totals)
-    if report.tokens_per_cell is not None:
-        _expect_network(report, getattr(model_or_encoding, "network", None))
+        _report_coverage(report, genes, None if cells is None else cells.total_G)
+        if estimate and isinstance(model_or_encoding, Model) and cells is not None and len(cells.n_tokens_B):
+            found = estimated(
+                model_or_encoding, counts, genes, n_tokens_B=cells.n_tokens_B, input_seconds=cells.seconds
+            )
+            _report_estimate(report, model_or_encoding, found)
     return report
 
 
@@ -213,13 +234,21 @@ def _check_genes(report: DataCheck, counts: CountSource, encoding: Encoding) -> 
     return None
 
 
-def _check_cells(
-    report: DataCheck, counts: CountSource, encoding: Encoding, genes: GeneMap | None
-) -> NDArray[np.float64] | None:
-    """Read all cells and report on them; the total counts of each gene, shape (G,), or None without raw counts."""
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """Total counts of each gene, numbers of tokens of many of the cells, and seconds to read and encode all cells."""
+
+    total_G: NDArray[np.float64]
+    n_tokens_B: NDArray[np.integer]
+    seconds: float
+
+
+def _check_cells(report: DataCheck, counts: CountSource, encoding: Encoding, genes: GeneMap | None) -> _Cells | None:
+    """Read all cells and report on them; None without raw counts."""
     report.counts_elsewhere = counts.matrices_with_counts()
     total_G, depths, empty, lengths = np.zeros(counts.n_vars), [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0, int)]
     encoded, seconds, dtype = [np.zeros(0, int)], 0.0, None
+    first_read = time.perf_counter()
     shared = [np.zeros(0)]
     n_encoded, n_halved = (-(-n * BLOCK_ROWS // max(counts.n_obs, BLOCK_ROWS)) for n in (_ENCODED_CELLS, _HALVED_CELLS))
     try:
@@ -242,15 +271,15 @@ def _check_cells(
         report.add("counts", str(error), "problem")
         return None
     report.raw_counts = True
+    n_tokens_B, read_seconds = np.concatenate(encoded), time.perf_counter() - first_read - seconds
     if not counts.n_obs:
-        return total_G
+        return _Cells(total_G, n_tokens_B, read_seconds)
     report.add("counts", f"raw ({dtype})")
     low, middle, high = np.quantile(np.concatenate(depths), [0.25, 0.5, 0.75])
     report.depth = float(low), float(middle), float(high)
     source = "summed over the matrix" if counts.named_depth is None else "as named by the data"
     report.add("counts per cell", f"median {middle:,.0f}, half within {low:,.0f}..{high:,.0f} ({source})")
     if genes is not None:
-        n_tokens_B = np.concatenate(encoded)
         report.encode_seconds = seconds * counts.n_obs / len(n_tokens_B)
         fractions = np.concatenate(shared)
         report.token_stability = float(fractions.mean()) if len(fractions) else None
@@ -261,7 +290,7 @@ def _check_cells(
             n_expressed_B=np.concatenate(lengths),
             n_tokens_B=n_tokens_B,
         )
-    return total_G
+    return _Cells(total_G, n_tokens_B, read_seconds + (report.encode_seconds or 0.0))
 
 
 def _shared_by_halves(block: sparse.csr_matrix, genes: GeneMap, encoding: Encoding) -> NDArray[np.float64]:
@@ -321,28 +350,21 @@ def _report_tokens(
     )
 
 
-def _expect_network(report: DataCheck, network: Any) -> None:
-    """Estimate one pass of a network over all cells: two operations per weight and token, at a measured speed."""
-    if network is None or report.tokens_per_cell is None:
+def _report_estimate(report: DataCheck, model: Model, found: Estimate | None) -> None:
+    if found is None:  # no cell has a gene of the model, which was reported
         return
-    import torch
-
-    vectors = {id(p) for m in network.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    weights = sum(p.numel() for p in network.parameters() if p.dim() > 1 and id(p) not in vectors)
-    device = next(network.parameters()).device
-    size = 512 if device.type == "cpu" else 1024
-    left = torch.randn(size, size, device=device)
-    float((left @ left).sum())  # warm
-    started = time.perf_counter()
-    for _ in range(3):
-        product = left @ left
-    float(product.sum())
-    speed = 3 * 2 * size**3 / (time.perf_counter() - started)
-    seconds = 2 * weights * report.tokens_per_cell * report.n_cells / speed
-    report.add("one pass of the model", f"very roughly {_seconds(seconds)} on {device.type}, attention not counted")
+    report.embed_seconds, report.annotate_seconds = found.embed_seconds, found.annotate_seconds
+    report.embed_memory_bytes = found.memory_bytes
+    device = model.device.type
+    memory = f"; needs {found.memory_bytes / 1e9:,.2f} GB besides {'data and' if device == 'cpu' else 'the'} model"
+    for what, seconds, more in (("embedding", found.embed_seconds, memory), ("annotating", found.annotate_seconds, "")):
+        if seconds is not None:
+            report.add(what, f"{_seconds(seconds)}, {report.n_cells / seconds:,.3g} cells/s on {device}{more}")
 
 
 def _seconds(seconds: float) -> str:
     if seconds < 1:
         return "less than a second"
-    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

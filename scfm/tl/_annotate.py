@@ -127,8 +127,8 @@ def annotate(
 def require_cells_to_adapt(n_obs: int, adapt: bool) -> None:
     if adapt and n_obs < MIN_CELLS:
         raise ValueError(
-            f"`adapt` learns from the cells of `adata`, and {n_obs} are too few; it needs {MIN_CELLS}. Omit it, or annotate "
-            "more cells of the same study together."
+            f"`adapt` learns from the cells that are annotated, and {n_obs} are too few; it needs {MIN_CELLS}. Omit it, or "
+            "annotate more cells of the same study together."
         )
 
 
@@ -191,11 +191,11 @@ class LabelOptions:
 
 def warn_of_missing_genes(report: GeneReport, model: Model) -> None:
     """Log a warning if the data lack most genes of a model with a gene classifier, to which absent genes are zeros."""
-    if model.network.gene_classifier is not None and report.n_matched < MIN_GENE_FRACTION * report.n_vocabulary:
+    if model.network.gene_classifier is not None and report.n_found < MIN_GENE_FRACTION * report.n_vocabulary:
         logger.warning(
             "The data have %s of the %s genes of the model. The model takes absent genes for genes without counts, so the labels "
             "may be wrong. Pass the complete matrix, not only variable genes.",
-            report.n_matched,
+            report.n_found,
             report.n_vocabulary,
         )
 

@@ -22,7 +22,7 @@ from scfm._docs import document
 from scfm.data import CountSource
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
-from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
+from scfm.models.model import TOKENS_PER_BATCH, Model, cell_bar, runs_of_tokens
 from scfm.pp._encode import require_cells
 from scfm.tl._record import record
 
@@ -42,6 +42,7 @@ def denoise(
     depth_key: str | None = None,
     seed: int = 0,
     key_added: str = "scfm_denoised",
+    progress: bool = True,
     copy: bool = False,
 ) -> anndata.AnnData | None:
     """Predict the expression of each cell for a total count of `target_depth`.
@@ -67,6 +68,7 @@ def denoise(
         Seed of the downsampling and of the principal components in which neighbors are found.
     key_added
         Key of `adata.layers` for the result.
+    {progress}
     {copy}
 
     Returns
@@ -117,7 +119,7 @@ def denoise(
         raise ValueError(f"`n_neighbors` is {n_neighbors}; it must be at least 0.")
     adata = adata.copy() if copy else adata
     source = CountSource.of(adata, layer=layer, gene_key=gene_key, depth_key=depth_key)
-    value_BG = _predict(source, model, target_depth)
+    value_BG = _predict(source, model, target_depth, progress=progress)
     if n_neighbors:
         value_BG = _with_neighbors(source, value_BG, model, target_depth, n_neighbors=n_neighbors, seed=seed)
     adata.layers[key_added] = _in_columns(value_BG, adata, layer)
@@ -136,19 +138,20 @@ def _in_columns(value_BG: NDArray[np.float32], adata: anndata.AnnData, layer: st
     return spread_BG
 
 
-def _predict(source: CountSource, model: Model, target_depth: float | None) -> NDArray[np.float32]:
+def _predict(source: CountSource, model: Model, target_depth: float | None, *, progress: bool) -> NDArray[np.float32]:
     """Return what the model predicts for every gene of `source`, shape (B, G); NaN for genes without a token."""
     cells = pp.encode(source, model.encoding.replace(include_zeros=True, target_depth=target_depth))
     token_ids_G = model.encoding.vocabulary.find(source.names(model.encoding.vocabulary)[0])[0]
     network, known_G = model.network.eval(), token_ids_G >= 0
     predicted_BG = np.full((len(cells), len(token_ids_G)), np.nan, dtype=np.float32)
-    with torch.inference_mode():
+    with torch.inference_mode(), cell_bar(len(cells), "denoising", progress=progress) as bar:
         for rows in runs_of_tokens(cells.cu_seqlens.numpy(), TOKENS_PER_BATCH):
             batch = cells.select(np.arange(rows.start, rows.stop)).to(model.device)
             value_T = network.values(network.value_states(batch)).float().clamp(min=0)
             value_BV = value_T.new_zeros(len(batch), network.config.n_tokens)
             value_BV[batch.cell_of_token_T(), batch.gene_ids_T.long()] = value_T
             predicted_BG[rows, known_G] = value_BV.cpu().numpy()[:, token_ids_G[known_G]]
+            bar.update(len(batch))
     return predicted_BG
 
 
@@ -172,7 +175,9 @@ def _with_neighbors(
     named = source.named_depth is not None
     again_depth_B = depth_B[keep_B] * rate if named else np.asarray(again_BG.sum(1), dtype=np.float64).ravel()
     shallower = CountSource(again_BG, var=source.var, gene_key=source.gene_key, depth=again_depth_B)
-    learned = _Inputs.of(again_BG, again_depth_B, _predict(shallower, model, typical_depth), n_neighbors, seed)
+    learned = _Inputs.of(
+        again_BG, again_depth_B, _predict(shallower, model, typical_depth, progress=False), n_neighbors, seed
+    )
     weights = learned.weights(baselines.log_normalize(counts_BG, depth_B)[keep_B], known_G)
     return _Inputs.of(counts_BG, depth_B, model_BG, n_neighbors, seed).weighted(weights)
 
@@ -313,7 +318,7 @@ def evaluate_denoising(
     thinned.obs["depth"] = depth_B[keep_B] * rate if named else np.asarray(thinned_BG.sum(1)).ravel()
     for key, n in (("joined", n_neighbors), ("alone", 0)):
         settings: dict[str, Any] = {"gene_key": gene_key, "depth_key": "depth", "seed": seed, "key_added": key}
-        denoise(thinned, model, target_depth=float(np.median(depth_B)), n_neighbors=n, **settings)
+        denoise(thinned, model, progress=False, target_depth=float(np.median(depth_B)), n_neighbors=n, **settings)
     shallow_BG = baselines.log_normalize(thinned_BG, thinned.obs["depth"].to_numpy())
     weighted_BG = own_and_neighbors_weighted(
         thinned_BG,

@@ -226,7 +226,7 @@ def fit(
         features_BX = _finetune(fitted, counts, cells, stage, rows=rows, seed=seed, progress=progress)
     if not is_file:
         if features_BX is None:
-            data.obsm[key_added] = fitted.embed(cells.tokens)
+            data.obsm[key_added] = fitted.embed(cells.tokens, progress=progress)
         else:
             data.obs["scfm_split"] = split.names(data.n_obs)
             data.obsm[key_added] = fitted.embedding_of_features(features_BX, cells.tokens)

@@ -32,6 +32,7 @@ def gene_embeddings(
     hidden_layer: int | None = None,
     min_cells: int = 1,
     precision: Precision = "fp32",
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Return a table of gene embeddings: the mean hidden vector of each gene's token over the cells that contain it.
 
@@ -49,6 +50,7 @@ def gene_embeddings(
     min_cells
         Minimum number of cells in which a gene must be a token. Other genes are omitted.
     {precision}
+    {progress}
 
     Returns
     -------
@@ -82,7 +84,7 @@ def gene_embeddings(
     if model.network.decoder is not None and hidden_layer is None:  # the decoder has states of all genes
         encoding = encoding.replace(include_zeros=True)
     cells = pp.encode(adata, encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
-    sum_VD, count_V = _sums(model, cells, hidden_layer, precision)
+    sum_VD, count_V = _sums(model, cells, hidden_layer, precision, progress)
     kept = [gene for gene in vocabulary.gene_ids.tolist() if count_V[gene] >= max(min_cells, 1)]
     mean_GD = (sum_VD[kept] / count_V[kept][:, None]).astype(np.float32)
     return _table(mean_GD, [vocabulary.tokens[gene] for gene in kept], vocabulary)
@@ -98,13 +100,13 @@ def _table(embedding_GD: np.ndarray, genes: Sequence[str], vocabulary: Vocabular
 
 @torch.no_grad()
 def _sums(
-    model: Model, cells: CellBatch, hidden_layer: int | None, precision: Precision
+    model: Model, cells: CellBatch, hidden_layer: int | None, precision: Precision, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum of the states of each token, shape (V, D), float64, and their number, shape (V,)."""
     network, n_tokens = model.network_in(precision), len(model.encoding.vocabulary)
     layer = model.network.config.pooling.hidden_layer if hidden_layer is None else hidden_layer
     sum_VD: torch.Tensor | None = None
-    for batch in model.batches(cells):
+    for batch in model.batches(cells, title="embedding genes", progress=progress):
         decoded = hidden_layer is None and network.decoder is not None
         states_TD = network.value_states(batch) if decoded else network(batch, hidden_layer=layer)
         if sum_VD is None:

@@ -2,7 +2,6 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy.sparse import csr_matrix
 
 import scfm.datasets
@@ -80,15 +79,67 @@ def test_empty_truncated_and_duplicated_are_counted(pbmc, encoding):
     assert verdicts(report)["coverage"] == "problem"
 
 
-def test_a_model_gets_a_time_to_expect(pbmc, encoding):
-    class Model:
-        pass
+@pytest.fixture(scope="module")
+def models(pbmc, encoding):
+    """A model without labels, and one with labels."""
+    config = scfm.ModelConfig(n_tokens=len(encoding.vocabulary), d_model=16, n_heads=2, n_layers=2)
+    networks = [scfm.models.CellTransformer.for_vocabulary(config, encoding.vocabulary) for _ in range(2)]
+    networks[1].add_class_head(3)
+    return scfm.Model(networks[0], encoding), scfm.Model(networks[1], encoding, labels=("a", "b", "c"))
 
-    model = Model()
-    model.encoding = encoding
-    model.network = torch.nn.Sequential(torch.nn.Embedding(769, 8), torch.nn.Linear(8, 8))
-    report = scfm.pp.check(pbmc, model)
-    assert "one pass of the model" in verdicts(report)
+
+def test_a_model_gets_time_and_memory_to_expect(pbmc, models):
+    plain, labeled = (scfm.pp.check(pbmc, model) for model in models)
+    assert plain.ok
+    assert plain.annotate_seconds is None
+    assert plain.embed_seconds > 0
+    assert labeled.annotate_seconds > 0
+    assert pbmc.n_obs * 16 * 4 < plain.embed_memory_bytes < 1e9
+    assert "embedding" in verdicts(plain)
+    assert "annotating" in verdicts(labeled)
+    instant = scfm.pp.check(pbmc, models[0], estimate=False)
+    assert instant.embed_seconds is None
+    assert "embedding" not in verdicts(instant)
+
+
+def test_time_is_extrapolated_by_the_operations_of_all_cells(pbmc, models, monkeypatch):
+    """With a clock that counts the operations that are run, the estimate is the operations of all cells."""
+    from scfm.pp import _estimate
+
+    network = models[0].network
+
+    def operations(lengths):
+        return sum(n * (2 * (4 * 16 * 16 + 2 * 16 * network.config.d_ff) + 4 * 16 * n) for n in lengths)
+
+    clock = [0.0]
+    embed = scfm.Model.embed
+
+    def counting(model, cells, **options):
+        clock[0] += operations(cells.lengths_B.tolist()) * 1e-6
+        return embed(model, cells, **options)
+
+    monkeypatch.setattr(scfm.Model, "embed", counting)
+    monkeypatch.setattr(_estimate.time, "perf_counter", lambda: clock[0])
+    expected = operations(scfm.pp.encode(pbmc, models[0]).lengths_B.tolist()) * 1e-6
+    assert scfm.pp.check(pbmc, models[0]).embed_seconds == pytest.approx(expected, rel=0.01)
+
+
+def test_cells_without_genes_are_not_measured(pbmc, models):
+    adata = pbmc[:50].copy()
+    adata.X = csr_matrix(adata.X.shape, dtype=np.float32)
+    report = scfm.pp.check(adata, models[0], depth_key="n_counts")
+    assert not report.ok
+    assert report.embed_seconds is None
+
+
+def test_columns_of_one_gene_are_counted_once(pbmc):
+    vocabulary = scfm.Vocabulary(
+        ["<pad>", "CD74", "CST3", "LYZ"], special={"pad": "<pad>"}, aliases={"OLD1": "CD74", "OLD2": "CST3"}
+    )
+    names = ["CD74", "OLD1", "CST3", "other"]
+    genes = scfm.encoding.GeneMap.from_names(names, vocabulary, duplicates="sum")
+    assert (genes.report.n_matched, genes.report.n_found, genes.report.n_vocabulary) == (3, 2, 3)
+    assert "2 of the 3 genes of the vocabulary were found, 1 of which have several columns" in str(genes.report)
 
 
 def test_memory_of_large_data_is_estimated_from_some_cells_and_every_cell_is_checked(encoding):
