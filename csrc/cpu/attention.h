@@ -27,11 +27,24 @@ struct Task {
   int64_t key_begin, n_keys;  // keys that every query attends to
   int64_t own_begin;          // queries from here on attend to their own key as well
   bool keys_are_queries;      // self-attention: a token has one number on both sides
+  int64_t work;               // what tasks are sorted by
+  // The keys of a long cell are divided among several tasks of the backward, numbered by `part`. Each adds up the gradients
+  // of the queries over its keys in floats of its own: `grad_query_size` per part.
+  int64_t part, n_parts;
+  float* grad_query;
+  int64_t grad_query_size;
 };
 
 // Upper limit on the queries of a forward task: enough that packing the keys for them costs next to nothing. It is the same
 // for every batch and number of threads, so a cell's result is too.
 constexpr int64_t kQueriesPerTask = 1024;
+
+// A backward task has all keys of a cell, up to this number.
+constexpr int64_t kUndividedKeys = 2048;
+
+// Upper limit on the keys of a part of a longer cell, and what parts are rounded to: a multiple of the blocks of every engine.
+// Smaller parts would pack the queries more often.
+constexpr int64_t kKeysPerTask = 1152, kKeysOfBlocks = 384;
 
 constexpr int64_t kMaxWidth = 256;  // largest head width
 

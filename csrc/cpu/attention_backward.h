@@ -1,4 +1,4 @@
-// Backward of one task: all queries of one cell and head.
+// Backward of one task: all queries of one cell and head, with all keys or a part of them.
 //
 // Everything runs on the transposed scores S^T = K Q^T, [keys][queries]: then P^T and dS^T are operand A of
 // dV += P^T dO and dK += dS^T Q without a transposition, and dS^T as operand B of dQ^T += K^T dS^T. Queries are packed
@@ -225,6 +225,7 @@ void attention_backward(const AttentionProblem& problem, const Task& task, void*
   const int64_t row_words = round_up(width, kPanel) / Engine::kGroup;
   const float scale = exponent_scale(problem.scale);
   BackwardBuffers<Engine> buffers(scratch, n_queries, width);
+  if (task.n_parts > 1) buffers.grad_query = task.grad_query + task.part * task.grad_query_size;
 
   for (int64_t query = 0; query < n_queries; query += kQueryBlock)
     pack_queries<Engine, Source, true>(problem, task, query, width, buffers);
@@ -250,6 +251,24 @@ void attention_backward(const AttentionProblem& problem, const Task& task, void*
                                   buffers.grad_scores_panel, buffers.grad_query + query * width, kQueryBlock);
     }
     write_key_gradients<Engine, Source>(problem, task, begin, n, width, buffers);
+  }
+  if (task.n_parts > 1) return;
+  for (int64_t query = 0; query < n_queries; query += kQueryBlock)
+    write_query_gradients<Engine, Source>(problem, task, query, width, buffers);
+}
+
+// The sums of all parts are added in the order of the keys, whichever part was the last to run.
+template <class Engine, class Source>
+void join_attention_backward(const AttentionProblem& problem, const Task& task, void* scratch) {
+  [[maybe_unused]] const Vec::FlushDenormals flush;
+  const int64_t n_queries = task.query_end - task.query_begin;
+  const int64_t width = round_up(problem.head_dim, Engine::kWidthStep), size = round_up(n_queries, kQueryBlock) * width;
+  BackwardBuffers<Engine> buffers(scratch, n_queries, width);
+  buffers.grad_query = task.grad_query;
+  for (int64_t part = 1; part < task.n_parts; part++) {
+    const float* other = task.grad_query + part * task.grad_query_size;
+    for (int64_t i = 0; i < size; i += Vec::kWidth)
+      Vec::store(buffers.grad_query + i, Vec::add(Vec::load(buffers.grad_query + i), Vec::load(other + i)));
   }
   for (int64_t query = 0; query < n_queries; query += kQueryBlock)
     write_query_gradients<Engine, Source>(problem, task, query, width, buffers);

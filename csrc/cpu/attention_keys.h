@@ -97,7 +97,7 @@ void attention_keys(const AttentionProblem& problem, const Task& task, void* scr
       scalar_at(problem.grad_bias, token + key, task.head) =
           Vec::reduce_add(Vec::load(buffers.grad_bias + key * Vec::kWidth));
   }
-  write_own_keys<Engine, Source, kDeletion>(problem, task, width, buffers);
+  if (task.part == 0) write_own_keys<Engine, Source, kDeletion>(problem, task, width, buffers);
 }
 
 }  // namespace

@@ -15,6 +15,8 @@ struct Kernels {
   void (*attention_forward)(const AttentionProblem&, const Task&, void* scratch);
   int64_t (*attention_backward_scratch)(const AttentionProblem&, int64_t max_queries);
   void (*attention_backward)(const AttentionProblem&, const Task&, void* scratch);
+  // After the last part of a divided task: writes the gradients of the queries. Its scratch is that of this last part.
+  void (*join_attention_backward)(const AttentionProblem&, const Task&, void* scratch);
   // These take a task and the scratch of the backward.
   void (*column_sums)(const AttentionProblem&, const Task&, void* scratch);
   void (*deletion_effects)(const AttentionProblem&, const Task&, void* scratch);

@@ -20,6 +20,7 @@ constexpr Kernels kernels_of() {
           attention_forward<Forward, Source>,
           attention_backward_scratch<Engine>,
           attention_backward<Engine, Source>,
+          join_attention_backward<Engine, Source>,
           attention_keys<Engine, Source, false>,
           attention_keys<Engine, Source, true>,
           linear_attention_forward_scratch<Engine>,

@@ -13,11 +13,14 @@
 
 namespace scfm {
 
-constexpr int64_t kAllQueries = INT64_MAX;
+struct TaskLimits {
+  int64_t queries = INT64_MAX;
+  bool divide_keys = false;  // of cells with more than kUndividedKeys, into parts of at most kKeysPerTask
+  bool keep_empty = false;   // also cells without queries, whose keys get results too
+};
 
-// One task per cell, head and `queries_per_task` queries, longest first. `keep_empty` keeps cells without queries, whose keys
-// get results too.
-std::vector<Task> list_tasks(const Cells& cells, int64_t n_heads, int64_t queries_per_task, bool keep_empty);
+// One task per cell, head, and part of its queries or keys; longest first, parts of a cell and head next to each other.
+std::vector<Task> list_tasks(const Cells& cells, int64_t n_heads, const TaskLimits& limits);
 
 // The largest number of queries of a task.
 int64_t max_queries(const std::vector<Task>& tasks);

@@ -38,6 +38,20 @@ def test_errors_stay_within_twice_those_of_plain_torch(make_problem, options, dt
     accuracy.check_attention(problems, ops.attention, return_lse=True, backend=backend)
 
 
+PARTS = {
+    "plain": {"lengths_k": [2500, 3600, 2049, 2048]},
+    "bias": {"lengths_k": [2305, 0, 2049, 3457], "bias": "head"},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", PARTS.values(), ids=PARTS.keys())
+def test_keys_of_long_cells_are_divided_among_tasks(make_problem, options, dtype, backend):
+    problems = [make_problem([70, 9, 1, 0], head_dim=16, dtype=dtype, seed=seed, **options) for seed in accuracy.SEEDS]
+    accuracy.check_attention(problems, ops.attention, return_lse=True, backend=backend)
+
+
 # The grid of flash-attention's own tests: head widths, and cells with unequal numbers of queries and keys.
 GRID_WIDTHS = [32, 40, 59, 64, 96, 111, 128, 160, 192, 224, 256]
 GRID = [
