@@ -124,12 +124,12 @@ def size_of(path: Path) -> int:
 def statistics(path: Path, folder: Path) -> int:
     """The one pass before pretraining."""
     from scfm.encoding import EncodingConfig
-    from scfm.train.statistics import Data, learn
+    from scfm.train.statistics import Data, Learning
 
     data = Data(paths=(path,))
     n_cells = data.open(path).n_obs
     config = EncodingConfig(kind="rank", context_length=1024)
-    learn(data, config, held_out_B=np.zeros(n_cells, dtype=bool), n_components=50)
+    Learning(data=data, config=config, held_out_B=np.zeros(n_cells, dtype=bool), n_components=50).statistics()
     return n_cells
 
 

@@ -15,6 +15,13 @@ SHARED = {
 adata
     AnnData with raw counts of n_obs cells by n_vars genes, in `adata.X` or in `layer`.
 """,
+    "adata_or_files": """
+adata
+    Raw counts of n_obs cells by n_vars genes: an AnnData (in memory, backed or lazy), an AnnCollection, or one or several
+    paths of `.h5ad` files and `.zarr` folders, URLs, patterns such as `donors/*.h5ad`, or `.txt` files with one of these per
+    line. Files are read in blocks. The genes of several files are all genes of all of them, matched by name; a cell has no
+    counts of genes that its file lacks.
+""",
     "paths": """
 paths
     Files with raw counts: one or several paths of `.h5ad` files or `.zarr` folders, URLs of such files (https, s3, gs and

@@ -152,7 +152,7 @@ CALLS = {
         set(),
     ),
 }
-NO_INPUT = {"tl.annotate_files", "tl.embed_files", "tl.similar_genes", "tl.summarize_scores"}
+NO_INPUT = {"tl.annotate_files", "tl.embed_files", "tl.map_reference_files", "tl.similar_genes", "tl.summarize_scores"}
 NO_INPUT |= {
     f"pl.{name}" for name in ("attention", "gene_network", "perturbation", "report", "screen", "training", "volcano")
 }

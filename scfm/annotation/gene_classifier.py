@@ -107,6 +107,52 @@ class GeneMembers:
         return LinearMember(self.space.weights_of_columns(weight_CR), bias_C)
 
 
+@dataclass(frozen=True, eq=False)
+class ExpressionComponents:
+    """Principal components of log-expression that were fitted on some cells.
+
+    Attributes
+    ----------
+    chosen
+        Tokens of the genes that count, shape (G,).
+    factor_G, limit_G
+        Factor of each gene, and the value at which it is clipped.
+    svd
+        The fitted decomposition.
+    """
+
+    chosen: NDArray[np.int64]
+    factor_G: NDArray[np.float64]
+    limit_G: NDArray[np.float64]
+    svd: TruncatedSVD
+
+    @classmethod
+    def of(
+        cls, fitted_BV: sparse.csr_matrix, *, n_components: int = NUMBERS_OF_COMPONENTS[-1], seed: int = 0
+    ) -> ExpressionComponents:
+        scale_V = max_scales(fitted_BV)
+        importance_V = component_importance(fitted_BV, scale_V)
+        chosen = np.flatnonzero(importance_V)
+        components = cls(
+            chosen,
+            scale_V[chosen] * importance_V[chosen],
+            MAX_SCALED * importance_V[chosen],
+            TruncatedSVD(max(1, min(n_components, fitted_BV.shape[0] - 1, len(chosen) - 1)), random_state=seed),
+        )
+        components.svd.fit(components._scaled(fitted_BV))
+        return components
+
+    def transform(self, expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
+        """Return the components of cells, shape (B, R)."""
+        components_BR: NDArray[np.float64] = self.svd.transform(self._scaled(expression_BV))
+        return components_BR
+
+    def _scaled(self, expression_BV: sparse.csr_matrix) -> sparse.csr_matrix:
+        scaled_BG = (expression_BV[:, self.chosen] @ sparse.diags_array(self.factor_G)).tocsr()
+        scaled_BG.data = np.minimum(scaled_BG.data, self.limit_G[scaled_BG.indices])
+        return scaled_BG
+
+
 def expression_components(
     fitted_BV: sparse.csr_matrix,
     *others: sparse.csr_matrix,
@@ -114,19 +160,8 @@ def expression_components(
     seed: int = 0,
 ) -> list[NDArray[np.float64]]:
     """Return principal components of log-expression of sets of cells, fitted on the first, shapes (B, R)."""
-    scale_V = max_scales(fitted_BV)
-    importance_V = component_importance(fitted_BV, scale_V)
-    chosen = np.flatnonzero(importance_V)
-    factor_GG = sparse.diags_array(scale_V[chosen] * importance_V[chosen])
-    limit_G = MAX_SCALED * importance_V[chosen]
-    parts = []
-    for expression_BV in (fitted_BV, *others):
-        part_BG = (expression_BV[:, chosen] @ factor_GG).tocsr()
-        part_BG.data = np.minimum(part_BG.data, limit_G[part_BG.indices])
-        parts.append(part_BG)
-    n_components = max(1, min(n_components, *(size - 1 for size in parts[0].shape)))
-    svd = TruncatedSVD(n_components, random_state=seed).fit(parts[0])
-    return [svd.transform(part_BG) for part_BG in parts]
+    components = ExpressionComponents.of(fitted_BV, n_components=n_components, seed=seed)
+    return [components.transform(expression_BV) for expression_BV in (fitted_BV, *others)]
 
 
 def max_scales(expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:

@@ -141,5 +141,10 @@ def shares(
 
 def hub_fraction(row_QN: NDArray[np.int64], n_reference: int) -> float:
     """Fraction of all neighbors that are among the 5 % of reference cells that are chosen most often."""
-    chosen_R = np.sort(np.bincount(row_QN.ravel(), minlength=n_reference))[::-1]
-    return float(chosen_R[: max(1, n_reference // 20)].sum() / row_QN.size)
+    return hub_fraction_of(np.bincount(row_QN.ravel()), n_reference)
+
+
+def hub_fraction_of(n_chosen_R: NDArray[np.integer], n_reference: int) -> float:
+    """Return `hub_fraction` from the number of times that each reference cell is a neighbor."""
+    chosen_R = np.sort(n_chosen_R)[::-1]
+    return float(chosen_R[: max(1, n_reference // 20)].sum() / n_chosen_R.sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,17 @@ SHOWN_ROWS = 10
 
 def rank_genes(
     ranking: Callable[..., pd.DataFrame],
-    data: Path,
-    table: Path,
+    paths: Sequence[str],
     *,
     model: Path,
     as_json: bool,
     device: str,
     **options: Any,
 ) -> None:
-    """Apply `ranking` to the cells of `data`, write its table to `table`, and print the first rows."""
+    """Apply `ranking` to the cells of all `paths` but the last, write its table to the last, and print the first rows."""
+    sources, table = _files.inputs_and_output(paths)
     require_writable(table, SUFFIXES)
-    effects = ranking(_files.read(data), scfm.load(model, device=device), **options)
+    effects = ranking(sources, scfm.load(model, device=device), **options)
     _files.write_table(effects, table)
     top = effects.head(SHOWN_ROWS)
     facts = {"output": table, "n_genes": len(effects), "top": _files.records(top)}

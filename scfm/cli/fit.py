@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import scfm
@@ -17,10 +16,7 @@ from scfm.cli._registry import command
     leave_out={"key_added", "pretrain_config"},
 )
 def fit(
-    data: Path,
-    output: Path,
-    /,
-    *,
+    *paths: str,
     pretrain_steps: int | None = None,
     pretrain_learning_rate: float | None = None,
     json: bool = False,
@@ -30,10 +26,9 @@ def fit(
 
     Parameters
     ----------
-    data
-        .h5ad or .zarr with raw counts.
-    output
-        Directory to save the model in; an existing model is replaced.
+    paths
+        One or many inputs with raw counts (.h5ad, .zarr, URLs, or a .txt file that lists them), and last the directory to save
+        the model in; an existing model is replaced.
     pretrain_steps
         Optimizer steps of pretraining, with --labels-key. By default, chosen by the number of cells. With --labels-key, the
         training options below are those of fine-tuning.
@@ -44,9 +39,10 @@ def fit(
     """
     from scfm.models.io.save import require_replaceable
 
+    sources, output = _files.inputs_and_output(paths)
     require_replaceable(output)
     options |= _pretraining(options, n_steps=pretrain_steps, learning_rate=pretrain_learning_rate)
-    model = scfm.fit(data, **options)
+    model = scfm.fit(sources, **options)
     model.save(output)
     report = model.report() if model.scores is not None else None
     facts: dict[str, Any] = {"model": output, "model_id": model.id, "n_parameters": model.n_parameters}

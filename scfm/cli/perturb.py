@@ -17,10 +17,7 @@ from scfm.cli._registry import command
     leave_out={"key_added"},
 )
 def perturb(
-    data: Path,
-    table: Path,
-    /,
-    *,
+    *paths: str,
     model: Path,
     genes: list[str] | None = None,
     genes_file: Path | None = None,
@@ -33,10 +30,9 @@ def perturb(
 
     Parameters
     ----------
-    data
-        .h5ad or .zarr with the raw counts of the cells to perturb.
-    table
-        .csv or .parquet to write: one row per gene, the largest shift first.
+    paths
+        One or many inputs with the raw counts of the cells to perturb (.h5ad, .zarr, URLs, or a .txt file that lists them), and
+        last the .csv or .parquet to write: one row per gene, the largest shift first.
     model
         Directory of the model.
     genes
@@ -58,4 +54,4 @@ def perturb(
         genes = _files.read_names(genes_file)
     genes = None if genes is None else [name for entry in genes for name in entry.split(",") if name]
     options |= {"genes": genes, "null_genes": null_genes}
-    rank_genes(scfm.tl.perturb, data, table, model=model, as_json=json, device=device, **options)
+    rank_genes(scfm.tl.perturb, paths, model=model, as_json=json, device=device, **options)

@@ -15,17 +15,14 @@ from scfm.cli._registry import command
     options_of="scfm.tl.screen",
     leave_out={"key_added"},
 )
-def screen(
-    data: Path, table: Path, /, *, model: Path, device: str = "auto", json: bool = False, **options: Any
-) -> None:
+def screen(*paths: str, model: Path, device: str = "auto", json: bool = False, **options: Any) -> None:
     """Estimate the effect of deleting every gene of every cell, and verify the largest exactly.
 
     Parameters
     ----------
-    data
-        .h5ad or .zarr with the raw counts of the cells to screen.
-    table
-        .csv or .parquet to write: one row per gene.
+    paths
+        One or many inputs with the raw counts of the cells to screen (.h5ad, .zarr, URLs, or a .txt file that lists them), and
+        last the .csv or .parquet to write: one row per gene.
     model
         Directory of the model.
     device
@@ -33,4 +30,4 @@ def screen(
     json
         Print the result as one JSON object instead of words.
     """
-    rank_genes(scfm.tl.screen, data, table, model=model, as_json=json, device=device, **options)
+    rank_genes(scfm.tl.screen, paths, model=model, as_json=json, device=device, **options)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,22 @@ def no_matrix(data: str, element: str, layers: Sequence[str], *, has_raw: bool) 
     return f"{data} has no {element}, where counts were expected. {remedy}"
 
 
+def shared_uns(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return the part of `uns` that scfm reads, of several data sets; raise `CountsError` if they contradict each other."""
+    keys = {}
+    for name, uns in parts:
+        records = uns.get("scfm")
+        keys[name] = records.get("depth_key") if isinstance(records, Mapping) else None
+    if len(set(keys.values())) > 1:
+        shown = ", ".join(f"{name}: {key}" for name, key in list(keys.items())[:5])
+        raise CountsError(
+            f"The data sets name different columns for the depths of their cells ({shown}). Pass `depth_key`, for a column that "
+            "all of them have."
+        )
+    key = next(iter(keys.values()), None)
+    return {} if key is None else {"scfm": {"depth_key": key}}
+
+
 class _CollectionMatrix:
     """A matrix of an AnnCollection, read by rows."""
 
@@ -66,11 +82,12 @@ class _Collection:
     """The attributes of an AnnCollection that `CountSource` reads, under the names that an AnnData uses."""
 
     raw: Any = None
-    uns: Mapping[str, Any] = {}
 
     def __init__(self, collection: Any) -> None:
-        self.n_obs, self.obs, self.obs_names = collection.n_obs, collection.obs, collection.obs_names
+        self.n_obs, self.n_vars = collection.shape
+        self.obs, self.obs_names = collection.obs, collection.obs_names
         self.var = pd.DataFrame(index=collection.var_names)
+        self.uns = shared_uns((f"part {number}", part.uns) for number, part in enumerate(collection.adatas))
         layers = getattr(collection[:0], "layers", None)
         self.X = _CollectionMatrix(collection, None)
         self.layers = {name: _CollectionMatrix(collection, name) for name in (layers.keys() if layers else ())}

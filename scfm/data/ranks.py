@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+
+from scfm.errors import ScfmError
+
+T = TypeVar("T")
 
 MAX_WAIT = timedelta(days=7)  # for the slowest rank; torchrun stops all ranks if one fails
 
@@ -26,6 +31,31 @@ def range_of_rank(n_items: int, rank: int, world_size: int) -> range:
     [[0, 1], [2, 3, 4]]
     """
     return range(n_items * rank // world_size, n_items * (rank + 1) // world_size)
+
+
+def gather_to_first(compute: Callable[[], T]) -> list[T] | None:
+    """Compute a value on every rank, and return those of all ranks on the first rank; None on the others.
+
+    Raises
+    ------
+    ScfmError
+        On every rank, if `compute` failed on another one.
+    """
+    rank, world_size = torchrun_rank()
+    if world_size == 1:
+        return [compute()]
+    from torch import distributed
+
+    try:
+        value = compute()
+    except BaseException as error:
+        gather(f"{type(error).__name__}: {error}")
+        raise
+    if failures := [failure for failure in gather(None) if failure is not None]:
+        raise ScfmError(f"Another process failed: {failures[0]}")
+    values: list[Any] | None = [None] * world_size if rank == 0 else None
+    distributed.gather_object(value, values, group=_group())
+    return values
 
 
 def gather(value: Any = None) -> list[Any]:

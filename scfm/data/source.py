@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,10 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
-from scfm._remote import RemotePath, input_path
 from scfm.data import columns
 from scfm.data.counts import check_counts, log_normalize, row_totals
-from scfm.data.files import AnnDataFile
 from scfm.data.gene_names import choose_names
+from scfm.data.many_files import AnnDataFiles, open_data
 from scfm.data.matrices import (
     SelectedRows,
     find_matrix,
@@ -29,7 +27,6 @@ from scfm.data.matrices import (
     readable_by_rows,
     sum_columns,
     take_columns,
-    with_matrix,
 )
 from scfm.errors import CountsError
 from scfm.vocab import Vocabulary, strip_version
@@ -133,8 +130,9 @@ class CountSource:
         Parameters
         ----------
         data
-            An AnnData (in memory, backed, lazy, or a view), an AnnCollection, or the path or URL of a `.h5ad` file or
-            `.zarr` folder, whose cells are read when they are needed.
+            An AnnData (in memory, backed, lazy, or a view), an AnnCollection, or one or several paths, patterns and URLs of
+            `.h5ad` files and `.zarr` folders, whose cells are read when they are needed. The genes of several files are all
+            genes of all of them.
         layer
             Name in `adata.layers`; "raw" for `adata.raw` (with its own genes); None for `adata.X`.
         gene_key
@@ -172,11 +170,13 @@ class CountSource:
                     "`gene_key` and `depth_key` when it is made, with `CountSource.of(adata, ...)`."
                 )
             return data
-        if isinstance(data, str | Path | RemotePath):
-            data = AnnDataFile(input_path(data))
+        data = open_data(data)
+        if isinstance(data, AnnDataFiles):
+            matrix, var = data.matrix(layer, gene_key)
+            name, elsewhere = data.label, data.other_matrices(layer)
         else:
-            data = with_matrix(data)
-        matrix, var, name = find_matrix(data, layer)
+            matrix, var, name = find_matrix(data, layer)
+            elsewhere = other_matrices(data, layer)
         var = var if isinstance(var, pd.DataFrame) else var.to_memory()
         if tuple(matrix.shape) != (data.n_obs, len(var)):
             raise CountsError(
@@ -192,7 +192,7 @@ class CountSource:
             depth_key=depth_key,
             obs_names=lambda: data.obs_names,
             name=name,
-            elsewhere=other_matrices(data, layer),
+            elsewhere=elsewhere,
         )
 
     def select(self, rows: ArrayLike) -> CountSource:
@@ -264,6 +264,14 @@ class CountSource:
             last = min(first + rows, stop)
             block = self.check(self.rows(first, last))
             yield first, block, row_totals(block) if self._depth is None else self._depth_of(block, first, last)
+
+    def row_lengths(self) -> NDArray[np.int32] | None:
+        """Return the number of stored values of each cell, shape (n_obs,), from row pointers; None if there are none.
+
+        It is an upper bound of the number of expressed genes, and needs no counts.
+        """
+        pointers = getattr(self._matrix, "indptr", None) if getattr(self._matrix, "format", None) == "csr" else None
+        return None if pointers is None else np.diff(pointers).astype(np.int32)
 
     def depth(self) -> NDArray[np.float64]:
         """Return the total counts of every cell over all measured genes, shape (n_obs,), float64."""

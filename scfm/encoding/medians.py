@@ -79,6 +79,20 @@ class GeneMedians:
         else:
             self._count(cells.token_T, value_T)
 
+    def merge(self, other: GeneMedians) -> None:
+        """Add the cells of another object; the result is the same as if all cells had been added to one object."""
+        self._n_kept += other._n_kept
+        if self._counts_VN is None and other._counts_VN is None and self._n_kept <= MAX_EXACT_VALUES:
+            self._tokens, self._values = [*self._tokens, *other._tokens], [*self._values, *other._values]
+            return
+        if self._counts_VN is None:
+            self._start_histogram()
+        assert self._counts_VN is not None
+        if other._counts_VN is not None:
+            self._counts_VN += other._counts_VN
+        for token_T, value_T in zip(other._tokens, other._values):
+            self._count(token_T, value_T)
+
     def result(self) -> NDArray[np.float64]:
         """Return the median of each token, shape (V,), float64; NaN for tokens that do not occur or are not offered."""
         if self._counts_VN is None:

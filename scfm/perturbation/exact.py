@@ -7,7 +7,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import torch
@@ -30,7 +29,7 @@ from scfm.vocab import Vocabulary
 
 
 def perturb(
-    adata: anndata.AnnData,
+    adata: Any,
     model: Model,
     *,
     genes: Genes | None = None,

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-import anndata
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from scfm import pp
 from scfm._config import did_you_mean
 from scfm.data import CellBatch
 from scfm.data.columns import groups
+from scfm.data.many_files import open_data
 from scfm.errors import LabelsError
 from scfm.models.model import Model, Precision
 from scfm.perturbation.labels import LabelHead
@@ -76,7 +76,7 @@ def checked_measure(measure: str | None, goal: str | None, *, center: bool) -> M
 
 
 def read_states(
-    adata: anndata.AnnData,
+    adata: Any,
     model: Model,
     *,
     groupby: str | None,
@@ -94,16 +94,17 @@ def read_states(
     The cells to perturb are those of `start`. Without `start`, they are all cells except those of the goal; without `groupby`,
     they are all cells.
     """
-    require_cells(adata)
-    group_B = _groups(adata, groupby, {"start": start, "goal": goal}, state_needed=measure != "label")
-    chosen = np.ones(adata.n_obs, dtype=bool)
+    data = open_data(adata)
+    require_cells(data)
+    group_B = _groups(data, groupby, {"start": start, "goal": goal}, state_needed=measure != "label")
+    chosen = np.ones(data.n_obs, dtype=bool)
     if group_B is not None and start is not None:
         chosen = group_B == start
     elif group_B is not None and goal is not None:
         chosen = group_B != goal
     if not chosen.any():
         raise LabelsError(f"All cells are of the goal state {goal!r}; there are none to start from.")
-    counts = open_counts(adata, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
+    counts = open_counts(data, model.encoding, layer=layer, gene_key=gene_key, depth_key=depth_key)
     cells = pp.encode(counts.select(chosen), model.encoding)
 
     def n_expressing() -> NDArray[np.int64]:
@@ -145,7 +146,7 @@ def _labels(name_B: NDArray[np.object_], model: Model) -> Tensor:
 
 
 def _groups(
-    adata: anndata.AnnData, groupby: str | None, wanted: dict[str, str | None], *, state_needed: bool
+    adata: Any, groupby: str | None, wanted: dict[str, str | None], *, state_needed: bool
 ) -> NDArray[np.object_] | None:
     named = {role: state for role, state in wanted.items() if state is not None}
     if groupby is None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scfm.tl._genes import classify_genes, similar_genes
     from scfm.tl._integrate import integrate
     from scfm.tl._map_reference import map_reference
+    from scfm.tl._map_reference_files import map_reference_files
     from scfm.tl._perturb import perturb
     from scfm.tl._predict_perturbation import predict_perturbation
     from scfm.tl._score_perturbation_prediction import score_perturbation_prediction
@@ -41,6 +42,7 @@ __all__ = [
     "gene_network",
     "integrate",
     "map_reference",
+    "map_reference_files",
     "perturb",
     "predict_perturbation",
     "score_perturbation_prediction",
@@ -66,6 +68,7 @@ _FILES = {
     "gene_network": "_gene_network",
     "integrate": "_integrate",
     "map_reference": "_map_reference",
+    "map_reference_files": "_map_reference_files",
     "perturb": "_perturb",
     "predict_perturbation": "_predict_perturbation",
     "score_perturbation_prediction": "_score_perturbation_prediction",

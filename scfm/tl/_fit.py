@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from scfm import pp
 from scfm._config import require_seed
 from scfm._docs import document
-from scfm._remote import input_path
 from scfm.annotation.finetune import Cells, finetune, inference_precision, score_from_scratch, short_stage, stage_config
 from scfm.annotation.scores import score_baselines, score_model, score_probe
 from scfm.annotation.splits import split_for_fit
-from scfm.data.files import AnnDataFile
+from scfm.data.many_files import open_data
 from scfm.encoding import EncodingConfig
 from scfm.errors import ModelTaskError
 from scfm.families import choose_preset
@@ -36,7 +35,7 @@ MAX_CELLS_TO_SCORE = 20_000  # of the test cells, for all rows of the report
 
 @document
 def fit(
-    adata: anndata.AnnData | str | Path,
+    adata: anndata.AnnData | str | Path | Sequence[str | Path],
     *,
     labels_key: str | None = None,
     model: Model | str | Path | None = None,
@@ -76,10 +75,9 @@ def fit(
 
     Parameters
     ----------
-    adata
-        AnnData with raw counts of n_obs cells by n_vars genes, in `adata.X` or in `layer`. Or the path or URL of a `.h5ad` file or
-        a `.zarr` folder, which is read in blocks: memory holds the tokens of all cells (4 bytes each, twice that with values) and
-        the counts of some 10,000 cells. Nothing is written to a file; `scfm.tl.embed_files` embeds its cells.
+    {adata_or_files}
+        Memory holds the tokens of all cells (4 bytes each, twice that with values) and the counts of some 10,000 cells. Nothing
+        is written to files or to an AnnCollection; `scfm.tl.embed_files` embeds the cells of files.
     labels_key
         Column of `adata.obs` with cell types. Cells without a label (NaN) are used too, except to learn the labels;
         `scfm.tl.annotate` predicts their labels.
@@ -142,7 +140,7 @@ def fit(
 
     Returns
     -------
-    The model. Unless `adata` is a path, the function also writes the embedding to `obsm[key_added]`, shape (n_obs, width of the embedding), float32;
+    The model. If `adata` is an AnnData, the function also writes the embedding to `obsm[key_added]`, shape (n_obs, width of the embedding), float32;
     with labels, the part of each cell ("train", "calibration", "test" or "unlabeled") to `obs["scfm_split"]`; and the id of
     the model with all settings to `uns["scfm"]`.
 
@@ -151,7 +149,7 @@ def fit(
     CountsError
         If the matrix does not hold raw counts; the message says where they may be.
     LabelsError
-        If `labels_key` does not exist, or there are too few classes or cells.
+        If `labels_key` does not exist (in one of the files), or there are too few classes or cells.
     EmptyCellError
         If a cell expresses no gene of the vocabulary.
     VocabularyMismatchError
@@ -165,7 +163,7 @@ def fit(
         If `preset`, `encoding` or `objective` is unknown, `test_fraction` is not between 0 and 1, or arguments contradict
         each other; the message says which.
     TypeError
-        If `adata` is not an AnnData.
+        If `adata` is neither an AnnData nor the names of files.
 
     Examples
     --------
@@ -182,8 +180,7 @@ def fit(
     True
     """
     require_seed(seed)
-    is_file = isinstance(adata, str | Path)
-    data: Any = AnnDataFile(input_path(adata)) if isinstance(adata, str | Path) else adata
+    data = open_data(adata)
     require_cells(data)
     if pretrain is None:
         pretrain = model is None or labels_key is None
@@ -224,7 +221,7 @@ def fit(
         stage = stage_config(config, fitted.network, cells, seed)
         rows = {"probe": model is not None, "from_scratch": compare_from_scratch, "baselines": baselines}
         features_BX = _finetune(fitted, counts, cells, stage, rows=rows, seed=seed, progress=progress)
-    if not is_file:
+    if isinstance(data, anndata.AnnData):
         if features_BX is None:
             data.obsm[key_added] = fitted.embed(cells.tokens, progress=progress)
         else:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import softmax
+from tqdm.auto import tqdm
 
 from scfm import pp
 from scfm._config import require_whole
 from scfm._docs import document
-from scfm.annotation.gene_classifier import expression_components
+from scfm.annotation.gene_classifier import ExpressionComponents
 from scfm.annotation.mapping import HeldOut, Mapping, hub_fraction
-from scfm.data import columns
+from scfm.data import CountSource, columns
+from scfm.data.many_files import open_data
 from scfm.errors import LabelsError
 from scfm.families.loading import opened
 from scfm.models.model import Model
-from scfm.pp._encode import require_cells
-from scfm.pp._expression import log_normalized_counts
+from scfm.pp._encode import EncodedBlock, encoded_blocks, open_counts, require_cells
 from scfm.tl._record import record
 
 MAX_CELLS_TO_COMPARE = 20_000  # of the reference
@@ -32,7 +35,7 @@ MAX_CELLS_TO_COMPARE = 20_000  # of the reference
 @document
 def map_reference(
     query: anndata.AnnData,
-    reference: anndata.AnnData,
+    reference: anndata.AnnData | str | Path | Sequence[str | Path],
     model: Model | str | Path,
     *,
     labels_key: str,
@@ -56,9 +59,11 @@ def map_reference(
     Parameters
     ----------
     query
-        Raw counts of the cells to label.
+        AnnData (in memory, backed or lazy) with raw counts of the cells to label, which are read in blocks. For files, see
+        `scfm.tl.map_reference_files`.
     reference
-        Raw counts of the labeled cells. Its genes may differ from those of `query`.
+        Raw counts of the labeled cells: an AnnData, an AnnCollection, or one or several files, as in `scfm.fit`. Its genes may
+        differ from those of `query`. Memory holds the log-expression of all labeled cells.
     model
         Any model, with or without labels, or its path.
     labels_key
@@ -109,31 +114,24 @@ def map_reference(
     >>> query.obsm["scfm_mapped_neighbors"].shape
     (50, 15)
     """
-    require_whole("n_neighbors", n_neighbors, 1)
     model = opened(model)
     require_cells(query)
-    labels = columns.labels(reference.obs, labels_key)
-    if len(labels.labeled) < n_neighbors:
-        raise LabelsError(
-            f"`n_neighbors` is {n_neighbors}, but only {len(labels.labeled)} reference cells have a label. Lower it."
-        )
-    query = query.copy() if copy else query
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
-    features_RX, features_QX = _features(reference[labels.labeled], query, model, source)
-    codes_R = labels.codes[labels.labeled]
-    mapping = Mapping.of(features_RX, codes_R, n_neighbors)
-    held_out = HeldOut.of(features_RX, codes_R, n_neighbors)
-    log_proba_QC, distance_QN, row_QN = mapping.predict(features_QX)
-    proba_QC = softmax(log_proba_QC / (1.0 if held_out is None else held_out.temperature), axis=1)
-    unit = np.sqrt(mapping.space.projection_XK.shape[1])
-    query.obs[f"{key_added}_label"] = pd.Categorical.from_codes(proba_QC.argmax(1), categories=list(labels.names))
+    mapper = Mapper.of(reference, model, labels_key=labels_key, n_neighbors=n_neighbors, source=source)
+    query = query.copy() if copy else query
+    with encoded_blocks(query, model.encoding, expression=True, **source) as blocks:
+        found = [mapper.predict(block) for block in blocks]
+    proba_QC, distance_QN, row_QN = (np.concatenate(parts) for parts in zip(*found))
+    query.obs[f"{key_added}_label"] = mapper.label(proba_QC.argmax(1))
     query.obs[f"{key_added}_confidence"] = proba_QC.max(1)
-    query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / unit
-    query.obsm[f"{key_added}_neighbors"] = labels.labeled[row_QN]
-    query.obsm[f"{key_added}_neighbor_distances"] = (distance_QN / unit).astype(np.float32)
-    if baselines and held_out is not None and len(codes_R) <= MAX_CELLS_TO_COMPARE:
-        expression_RG = log_normalized_counts(reference[labels.labeled], **source)
-        query.uns[f"{key_added}_report"] = held_out.report(expression_RG, labels.names, codes_R, n_neighbors)
+    query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / mapper.unit
+    query.obsm[f"{key_added}_neighbors"] = mapper.labels.labeled[row_QN]
+    query.obsm[f"{key_added}_neighbor_distances"] = (distance_QN / mapper.unit).astype(np.float32)
+    codes_R = mapper.mapping.codes_R
+    if baselines and mapper.held_out is not None and len(codes_R) <= MAX_CELLS_TO_COMPARE:
+        expression_RG = mapper.counts.log_normalized()[0]
+        names = mapper.labels.names
+        query.uns[f"{key_added}_report"] = mapper.held_out.report(expression_RG, names, codes_R, n_neighbors)
     settings = {
         "labels_key": labels_key,
         "n_neighbors": n_neighbors,
@@ -143,13 +141,60 @@ def map_reference(
     return query if copy else None
 
 
-def _features(
-    reference: anndata.AnnData, query: anndata.AnnData, model: Model, source: dict[str, Any]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Embedding and components of expression of reference and query; components are learned from the reference."""
-    embedding_RD, embedding_QD = (
-        model.embed(pp.encode(cells, model.encoding, **source)) for cells in (reference, query)
-    )
-    expression_RV, expression_QV = (pp.log_expression(cells, model.encoding, **source) for cells in (reference, query))
-    component_RK, component_QK = expression_components(expression_RV, expression_QV)
-    return np.hstack([embedding_RD, component_RK]), np.hstack([embedding_QD, component_QK])
+@dataclass(frozen=True, eq=False)
+class Mapper:
+    """A labeled reference, and the prediction of labels of other cells from it.
+
+    Attributes
+    ----------
+    model
+        The model.
+    counts, labels
+        Counts of the labeled reference cells, and the labels of all reference cells.
+    components, mapping, held_out
+        What was fitted on the reference.
+    """
+
+    model: Model
+    counts: CountSource
+    labels: columns.Labels
+    components: ExpressionComponents
+    mapping: Mapping
+    held_out: HeldOut | None
+
+    @classmethod
+    def of(cls, reference: Any, model: Model, *, labels_key: str, n_neighbors: int, source: dict[str, Any]) -> Mapper:
+        require_whole("n_neighbors", n_neighbors, 1)
+        data = open_data(reference)
+        labels = columns.labels(data.obs, labels_key)
+        if len(labels.labeled) < n_neighbors:
+            raise LabelsError(
+                f"`n_neighbors` is {n_neighbors}, but only {len(labels.labeled)} reference cells have a label. Lower it."
+            )
+        counts = open_counts(data, model.encoding, **source).select(labels.labeled)
+        embedding_RD = model.embed(pp.encode(counts, model.encoding))
+        expression_RV = pp.log_expression(counts, model.encoding)
+        components = ExpressionComponents.of(expression_RV)
+        features_RX = np.hstack([embedding_RD, components.transform(expression_RV)])
+        codes_R = labels.codes[labels.labeled]
+        mapping = Mapping.of(features_RX, codes_R, n_neighbors)
+        return cls(model, counts, labels, components, mapping, HeldOut.of(features_RX, codes_R, n_neighbors))
+
+    def predict(
+        self, block: EncodedBlock, progress: bool | tqdm = False
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """Return probabilities (Q, C), and distances and rows (of the labeled cells) of the neighbors (Q, N)."""
+        features_QX = np.hstack(
+            [self.model.embed(block.cells, progress=progress), self.components.transform(block.expression_BV)]
+        )
+        log_proba_QC, distance_QN, row_QN = self.mapping.predict(features_QX)
+        temperature = 1.0 if self.held_out is None else self.held_out.temperature
+        return softmax(log_proba_QC / temperature, axis=1), distance_QN, row_QN
+
+    @property
+    def unit(self) -> float:
+        """What distances are divided by in results: the square root of the number of directions."""
+        return float(np.sqrt(self.mapping.space.projection_XK.shape[1]))
+
+    def label(self, code_Q: NDArray[np.integer]) -> pd.Categorical:
+        return pd.Categorical.from_codes(code_Q, categories=list(self.labels.names))

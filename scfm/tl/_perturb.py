@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
@@ -10,6 +11,7 @@ import pandas as pd
 from scfm import perturbation
 from scfm._config import require_seed
 from scfm._docs import document
+from scfm.data.matrices import require_adata
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.perturbation.variants import Genes
@@ -18,7 +20,7 @@ from scfm.tl._record import add_symbols, store_table
 
 @document
 def perturb(
-    adata: anndata.AnnData,
+    adata: anndata.AnnData | str | Path | Sequence[str | Path],
     model: Model | str | Path,
     *,
     genes: Genes | None = None,
@@ -52,7 +54,7 @@ def perturb(
 
     Parameters
     ----------
-    {adata}
+    {adata_or_files}
     {model}
     genes
         List of gene names, or of lists of names to perturb together. None for every gene that a cell expresses, one at a time.
@@ -151,6 +153,8 @@ def perturb(
     'gene'
     """
     require_seed(seed)
+    if key_added is not None:
+        require_adata(adata)
     model = opened(model)
     table = perturbation.perturb(
         adata,

@@ -56,9 +56,7 @@ def add_symbols(table: pd.DataFrame, model: Model) -> None:
         table.insert(table.columns.get_loc(column) + 1 if column in table else number, added, joined)
 
 
-def store_table(
-    adata: anndata.AnnData, model: Model, key_added: str | None, table: pd.DataFrame, **settings: Any
-) -> None:
+def store_table(adata: Any, model: Model, key_added: str | None, table: pd.DataFrame, **settings: Any) -> None:
     """Write a copy of a table to `uns[key_added]`, and its record; do nothing if `key_added` is None."""
     if key_added is not None:
         adata.uns[key_added] = table.copy()

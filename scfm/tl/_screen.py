@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
@@ -10,6 +11,7 @@ import pandas as pd
 from scfm import perturbation
 from scfm._config import require_seed
 from scfm._docs import document
+from scfm.data.matrices import require_adata
 from scfm.families.loading import opened
 from scfm.models.model import Model, Precision
 from scfm.tl._record import add_symbols, store_table
@@ -17,7 +19,7 @@ from scfm.tl._record import add_symbols, store_table
 
 @document
 def screen(
-    adata: anndata.AnnData,
+    adata: anndata.AnnData | str | Path | Sequence[str | Path],
     model: Model | str | Path,
     *,
     groupby: str | None = None,
@@ -47,7 +49,7 @@ def screen(
 
     Parameters
     ----------
-    {adata}
+    {adata_or_files}
     model
         A model with "mean", "weighted" or "cls" pooling and softmax attention, or its path.
     {start_and_goal}
@@ -123,6 +125,8 @@ def screen(
     5
     """
     require_seed(seed)
+    if key_added is not None:
+        require_adata(adata)
     model = opened(model)
     table = perturbation.screen(
         adata,

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,25 +41,35 @@ class Results:
         Columns of `obs`, N values each.
     records
         Entries of `uns["scfm"]`.
+    dtype
+        Type in which the matrix is written to `obsm`.
+    others
+        Other matrices of the same rows; only key, columns, names and dtype are used.
     """
 
     matrix: Rows
     key: str
     columns: slice
     names: list[str]
-    records: dict[str, Any]
+    records: dict[str, Any] = field(default_factory=dict)
+    dtype: Any = np.float32
+    others: tuple[Results, ...] = ()
     obs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.matrix), len(self.names)
 
-    def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        for start, rows in self.matrix.chunks():
-            yield start, rows[:, self.columns]
+    def part(self, rows: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the columns of these results, of some rows of the pass."""
+        return rows[:, self.columns].astype(self.dtype, copy=False)
 
-    def whole(self) -> NDArray[np.float32]:
-        return np.concatenate([np.zeros((0, self.shape[1]), np.float32), *(rows for _, rows in self.chunks())])
+    def chunks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        for start, rows in self.matrix.chunks():
+            yield start, self.part(rows)
+
+    def whole(self) -> NDArray[Any]:
+        return np.concatenate([np.zeros((0, self.shape[1]), self.dtype), *(rows for _, rows in self.chunks())])
 
 
 def write_results(out: Path, files: tuple[AnyPath, ...], results: Results) -> None:
@@ -88,9 +98,10 @@ def _tables(files: tuple[AnyPath, ...], results: Results) -> Iterator[pd.DataFra
     names = [obs_of(path).index for path in files]
     ends = np.cumsum([len(each) for each in names])
     index = names[0].append(names[1:]) if len(names) > 1 else names[0]
-    for start, rows in results.chunks() if len(results.matrix) else [(0, results.whole())]:
+    for start, rows in results.matrix.chunks() if len(results.matrix) else [(0, results.matrix[:])]:
         span = slice(start, start + len(rows))
-        table = pd.DataFrame(rows, index=index[span], columns=results.names)
+        parts = [pd.DataFrame(each.part(rows), columns=each.names) for each in (results, *results.others)]
+        table = pd.concat(parts, axis=1).set_axis(index[span]) if results.others else parts[0].set_axis(index[span])
         for place, (name, values) in enumerate(results.obs.items()):
             table.insert(place, name, values[span])
         if len(files) > 1:
@@ -128,7 +139,8 @@ def _add(group: Any, results: Results) -> None:
     _add_columns(group, results.obs)
     if "obsm" not in group:  # files of other programs may lack it
         anndata.io.write_elem(group, "obsm", {})
-    write_matrix(group, f"obsm/{results.key}", results)
+    for each in (results, *results.others):
+        write_matrix(group, f"obsm/{each.key}", each)
     uns = {"scfm": anndata.io.read_elem(group["uns/scfm"])} if "uns/scfm" in group else {}
     anndata.io.write_elem(group, "uns/scfm", {**records_of(uns), **results.records})
 
@@ -148,14 +160,13 @@ def _add_columns(group: Any, columns: dict[str, Any]) -> None:
 
 def write_matrix(group: Any, key: str, results: Results) -> None:
     """Write a dense matrix in anndata's form, block by block."""
-    rows: Callable[..., NDArray[np.float32]] = results.whole
     if key in group:
         del group[key]
     if not len(results.matrix):
-        anndata.io.write_elem(group, key, rows())
+        anndata.io.write_elem(group, key, results.whole())
         return
     make = group.create_array if hasattr(group, "create_array") else group.create_dataset
-    array = make(key, shape=results.shape, dtype=np.float32)
+    array = make(key, shape=results.shape, dtype=results.dtype)
     array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     for start, block in results.chunks():
         array[start : start + len(block)] = block
@@ -169,6 +180,7 @@ def _write_anndata(path: Path, files: tuple[AnyPath, ...], results: Results) -> 
         adata = anndata.AnnData(obs=pd.concat([read_obs(path).assign(file=path.name) for path in files]))
     for name, values in results.obs.items():
         adata.obs[name] = values
-    adata.obsm[results.key] = results.whole()
+    for each in (results, *results.others):
+        adata.obsm[each.key] = each.whole()
     adata.uns["scfm"] = {**records_of(adata.uns), **results.records}
     write_adata(adata, path)

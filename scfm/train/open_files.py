@@ -9,11 +9,9 @@ from typing import Any
 
 from scfm._remote import AnyPath
 from scfm.data.gene_names import shared_by_names
+from scfm.data.many_files import MAX_OPEN_FILES
 from scfm.data.source import CountSource
 from scfm.encoding import Encoding, GeneMap
-
-# An open .h5ad file can need three file descriptors, and 256 is a common limit for all of a process.
-MAX_OPEN_FILES = 32
 
 
 class OpenFiles:

@@ -172,7 +172,7 @@ def pretrain(
             "seed": seed,
         }
         statistics = run.statistics(
-            {**settings, "data": fingerprint["sha256"]}, lambda: start.learn(data, held_out.of_training, seed)
+            {**settings, "data": fingerprint["sha256"]}, start.learning(data, held_out.of_training, seed)
         )
         network, training_encoding = start.network(statistics, seed), statistics.encoding(start.training_encoding)
         task = make_objective(start.objective, network, training_encoding)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from scfm._files import atomic_write, output_lock, require_folder
-from scfm.data.ranks import gather
+from scfm.data.ranks import gather, gather_to_first, torchrun_rank
 from scfm.errors import ModelFileError, ScfmError
 from scfm.train.config import FitConfig
 from scfm.train.ranks import rank_and_world_size
-from scfm.train.statistics import Statistics
+from scfm.train.statistics import Learning, Statistics
 
 # Settings that do not affect what a run computes; they may change when it is resumed.
 RESUMABLE = frozenset(
@@ -86,17 +86,17 @@ class Run:
             with atomic_write(self.folder / "config.json") as temporary_path:
                 temporary_path.write_text(json.dumps(wanted, indent=1))
 
-    def statistics(self, key_of: Mapping[str, Any], learn: Callable[[], Statistics]) -> Statistics:
-        """Return statistics of the data: those of an earlier start, or new ones, which the first process computes."""
+    def statistics(self, key_of: Mapping[str, Any], learning: Learning) -> Statistics:
+        """Return statistics of the data: those of an earlier start, or new ones, for which each process reads some files."""
         key = hashlib.sha256(json.dumps(key_of, sort_keys=True).encode()).hexdigest()
         folder = self.folder / "statistics"
 
-        def make() -> None:
-            if Statistics.load(folder, key) is None:
-                learn().save(folder, key)
-
-        self.by_first_process(make)
         found = Statistics.load(folder, key)
+        if not all(gather(found is not None)):
+            rank, world_size = torchrun_rank()
+            parts = gather_to_first(lambda: learning.survey(rank, world_size))
+            self.by_first_process(lambda: learning.finish(parts or []).save(folder, key))
+            found = Statistics.load(folder, key)
         if found is None:
             raise ModelFileError(
                 f"{folder} cannot be read by this process. All processes of a run must share the output folder."

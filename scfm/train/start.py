@@ -19,7 +19,7 @@ from scfm.families import Preset, choose_preset, presets
 from scfm.models import CellTransformer, Model
 from scfm.objectives import OBJECTIVES
 from scfm.train.config import STAGE_DEFAULTS
-from scfm.train.statistics import Data, Statistics, learn
+from scfm.train.statistics import Data, Learning, Statistics
 
 LEARNING_RATE, EMBEDDING_SCALE = 3e-4, 0.1  # at 1e-3, embeddings of PBMC 3k got worse; not settled on other studies
 
@@ -59,11 +59,12 @@ class Start:
             "medians": medians,
         }
 
-    def learn(self, data: Data, held_out_B: NDArray[np.bool_], seed: int) -> Statistics:
+    def learning(self, data: Data, held_out_B: NDArray[np.bool_], seed: int) -> Learning:
+        """Return what is to be learned from the files."""
         objective = OBJECTIVES[self.objective]
-        return learn(
-            data,
-            self.training_encoding,
+        return Learning(
+            data=data,
+            config=self.training_encoding,
             held_out_B=held_out_B,
             vocabulary=self.vocabulary,
             medians=self.medians,

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from numpy.typing import ArrayLike, NDArray
 from scfm._files import atomic_write
 from scfm._remote import AnyPath
 from scfm.data import CountSource
-from scfm.encoding import Encoding, EncodingConfig, Vocabulary
+from scfm.data.common_names import CommonNames
+from scfm.data.files import count_rows
+from scfm.data.gene_names import shared_by_names
+from scfm.encoding import Encoding, EncodingConfig, GeneMap, Vocabulary
 from scfm.encoding.registry import ENCODINGS
-from scfm.train.gene_names import CommonNames
-from scfm.train.survey import Survey, learns_medians, vocabulary_of
+from scfm.train.survey import Survey, learns_medians, lengths_of_cells, vocabulary_of
 
 N_DIGEST_BLOCKS, DIGEST_ROWS = 16, 8  # the digest of a file covers this many blocks of rows, and rows per block
 
@@ -68,11 +72,11 @@ class Statistics:
         Maximum number of tokens of each cell of all files, shape (B,), int32; 0 for cells that are held out or express no
         gene of the vocabulary.
     totals_V
-        Total counts of each gene over all cells that are not held out, by token id, shape (V,).
+        Total counts of each gene over all cells that are not held out, by token id, shape (V,); 0 if counts were not read.
     loadings_VR
         Right singular vectors of log-normalized expression, or loadings of Pearson residuals; R is 0 if they are not needed.
     fraction_known
-        Fraction of all counts that is in genes of the vocabulary.
+        Fraction of all counts that is in genes of the vocabulary; NaN if counts were not read.
     """
 
     vocabulary: Vocabulary
@@ -121,59 +125,126 @@ class Statistics:
         )
 
 
-def learn(
-    data: Data,
-    config: EncodingConfig,
-    *,
-    held_out_B: NDArray[np.bool_],
-    vocabulary: Vocabulary | None = None,
-    medians: ArrayLike | None = None,
-    n_components: int = 0,
-    residuals: bool = False,
-    seed: int = 0,
-) -> Statistics:
-    """Read all files once, in blocks of cells, and compute the statistics that are not given.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Learning:
+    """What is learned from the files of a run, and what is given.
 
-    Vocabulary, medians, totals and lengths are computed from all cells that are not held out, and loadings from at most 20,000
-    of these, spread evenly over the files. Memory does not grow with the number of cells, except by 4 bytes for each.
-
-    Raises
-    ------
-    CountsError
-        If a file holds no raw counts.
-    VocabularyMismatchError
-        If the genes of a file do not match those of the other files, or the vocabulary.
+    Attributes
+    ----------
+    data, config
+        The files, and the settings of the encoding.
+    held_out_B
+        Cells that teach nothing, shape (B,), bool.
+    vocabulary, medians
+        None to learn them.
+    n_components, residuals, seed
+        Of the loadings; see `Survey.loadings_VR`.
     """
-    names, known = None, vocabulary
-    if known is None:
-        names = CommonNames.of_files(((path.name, data.open(path).var) for path in data.paths), gene_key=data.gene_key)
-        known = vocabulary_of(names.all_names, config, names)
-    survey = Survey(
-        config,
-        known,
-        names=names,
-        n_training=int((~held_out_B).sum()),
-        learns_medians=medians is None and learns_medians(config),
-        samples=n_components > 0,
-    )
-    row = 0
-    for path in data.paths:
-        counts = data.open(path)
-        survey.add(counts, held_out_B[row : row + counts.n_obs])
-        row += counts.n_obs
-    token_V = np.arange(len(known))
-    if vocabulary is None:
-        vocabulary, token_V = survey.learned_vocabulary()
-    if survey.medians is not None:
-        medians = survey.medians.result()[token_V]
-    return Statistics(
-        vocabulary,
-        None if medians is None else np.asarray(medians, dtype=np.float64),
-        survey.lengths_B(vocabulary),
-        survey.totals_V[token_V],
-        survey.loadings_VR(token_V, n_components, residuals=residuals, seed=seed).astype(np.float32),
-        float(survey.totals_V.sum()) / max(1.0, survey.all_counts),
-    )
+
+    data: Data
+    config: EncodingConfig
+    held_out_B: NDArray[np.bool_]
+    vocabulary: Vocabulary | None = None
+    medians: ArrayLike | None = None
+    n_components: int = 0
+    residuals: bool = False
+    seed: int = 0
+
+    @property
+    def learns_medians(self) -> bool:
+        return self.medians is None and learns_medians(self.config)
+
+    def statistics(self) -> Statistics:
+        """Return the statistics, in one process."""
+        return self.finish([self.survey()])
+
+    def survey(self, rank: int = 0, world_size: int = 1) -> Survey | NDArray[np.int32]:
+        """Read the files of a rank once, in blocks of cells, and return what `finish` needs.
+
+        If only the lengths of cells are missing, and all matrices have row pointers, no counts are read but those of the first
+        cells, to check the genes. The result is then an upper bound of the length of every cell of all files.
+
+        Raises
+        ------
+        CountsError
+            If a file holds no raw counts.
+        VocabularyMismatchError
+            If the genes of a file do not match those of the other files, or the vocabulary.
+        """
+        if self.vocabulary is not None and not self.learns_medians and not self.n_components:
+            bounds_B = self._length_bounds(self.vocabulary)
+            if bounds_B is not None:
+                return bounds_B
+        data, names, known = self.data, None, self.vocabulary
+        if known is None:
+            variables = ((path.name, data.open(path).var) for path in data.paths)
+            names = CommonNames.of_files(variables, gene_key=data.gene_key)
+            known = vocabulary_of(names.all_names, self.config, names)
+        rows = [count_rows(path) for path in data.paths]
+        first_rows = [0, *np.cumsum(rows).tolist()]
+        numbers = [
+            number
+            for number, first in enumerate(first_rows[:-1])
+            if first * world_size // max(1, first_rows[-1]) == rank
+        ]
+        start = first_rows[numbers[0]] if numbers else 0
+        survey = Survey(
+            self.config,
+            known,
+            names=names,
+            n_training=int((~self.held_out_B).sum()),
+            learns_medians=self.learns_medians,
+            samples=self.n_components > 0,
+            n_seen=int((~self.held_out_B[:start]).sum()),
+        )
+        for number in numbers:
+            counts = data.open(data.paths[number])
+            survey.add(counts, self.held_out_B[first_rows[number] : first_rows[number + 1]])
+        return survey
+
+    def finish(self, parts: Sequence[Survey | NDArray[np.int32]]) -> Statistics:
+        """Return the statistics of the surveys of all ranks."""
+        survey, *others = parts
+        if not isinstance(survey, Survey):
+            assert self.vocabulary is not None
+            n_tokens = len(self.vocabulary)
+            medians = None if self.medians is None else np.asarray(self.medians, dtype=np.float64)
+            nothing = np.zeros((n_tokens, 0), np.float32)
+            return Statistics(self.vocabulary, medians, survey, np.zeros(n_tokens), nothing, float("nan"))
+        for other in others:
+            assert isinstance(other, Survey)
+            survey.merge(other)
+        vocabulary, token_V = self.vocabulary, np.arange(len(survey.vocabulary))
+        medians = None if self.medians is None else np.asarray(self.medians, dtype=np.float64)
+        if vocabulary is None:
+            vocabulary, token_V = survey.learned_vocabulary()
+        if survey.medians is not None:
+            medians = survey.medians.result()[token_V]
+        loadings_VR = survey.loadings_VR(token_V, self.n_components, residuals=self.residuals, seed=self.seed)
+        return Statistics(
+            vocabulary,
+            medians,
+            survey.lengths_B(vocabulary),
+            survey.totals_V[token_V],
+            loadings_VR.astype(np.float32),
+            float(survey.totals_V.sum()) / max(1.0, survey.all_counts),
+        )
+
+    def _length_bounds(self, vocabulary: Vocabulary) -> NDArray[np.int32] | None:
+        """Return upper bounds of the lengths from the row pointers of all files; None if a file has none."""
+        maps: dict[str, GeneMap] = {}
+        parts = [np.zeros(0, np.int32)]
+        for path in self.data.paths:
+            counts = self.data.open(path)
+            n_values_B = counts.row_lengths()
+            if n_values_B is None:
+                return None
+            make = partial(GeneMap.of, counts, vocabulary, duplicates=self.config.duplicates)
+            shared_by_names(maps, counts.var, make)  # raises if the genes do not match
+            parts.append(n_values_B)
+        n_values_B = np.concatenate(parts)
+        n_values_B[self.held_out_B] = 0
+        return lengths_of_cells(n_values_B, self.config, vocabulary)
 
 
 def _fingerprint(path: AnyPath, counts: CountSource) -> dict[str, Any]:

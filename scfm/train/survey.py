@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm.data import CountSource
+from scfm.data.common_names import CommonNames
 from scfm.data.counts import log_normalize
 from scfm.data.gene_names import shared_by_names
 from scfm.data.matrices import sum_columns
@@ -18,7 +19,6 @@ from scfm.encoding import EncodingConfig, GeneMap, Vocabulary
 from scfm.encoding.medians import GeneMedians
 from scfm.encoding.registry import ENCODINGS
 from scfm.errors import CountsError, VocabularyMismatchError
-from scfm.train.gene_names import CommonNames
 from scfm.train.loadings import residual_loadings, streamed_loadings
 
 MAX_SAMPLED_CELLS = 20_000  # cells for the loadings, which are in memory during the pass; as many as in `scfm.fit`
@@ -44,6 +44,8 @@ class Survey:
         Whether to compute medians.
     samples
         Whether to keep some cells for loadings.
+    n_seen
+        Number of cells that are not held out in earlier files, which another process reads.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Survey:
         n_training: int,
         learns_medians: bool,
         samples: bool,
+        n_seen: int = 0,
     ) -> None:
         self.config, self.vocabulary, self.names = config, vocabulary, names
         self.medians = GeneMedians(len(vocabulary), config) if learns_medians else None
@@ -66,7 +69,7 @@ class Survey:
         ] = []  # genes of a cell that have a name; -1 for cells that are held out
         self._sample: list[tuple[sparse.csr_matrix, NDArray[np.int32], NDArray[np.float64]]] = []
         self._rate = min(1.0, MAX_SAMPLED_CELLS / max(1, n_training)) if samples else 0.0
-        self._n_seen = 0
+        self._n_seen = n_seen
         self._maps: dict[str, GeneMap] = {}
 
     def add(self, counts: CountSource, held_out_B: NDArray[np.bool_]) -> None:
@@ -86,6 +89,16 @@ class Survey:
             self._keep_some(block, genes.token_ids, depth_B)
         self._n_expressed.append(n_expressed_B)
         self._count_genes(genes.token_ids, totals_G)
+
+    def merge(self, later: Survey) -> None:
+        """Add the files of another survey, which come after those of this one."""
+        if self.medians is not None and later.medians is not None:
+            self.medians.merge(later.medians)
+        self.totals_V += later.totals_V
+        self.all_counts += later.all_counts
+        self.expressed.update(later.expressed)
+        self._n_expressed += later._n_expressed
+        self._sample += later._sample
 
     def _genes_of(self, counts: CountSource) -> GeneMap:
         """Map the genes of a file; files with the same names share one map."""
@@ -119,12 +132,7 @@ class Survey:
 
     def lengths_B(self, vocabulary: Vocabulary) -> NDArray[np.int32]:
         """Return the maximum number of tokens of each cell; 0 for cells that are held out or express no named gene."""
-        n_genes_B = np.concatenate(self._n_expressed)
-        if self.config.include_zeros:
-            n_genes_B = np.where(n_genes_B > 0, vocabulary.n_genes, n_genes_B)
-        limit = self.config.max_genes
-        limited_B = n_genes_B if limit is None else np.minimum(n_genes_B, limit)
-        return np.where(n_genes_B > 0, limited_B + self.config.n_special_tokens, 0).astype(np.int32)
+        return lengths_of_cells(np.concatenate(self._n_expressed), self.config, vocabulary)
 
     def sampled(self, token_V: NDArray[np.int64]) -> Iterator[tuple[sparse.csr_matrix, NDArray[np.float64]]]:
         """Yield counts of the sampled cells, with one column for each of some tokens of the survey, and their depths."""
@@ -156,6 +164,18 @@ class Survey:
         aliases = {alias: name for alias, name in self.names.aliases.items() if name in genes and alias not in genes}
         vocabulary = Vocabulary(found.tokens, special=found.special, id_type=id_type, aliases=aliases)
         return vocabulary, np.array([*range(len(found) - len(genes)), *self.expressed], dtype=np.int64)
+
+
+def lengths_of_cells(n_genes_B: NDArray[np.int32], config: EncodingConfig, vocabulary: Vocabulary) -> NDArray[np.int32]:
+    """Turn numbers of expressed genes, in their array, into numbers of tokens; 0 for cells without genes."""
+    is_empty_B = n_genes_B <= 0
+    if config.include_zeros:
+        n_genes_B[:] = vocabulary.n_genes
+    if config.max_genes is not None:
+        np.minimum(n_genes_B, config.max_genes, out=n_genes_B)
+    n_genes_B += config.n_special_tokens
+    n_genes_B[is_empty_B] = 0
+    return n_genes_B
 
 
 def vocabulary_of(genes: dict[str, None], config: EncodingConfig, names: CommonNames) -> Vocabulary:

@@ -18,11 +18,11 @@ from scipy import linalg, sparse
 import scfm
 from scfm import families
 from scfm._files import output_lock
-from scfm.encoding import EncodingConfig
-from scfm.errors import CountsError, ModelFileError, OutputError, VocabularyMismatchError
+from scfm.encoding import EncodingConfig, medians
+from scfm.errors import CountsError, EmptyCellError, ModelFileError, OutputError, VocabularyMismatchError
 from scfm.train import FitConfig, loop, start, survey, train
 from scfm.train.pretraining import pretrain
-from scfm.train.statistics import Data, Statistics, learn
+from scfm.train.statistics import Data, Learning, Statistics
 
 CONFIG = FitConfig(n_steps=6, tokens_per_step=600, checkpoint_every=2, accelerator="cpu")
 
@@ -50,7 +50,11 @@ def run(files, out, config=CONFIG, **settings):
 
 def statistics_for(files, config=None, *, held_out_B=None, **settings):
     held_out_B = np.zeros(60 * len(files), dtype=bool) if held_out_B is None else held_out_B
-    return learn(Data(paths=tuple(files)), config or EncodingConfig(kind="rank"), held_out_B=held_out_B, **settings)
+    return learning_of(files, config, held_out_B=held_out_B, **settings).statistics()
+
+
+def learning_of(files, config=None, **settings):
+    return Learning(data=Data(paths=tuple(files)), config=config or EncodingConfig(kind="rank"), **settings)
 
 
 def joined(files):
@@ -138,8 +142,76 @@ def test_statistics_are_made_once_and_read_again(files, tmp_path, monkeypatch):
     model = run(files, tmp_path / "run")
     stored = Statistics.load(tmp_path / "run" / "statistics", "another key")
     assert stored is None
-    monkeypatch.setattr(start, "learn", None)  # to learn again would fail
+    monkeypatch.setattr(Learning, "survey", None)  # to learn again would fail
     assert run(files, tmp_path / "run").id == model.id
+
+
+@pytest.mark.parametrize("max_exact", [10**9, 400, 2500])
+def test_statistics_of_two_processes_are_those_of_one(files, tmp_path, monkeypatch, max_exact):
+    """Each process reads some files; medians are exact in all parts, in some, or in none."""
+    monkeypatch.setattr(medians, "MAX_EXACT_VALUES", max_exact)
+    write_file(tmp_path / "c.h5ad", [f"GENE{number}" for number in range(5, 30)], seed=2)
+    files = [*files, tmp_path / "c.h5ad"]
+    held_out_B = np.arange(180) % 7 == 0
+    learning = learning_of(files, held_out_B=held_out_B, n_components=3)
+    one, shared = learning.statistics(), learning.finish([learning.survey(rank, 2) for rank in range(2)])
+    assert one.vocabulary == shared.vocabulary
+    for name in ("medians", "lengths_B", "totals_V", "loadings_VR"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(shared, name))
+    assert one.fraction_known == shared.fraction_known
+
+
+def test_counts_are_not_read_if_only_lengths_are_missing(files, tmp_path, monkeypatch):
+    """Row pointers bound the lengths. Cells without a gene of the vocabulary are found while training, and left out."""
+    full = statistics_for(files)
+    vocabulary = scfm.Vocabulary.from_genes(full.vocabulary.genes[5:30], special=["pad", "mask"])
+    given = {"vocabulary": vocabulary, "medians": np.ones(len(vocabulary))}
+    exact = learning_of(files, held_out_B=np.zeros(120, bool), **given, n_components=1).statistics()
+    monkeypatch.setattr(survey.Survey, "add", None)  # the pass over the counts would fail
+    bounds = learning_of(files, held_out_B=np.arange(120) == 3, **given).statistics()
+    assert np.array_equal(bounds.medians, given["medians"])
+    assert bounds.lengths_B[3] == 0
+    others = np.arange(120) != 3
+    assert (bounds.lengths_B >= exact.lengths_B)[others].all()
+    assert (bounds.lengths_B == [np.count_nonzero(row) for row in joined(files).X.toarray()])[others].all()
+    model = run(files, tmp_path / "run", init=None, **given)
+    assert model.encoding.vocabulary == vocabulary
+    assert len(run(files, tmp_path / "further", init=model).history["stages"]) == 2
+
+
+def test_a_file_without_row_pointers_is_read_for_its_lengths(files, tmp_path):
+    adata = anndata.read_h5ad(files[0])
+    adata.X = adata.X.toarray()
+    adata.write_h5ad(tmp_path / "dense.h5ad")
+    genes = statistics_for(files[:1]).vocabulary
+    given = {"vocabulary": genes, "medians": np.ones(len(genes)), "held_out_B": np.zeros(60, bool)}
+    dense, sparse_ = (learning_of([path], **given).statistics() for path in (tmp_path / "dense.h5ad", files[0]))
+    assert dense.lengths_B.tolist() == sparse_.lengths_B.tolist()
+    assert dense.totals_V.sum() == adata.X.sum()
+
+
+def test_cells_without_a_gene_of_the_vocabulary_are_left_out_while_training(tmp_path):
+    genes = [f"GENE{number}" for number in range(40)]
+    adata = write_file(tmp_path / "a.h5ad", genes, seed=0)
+    counts = adata.X.toarray()
+    counts[::3, :20] = 0  # these cells express no gene of the vocabulary, but others
+    counts[::3, 30] = 1
+    adata.X = sparse.csr_matrix(counts)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    encoding = scfm.encoding.make_encoding(
+        "bin", vocabulary=scfm.Vocabulary.from_genes(genes[:20], special=["pad", "mask", "cls"])
+    )
+    lengths_B = np.diff(adata.X.indptr) + 1
+    stream = scfm.train.CellStream(tmp_path / "a.h5ad", encoding, max_tokens=60, lengths_B=lengths_B)
+    batches = list(stream)
+    assert len(batches) > 5
+    assert min(len(batch) for batch in batches) > 0
+    assert set(np.concatenate([batch.cell_index_B for batch in batches])) == set(range(60)) - set(range(0, 60, 3))
+    nothing = scfm.train.CellStream(
+        tmp_path / "a.h5ad", encoding, max_tokens=60, lengths_B=lengths_B * (np.arange(60) % 3 == 0)
+    )
+    with pytest.raises(EmptyCellError, match="20 cells that were read together"):
+        list(nothing)
 
 
 def test_files_with_symbols_and_files_with_ensembl_ids_train_one_vocabulary(tmp_path):

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import torch
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def screen(
-    adata: anndata.AnnData,
+    adata: Any,
     model: Model,
     *,
     groupby: str | None = None,

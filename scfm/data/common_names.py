@@ -1,4 +1,4 @@
-"""A common kind of gene name for all files of a run, if some use symbols and others Ensembl ids."""
+"""A common kind of gene name for many files, if some use symbols and others Ensembl ids."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
+from scfm.data.common_names import CommonNames
 from scfm.errors import VocabularyMismatchError
-from scfm.train.gene_names import CommonNames
 
 SYMBOLS = ["CD74", "CST3", "GNLY", "NKG7"]
 ENSEMBL = [f"ENSG0000000000{number}" for number in range(4)]
