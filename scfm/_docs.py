@@ -18,14 +18,15 @@ adata
     "adata_or_files": """
 adata
     Raw counts of n_obs cells by n_vars genes: an AnnData (in memory, backed or lazy), an AnnCollection, or one or several
-    paths of `.h5ad` files and `.zarr` folders, URLs, patterns such as `donors/*.h5ad`, or `.txt` files with one of these per
-    line. Files are read in blocks. The genes of several files are all genes of all of them, matched by name; a cell has no
+    paths of `.h5ad` files and `.zarr` folders, URLs (also `soma://`), patterns such as `donors/*.h5ad`, or `.txt` files with one
+    of these per line. Files are read in blocks. The genes of several files are all genes of all of them, matched by name; a cell has no
     counts of genes that its file lacks.
 """,
     "paths": """
 paths
     Files with raw counts: one or several paths of `.h5ad` files or `.zarr` folders, URLs of such files (https, s3, gs and
-    others of fsspec), patterns such as `donors/*.h5ad`, or `.txt` files with one of these per line.
+    others of fsspec), `soma://` URLs of TileDB-SOMA experiments (see :class:`scfm.data.SomaPath`), patterns such as
+    `donors/*.h5ad`, or `.txt` files with one of these per line.
 """,
     "model": """
 model

@@ -1,4 +1,4 @@
-"""Files behind URLs, through fsspec, and lists of input files."""
+"""Files behind URLs, through fsspec, experiments of TileDB-SOMA, and lists of input files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 
 class RemotePath:
@@ -72,13 +73,74 @@ class RemotePath:
         return self._files.open(self._path, "rb")
 
 
+class SomaPath(RemotePath):
+    """Cells of a TileDB-SOMA experiment, such as those of the CELLxGENE Census; needs the package tiledbsoma.
+
+    Parameters
+    ----------
+    url
+        "soma://", the URI of an experiment (a folder, or s3:// and others that TileDB knows), and after a question mark,
+        separated by "&": "measurement=NAME" (default RNA), "obs=FILTER" for a value filter on `obs`, such as
+        ``obs=tissue_general == 'blood' and is_primary_data == True``, and settings of TileDB such as
+        "vfs.s3.region=us-west-2". Characters can be written as in URLs (%26 for "&").
+
+    Examples
+    --------
+    >>> from scfm.data import SomaPath
+    >>> path = SomaPath("soma:///data/pbmc?obs=cell_type == 'B cell'")
+    >>> path.uri, path.measurement, path.obs_filter
+    ('/data/pbmc', 'RNA', "cell_type == 'B cell'")
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url, self.suffix = url, ".soma"
+        self.uri, _, options = url.removeprefix("soma://").partition("?")
+        self.name = self.uri.rstrip("/").rpartition("/")[2] + (f"?{options}" if options else "")
+        given = [option.partition("=") for option in options.split("&") if option]
+        settings = {name: unquote(value) for name, _, value in given}
+        self.measurement = settings.pop("measurement", "RNA")
+        self.obs_filter = settings.pop("obs", None)
+        if unknown := [name for name in settings if "." not in name]:
+            raise OSError(
+                f"{url} has the option {unknown[0]!r}, which does not exist. Options: measurement, obs, and settings of TileDB."
+            )
+        self.settings = settings
+
+    def experiment(self) -> Any:
+        """Open the experiment.
+
+        Raises
+        ------
+        OSError
+            If tiledbsoma is not installed, or there is no experiment.
+        """
+        try:
+            import tiledbsoma
+        except ImportError as error:
+            raise OSError(f"{self.url} cannot be read: install `tiledbsoma` (`pip install tiledbsoma`).") from error
+        context = tiledbsoma.SOMATileDBContext(tiledb_config=self.settings) if self.settings else None
+        try:
+            return tiledbsoma.Experiment.open(self.uri, context=context)
+        except (tiledbsoma.SOMAError, TypeError) as error:
+            raise OSError(f"{self.uri} cannot be opened as a SOMA experiment ({error}).") from error
+
+    def exists(self) -> bool:
+        self.experiment().close()
+        return True
+
+    def is_file(self) -> bool:
+        return False
+
+
 AnyPath: TypeAlias = Path | RemotePath
 
 
 def input_path(path: str | AnyPath) -> AnyPath:
-    """Return a path; a string with "://" is a URL."""
+    """Return a path; a string with "://" is a URL, and one that starts with "soma://" is a SOMA experiment."""
     if isinstance(path, RemotePath):
         return path
+    if isinstance(path, str) and path.startswith("soma://"):
+        return SomaPath(path)
     return RemotePath(str(path)) if isinstance(path, str) and "://" in path else Path(path)
 
 

@@ -1,5 +1,6 @@
 """Cells and counts: packed batches, count matrices, files, splits, samplers, and stores of encoded cells."""
 
+from scfm._remote import SomaPath
 from scfm.data.batch import CellBatch
 from scfm.data.compiled_encoder import encoder_info
 from scfm.data.sampler import TokenBudgetSampler
@@ -9,6 +10,7 @@ from scfm.data.splits import Split, split_cells
 __all__ = [
     "CellBatch",
     "CountSource",
+    "SomaPath",
     "Split",
     "TokenBudgetSampler",
     "encoder_info",

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scfm._remote import AnyPath, input_path
+from scfm._remote import AnyPath, SomaPath, input_path
 from scfm.data.counts import check_pointers
 from scfm.data.raw_hdf5 import RawDataset
+from scfm.data.soma import SomaData, SomaTable
 
 
 class AnnDataFile:
@@ -166,9 +167,16 @@ _CONVERSION = (
 )
 
 
-def obs_of(path: str | AnyPath) -> FileTable:
+def open_file(path: str | AnyPath) -> AnnDataFile | SomaData:
+    """Open a file or a SOMA experiment, with the attributes of an AnnData that `CountSource` needs."""
+    path = input_path(path)
+    return SomaData(path) if isinstance(path, SomaPath) else AnnDataFile(path)
+
+
+def obs_of(path: str | AnyPath) -> FileTable | SomaTable:
     """Return `obs` of a file, whose columns are read when they are needed; counts are not read."""
-    return FileTable(open_group(input_path(path))["obs"])
+    path = input_path(path)
+    return SomaData(path).obs if isinstance(path, SomaPath) else FileTable(open_group(path)["obs"])
 
 
 def count_rows(path: str | AnyPath) -> int:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scfm._remote import AnyPath, RemotePath, input_paths
 from scfm.data.common_names import CommonNames
 from scfm.data.counts import check_counts
-from scfm.data.files import AnnDataFile, obs_of
+from scfm.data.files import obs_of, open_file
 from scfm.data.gene_names import names_key
 from scfm.data.matrices import find_matrix, other_matrices, read_rows, readable_by_rows, shared_uns, with_matrix
 from scfm.errors import LabelsError
@@ -44,7 +44,7 @@ def open_data(data: Any) -> Any:
     """
     if isinstance(data, str | Path | RemotePath) or _is_list_of_paths(data):
         paths = input_paths(data)
-        return AnnDataFile(paths[0]) if len(paths) == 1 else AnnDataFiles(paths)
+        return open_file(paths[0]) if len(paths) == 1 else AnnDataFiles(paths)
     return with_matrix(data)
 
 
@@ -86,7 +86,7 @@ class AnnDataFiles:
     @cached_property
     def uns(self) -> dict[str, Any]:
         """The part of `uns` that scfm reads, which must be the same in all files."""
-        return shared_uns((path.name, AnnDataFile(path).uns) for path in self.paths)
+        return shared_uns((path.name, open_file(path).uns) for path in self.paths)
 
     def matrix(self, layer: str | None, gene_key: str | None) -> tuple[JoinedMatrix, pd.DataFrame]:
         """Return the matrix at `layer` of all files, and the table of its genes.
@@ -102,7 +102,7 @@ class AnnDataFiles:
 
     def other_matrices(self, layer: str | None) -> dict[str, Any]:
         """Return the other matrices of the first file."""
-        return other_matrices(AnnDataFile(self.paths[0]), layer)
+        return other_matrices(open_file(self.paths[0]), layer)
 
 
 class FilesTable:
@@ -198,7 +198,7 @@ class JoinedMatrix:
             if number not in self._opened:
                 if len(self._opened) >= MAX_OPEN_FILES:
                     self._opened.popitem(last=False)
-                matrix, _, name = find_matrix(AnnDataFile(self._paths[number]), self._layer)
+                matrix, _, name = find_matrix(open_file(self._paths[number]), self._layer)
                 self._opened[number] = readable_by_rows(matrix, name), name
             self._opened.move_to_end(number)
             return self._opened[number]
@@ -240,7 +240,7 @@ def _joined(
 
 
 def _var_of(path: AnyPath, layer: str | None) -> pd.DataFrame:
-    var = find_matrix(AnnDataFile(path), layer)[1]
+    var = find_matrix(open_file(path), layer)[1]
     return var if isinstance(var, pd.DataFrame) else var.to_memory()
 
 
