@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,7 +72,7 @@ class FitSplit:
 
 
 def split_for_fit(
-    obs: pd.DataFrame,
+    obs: Any,
     *,
     labels_key: str | None,
     batch_key: str | None = None,
@@ -100,7 +101,7 @@ def split_for_fit(
     LabelsError
         If a column is missing, no cell can be held out, or a class has no training cell.
     """
-    every = np.arange(len(obs))
+    every = np.arange(columns.n_rows(obs))
     if labels_key is None:
         return FitSplit(None, every[:0], every[:0], every[:0], every)
     labels = columns.labels(obs, labels_key)
@@ -131,7 +132,7 @@ def split_for_fit(
     return FitSplit(labels, np.setdiff1d(learn, calibration), calibration, test, fitted, transductive)
 
 
-def _groups(obs: pd.DataFrame, batch_key: str, labeled: NDArray[np.int64]) -> NDArray[np.int64]:
+def _groups(obs: Any, batch_key: str, labeled: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the batch number of each labeled cell. Each cell without a batch forms a batch of one cell."""
     codes_B = columns.groups(obs, batch_key).codes[labeled]
     missing = np.flatnonzero(codes_B < 0)

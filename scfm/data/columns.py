@@ -42,6 +42,11 @@ class Labels:
         return np.flatnonzero(self.codes >= 0)
 
 
+def n_rows(table: Any) -> int:
+    """Return the number of rows of a data frame or a table of files. The length of a lazy table is its number of columns."""
+    return int(table.shape[0]) if hasattr(table, "shape") else len(table)
+
+
 def labels(obs: Any, key: str, *, argument: str = "labels_key") -> Labels:
     """Read the classes of cells.
 

@@ -48,6 +48,22 @@ def test_a_fit_of_files_is_the_fit_of_their_cells(cells, files, form):
     assert scfm.fit(data, labels_key="bulk_labels", **QUICK).id == expected.id
 
 
+@pytest.mark.parametrize("form", ["backed", "lazy"])
+def test_backed_and_lazy_data_are_as_good_as_data_in_memory(cells, files, model, form):
+    if form == "lazy":
+        pytest.importorskip("xarray")
+    path = files[0].parent / "whole.h5ad"
+    cells.write_h5ad(path)
+    data = anndata.read_h5ad(path, backed="r") if form == "backed" else anndata.experimental.read_lazy(path)
+    expected = scfm.fit(cells.copy(), labels_key="bulk_labels", **QUICK)
+    assert scfm.fit(data, labels_key="bulk_labels", **QUICK).id == expected.id
+    settings = {"labels_key": "bulk_labels", "n_neighbors": 4, "baselines": False}
+    query, twice = cells[:50].copy(), cells[:50].copy()
+    scfm.tl.map_reference(query, data, model, **settings)
+    scfm.tl.map_reference(twice, cells, model, **settings)
+    pd.testing.assert_frame_equal(query.obs, twice.obs)
+
+
 def test_a_fit_of_files_with_other_genes_learns_all_genes(cells, files, tmp_path):
     cells[:150, 40:].write_h5ad(tmp_path / "a.h5ad")
     cells[150:, :-40].write_h5ad(tmp_path / "b.h5ad")
