@@ -5,29 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scfm._files import atomic_write, write_adata
+from scfm._files import atomic_write
 
-# anndata and pandas are imported when a file is read: `scfm --help` imports this module, and must not wait for them.
+# `scfm --help` imports this module, and must not wait for pandas.
 if TYPE_CHECKING:
-    import anndata
     import pandas as pd
-
-
-def read(path: Path) -> anndata.AnnData:
-    """Read a `.h5ad` file or a `.zarr` folder."""
-    import anndata
-
-    from scfm.data.files import open_group
-
-    open_group(path)  # raises errors that say what is wrong with the file
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* names are not unique")  # where it matters, an error of ours says so
-        return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
 
 
 def read_names(path: Path) -> list[str]:
@@ -39,12 +25,6 @@ def read_names(path: Path) -> list[str]:
     if not names:
         raise ValueError(f"{path} holds no names; write one name per line.")
     return names
-
-
-def write(adata: anndata.AnnData, path: Path) -> None:
-    """Write as `.h5ad` or `.zarr`."""
-    with atomic_write(path) as temporary_path:
-        write_adata(adata, temporary_path)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

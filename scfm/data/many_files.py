@@ -173,7 +173,9 @@ class JoinedMatrix:
     def __getitem__(self, rows: slice) -> sp.csr_matrix:
         start, stop, _ = rows.indices(self.shape[0])
         parts = list(self._parts(start, stop))
-        return parts[0] if len(parts) == 1 else sp.vstack([*parts, sp.csr_matrix((0, self.shape[1]))], format="csr")
+        if not parts:
+            return sp.csr_matrix((0, self.shape[1]), dtype=np.float32)
+        return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
     def _parts(self, start: int, stop: int) -> Iterator[sp.csr_matrix]:
         number = max(0, bisect.bisect_right(self._firsts, start) - 1)
