@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from tqdm.auto import tqdm
 
 import scfm
 from scfm import baselines
@@ -41,6 +42,15 @@ def test_predictions_follow_the_genes_when_columns_are_shuffled(blood, model):
     assert known.sum() == model.encoding.vocabulary.n_genes
     assert (plain[:, known] >= 0).all()
     np.testing.assert_array_equal(shuffled, plain[:, order])
+
+
+def test_a_progress_bar_counts_the_cells_unless_it_is_turned_off(blood, model, monkeypatch):
+    bars = []
+    monkeypatch.setattr("scfm.models.model.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    for progress in (True, False):
+        scfm.tl.denoise(blood, model, n_neighbors=0, progress=progress, copy=True)
+    assert [bar.n for bar in bars] == [blood.n_obs, 0]
+    assert bars[0].unit == "cell"
 
 
 def test_asking_for_more_depth_changes_the_prediction(blood, model):

@@ -79,4 +79,7 @@ def test_a_progress_bar_counts_the_cells_unless_it_is_turned_off(model, adata, m
     monkeypatch.setattr("scfm.models.model.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     scfm.tl.embed(adata, model)
     scfm.tl.embed(adata, model, progress=False)
-    assert [bar.n for bar in bars] == [adata.n_obs, 0]
+    scfm.tl.gene_embeddings(adata, model)
+    scfm.tl.gene_embeddings(adata, model, progress=False)
+    assert [bar.n for bar in bars] == [adata.n_obs, 0] * 2
+    assert bars[0].unit == bars[2].unit == "cell"
