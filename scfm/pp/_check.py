@@ -23,7 +23,7 @@ from scfm.encoding.genes import GeneMap, GeneReport
 from scfm.errors import CountsError, VocabularyMismatchError
 from scfm.families.loading import opened
 from scfm.models.model import Model
-from scfm.pp._encode import empty_cells, encoding_of, gene_map, open_counts
+from scfm.pp._encode import encoding_of, gene_map, n_encodable, open_counts
 from scfm.pp._estimate import Estimate, estimated
 from scfm.vocab import guess_id_type, guess_species
 
@@ -246,7 +246,7 @@ class _Cells:
 def _check_cells(report: DataCheck, counts: CountSource, encoding: Encoding, genes: GeneMap | None) -> _Cells | None:
     """Read all cells and report on them; None without raw counts."""
     report.counts_elsewhere = counts.matrices_with_counts()
-    total_G, depths, empty, lengths = np.zeros(counts.n_vars), [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0, int)]
+    total_G, depths, lengths = np.zeros(counts.n_vars), [np.zeros(0)], [np.zeros(0, int)]
     encoded, seconds, dtype = [np.zeros(0, int)], 0.0, None
     first_read = time.perf_counter()
     shared = [np.zeros(0)]
@@ -258,10 +258,7 @@ def _check_cells(report: DataCheck, counts: CountSource, encoding: Encoding, gen
             depths.append(depth_B)
             if genes is None:
                 continue
-            empty.append(empty_cells(block, genes, encoding))
-            lengths.append(
-                np.diff(np.concatenate([[0], np.cumsum(encoding.encodes(genes)[block.indices])])[block.indptr])
-            )
+            lengths.append(n_encodable(block, genes, encoding))
             started = time.perf_counter()
             encoded.append(encoding.encode(block[:n_encoded], genes, depth_B=depth_B[:n_encoded]).lengths_B.numpy())
             seconds += time.perf_counter() - started
@@ -286,7 +283,6 @@ def _check_cells(report: DataCheck, counts: CountSource, encoding: Encoding, gen
         _report_tokens(
             report,
             encoding,
-            empty_B=np.concatenate(empty),
             n_expressed_B=np.concatenate(lengths),
             n_tokens_B=n_tokens_B,
         )
@@ -325,13 +321,12 @@ def _report_tokens(
     report: DataCheck,
     encoding: Encoding,
     *,
-    empty_B: NDArray[np.bool_],
     n_expressed_B: NDArray[np.integer],
     n_tokens_B: NDArray[np.integer],
 ) -> None:
     config = encoding.config
     report.tokens_per_cell = float(np.median(n_tokens_B))
-    report.empty_fraction = float(np.mean(empty_B))
+    report.empty_fraction = float(np.mean(n_expressed_B == 0))
     report.truncated_fraction = 0.0 if config.max_genes is None else float(np.mean(n_expressed_B > config.max_genes))
     report.memory_bytes = int(n_tokens_B.mean() * (4 + 4 * config.has_values) * report.n_cells)
     if report.empty_fraction:

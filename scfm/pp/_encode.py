@@ -199,8 +199,15 @@ def gene_map(counts: CountSource, encoding: Encoding) -> GeneMap:
 
 def empty_cells(block: sparse.csr_matrix, genes: GeneMap, encoding: Encoding) -> NDArray[np.bool_]:
     """Which cells of a checked block express no gene that the encoding can encode, shape (B,)."""
+    return n_encodable(block, genes, encoding) == 0
+
+
+def n_encodable(block: sparse.csr_matrix, genes: GeneMap, encoding: Encoding) -> NDArray[np.integer]:
+    """How many genes that the encoding can encode each cell of a checked block expresses, shape (B,)."""
     counted_N = encoding.encodes(genes)[block.indices]
-    return np.diff(np.concatenate([[0], np.cumsum(counted_N)])[block.indptr]) == 0
+    sums_N = np.zeros(len(counted_N) + 1, dtype=np.int64 if len(counted_N) > np.iinfo(np.int32).max else np.int32)
+    np.cumsum(counted_N, out=sums_N[1:])
+    return np.diff(sums_N[block.indptr])
 
 
 def refuse_empty(empty_B: NDArray[np.bool_], counts: CountSource, first: int = 0) -> None:
