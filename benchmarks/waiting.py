@@ -56,6 +56,7 @@ FIT = f"""
 import importlib, sys, time
 import scfm
 adata = scfm.datasets.pbmc()
+scfm.tl.fit
 stages, seconds, running, last = {STAGES!r}, {{}}, ["import of Lightning"], [time.process_time()]
 
 def tick():
@@ -111,7 +112,10 @@ def main() -> None:
     for name, (before, counted) in CASES.items():
         print(f"| {name} | {seconds(before, counted):.2f} |", flush=True)
     if not options.without_fit:
-        print(run(FIT).stdout, end="")
+        fitted = run(FIT)
+        if fitted.returncode:
+            raise RuntimeError(fitted.stderr)
+        print(fitted.stdout, end="")
 
 
 if __name__ == "__main__":
