@@ -30,6 +30,7 @@ from scfm import baselines
 from scfm.data import columns
 from scfm.tl import evaluate_annotation, summarize_scores
 from scfm.tl._evaluate import hide_labels
+from scfm.tl._fit_start import CONTEXT_LENGTH_TO_ANNOTATE
 
 LABELS = {"pancreas": "cell_type", "pbmc3k": "cell_type_seurat", "kang": "cell_type"}
 FILES = {"pbmc3k": "pbmc3k_raw_counts_labels.h5ad", "kang": "kang_ifnb_2000.h5ad"}
@@ -54,10 +55,15 @@ def read(name: str) -> anndata.AnnData:
     return adata
 
 
-def score_seed(adata: anndata.AnnData, key: str, fraction: float, seed: int, *, variants: bool) -> pd.DataFrame:
-    """One row per method, with the default settings of `scfm.fit`."""
+def score_seed(
+    adata: anndata.AnnData, key: str, fraction: float, seed: int, *, variants: bool, n_dispersed: int | None
+) -> pd.DataFrame:
+    """One row per method, with the default settings of `scfm.fit`, or with a limited number of genes and no simple methods."""
+    encoding = scfm.EncodingConfig(kind="rank", n_dispersed_genes=n_dispersed, context_length=CONTEXT_LENGTH_TO_ANNOTATE)
+    limited = {"baselines": False, "encoding": encoding}
     rows = evaluate_annotation(
         adata,
+        **({} if n_dispersed is None else limited),
         labels_key=key,
         seeds=[seed],
         label_fraction=fraction,
@@ -65,7 +71,7 @@ def score_seed(adata: anndata.AnnData, key: str, fraction: float, seed: int, *, 
         variants=variants,
         progress=False,
     )
-    if find_spec("celltypist") is None:
+    if find_spec("celltypist") is None or n_dispersed is not None:
         return rows
     peer = score_celltypist(
         hide_labels(
@@ -108,22 +114,22 @@ def use_one_core() -> None:
     warnings.filterwarnings("ignore")
 
 
-def measure(path: Path, name: str, fraction: float, seed: int, variants: bool) -> None:
+def measure(path: Path, name: str, fraction: float, seed: int, variants: bool, n_dispersed: int | None) -> None:
     """Write the rows of one seed, data set and share of labels, with what they took."""
     started, cpu = time.perf_counter(), time.process_time()
-    rows = score_seed(read(name), LABELS[name], fraction, seed, variants=variants)
+    rows = score_seed(read(name), LABELS[name], fraction, seed, variants=variants, n_dispersed=n_dispersed)
     rows = rows.assign(data=name, seconds=time.perf_counter() - started, cpu_seconds=time.process_time() - cpu)
     rows.to_csv(path.with_suffix(".part"), index=False)
     path.with_suffix(".part").rename(path)
 
 
-def measure_all(tasks: list[tuple[str, float, int]], processes: int, folder: Path, *, variants: bool) -> pd.DataFrame:
+def measure_all(tasks: list[tuple[str, float, int]], processes: int, folder: Path, *options: Any) -> pd.DataFrame:
     """Rows of all tasks, of which those in `folder` are not measured again."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}_{fraction}_{seed}.csv" for name, fraction, seed in tasks]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=use_one_core) as pool:
-        missing = [pool.submit(measure, path, *task, variants) for path, task in zip(paths, tasks) if not path.exists()]
+        missing = [pool.submit(measure, path, *task, *options) for path, task in zip(paths, tasks) if not path.exists()]
         try:
             for future in as_completed(missing):
                 future.result()
@@ -188,13 +194,16 @@ def main() -> None:
     parser.add_argument(
         "--variants", action="store_true", help="also without pretraining, and with the test cells among the unlabeled"
     )
+    parser.add_argument(
+        "--dispersed-genes", type=int, help="offer the transformer only this number of genes; no simple methods"
+    )
     options = parser.parse_args()
     tasks = itertools.product(range(options.seeds), options.data, options.fractions)
-    rows = measure_all(
-        [(name, share, seed) for seed, name, share in tasks], options.processes, options.rows, variants=options.variants
-    )
+    tasks = [(name, share, seed) for seed, name, share in tasks]
+    rows = measure_all(tasks, options.processes, options.rows, options.variants, options.dispersed_genes)
     summary = summarize(rows)
-    summary.round(4).to_csv(SUMMARY, index=False)
+    if options.dispersed_genes is None:
+        summary.round(4).to_csv(SUMMARY, index=False)
     for score in ("macro_f1", "accuracy", "ece"):
         print(
             f"\n{score}: mean and 95 % interval over {summary['n_seeds'].max()} seeds\n\n{as_markdown(summary, score)}"
