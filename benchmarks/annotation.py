@@ -59,7 +59,9 @@ def score_seed(
     adata: anndata.AnnData, key: str, fraction: float, seed: int, *, variants: bool, n_dispersed: int | None
 ) -> pd.DataFrame:
     """One row per method, with the default settings of `scfm.fit`, or with a limited number of genes and no simple methods."""
-    encoding = scfm.EncodingConfig(kind="rank", n_dispersed_genes=n_dispersed, context_length=CONTEXT_LENGTH_TO_ANNOTATE)
+    encoding = scfm.EncodingConfig(
+        kind="rank", n_dispersed_genes=n_dispersed, context_length=CONTEXT_LENGTH_TO_ANNOTATE
+    )
     limited = {"baselines": False, "encoding": encoding}
     rows = evaluate_annotation(
         adata,

@@ -240,7 +240,7 @@ def predict() -> pd.DataFrame:
 
 
 def markers(n_seeds: int, rows: Path) -> pd.DataFrame:
-    """AUC of the top 50 markers of each type, found in training cells, in rankings of the genes of held-out cells.
+    """AUC and precision of the top 50 markers of each type, found in training cells, in rankings of genes of held-out cells.
 
     "scfm" ranks genes by how much their deletion lowers the log-odds of the cell's own type, in a model that was fitted to the
     training cells. The simple methods read the held-out cells. One row per data set, type, method and seed.
@@ -253,13 +253,16 @@ def markers(n_seeds: int, rows: Path) -> pd.DataFrame:
             _score_markers(name, seed).to_csv(path, index=False)
         found.append(pd.read_csv(path))
     table = pd.concat(found, ignore_index=True)
-    summary = table.groupby(["data", "type", "method"], sort=False)["auc"].agg(["mean", "std", "count"]).reset_index()
-    half = stats.t.ppf(0.975, np.maximum(summary["count"] - 1, 1)) * summary["std"] / np.sqrt(summary["count"])
-    summary["auc"] = summary["mean"].map("{:.3f}".format) + " ± " + half.map("{:.3f}".format)
-    wide = summary.pivot(index=["data", "type"], columns="method", values="auc")[summary["method"].unique()]
-    means = table.groupby("method", sort=False)["auc"].mean().map("{:.3f}".format)
-    wide.loc[("all", "mean"), :] = means
-    return wide.reset_index()
+    means = table.groupby(["data", "method", "seed"], sort=False, as_index=False)[["auc", "precision"]].mean()
+    table = pd.concat([table, means.assign(type="mean")])
+    lines = []
+    for (data, state, method), part in table.groupby(["data", "type", "method"], sort=False):
+        line = {"data": data, "type": state, "method": method}
+        for score in ("auc", "precision"):
+            half = stats.t.ppf(0.975, max(len(part) - 1, 1)) * part[score].std() / np.sqrt(len(part))
+            line[score] = f"{part[score].mean():.3f} ± {half:.3f}"
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def _score_markers(name: str, seed: int) -> pd.DataFrame:

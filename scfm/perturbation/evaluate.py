@@ -56,6 +56,9 @@ def evaluate_perturbation(
         low, high = np.quantile(null_R, [0.025, 0.975])
         p_value = (1 + (null_R >= found).sum()) / (1 + n_permutations)
         lines[name] = {measure: found, "null_low": low, "null_high": high, "p_value": p_value}
+        if measure == "auc":
+            first = np.argsort(-rank_G, kind="stable")[: int(truth_G.sum())]
+            lines[name] = {measure: found, "precision": truth_G[first].mean(), **lines[name]}
     result = pd.DataFrame(lines).T.rename_axis("method")
     return result.assign(n_genes=len(truth_G), n_truth=int((truth_G > 0).sum()) if measure == "auc" else len(truth_G))
 

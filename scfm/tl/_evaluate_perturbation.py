@@ -59,6 +59,7 @@ def evaluate_perturbation(
     a logistic regression on principal components). Columns:
 
     - `auc`, the probability that a marker is ranked above another gene, or `spearman`, the rank correlation with effects
+    - `precision`, for markers only: the fraction of markers among the first genes, as many genes as there are markers
     - `null_low`, `null_high`: central 95 % of the scores of permutations
     - `p_value`: (1 + number of permutations that score at least as high) / (1 + `n_permutations`), one-sided
     - `n_genes`, `n_truth`: number of ranked genes, and of markers or effects among them

@@ -38,6 +38,7 @@ def test_markers_are_scored_by_the_area_under_the_curve(table):
     assert found.loc["scfm", "auc"] == pytest.approx(roc_auc_score(table.index.isin(MARKERS), table["shift_mean"]))
     assert found.loc["scfm", "n_genes"] == 40
     assert found.loc["scfm", "n_truth"] == 6
+    assert found.loc["scfm", "precision"] == table.index[:6].isin(MARKERS).mean()
 
 
 def test_effects_are_scored_by_rank_correlation(table):
