@@ -9,13 +9,14 @@ the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import LinAlgError, cholesky, solve_triangular
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import TruncatedSVD
 from sklearn.dummy import DummyClassifier
@@ -34,7 +35,8 @@ __all__ = [
 
 MAX_ROWS_TO_PROJECT = 4000  # the cost grows with the cube of the rows
 COLUMNS_AT_A_TIME = 4096
-RELATIVE_JITTER = 1e-8  # of the mean squared length of a row; above the rounding errors of 4,000 rows
+# Of the mean squared length of a row. The first is above the rounding errors of 4,000 different rows of log-expression.
+RELATIVE_JITTERS = (1e-8, 1e-7, 1e-6, 1e-5)
 
 
 def annotation_baselines(n_cells: int, n_genes: int, seed: int = 0) -> dict[str, Pipeline | DummyClassifier]:
@@ -95,9 +97,7 @@ class RowSpace(TransformerMixin, BaseEstimator):
         self.is_used_G_ = np.diff(rows_BG.indptr) > 0
         self.rows_BG_ = rows_BG[:, self.is_used_G_]
         product_BB = _products(self.rows_BG_, self.rows_BG_)
-        # Equal or dependent rows have no Cholesky factor; a small multiple of the identity gives them one.
-        product_BB.flat[:: n_rows + 1] += RELATIVE_JITTER * np.trace(product_BB) / n_rows + np.finfo(np.float64).tiny
-        self.factor_BB_ = cholesky(product_BB, lower=True, overwrite_a=True, check_finite=False)
+        self.factor_BB_ = _lower_factor(product_BB)
         return self.factor_BB_
 
     def transform(self, rows_BG: sparse.csr_matrix) -> Any:
@@ -115,6 +115,20 @@ class RowSpace(TransformerMixin, BaseEstimator):
         weight_BC = solve_triangular(self.factor_BB_, weight_CR.T, trans="T", lower=True, check_finite=False)
         weight_GC[self.is_used_G_] = self.rows_BG_.T @ weight_BC
         return weight_GC
+
+
+def _lower_factor(product_BB: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the Cholesky factor of a matrix of scalar products.
+
+    Equal or dependent rows have none; a small multiple of the identity gives them one. Products that were rounded to float32
+    need a larger multiple if many rows are equal, such as cells that occur twice.
+    """
+    diagonal_B = product_BB.diagonal().copy()
+    for jitter in RELATIVE_JITTERS:
+        np.fill_diagonal(product_BB, diagonal_B + jitter * diagonal_B.mean() + np.finfo(np.float64).tiny)
+        with suppress(LinAlgError):
+            return np.asarray(cholesky(product_BB, lower=True, check_finite=False))
+    return np.asarray(cholesky(product_BB, lower=True))  # raises
 
 
 def _products(first_BG: sparse.csc_matrix, second_NG: sparse.csc_matrix) -> NDArray[np.float64]:

@@ -82,6 +82,20 @@ def test_coordinates_while_fitting_are_those_of_transform_and_genes_without_coun
     np.testing.assert_allclose(coordinates @ coordinates.T, (learn @ learn.T).toarray(), rtol=1e-7, atol=1e-9)
 
 
+def test_products_of_cells_that_occur_twice_have_a_factor_in_spite_of_rounding_errors():
+    once = np.random.default_rng(0).poisson(0.5, (50, 200)).astype(np.float64)
+    rows = np.vstack([once, once])
+    product = rows @ rows.T
+    unit = np.diag(product).mean()
+    rounded = product - 5e-8 * unit * np.eye(100)  # eigenvalues below 0, as products in float32 can have
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(rounded + baselines.RELATIVE_JITTERS[0] * unit * np.eye(100))
+    factor = baselines._lower_factor(rounded)
+    np.testing.assert_allclose(factor @ factor.T, product, atol=2e-7 * unit)
+    with pytest.raises(np.linalg.LinAlgError):
+        baselines._lower_factor(product - 0.1 * unit * np.eye(100))
+
+
 def test_equal_rows_and_rows_without_counts_can_be_projected():
     rows = sp.csr_matrix(np.repeat([[0.0, 1, 2, 0, 3], [0, 0, 0, 0, 0]], 2, axis=0))
     for learn in (rows, rows[2:]):
