@@ -44,7 +44,7 @@ N_GENES = 2000
 N_VARIANTS = 8  # of the 2,000; a batch of ours, and of the peer
 N_TOP = 50
 MARKER_DATA = ("pbmc3k", "pancreas")
-MIN_CELLS_OF_TYPE, MAX_CELLS_OF_TYPE = 5, 20
+MIN_CELLS_TO_LEARN, MIN_CELLS_OF_TYPE, MAX_CELLS_OF_TYPE = 10, 5, 20
 GOAL = "beta"  # the commonest type
 TRAINING = {"n_steps": 150, "tokens_per_step": 4096}
 TRAINING_CELLS = 600  # of the 1,937: more than the steps read
@@ -271,7 +271,8 @@ def _score_markers(name: str, seed: int) -> pd.DataFrame:
     else:
         adata = anndata.read_h5ad(Path(os.environ["SCFM_DATA"]) / "pbmc3k_raw_counts_labels.h5ad")
         key = "cell_type_seurat"
-    adata = adata[adata.obs[key].notna().to_numpy()].copy()
+    counts = adata.obs[key].value_counts()
+    adata = adata[adata.obs[key].isin(counts.index[counts >= MIN_CELLS_TO_LEARN]).to_numpy()].copy()
     adata.obs[key] = adata.obs[key].astype(str)
     learn, held_out = train_test_split(
         np.arange(adata.n_obs), test_size=0.3, stratify=adata.obs[key], random_state=seed
