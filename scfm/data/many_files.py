@@ -8,10 +8,10 @@ import bisect
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,8 @@ from scfm.data.matrices import find_matrix, other_matrices, read_rows, readable_
 from scfm.errors import LabelsError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # An open .h5ad file can need three file descriptors, and 256 is a common limit for all of a process.
 MAX_OPEN_FILES = 32
@@ -51,6 +53,38 @@ def open_data(data: Any) -> Any:
 def _is_list_of_paths(data: Any) -> bool:
     is_list = isinstance(data, list | tuple) and len(data) > 0
     return is_list and all(isinstance(each, str | Path | RemotePath) for each in data)
+
+
+class RecentlyOpened(Generic[T]):
+    """Keeps the files that were used last open, at most `MAX_OPEN_FILES`; several threads may use it.
+
+    A copy in another process has no open files.
+    """
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[int, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def get(self, number: int, open_one: Callable[[int], T]) -> T:
+        """Return file `number`, which `open_one` opens if it is not open."""
+        with self._lock:
+            if number not in self._files:
+                if len(self._files) >= MAX_OPEN_FILES:
+                    self._files.popitem(last=False)
+                self._files[number] = open_one(number)
+            self._files.move_to_end(number)
+            return self._files[number]
+
+    def clear(self) -> None:
+        """Close all files that no thread reads."""
+        with self._lock:
+            self._files.clear()
+
+    def __reduce__(self) -> tuple[type[RecentlyOpened[T]], tuple[()]]:
+        return type(self), ()
 
 
 class AnnDataFiles:
@@ -167,8 +201,7 @@ class JoinedMatrix:
         self._paths, self._layer, self._column_of = paths, layer, column_of
         self._firsts = [0, *np.cumsum(rows).tolist()]
         self.shape = self._firsts[-1], n_columns
-        self._opened: OrderedDict[int, tuple[Any, str]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._opened: RecentlyOpened[tuple[Any, str]] = RecentlyOpened()
 
     def __getitem__(self, rows: slice) -> sp.csr_matrix:
         start, stop, _ = rows.indices(self.shape[0])
@@ -186,7 +219,7 @@ class JoinedMatrix:
             start, number = max(start, end), number + 1
 
     def _read(self, number: int, start: int, stop: int) -> sp.csr_matrix:
-        matrix, name = self._open(number)
+        matrix, name = self._opened.get(number, self._open)
         block = read_rows(matrix, start, stop, name)
         advice = f"Look at this file with `scfm.pp.check({str(self._paths[number])!r})`."
         check_counts(block, name=name, advice=lambda: advice)  # here, because the message names the file
@@ -196,14 +229,8 @@ class JoinedMatrix:
         return joined
 
     def _open(self, number: int) -> tuple[Any, str]:
-        with self._lock:
-            if number not in self._opened:
-                if len(self._opened) >= MAX_OPEN_FILES:
-                    self._opened.popitem(last=False)
-                matrix, _, name = find_matrix(open_file(self._paths[number]), self._layer)
-                self._opened[number] = readable_by_rows(matrix, name), name
-            self._opened.move_to_end(number)
-            return self._opened[number]
+        matrix, _, name = find_matrix(open_file(self._paths[number]), self._layer)
+        return readable_by_rows(matrix, name), name
 
 
 def _joined(

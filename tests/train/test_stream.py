@@ -9,10 +9,10 @@ import scipy.sparse as sp
 import torch
 from torch.utils.data import DataLoader
 
-from scfm.data import CellBatch
+from scfm.data import CellBatch, many_files
 from scfm.encoding import EncodingConfig, Vocabulary, make_encoding
 from scfm.errors import CountsError
-from scfm.train import CellStream, open_files
+from scfm.train import CellStream
 
 NAMES = [f"G{place}" for place in range(50)]
 ROWS = [230, 57, 1]
@@ -175,11 +175,11 @@ def test_many_files_are_read_with_few_open_at_a_time(encoding, tmp_path):
         anndata.AnnData(counts, var=pd.DataFrame(index=NAMES)).write_h5ad(paths[-1])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = len(list(Path("/proc/self/fd").iterdir()))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 3 * open_files.MAX_OPEN_FILES + 24, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 3 * many_files.MAX_OPEN_FILES + 24, hard))
     try:
         cells = CellStream(paths, encoding, batch_cells=50)
         assert sorted(cells_of(cells)) == list(range(450))
-        assert len(cells._files._opened) <= open_files.MAX_OPEN_FILES
+        assert len(cells._files._opened) <= many_files.MAX_OPEN_FILES
         cells.close()
         assert len(list(Path("/proc/self/fd").iterdir())) <= n_open + 4
     finally:
