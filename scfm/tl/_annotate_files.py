@@ -25,7 +25,7 @@ from scfm.pp._encode import gene_map, open_counts
 from scfm.tl._annotate import LabelOptions, proba_and_novelty, require_cells_to_adapt, warn_of_missing_genes
 from scfm.tl._file_pass import FilePass, Rows
 from scfm.tl._record import record_of
-from scfm.tl._write_results import SUFFIXES, Results, write_results
+from scfm.tl._write_results import TABLE_SUFFIXES, Results, write_results
 
 
 @document
@@ -102,7 +102,7 @@ def annotate_files(
     model = opened(model)
     options = LabelOptions.of(model, min_confidence, max_novelty)
     files, out = input_paths(paths), Path(out)
-    require_writable(out, tuple(suffix for suffix in SUFFIXES if suffix != ".npy"), inputs=files)
+    require_writable(out, TABLE_SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     n_cells = sum(map(count_rows, files))
     if files and not n_cells:

@@ -28,7 +28,7 @@ from scfm.pp._encode import EncodedBlock
 from scfm.tl._file_pass import FilePass, Rows
 from scfm.tl._map_reference import Mapper
 from scfm.tl._record import record_of
-from scfm.tl._write_results import SUFFIXES, Results, write_results
+from scfm.tl._write_results import TABLE_SUFFIXES, Results, write_results
 
 MAX_REFERENCE = 2**24  # cells whose row numbers float32 represents exactly
 
@@ -110,7 +110,7 @@ def map_reference_files(
     """
     model = opened(model)
     files, out = input_paths(paths), Path(out)
-    require_writable(out, tuple(suffix for suffix in SUFFIXES if suffix != ".npy"), inputs=files)
+    require_writable(out, TABLE_SUFFIXES, inputs=files)
     if not sum(map(count_rows, files)):
         raise EmptyCellError("The files hold no cells. Was every cell filtered out?")
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}

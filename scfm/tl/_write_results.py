@@ -23,6 +23,7 @@ from scfm.tl._file_pass import Rows
 from scfm.tl._record import records_of
 
 SUFFIXES = (".h5ad", ".zarr", ".parquet", ".npy", ".csv")
+TABLE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".npy")  # of files that can hold labels
 
 
 @dataclass(frozen=True, kw_only=True)
