@@ -14,7 +14,7 @@ LEVELS = {
     name: level
     for level, names in enumerate(
         [
-            "errors _docs _registry _remote",
+            "errors _docs _lazy _registry _remote",
             "_config _files _untrusted extension",
             "vocab ops datasets",
             "data nn",

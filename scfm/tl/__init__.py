@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from scfm._lazy import at_first_use
 
 if TYPE_CHECKING:
     from scfm.tl._annotate import annotate
@@ -78,11 +79,7 @@ _FILES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module 'scfm.tl' has no attribute {name!r}")
-    globals()[name] = value = getattr(importlib.import_module(f"scfm.tl.{_FILES[name]}"), name)
-    return value
+__getattr__ = at_first_use(globals(), {name: f"scfm.tl.{file}" for name, file in _FILES.items()})
 
 
 def __dir__() -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from scfm._lazy import at_first_use
 from scfm.train.config import FitConfig
 from scfm.train.stage import run_stage
 from scfm.train.stream import CellStream
@@ -36,11 +36,7 @@ _NEED_LIGHTNING = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NEED_LIGHTNING:
-        raise AttributeError(f"module 'scfm.train' has no attribute {name!r}")
-    globals()[name] = value = getattr(importlib.import_module(_NEED_LIGHTNING[name]), name)
-    return value
+__getattr__ = at_first_use(globals(), _NEED_LIGHTNING)
 
 
 def __dir__() -> list[str]:
