@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import torch
+from intervals import interval
 from numpy.typing import NDArray
-from scipy import stats
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
@@ -195,12 +195,6 @@ def measure(seed: int, steps: int, figure: Path) -> pd.DataFrame:
         draw(found, adata.obs, figure, seed)
     tables = {"integration": score_integration(found, adata.obs), "denoising": score_denoising(6 * steps, seed)}
     return pd.concat([table.reset_index().assign(what=what, seed=seed) for what, table in tables.items()])
-
-
-def interval(values: pd.Series) -> str:
-    """Mean and half width of a 95 % t interval."""
-    half = stats.t.ppf(0.975, max(len(values) - 1, 1)) * values.std() / np.sqrt(len(values))
-    return f"{values.mean():.3f} ± {half:.3f}"
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import torch
-from scipy import stats
+from intervals import interval
 from scipy.stats import spearmanr
 from sklearn.model_selection import train_test_split
 
@@ -258,10 +258,7 @@ def markers(n_seeds: int, rows: Path) -> pd.DataFrame:
     lines = []
     for (data, state, method), part in table.groupby(["data", "type", "method"], sort=False):
         line = {"data": data, "type": state, "method": method}
-        for score in ("auc", "precision"):
-            half = stats.t.ppf(0.975, max(len(part) - 1, 1)) * part[score].std() / np.sqrt(len(part))
-            line[score] = f"{part[score].mean():.3f} ± {half:.3f}"
-        lines.append(line)
+        lines.append({**line, "auc": interval(part["auc"]), "precision": interval(part["precision"])})
     return pd.DataFrame(lines)
 
 

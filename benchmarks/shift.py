@@ -24,8 +24,8 @@ import pandas as pd
 import scanpy as sc
 import torch
 from annotation import score_celltypist
+from intervals import interval
 from numpy.typing import NDArray
-from scipy import stats
 from sklearn.decomposition import TruncatedSVD
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -189,12 +189,6 @@ def main() -> None:
         tables.append(pd.read_csv(path))
     table = pd.concat(tables, ignore_index=True)
     print(summarize_shift(table) if options.what == "shift" else summarize_unseen(table))
-
-
-def interval(values: pd.Series) -> str:
-    """Mean and half width of a 95 % t interval."""
-    half = stats.t.ppf(0.975, max(len(values) - 1, 1)) * values.std() / np.sqrt(len(values))
-    return f"{values.mean():.3f} ± {half:.3f}"
 
 
 def summarize_shift(table: pd.DataFrame) -> str:
