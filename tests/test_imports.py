@@ -40,10 +40,21 @@ def test_what_applies_a_model_does_not_wait_for_what_trains_one():
     assert brought & (HEAVY - {"sklearn"}) == set()
 
 
-def test_embedding_and_annotating_do_not_wait_for_what_fits():
+def test_what_applies_a_model_does_not_wait_for_what_fits():
     """Of 1.4 s of CPU that scikit-learn and scipy.stats took, 0.1 s are left."""
-    used = "scfm.load, scfm.pp.check, scfm.tl.embed, scfm.tl.embed_files, scfm.tl.annotate, scfm.tl.annotate_files"
-    brought = brought_by(f"import scfm, anndata\n{used}")
+    used = [
+        "embed",
+        "embed_files",
+        "annotate",
+        "annotate_files",
+        "perturb",
+        "screen",
+        "gene_network",
+        "evaluate_perturbation",
+    ]
+    brought = brought_by(
+        "import scfm, anndata\nscfm.load, scfm.pp.check, " + ", ".join(f"scfm.tl.{name}" for name in used)
+    )
     assert packages(brought) & (HEAVY - {"zarr"}) == set()  # anndata imports zarr
     assert "scipy.stats" not in brought
 

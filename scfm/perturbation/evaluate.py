@@ -10,11 +10,11 @@ import anndata
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 from scfm.data.columns import groups
 from scfm.errors import LabelsError, VocabularyMismatchError
 from scfm.perturbation.prediction.measured import log_expression
+from scfm.perturbation.statistics import average_ranks
 
 MODEL = "scfm"
 
@@ -51,7 +51,7 @@ def evaluate_perturbation(
     agreement = _auc if measure == "auc" else _spearman
     lines = {}
     for name, score_G in scores.items():
-        rank_G = stats.rankdata(score_G)
+        rank_G, _ = average_ranks(score_G.to_numpy())
         found, null_R = agreement(rank_G, truth_G[None])[0], agreement(rank_G, shuffled_RG)
         low, high = np.quantile(null_R, [0.025, 0.975])
         p_value = (1 + (null_R >= found).sum()) / (1 + n_permutations)
@@ -77,12 +77,13 @@ def simple_rankings(
     found = {"expression rank": own_BG.mean(0, dtype=np.float64)}
     if len(rest_BG) < 2 or len(own_BG) < 2:
         return found
-    with np.errstate(invalid="ignore", divide="ignore"):
-        t_G = stats.ttest_ind(own_BG, rest_BG, equal_var=False).statistic
-    found["differential expression"] = np.nan_to_num(np.asarray(t_G, dtype=np.float64))
+    from scipy import stats  # takes half a second, like scikit-learn, which other functions of the package do not need
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
 
+    with np.errstate(invalid="ignore", divide="ignore"):
+        t_G = stats.ttest_ind(own_BG, rest_BG, equal_var=False).statistic
+    found["differential expression"] = np.nan_to_num(np.asarray(t_G, dtype=np.float64))
     n_components = min(n_components, *(size - 1 for size in expression_BG.shape))
     components = PCA(n_components, random_state=seed).fit(expression_BG)
     scores_BK = components.transform(expression_BG)

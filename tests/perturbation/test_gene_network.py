@@ -141,3 +141,21 @@ def test_edges_that_are_heavier_than_by_chance_are_found_at_the_stated_rate_of_f
     assert (table["source"] == "G0").sum() == n_genes - 1
     assert (called["source"] == "G0").sum() > 0.8 * (n_genes - 1)
     assert (called["source"] != "G0").mean() < 0.2
+
+
+def test_edges_are_tested_as_by_scipy_and_those_without_variance_are_not():
+    rng = np.random.default_rng(1)
+    found, null = Edges.none(3), Edges.none(3)
+    values = {(0, 1): (rng.normal(0.3, 1, 9), rng.normal(0, 1, 30)), (1, 2): (rng.normal(0, 2, 6), rng.normal(0, 1, 5))}
+    values |= {(2, 0): (np.ones(6), np.ones(12))}
+    for (source, target), (own, shuffled) in values.items():
+        for edges, drawn in ((found, own), (null, shuffled)):
+            edges.add(np.full(len(drawn), source), np.full(len(drawn), target), drawn)
+    table = edge_table(found, null, ["G0", "G1", "G2"], min_cells=5).set_index("source")
+    for (source, _), (own, shuffled) in list(values.items())[:2]:
+        expected = stats.ttest_ind(own, shuffled)
+        line = table.loc[f"G{source}"]
+        assert (line["z"], line["p_value"]) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-9)
+    assert table.loc["G2", ["z", "p_value", "fdr"]].isna().all()
+    expected = stats.false_discovery_control(table.loc[["G0", "G1"], "p_value"])
+    np.testing.assert_allclose(table.loc[["G0", "G1"], "fdr"], expected)

@@ -19,7 +19,7 @@ from scfm.perturbation.edits import Editor, TokenCell
 from scfm.perturbation.null import with_matched_null
 from scfm.perturbation.runner import VariantRunner, embed_variants
 from scfm.perturbation.shifts import KEPT, ShiftRecord, cosine_distance, goal_shift
-from scfm.perturbation.statistics import Null, bootstrap_interval, rank_sum
+from scfm.perturbation.statistics import Null, average_ranks, bootstrap_interval, false_discovery_rate, rank_sum
 from scfm.perturbation.variants import Perturbations, cell_of
 
 
@@ -324,6 +324,20 @@ def test_rank_sum_agrees_with_scipy():
     # A row that is there for the null alone is not one of the tests.
     np.testing.assert_allclose(against_null["fdr"][:3], stats.false_discovery_control(against_null["p_value"][:3]))
     assert np.isnan(against_null["fdr"][3])
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+def test_ranks_and_false_discovery_rates_are_those_of_scipy(decimals):
+    values = np.random.default_rng(decimals).normal(size=500).round(decimals)
+    np.testing.assert_array_equal(average_ranks(values)[0], stats.rankdata(values))
+    assert np.isnan(average_ranks(np.append(values, np.nan))[0]).all()
+    p_values = np.random.default_rng(decimals).uniform(0, 1, 50).round(decimals) ** 3
+    expected = stats.false_discovery_control(p_values)
+    np.testing.assert_array_equal(false_discovery_rate(p_values), expected)
+    with_nan = false_discovery_rate(np.insert(p_values, 7, np.nan))
+    assert np.flatnonzero(np.isnan(with_nan)).tolist() == [7]
+    np.testing.assert_array_equal(np.delete(with_nan, 7), expected)
+    assert false_discovery_rate(np.zeros(0)).shape == (0,)
 
 
 def test_bootstrap_interval_agrees_with_scipy():
