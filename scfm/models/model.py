@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from scfm.data.batch import CellBatch
 from scfm.errors import ModelTaskError
 from scfm.models.device import resolved_device
+from scfm.models.inference import TOKENS_PER_BATCH, cell_bar, runs_of_tokens
 from scfm.models.io.hub import fetched, push, save_pretrained
 from scfm.models.io.load import load_saved
 from scfm.models.io.save import save
@@ -28,8 +28,6 @@ from scfm.models.state import Calibration, ModelState, Precision, require_precis
 if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
-
-TOKENS_PER_BATCH = 16_384  # for inference; more tokens are not faster, and need more memory
 
 
 class Model(ModelState):
@@ -389,23 +387,6 @@ class Model(ModelState):
         return f"<table>{cells}</table>{report}"
 
 
-def cell_bar(n_cells: int, title: str | None, *, progress: bool | tqdm = True) -> AbstractContextManager[tqdm]:
-    """Return a bar that shows cells per second and appears if the work takes more than a second, or the one that is given."""
-    if isinstance(progress, bool):
-        return tqdm(total=n_cells, desc=title, unit="cell", delay=1, disable=not progress)
-    return nullcontext(progress)
-
-
 def unit_length(embedding_BD: NDArray[np.float32]) -> NDArray[np.float32]:
     """Divide each row by its Euclidean norm."""
     return embedding_BD / np.maximum(np.linalg.norm(embedding_BD, axis=1, keepdims=True), 1e-12)
-
-
-def runs_of_tokens(cu_seqlens: NDArray[np.integer], budget: int) -> Iterator[slice]:
-    """Divide consecutive cells into slices of at most `budget` tokens, with at least one cell each."""
-    start, n_cells = 0, len(cu_seqlens) - 1
-    while start < n_cells:
-        stop = int(np.searchsorted(cu_seqlens, cu_seqlens[start] + budget, side="right")) - 1
-        stop = min(max(stop, start + 1), n_cells)
-        yield slice(start, stop)
-        start = stop

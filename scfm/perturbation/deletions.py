@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scfm.models.model import TOKENS_PER_BATCH
+from scfm.models.inference import TOKENS_PER_BATCH
 from scfm.models.network import CellTransformer, Readout
 from scfm.nn.deletions import DeletionBlock
 from scfm.perturbation.edits import Editor, TokenCell

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from scfm.models.model import TOKENS_PER_BATCH, runs_of_tokens
+from scfm.models.inference import TOKENS_PER_BATCH, runs_of_tokens
 from scfm.perturbation.edits import TokenCell
 from scfm.perturbation.runner import VariantRunner
 from scfm.perturbation.shifts import ShiftRecord, cosine_distance

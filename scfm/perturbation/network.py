@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from scfm import ops, pp
 from scfm.data import CellBatch, CountSource
-from scfm.models.model import TOKENS_PER_BATCH, Model, runs_of_tokens
+from scfm.models.inference import TOKENS_PER_BATCH, runs_of_tokens
+from scfm.models.model import Model
 from scfm.perturbation.edits import Editor
 from scfm.perturbation.shifts import cosine_distance
 from scfm.perturbation.statistics import false_discovery_rate

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from scfm._files import atomic_write
 from scfm.data import CellBatch
-from scfm.models.model import TOKENS_PER_BATCH, Model, Precision, runs_of_tokens
+from scfm.models.inference import TOKENS_PER_BATCH, runs_of_tokens
+from scfm.models.model import Model, Precision
 from scfm.models.network import CellTransformer, Readout
 from scfm.perturbation.deletions import MIN_CELL, embed_deletions, shares_first_block
 from scfm.perturbation.edits import Editor, TokenCell

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scfm.data.source import CountSource
 from scfm.encoding.genes import GeneMap
 from scfm.models.config import ModelConfig
-from scfm.models.model import TOKENS_PER_BATCH, Model
+from scfm.models.inference import TOKENS_PER_BATCH
+from scfm.models.model import Model
 from scfm.models.network import Readout
 from scfm.pp._encode import BLOCK_CELLS, EncodedBlock
 

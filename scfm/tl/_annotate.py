@@ -22,7 +22,8 @@ from scfm.data import columns
 from scfm.encoding import GeneReport
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
-from scfm.models.model import Model, cell_bar
+from scfm.models.inference import cell_bar
+from scfm.models.model import Model
 from scfm.pp._encode import EncodedBlock, encoded_blocks, gene_map, open_counts, require_cells
 from scfm.tl._record import record
 

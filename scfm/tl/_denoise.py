@@ -22,7 +22,8 @@ from scfm._docs import document
 from scfm.data import CountSource
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
-from scfm.models.model import TOKENS_PER_BATCH, Model, cell_bar, runs_of_tokens
+from scfm.models.inference import TOKENS_PER_BATCH, cell_bar, runs_of_tokens
+from scfm.models.model import Model
 from scfm.pp._encode import require_cells
 from scfm.tl._record import record
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from scfm._docs import document
 from scfm.families.loading import opened
-from scfm.models.model import Model, Precision, cell_bar
+from scfm.models.inference import cell_bar
+from scfm.models.model import Model, Precision
 from scfm.pp._encode import encoded_blocks, require_cells
 from scfm.tl._record import record
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from scfm.data import CellBatch
-from scfm.models.model import TOKENS_PER_BATCH, Model, Precision, runs_of_tokens
+from scfm.models.inference import TOKENS_PER_BATCH, runs_of_tokens
+from scfm.models.model import Model, Precision
 from scfm.models.network import CellTransformer, Readout
 from scfm.perturbation.edits import Editor
 from scfm.perturbation.exact import run, tabulate
