@@ -113,13 +113,11 @@ def annotate_files(
     if files:
         warn_of_missing_genes(gene_map(open_counts(files[0], model.encoding, **where), model.encoding).report, model)
     n_labels = len(model.labels)
-    counted: list[pd.Series] = []
 
-    def write(rows: Rows) -> None:
+    def write(rows: Rows) -> pd.Series:
         if adapt:
             rows = _adapted(rows, files, model, where)
         obs = options.columns(rows[:], clusters_B, key_added)
-        counted.append(pd.Series(obs[f"{key_added}_label"]).value_counts())
         settings = {**where, **options.settings, "majority_key": majority_key, "adapt": adapt}
         results = Results(
             matrix=rows,
@@ -130,6 +128,7 @@ def annotate_files(
             records={f"{key_added}_label": record_of(model, **settings)},
         )
         write_results(out, files, results)
+        return pd.Series(obs[f"{key_added}_label"]).value_counts()
 
     job = FilePass(
         files,
@@ -142,8 +141,8 @@ def annotate_files(
         title="annotating",
         expression=True,
     )
-    job.run(write, progress=progress)
-    return counted[0] if counted else pd.Series(dtype=np.int64)
+    n_cells_of = job.run(write, progress=progress)
+    return pd.Series(dtype=np.int64) if n_cells_of is None else n_cells_of
 
 
 def _adapted(rows: Rows, files: Sequence[AnyPath], model: Model, where: dict[str, Any]) -> Rows:

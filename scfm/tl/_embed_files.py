@@ -121,4 +121,5 @@ def embed_files(
         return model.embed(block.cells, progress=bar, **how)
 
     job = FilePass(files, out, model, where, how, width, compute, title="embedding")
-    return job.run(write, progress=progress)
+    job.run(write, progress=progress)
+    return sum(job.rows)

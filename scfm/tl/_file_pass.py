@@ -12,8 +12,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ from scfm.models.model import Model
 from scfm.pp._encode import EncodedBlock, empty_cells, gene_map, open_counts, refuse_empty
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BLOCK_CELLS = 1024  # the progress is saved after this many cells, which take seconds on a CPU
 _HEADER = 128  # bytes of the header of a .npy file
@@ -77,29 +80,34 @@ class FilePass:
     def folder(self) -> Path:
         return self.out.with_name(self.out.name + ".part")
 
-    def run(self, write: Callable[[Rows], None], *, progress: bool) -> int:
-        """Compute the rows of all cells, and call `write` in the first process; returns the number of cells.
+    @cached_property
+    def rows(self) -> list[int]:
+        """Number of cells of each file."""
+        return [count_rows(path) for path in self.files]
+
+    def run(self, write: Callable[[Rows], T], *, progress: bool) -> T | None:
+        """Compute the rows of all cells, and return what `write` makes of them; None in all processes but the first.
 
         Under torchrun, each process computes a part of the cells.
         """
-        rows = [count_rows(path) for path in self.files]
+        written = None
         rank, world_size = torchrun_rank()
         job = _Job(
             self.folder,
             {
                 "model_id": self.model.id,
                 "files": [str(path.resolve()) for path in self.files],
-                "rows": rows,
+                "rows": self.rows,
                 **self.where,
                 **self.settings,
             },
-            sum(rows),
+            sum(self.rows),
             self.width,
         )
         with output_lock(self.out if rank == 0 else job.part_folder(rank, world_size)):
             share, part = range_of_rank(job.n_cells, rank, world_size), _Part(job, rank, world_size)
             try:
-                blocks = _Blocks(self, rows, share)
+                blocks = _Blocks(self, share)
                 with tqdm(total=len(share), desc=self.title, unit="cell", disable=not progress or rank > 0) as bar:
                     blocks.skip(part, bar)
                     with one_ahead(blocks) as encoded:
@@ -115,10 +123,10 @@ class FilePass:
                 part.close()
             gather()  # wait until the parts of all processes are complete
             if rank == 0:
-                write(job.merge(part, world_size))
+                written = write(job.merge(part, world_size))
                 shutil.rmtree(job.folder, ignore_errors=True)
             gather()  # wait until the output is complete
-        return job.n_cells
+        return written
 
 
 class Rows:
@@ -241,9 +249,9 @@ class _Part:
 class _Blocks:
     """The encoded cells of one process, one block after another, and a digest of the counts that were read."""
 
-    def __init__(self, job: FilePass, rows: list[int], share: range) -> None:
+    def __init__(self, job: FilePass, share: range) -> None:
         self._job, self._encoding, self.digest = job, job.model.encoding, ""
-        self._spans = list(_spans(job.files, rows, share))
+        self._spans = list(_spans(job.files, job.rows, share))
         self._maps: dict[str, GeneMap] = {}  # files with the same names share one map
         for path, _ in self._spans:  # the genes of all files are checked before the work starts
             self._open(path)

@@ -25,6 +25,7 @@ from scfm.data import CountSource, columns
 from scfm.data.many_files import open_data
 from scfm.errors import LabelsError
 from scfm.families.loading import opened
+from scfm.models.inference import cell_bar
 from scfm.models.model import Model
 from scfm.pp._encode import EncodedBlock, encoded_blocks, open_counts, require_cells
 from scfm.tl._record import record
@@ -45,6 +46,7 @@ def map_reference(
     depth_key: str | None = None,
     baselines: bool = True,
     key_added: str = "scfm_mapped",
+    progress: bool = True,
     copy: bool = False,
 ) -> anndata.AnnData | None:
     """Transfer labels to query cells from a labeled reference.
@@ -77,6 +79,8 @@ def map_reference(
         Whether to compare the mapping with simple methods on a fifth of the reference, which is held out for this. It is done
         only for references of at most 20,000 labeled cells.
     {prefix_key_added}
+    progress
+        Whether to show a progress bar while the reference is embedded, and one while the query is mapped.
     copy
         Return a copy of `query` with the result instead of writing to it.
 
@@ -117,10 +121,15 @@ def map_reference(
     model = opened(model)
     require_cells(query)
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
-    mapper = Mapper.of(reference, model, labels_key=labels_key, n_neighbors=n_neighbors, source=source)
+    mapper = Mapper.of(
+        reference, model, labels_key=labels_key, n_neighbors=n_neighbors, source=source, progress=progress
+    )
     query = query.copy() if copy else query
-    with encoded_blocks(query, model.encoding, expression=True, **source) as blocks:
-        found = [mapper.predict(block) for block in blocks]
+    with (
+        encoded_blocks(query, model.encoding, expression=True, **source) as blocks,
+        cell_bar(query.n_obs, "mapping", progress=progress) as bar,
+    ):
+        found = [mapper.predict(block, bar) for block in blocks]
     proba_QC, distance_QN, row_QN = (np.concatenate(parts) for parts in zip(*found))
     query.obs[f"{key_added}_label"] = mapper.label(proba_QC.argmax(1))
     query.obs[f"{key_added}_confidence"] = proba_QC.max(1)
@@ -163,7 +172,17 @@ class Mapper:
     held_out: HeldOut | None
 
     @classmethod
-    def of(cls, reference: Any, model: Model, *, labels_key: str, n_neighbors: int, source: dict[str, Any]) -> Mapper:
+    def of(
+        cls,
+        reference: Any,
+        model: Model,
+        *,
+        labels_key: str,
+        n_neighbors: int,
+        source: dict[str, Any],
+        progress: bool = False,
+    ) -> Mapper:
+        """Fit on the labeled cells of a reference."""
         require_whole("n_neighbors", n_neighbors, 1)
         data = open_data(reference)
         labels = columns.labels(data.obs, labels_key)
@@ -172,7 +191,7 @@ class Mapper:
                 f"`n_neighbors` is {n_neighbors}, but only {len(labels.labeled)} reference cells have a label. Lower it."
             )
         counts = open_counts(data, model.encoding, **source).select(labels.labeled)
-        embedding_RD = model.embed(pp.encode(counts, model.encoding))
+        embedding_RD = model.embed(pp.encode(counts, model.encoding), progress=progress)
         expression_RV = pp.log_expression(counts, model.encoding)
         components = ExpressionComponents.of(expression_RV)
         features_RX = np.hstack([embedding_RD, components.transform(expression_RV)])
@@ -181,11 +200,11 @@ class Mapper:
         return cls(model, counts, labels, components, mapping, HeldOut.of(features_RX, codes_R, n_neighbors))
 
     def predict(
-        self, block: EncodedBlock, progress: bool | tqdm = False
+        self, block: EncodedBlock, bar: tqdm
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
         """Return probabilities (Q, C), and distances and rows (of the labeled cells) of the neighbors (Q, N)."""
         features_QX = np.hstack(
-            [self.model.embed(block.cells, progress=progress), self.components.transform(block.expression_BV)]
+            [self.model.embed(block.cells, progress=bar), self.components.transform(block.expression_BV)]
         )
         log_proba_QC, distance_QN, row_QN = self.mapping.predict(features_QX)
         temperature = 1.0 if self.held_out is None else self.held_out.temperature

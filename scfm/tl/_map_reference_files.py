@@ -21,6 +21,7 @@ from scfm._files import require_writable
 from scfm._remote import input_paths
 from scfm.annotation.mapping import hub_fraction_of
 from scfm.data.files import count_rows
+from scfm.data.ranks import torchrun_rank
 from scfm.errors import EmptyCellError
 from scfm.families.loading import opened
 from scfm.models.model import Model
@@ -114,23 +115,29 @@ def map_reference_files(
     if not sum(map(count_rows, files)):
         raise EmptyCellError("The files hold no cells. Was every cell filtered out?")
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
-    mapper = Mapper.of(reference, model, labels_key=labels_key, n_neighbors=n_neighbors, source=source)
+    mapper = Mapper.of(
+        reference,
+        model,
+        labels_key=labels_key,
+        n_neighbors=n_neighbors,
+        source=source,
+        progress=progress and torchrun_rank()[0] == 0,
+    )
     if len(mapper.labels.codes) > MAX_REFERENCE:
         raise ValueError(
             f"The reference has {len(mapper.labels.codes):,} cells; at most {MAX_REFERENCE:,} can be used."
         )
     settings = {"labels_key": labels_key, "n_neighbors": n_neighbors}
-    counted: list[pd.Series] = []
 
-    def write(rows: Rows) -> None:
+    def write(rows: Rows) -> pd.Series:
         results = _results(mapper, rows, key_added)
         n_chosen_R = np.zeros(len(mapper.labels.codes), dtype=np.int64)
         for _, block in rows.chunks():
             n_chosen_R += np.bincount(block[:, 3 : 3 + n_neighbors].astype(np.int64).ravel(), minlength=len(n_chosen_R))
         hubs = hub_fraction_of(n_chosen_R, len(mapper.labels.labeled))
         results.records[key_added] = record_of(model, **source, **settings, hub_fraction=hubs)
-        counted.append(pd.Series(results.obs[f"{key_added}_label"]).value_counts())
         write_results(out, files, results)
+        return pd.Series(results.obs[f"{key_added}_label"]).value_counts()
 
     job = FilePass(
         files,
@@ -143,8 +150,8 @@ def map_reference_files(
         title="mapping",
         expression=True,
     )
-    job.run(write, progress=progress)
-    return counted[0] if counted else pd.Series(dtype=np.int64)
+    n_cells_of = job.run(write, progress=progress)
+    return pd.Series(dtype=np.int64) if n_cells_of is None else n_cells_of
 
 
 def _rows(mapper: Mapper, block: EncodedBlock, bar: tqdm) -> NDArray[np.float32]:

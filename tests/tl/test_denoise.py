@@ -46,7 +46,7 @@ def test_predictions_follow_the_genes_when_columns_are_shuffled(blood, model):
 
 def test_a_progress_bar_counts_the_cells_unless_it_is_turned_off(blood, model, monkeypatch):
     bars = []
-    monkeypatch.setattr("scfm.models.model.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    monkeypatch.setattr("scfm.models.inference.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     for progress in (True, False):
         scfm.tl.denoise(blood, model, n_neighbors=0, progress=progress, copy=True)
     assert [bar.n for bar in bars] == [blood.n_obs, 0]

@@ -76,7 +76,7 @@ def test_gene_embeddings_without_cells_are_the_input_embeddings(model):
 
 def test_a_progress_bar_counts_the_cells_unless_it_is_turned_off(model, adata, monkeypatch):
     bars = []
-    monkeypatch.setattr("scfm.models.model.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    monkeypatch.setattr("scfm.models.inference.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     scfm.tl.embed(adata, model)
     scfm.tl.embed(adata, model, progress=False)
     scfm.tl.gene_embeddings(adata, model)

@@ -6,6 +6,7 @@ import anndata
 import numpy as np
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from tqdm.auto import tqdm
 
 import scfm
 from scfm.annotation.discriminant import DiscriminantSpace
@@ -40,6 +41,18 @@ def test_a_reference_cell_finds_itself(blood, rank_model):
     np.testing.assert_allclose(mapped.obs["scfm_mapped_distance"], 0, atol=1e-5)
     assert mapped.obs["scfm_mapped_confidence"].between(0, 1).all()
     assert 0.05 <= mapped.uns["scfm"]["scfm_mapped"]["hub_fraction"] < 0.2
+
+
+def test_progress_bars_count_the_cells_of_reference_and_query_unless_they_are_turned_off(
+    blood, rank_model, monkeypatch
+):
+    bars = []
+    monkeypatch.setattr("scfm.models.inference.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    how = {"labels_key": "bulk_labels", "baselines": False}
+    for progress in (True, False):
+        scfm.tl.map_reference(blood[:10].copy(), blood[10:], rank_model, progress=progress, **how)
+    assert [bar.n for bar in bars] == [blood.n_obs - 10, 10, 0, 0]
+    assert {bar.unit for bar in bars[:2]} == {"cell"}
 
 
 def test_discriminant_analysis_agrees_with_scikit_learn_on_many_cells():
