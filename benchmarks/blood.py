@@ -50,8 +50,8 @@ from blood_model import (
     limited,
     read,
 )
+from intervals import interval
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.special import softmax
 from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression
@@ -219,10 +219,13 @@ def show(folder: Path, seeds: int) -> str:
     lines = [f"| left out | {' | '.join(methods)} |", "| --- |" + " ---: |" * len(methods)]
     for file in files:
         of = rows[rows["file"] == file].groupby("method")
-        cells = [f"{cell(of.get_group(name)['accuracy'])} / {cell(of.get_group(name)['macro_f1'])}" for name in methods]
+        cells = [
+            f"{interval(of.get_group(name)['accuracy'])} / {interval(of.get_group(name)['macro_f1'])}"
+            for name in methods
+        ]
         lines.append(f"| {file} | {' | '.join(cells)} |")
     means = rows.groupby(["method", "seed"])[["accuracy", "macro_f1"]].mean()
-    cells = [f"{cell(means.loc[name]['accuracy'])} / {cell(means.loc[name]['macro_f1'])}" for name in methods]
+    cells = [f"{interval(means.loc[name]['accuracy'])} / {interval(means.loc[name]['macro_f1'])}" for name in methods]
     lines += [
         f"| mean | {' | '.join(cells)} |",
         "",
@@ -252,12 +255,6 @@ def show(folder: Path, seeds: int) -> str:
             f"{study}: known cells kept by the threshold of the other studies {kept:.2f}, calibration error {error:.3f}."
         )
     return "\n".join(lines)
-
-
-def cell(values: pd.Series) -> str:
-    if len(values) < 2:
-        return f"{values.mean():.3f}"
-    return f"{values.mean():.3f} ± {stats.sem(values) * stats.t.ppf(0.975, len(values) - 1):.3f}"
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import torch
-from scipy import stats
+from intervals import interval
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
@@ -299,11 +299,6 @@ def models(options: argparse.Namespace) -> list[tuple[Path, str, list[str]]]:
     return found
 
 
-def interval(values: pd.Series) -> float:
-    """Half width of the 95 % t interval of a mean; NaN for one value."""
-    return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else float("nan")
-
-
 def show(rows: pd.DataFrame) -> None:
     """Print macro-F1 by method and number of labels for each model, and what the linear probe gains over each row."""
     rows = rows.assign(labels=rows["labels"].map(lambda number: "all" if number == ALL else str(number)))
@@ -314,8 +309,8 @@ def show(rows: pd.DataFrame) -> None:
         cells, gains = {}, {}
         for labels, method in itertools.product(columns, order):
             values = wide.loc[labels][method].dropna()
-            cells[method, labels] = with_interval(values, "{:.3f}")
-            gains[method, labels] = with_interval((wide.loc[labels][FIRST] - values).dropna(), "{:+.3f}")
+            cells[method, labels] = interval(values)
+            gains[method, labels] = interval((wide.loc[labels][FIRST] - values).dropna(), "{:+.3f}")
         corpus_of = f"on {model} cells" if target == "simulated" else model
         name = f"{target}, pretrained {corpus_of}"
         for title, table in ((f"{name}: macro-F1", cells), (f"{name}: {FIRST} less the row, paired", gains)):
@@ -329,14 +324,6 @@ def mean_over_targets(rows: pd.DataFrame) -> pd.DataFrame:
     """Means over all targets, a row for each seed, so that intervals are those of the mean."""
     mean = rows.groupby(["method", "labels", "seed"], sort=False)["macro_f1"].mean().reset_index()
     return mean.assign(target=f"mean of {rows['target'].nunique()} targets", model="without its study")
-
-
-def with_interval(values: pd.Series, form: str) -> str:
-    """Mean and 95 % interval; the mean alone for one seed, and nothing without any."""
-    if not len(values):
-        return ""
-    mean = form.format(values.mean())
-    return mean if len(values) == 1 else f"{mean} ± {interval(values):.3f}"
 
 
 def main() -> None:
