@@ -12,6 +12,7 @@ machines that others use at the same time.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 import time
@@ -243,7 +244,7 @@ def markers(n_seeds: int, rows: Path) -> pd.DataFrame:
     """AUC and precision of the top 50 markers of each type, found in training cells, in rankings of genes of held-out cells.
 
     "scfm" ranks genes by how much their deletion lowers the log-odds of the cell's own type, in a model that was fitted to the
-    training cells. The simple methods read the held-out cells. One row per data set, type, method and seed.
+    training cells: by its ensemble, or by its transformer alone. The simple methods read the held-out cells. One row per data set, type, method and seed.
     """
     rows.mkdir(parents=True, exist_ok=True)
     found = []
@@ -276,6 +277,9 @@ def _score_markers(name: str, seed: int) -> pd.DataFrame:
     )
     adata.obs["is_test"] = np.isin(np.arange(adata.n_obs), held_out)
     model = scfm.fit(adata, labels_key=key, test_key="is_test", baselines=False, seed=seed, progress=False)
+    alone = copy.deepcopy(model)
+    alone.network.gene_classifier = None
+    rankings = {"scfm": model, "scfm, transformer alone": alone}
     learned, test = adata[learn].copy(), adata[held_out].copy()
     learned.X = baselines.log_normalize(learned.X)
     sc.tl.rank_genes_groups(learned, key, method="t-test", n_genes=N_TOP)
@@ -286,12 +290,13 @@ def _score_markers(name: str, seed: int) -> pd.DataFrame:
             continue
         some = test[cells[:MAX_CELLS_OF_TYPE]].copy()
         best = [str(gene) for gene in learned.uns["rank_genes_groups"]["names"][state]]
-        for positions in ("shift", "held"):
+        for (who, by), positions in itertools.product(rankings.items(), ("shift", "held")):
             options = {"measure": "label", "groupby": key, "positions": positions, "n_verify": 0, "n_check": 0}
-            effects = scfm.tl.screen(some, model, **options, n_bootstrap=0, progress=False)
+            effects = scfm.tl.screen(some, by, **options, n_bootstrap=0, progress=False)
             scores = scfm.tl.evaluate_perturbation(effects, best, test, groupby=key, group=state, n_permutations=200)
-            scores = scores.rename(index={"scfm": f"scfm, positions {positions}"})
-            scores = scores if positions == "held" else scores.iloc[:1]
+            scores = scores.rename(index={"scfm": f"{who}, positions {positions}"})
+            if lines and lines[-1]["type"] == state:  # simple methods once
+                scores = scores.iloc[:1]
             lines += [
                 {"data": name, "type": state, "method": method, "seed": seed, **row}
                 for method, row in scores.iterrows()

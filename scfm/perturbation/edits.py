@@ -97,6 +97,10 @@ class Editor:
             context_length=config.context_length,
         )
 
+    def of_values(self) -> Editor:
+        """Return the editor that makes the same perturbation in values of all genes, such as log-expression."""
+        return Editor(kind=self.kind, quantile=self.quantile, ordered=False, keeps_zeros=True)
+
     @property
     def needs_expression(self) -> bool:
         """Whether a gene must be expressed to be perturbed."""

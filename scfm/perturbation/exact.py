@@ -123,6 +123,7 @@ def _checkpoint(
         "measure": measure,
         "center": states.center_D,
         "labels": None if states.label_B is None else states.label_B.tolist(),
+        "expression": None if states.head is None else states.head.expression_digest(),
     }
     return Checkpoint.of(path, runner.model, states.cells, precision=runner.precision, **settings)
 
@@ -197,7 +198,7 @@ def run(
     ) as bar:
         for start, stop, found in runner.blocks(n_of_cell_B, first):
             if isinstance(found, Requests):
-                values_VM = measure(found, states, shifts.measures, runner.perturbations)
+                values_VM = measure(found, states, shifts.measures, runner.perturbations, runner.editor)
                 wanted = found.number_V >= 0
                 shifts.add(found.number_V[wanted], found.cell_V[wanted], values_VM[wanted])
             else:
@@ -210,13 +211,15 @@ def run(
 
 
 def measure(
-    requests: Requests, states: States, measures: tuple[str, ...], perturbations: Perturbations
+    requests: Requests, states: States, measures: tuple[str, ...], perturbations: Perturbations, editor: Editor
 ) -> NDArray[np.float64]:
     """Every measure of every variant, shape (V, M)."""
     before_VD = states.original_BD[requests.cell_V]
     after_VD = requests.embedding_SD[requests.slot_V]
     if states.head is not None:
+        genes_V = [perturbations.tokens_of(number) for number in requests.number_V.tolist()]
         found = {"label_shift": _label_shift(states, requests.cell_V, before_VD, after_VD)}
+        found["label_shift"] += _expression_effect(states, requests.cell_V, genes_V, editor)
     else:
         center_D = 0 if states.center_D is None else states.center_D
         found = {"shift": cosine_distance(before_VD - center_D, after_VD - center_D)}
@@ -237,6 +240,18 @@ def _label_shift(
     label_V = states.label_B[torch.from_numpy(cell_V)]
     before_V, after_V = (states.head.log_odds(torch.from_numpy(x), label_V) for x in (before_VD, after_VD))
     return (after_V - before_V).cpu().numpy()
+
+
+def _expression_effect(
+    states: States, cell_V: NDArray[np.int64], genes_V: list[tuple[int, ...]], editor: Editor
+) -> NDArray[np.float64]:
+    head, label_B = states.head, states.label_B
+    assert head is not None
+    assert label_B is not None
+    labels = label_B.tolist()
+    return np.array(
+        [head.edit_effect(cell, labels[cell], genes, editor) for cell, genes in zip(cell_V.tolist(), genes_V)]
+    )
 
 
 def _sum_of_singles(

@@ -1,22 +1,48 @@
-"""Log-odds of the label of each cell, computed from the input of the class head."""
+"""What the classifier of a model says for the label of each cell, and what changed genes change of it."""
 
-# Axes: B cells or variants, D width of the class features, C classes.
+# Axes: B cells or variants, T tokens of several cells, P perturbed genes, V tokens of the vocabulary, D width of the class
+# features, C classes.
 
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from scfm.errors import ModelTaskError
 from scfm.models.model import Model
+from scfm.models.state import Calibration
+from scfm.nn.class_heads import MAX_SCALED
+from scfm.perturbation.edits import Editor, TokenCell
 
 
 class LabelHead:
-    """The class head of a model in double precision, because changes of log-odds are small."""
+    """The classifier of a model, that of `scfm.tl.annotate`, in double precision, because changes of log-odds are small.
 
-    def __init__(self, model: Model) -> None:
+    The log-odds of a label are the mean of log(p / p') over the other labels, where p is the probability of the label and p'
+    that of the other one. With log(p / (1 - p)), the most similar label would count alone, and genes that two similar
+    types share would seem to speak against both.
+
+    The logarithm of the ensemble's probability is a weighted sum over its members, so the log-odds are the sum of a part of the
+    network and a part of gene expression. The latter is linear in the scaled expression.
+
+    Parameters
+    ----------
+    model
+        A model with a class head.
+    expression_BV
+        log1p counts per 10,000 of the cells by token id, shape (B, V), for models with linear members; None for the network
+        alone.
+    """
+
+    def __init__(self, model: Model, expression_BV: csr_matrix | None = None) -> None:
         model.require_labels()
         kind = model.network.config.classes.kind
         if kind == "panel":
@@ -25,20 +51,83 @@ class LabelHead:
                 "cell. Use 'shift' or 'goal'."
             )
         self._head = copy.deepcopy(model.network.class_head).double().eval()
+        fitted, self._classifier = model.calibration or Calibration(n_cells=0), model.network.gene_classifier
+        self.expression_BV = expression_BV if self._classifier is not None else None
+        if self._classifier is None or expression_BV is None:
+            self._factor = 1 / fitted.transformer_temperature
+            return
+        of_network, of_genes = (self._classifier.ensemble_weights / fitted.ensemble_temperature).tolist()
+        self._factor = of_network
+        self._scale_V = self._classifier.scale_V.cpu().numpy().astype(np.float64)
+        self._weight_VC = of_genes * self._classifier.weight_VC.cpu().numpy().astype(np.float64)
+        self._genes_BC = of_genes * log_softmax(torch.from_numpy(self._classifier.logits(expression_BV)).double(), -1)
 
     @torch.no_grad()
     def predict(self, features_BD: Tensor) -> Tensor:
         """Return the most probable label of each cell, shape (B,), int64."""
-        return self._head(features_BD.to(self._device).double()).argmax(-1)
+        logits_BC = self._factor * log_softmax(self._head(features_BD.to(self._device).double()), -1).cpu()
+        return (logits_BC if self.expression_BV is None else logits_BC + self._genes_BC).argmax(-1)
 
     def log_odds(self, features_BD: Tensor, label_B: Tensor) -> Tensor:
-        """Return log(p / (1 - p)) of the label of each cell, shape (B,), float64."""
-        logits_BC = self._head(features_BD.to(self._device).double())
-        label_B1 = label_B.to(self._device)[:, None]
-        own_B = logits_BC.gather(1, label_B1)[:, 0]
-        others_BC = logits_BC.scatter(1, label_B1, -torch.inf)
-        return own_B - torch.logsumexp(others_BC, 1)
+        """Return the network's part of the log-odds of the label of each cell, shape (B,), float64."""
+        logits_BC = self._factor * self._head(features_BD.to(self._device).double())
+        return _against_others(logits_BC, label_B.to(self._device))
+
+    def expression_digest(self) -> str | None:
+        """Return a hash of the expression that effects depend on; None without it."""
+        if self.expression_BV is None:
+            return None
+        parts = (self.expression_BV.indptr, self.expression_BV.indices, self.expression_BV.data)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+    def edit_effect(self, cell: int, label: int, genes: Sequence[int], editor: Editor) -> float:
+        """Return what a perturbation of genes changes of the expression's part of the log-odds of the label of one cell.
+
+        The editor changes the log-expression of the genes as it changes the values of tokens: deletion sets them to 0,
+        overexpression to the largest of the cell, and "inhibit" and "activate" change their quantiles.
+        """
+        if self.expression_BV is None:
+            return 0.0
+        span = slice(*self.expression_BV.indptr[cell : cell + 2])
+        before = TokenCell(self.expression_BV.indices[span], self.expression_BV.data[span])
+        after = editor.of_values().edit(before, genes)
+        genes_P = np.asarray(genes)
+        change_P = self._scaled(genes_P, _values_of(genes_P, after)) - self._scaled(
+            genes_P, _values_of(genes_P, before)
+        )
+        return float(change_P @ self._weight_against_others(genes_P, np.full(len(genes_P), label)))
+
+    def deletion_effects(self, gene_ids_T: NDArray[np.integer], cell_T: NDArray[np.int64], label_T: Tensor) -> Tensor:
+        """Return the same for the deletion of single genes of cells, shape (T,), float64."""
+        if self.expression_BV is None:
+            return torch.zeros(len(cell_T), dtype=torch.float64)
+        scaled_T = self._scaled(gene_ids_T, np.asarray(self.expression_BV[cell_T, gene_ids_T]).ravel())
+        return torch.from_numpy(-scaled_T * self._weight_against_others(gene_ids_T, label_T.numpy()))
+
+    def _scaled(self, genes_P: NDArray[np.integer], values_P: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Values of genes as the linear members read them, shape (P,)."""
+        return np.minimum(values_P * self._scale_V[genes_P], MAX_SCALED)
+
+    def _weight_against_others(
+        self, gene_ids_T: NDArray[np.integer], label_T: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Weight of the scaled expression of a gene in the log-odds of a label, shape (T,)."""
+        weight_TC = torch.from_numpy(self._weight_VC[gene_ids_T])
+        return _against_others(weight_TC, torch.from_numpy(np.asarray(label_T))).numpy()
 
     @property
     def _device(self) -> torch.device:
         return next(self._head.parameters()).device
+
+
+def _against_others(logits_BC: Tensor, label_B: Tensor) -> Tensor:
+    """Difference of the logit of each label and the mean of the others, shape (B,)."""
+    own_B = logits_BC.gather(1, label_B[:, None])[:, 0]
+    return own_B - (logits_BC.sum(1) - own_B) / (logits_BC.shape[1] - 1)
+
+
+def _values_of(genes_P: NDArray[np.int64], cell: TokenCell) -> NDArray[np.float64]:
+    """Values of genes in a cell, 0 where it has none, shape (P,)."""
+    assert cell.values_N is not None
+    is_gene_PN = genes_P[:, None] == cell.gene_ids_N
+    return (is_gene_PN * cell.values_N.astype(np.float64)).sum(1)

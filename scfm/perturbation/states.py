@@ -44,7 +44,7 @@ class States:
     center_D
         Vector that is subtracted from all embeddings before cosines are computed, shape (D,); None to subtract nothing.
     label_B, head
-        Label of each cell, shape (B,), int64, and the class head; None if labels are not measured.
+        Label of each cell, shape (B,), int64, and the classifier; None if labels are not measured.
     """
 
     cells: CellBatch
@@ -112,7 +112,8 @@ def read_states(
         return np.bincount(expression_BV.indices, minlength=expression_BV.shape[1])
 
     if measure == "label":
-        head = LabelHead(model)
+        has_members = model.network.gene_classifier is not None
+        head = LabelHead(model, pp.log_expression(counts.select(chosen), model.encoding) if has_members else None)
         features_BD = _class_features(model, cells, precision)
         label_B = head.predict(torch.from_numpy(features_BD)) if group_B is None else _labels(group_B[chosen], model)
         return States(cells, features_BD, None, n_expressing, label_B=label_B, head=head)

@@ -114,6 +114,12 @@ class Perturbations:
             found.append((number, tokens))
         return found
 
+    def tokens_of(self, number: int) -> tuple[int, ...]:
+        """Tokens of a perturbation; a number -1 - g stands for token g alone."""
+        if number < 0:
+            return (-1 - number,)
+        return (number,) if self.tokens is None else self.tokens[number]
+
     def has_combinations(self) -> bool:
         return self.tokens is not None and any(len(tokens) > 1 for tokens in self.tokens)
 

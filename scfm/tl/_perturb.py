@@ -74,7 +74,9 @@ def perturb(
     measure
         Measure by which perturbations are tested and sorted. "shift": 1 - cosine similarity of the embeddings before and
         after. "goal": change of the cosine similarity to the mean embedding of `goal`. "label": change of the log-odds of the
-        cell's label in the model's classifier; the label is read from the column `groupby`, or predicted without it. None for
+        cell's label in the classifier that `scfm.tl.annotate` uses: the mean over the other labels of log(p / p'), where p is
+        the probability of the cell's label and p' that of the other. The label is read from the column `groupby`, or
+        predicted without it. None for
         "goal" if there is a `goal`, otherwise "shift".
     center
         Whether to subtract the mean embedding of all cells (perturbed and goal) before cosines are computed. Without it, all
@@ -140,8 +142,9 @@ def perturb(
 
     Notes
     -----
-    Deletion, overexpression, goal shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). The measure
-    "label" uses the transformer without the other members of the ensemble of `scfm.tl.annotate`. Tests treat cells as
+    Deletion, overexpression, goal shift and rank-sum tests are those of Geneformer (Theodoris et al. 2023). For the
+    measure "label", the log-expression that the linear members of the ensemble read is changed as values of tokens are: a
+    deletion sets it to 0, and other counts of the cell stay. Tests treat cells as
     independent; with cells of few donors, p-values are too small.
 
     Examples

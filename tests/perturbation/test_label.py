@@ -1,14 +1,17 @@
-"""`measure="label"` and `center=True`. Oracles: logits of edited cells one at a time, cosines by hand."""
+"""`measure="label"` and `center=True`. Oracles: probabilities of edited cells one at a time, cosines by hand."""
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_matrix
+from scipy.special import log_softmax
 from scipy.stats import spearmanr
 
 import scfm
 from scfm.errors import LabelsError, ModelTaskError
+from scfm.perturbation.edits import Editor
 from scfm.perturbation.labels import LabelHead
 from scfm.perturbation.screening.estimate import Estimator
 
@@ -28,19 +31,19 @@ def model(request, adata):
     )
 
 
-def log_odds(model, cell, label):
-    with torch.inference_mode():
-        logits = model.network.class_logits(cell)[0].double()
-    others = torch.cat([logits[:label], logits[label + 1 :]])
-    return (logits[label] - torch.logsumexp(others, 0)).item()
+def log_odds(model, cell, expression_1V, label):
+    """Mean of log(p / p') over the other labels, from what `annotate` predicts."""
+    log_proba_C = np.log(model.predict_proba(cell, expression_1V)[0].astype(np.float64))
+    return log_proba_C[label] - np.delete(log_proba_C, label).mean()
 
 
 def test_label_shifts_are_those_of_edited_cells(adata, model):
     some, genes = adata[:3], ["CD74", "CST3", "LYZ", "NKG7"]
     table = scfm.tl.perturb(some, model, genes=genes, measure="label", groupby="bulk_labels", **FAST)
     cells, expected = scfm.pp.encode(some, model), {gene: [] for gene in genes}
+    expression_BV = scfm.pp.log_expression(some, model)
     for number, label in enumerate(some.obs["bulk_labels"]):
-        code, cell = model.labels.index(label), cells.select([number])
+        code, cell, before_1V = model.labels.index(label), cells.select([number]), expression_BV[[number]]
         for gene, token in zip(genes, model.encoding.vocabulary.require(genes)):
             keep = cell.gene_ids_T != token
             if keep.all():
@@ -50,19 +53,50 @@ def test_label_shifts_are_those_of_edited_cells(adata, model):
                 cu_seqlens=torch.tensor([0, int(keep.sum())], dtype=torch.int32),
                 values_T=None if cell.values_T is None else cell.values_T[keep],
             )
-            expected[gene].append(log_odds(model, edited, code) - log_odds(model, cell, code))
+            after_1V = before_1V.copy()
+            after_1V.data[after_1V.indices == token] = 0
+            shift = log_odds(model, edited, after_1V, code) - log_odds(model, cell, before_1V, code)
+            expected[gene].append(shift)
     for gene, shifts in expected.items():
         if shifts:
-            assert table.loc[gene, "label_shift_mean"] == pytest.approx(np.mean(shifts), rel=1e-3, abs=2e-5)
+            assert table.loc[gene, "label_shift_mean"] == pytest.approx(np.mean(shifts), rel=1e-3, abs=5e-5)
     assert table["label_shift_mean"].dropna().is_monotonic_increasing
 
 
-def test_without_a_column_the_predicted_label_is_measured(adata, model):
+def test_expression_changes_as_values_do(adata, model):
+    some = adata[:2]
+    expression_BV, genes = scfm.pp.log_expression(some, model), ["CST3", "CD74"]
+    head, tokens = LabelHead(model, expression_BV), model.encoding.vocabulary.require(["CST3", "CD74"])
+    classifier, values_V = model.network.gene_classifier, expression_BV[[1]].toarray()[0].astype(np.float64)
+    expressed = np.sort(values_V[values_V > 0])
+    assert (values_V[tokens] > 0).all(), genes
+
+    def log_odds_of(values_V):
+        logits_C = classifier.logits(csr_matrix(values_V.astype(np.float32)))[0].astype(np.float64)
+        log_proba_C = (
+            log_softmax(logits_C) * classifier.ensemble_weights[1].item() / model.calibration.ensemble_temperature
+        )
+        return log_proba_C[3] - np.delete(log_proba_C, 3).mean()
+
+    def moved(token, step):
+        rank = (np.searchsorted(expressed, values_V[token]) + np.searchsorted(expressed, values_V[token], "right")) / 2
+        quantile = np.clip(rank / len(expressed) + step, 0, 1)
+        return np.quantile(expressed, quantile, method="nearest")
+
+    changed = {"delete": lambda token: 0.0, "overexpress": lambda token: expressed[-1]}
+    changed |= {"inhibit": lambda token: moved(token, -0.25), "activate": lambda token: moved(token, 0.25)}
+    for kind, value in changed.items():
+        edited_V = values_V.copy()
+        edited_V[tokens] = [value(token) for token in tokens]
+        effect = head.edit_effect(1, 3, tokens, Editor.of(model.encoding, kind))
+        assert effect == pytest.approx(log_odds_of(edited_V) - log_odds_of(values_V), rel=1e-3, abs=1e-5), kind
+
+
+def test_without_a_column_the_label_of_annotate_is_measured(adata, model):
     some = adata[:4].copy()
-    proba = model.predict_proba(scfm.pp.encode(some, model))
-    some.obs["predicted"] = [model.labels[code] for code in proba.argmax(1)]
+    scfm.tl.annotate(some, model, progress=False)
     first = scfm.tl.perturb(some, model, genes=["CD74", "LYZ"], measure="label", **FAST)
-    second = scfm.tl.perturb(some, model, genes=["CD74", "LYZ"], measure="label", groupby="predicted", **FAST)
+    second = scfm.tl.perturb(some, model, genes=["CD74", "LYZ"], measure="label", groupby="scfm_label", **FAST)
     pd.testing.assert_frame_equal(first, second)
 
 
