@@ -28,7 +28,6 @@ from sklearn.linear_model import LogisticRegression
 
 import scfm
 from scfm.annotation.calibration import fit_temperature
-from scfm.annotation.ensemble import PRIOR_WEIGHTS
 from scfm.annotation.finetune import set_labels, train_classifier
 from scfm.annotation.gene_classifier import LinearMember
 from scfm.annotation.novelty import fit_gaussians
@@ -57,7 +56,7 @@ MIN_CELLS_OF_MEAN = 8
 MIN_CONFIDENCE = 0.9
 NOVELTY_COMPONENTS = 30
 KEPT_FRACTION = 0.95  # of the cells of known types, by the threshold of novelty
-WEIGHTS = np.array([PRIOR_WEIGHTS[0], sum(PRIOR_WEIGHTS[1:])]) / sum(PRIOR_WEIGHTS)  # of transformer and regression
+WEIGHTS = np.array([1, 27]) / 28  # of transformer and regression
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def score_shift(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
     rows = model.report().reset_index().drop(columns="above_scfm")
     is_test = adata.obs["is_test"].to_numpy()
     reference, query = adata[~is_test].copy(), adata[is_test].copy()
-    scfm.tl.map_reference(query, reference, model, labels_key="label")
+    scfm.tl.map_reference(query, reference, model, labels_key="label", baselines=False)
     scfm.tl.annotate(query, model, adapt=query.n_obs >= MIN_CELLS, key_added="scfm_adapted")  # fewer: as predicted
     more = [
         {"method": method, "setting": setting, **score_labels(query, key)}

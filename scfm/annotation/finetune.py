@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm.annotation.calibration import fit_temperature
-from scfm.annotation.ensemble import fit_weights, prior_weights
+from scfm.annotation.ensemble import fit_weights, member_shares
 from scfm.annotation.gene_classifier import GeneMembers, component_importance, max_scales
 from scfm.annotation.novelty import N_COMPONENTS as N_NOVELTY_COMPONENTS
 from scfm.annotation.novelty import fit_gaussians, standardize
@@ -151,7 +151,7 @@ def finetune(model: Model, cells: Cells, config: FitConfig, *, seed: int, progre
 def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, seed: int) -> None:
     """Fit the gene classifier, the weights of the ensemble, the temperatures and the novelty score; `model` is changed.
 
-    The weights are fitted on the calibration cells, on which no member was fitted. Then both regressions on genes are fitted
+    The weights are fitted on the calibration cells, on which no member was fitted. Then the linear members are fitted
     again, on training and calibration cells together, so that all labels are used, or those of 20,000 cells of each part.
     """
     split, network = cells.split.limited(MAX_CELLS_FOR_LINEAR_PARTS, seed), model.network
@@ -169,11 +169,11 @@ def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, see
     codes_B = np.where(np.isin(rows, learn), labels.codes[rows], -1)
     importance_V = component_importance(fitted_BV, classifier.scale_V.cpu().numpy())
     members = GeneMembers(scaled_BV, codes_B, importance_V, is_fitted_B, seed=seed)
-    linear = [members.fit_components(train), members.fit_genes(train)]
+    linear = members.fit(train)
 
     held_logits_BC = logits_BC[split.calibration]
     logits = [held_logits_BC.numpy(), *(member.logits(scaled_BV[held]) for member in linear)]
-    weights = fit_weights(logits, codes_B[held], prior_weights(cells.train_labels_B))
+    weights = fit_weights(logits, codes_B[held], member_shares(cells.train_labels_B))
     uncalibrated_BC = model.proba_of_logits(held_logits_BC, calibrated=False)
     model.calibration = Calibration(
         n_cells=len(held),
@@ -182,7 +182,7 @@ def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, see
         novelty_threshold=_fit_novelty(network, split, expression_BV[train], expression_BV[held], members),
     )
     if len(held):
-        linear = [members.fit_components(rows_of_learn), members.fit_genes(rows_of_learn)]
+        linear = members.fit(rows_of_learn)
     classifier.set_members(linear, weights / weights.sum())
 
 

@@ -1,7 +1,8 @@
-"""The gene classifier: two linear regressions on gene expression that form an ensemble with the transformer.
+"""The gene classifier: three linear classifiers of gene expression that form an ensemble with the transformer.
 
-One regression uses principal components of the most variable genes and needs few labels. The other uses all genes, needs more
-labels, and is more accurate on cells of another study or condition.
+One is a regression on principal components of the most variable genes, which needs few labels. The other two need more labels
+and are more accurate on cells of another study or condition: a regression on all genes, and linear discriminant analysis of
+the components.
 """
 
 # Axes: B cells, V tokens of the vocabulary, R components, C classes.
@@ -17,6 +18,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
+from scfm.annotation.discriminant import DiscriminantSpace
 from scfm.annotation.probe import balanced_rows, softmax_weights
 from scfm.baselines import RowSpace
 from scfm.nn.class_heads import MAX_SCALED
@@ -42,7 +44,7 @@ class LinearMember:
 
 
 class GeneMembers:
-    """Inputs of the two regressions, computed once, so that both can be fitted to several sets of labeled cells.
+    """Inputs of the linear members, computed once, so that they can be fitted to several sets of labeled cells.
 
     Parameters
     ----------
@@ -94,7 +96,22 @@ class GeneMembers:
         n_components = choose_n_components(self.component_BR[rows], labels_B, self.seed)
         read_BR = self.component_BR[rows, :n_components]
         weight_CR, bias_C = softmax_weights(_regression(INVERSE_PENALTY_OF_COMPONENTS).fit(read_BR, labels_B))
-        weight_CR = weight_CR / self.scale
+        return self._of_components(weight_CR, bias_C)
+
+    def fit_discriminant(self, rows: NDArray[np.int64]) -> LinearMember:
+        """Fit linear discriminant analysis of all components."""
+        classes, labels_B = np.unique(self.labels_B[rows], return_inverse=True)
+        assert len(classes) == classes[-1] + 1  # every class has training cells
+        weight_RC, bias_C = DiscriminantSpace.of(self.component_BR[rows], labels_B).linear()
+        return self._of_components(weight_RC.T, bias_C)
+
+    def fit(self, rows: NDArray[np.int64]) -> list[LinearMember]:
+        """Fit all linear members, in the order of `scfm.annotation.ensemble.SHARES`."""
+        return [self.fit_components(rows), self.fit_genes(rows), self.fit_discriminant(rows)]
+
+    def _of_components(self, weight_CR: NDArray[np.float64], bias_C: NDArray[np.float64]) -> LinearMember:
+        """Return the classifier of scaled expression that equals a classifier of the first components."""
+        n_components, weight_CR = weight_CR.shape[1], weight_CR / self.scale
         bias_C = bias_C - weight_CR @ self.mean_R[:n_components]
         return LinearMember((weight_CR @ self.loading_RV[:n_components]).T, bias_C)
 

@@ -67,11 +67,11 @@ def fit(
 
     With labels, a part of the labeled cells (the test cells) is held out from everything that is fitted: vocabulary,
     medians, pretraining and classifiers. `model.report()` compares the model with simple baselines on these cells. A tenth
-    of the other labeled cells (the calibration cells) is used to weight and calibrate an ensemble that predicts the labels.
-    Its members are the fine-tuned transformer, a logistic regression on principal components of expression, which are
-    computed from labeled and unlabeled cells, and a logistic regression on the expression of all genes. When the weights
-    are known, both regressions are fitted again on training and calibration cells together. The regressions learn from at most
-    20,000 cells of each part, the training cells among them with as equal numbers per class as possible.
+    of the other labeled cells (the calibration cells) is used to calibrate an ensemble that predicts the labels. Its members
+    are the fine-tuned transformer, a logistic regression on principal components of expression, which are computed from
+    labeled and unlabeled cells, a logistic regression on the expression of all genes, and a linear discriminant analysis of
+    the components. Then the linear members are fitted again on training and calibration cells together. They learn from at
+    most 20,000 cells of each part, the training cells among them with as equal numbers per class as possible.
 
     Parameters
     ----------

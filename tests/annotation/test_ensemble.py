@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import MaxAbsScaler
 
-from scfm.annotation.ensemble import fit_weights, prior_weights
+from scfm.annotation.calibration import fit_temperature
+from scfm.annotation.discriminant import DiscriminantSpace
+from scfm.annotation.ensemble import SHARES, fit_weights, member_shares
 from scfm.annotation.gene_classifier import (
     N_DISPERSED,
     GeneMembers,
@@ -56,25 +58,33 @@ def test_members_with_the_same_information_have_the_same_weight(cells):
     assert first == pytest.approx(second, rel=1e-3)
 
 
-def test_without_calibration_cells_the_weights_are_the_prior_and_few_cells_stay_near_it(cells):
+def test_without_calibration_cells_the_weights_are_the_shares(cells):
+    _, _, noise = cells
+    weights = fit_weights([noise[:0], noise[:0]], np.zeros(0, dtype=np.int64), np.array([0.5, 2.0]))
+    np.testing.assert_allclose(weights, [0.2, 0.8], rtol=1e-12)
+
+
+def test_weights_are_shares_divided_by_temperatures_and_calibrated_together(cells):
     labels, informative, noise = cells
-    prior = np.array([0.3, 2.0])
-    np.testing.assert_allclose(fit_weights([noise[:0], noise[:0]], labels[:0], prior), prior, rtol=1e-4)
-    few = fit_weights([informative[:3], noise[:3]], labels[:3], prior)
-    assert (np.abs(np.log(few / prior)) < 1).all()
+    members, shares = [informative, 3 * (informative + noise)], np.array([1.0, 3.0])
+    weights = fit_weights(members, labels, shares)
+    apart = [fit_temperature(softmax(logits, axis=1), labels) for logits in members]
+    assert weights[1] / weights[0] == pytest.approx(3 * apart[0] / apart[1], rel=1e-6)
+    joint = softmax(sum(weight * log_softmax(logits, axis=1) for weight, logits in zip(weights, members)), axis=1)
+    assert fit_temperature(joint, labels) == pytest.approx(1, abs=0.1)
 
 
-def test_the_sum_of_the_weights_is_the_inverse_of_the_temperature(cells):
+def test_a_sharper_copy_of_a_member_gets_a_smaller_weight(cells):
     labels, informative, _ = cells
-    plain = fit_weights([informative], labels, np.ones(1))
-    sharper = fit_weights([4 * informative], labels, np.ones(1) / 4)
-    assert sharper == pytest.approx(plain / 4, rel=1e-3)
+    plain, sharp = fit_weights([informative, 4 * informative], labels, np.ones(2))
+    assert plain > 2 * sharp  # not 4: temperatures have a prior
 
 
-def test_the_regression_on_all_genes_needs_labels():
-    few, many = prior_weights(np.repeat(np.arange(4), 4)), prior_weights(np.repeat(np.arange(4), 4000))
+def test_the_shares_of_members_that_need_labels_grow_with_the_labels_per_class():
+    few, many = member_shares(np.repeat(np.arange(4), 4)), member_shares(np.repeat(np.arange(4), 4000))
+    assert list(SHARES) == ["transformer", "components", "genes", "discriminant"]
     np.testing.assert_array_equal(few[:2], many[:2])
-    assert few[2] < 0.1 * many[2]
+    assert (few[2:] < 0.02 * many[2:]).all()
 
 
 @pytest.fixture
@@ -106,6 +116,27 @@ def test_members_are_the_regressions_of_scikit_learn_folded_back_to_genes(expres
     read = members.component_BR[:, :n_components]
     expected = regression.fit(read[train], labels[train]).predict_proba(read)
     np.testing.assert_allclose(softmax(components.logits(scaled), axis=1), expected, atol=1e-6)
+
+
+def test_the_discriminant_member_has_the_probabilities_of_the_space_of_components(expression):
+    values, labels = expression
+    scaled, train = 10 * values / values.max(), np.arange(0, 120, 2)
+    members = GeneMembers(sp.csr_matrix(scaled), labels, np.ones(200), np.ones(120, dtype=bool), seed=0)
+    space = DiscriminantSpace.of(members.component_BR[train], labels[train])
+    expected = space.log_proba(space.coordinates(members.component_BR))
+    found = log_softmax(members.fit_discriminant(train).logits(sp.csr_matrix(scaled)), axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_classes_of_few_cells_are_not_disadvantaged_by_their_uncertain_means():
+    """Cells of a class of 4 and of a class of 400 of one distribution are as often of one class as of the other."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(30):
+        labels = np.repeat([0, 1], [4, 400])
+        space = DiscriminantSpace.of(rng.normal(size=(404, 40)), labels)
+        log_proba = space.log_proba(space.coordinates(rng.normal(size=(200, 40))))
+        found.append((log_proba[:, 0] > log_proba[:, 1]).mean())
+    assert 0.4 < np.mean(found) < 0.6
 
 
 def test_a_weighted_sum_of_members_is_one_linear_classifier(expression):
