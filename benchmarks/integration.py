@@ -3,8 +3,8 @@
     SCFM_DATA=FOLDER python benchmarks/integration.py
 
 Integration is scored by scib-metrics where it is installed, else by silhouettes alone, beside PCA and Harmony (where
-installed), with a figure of the first seed (`docs/images/kang_integration.png`); denoising beside no change, neighbor smoothing, and
-a weighted mean of both. Rows are written at once to `--rows`, so a stopped run resumes. Mapping is measured by shift.py.
+installed) with the same batches, and with a figure of the first seed (`docs/images/kang_integration.png`); training on the
+objectives of integration in a part of its own; denoising beside no change, neighbor smoothing, and a weighted mean of both. Rows are written at once to `--rows`, so a stopped run resumes. Mapping is measured by shift.py.
 """
 
 import argparse
@@ -37,6 +37,9 @@ from scfm.train import train
 
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "kang_integration.png"
 LABEL, CONDITION, DONOR, BATCH = "cell_type", "condition", "donor", "donor_and_condition"
+BATCH_NAME = "their combinations"
+BATCHES = {"donors and conditions": [DONOR, CONDITION], BATCH_NAME: [BATCH]}  # the keys that Harmony corrects for
+PARTS = ("corrected", "trained", "denoising")
 N_NEIGHBORS = 90  # of scib-metrics
 Embeddings = dict[str, NDArray[np.floating]]
 
@@ -64,31 +67,36 @@ def principal_components(adata: anndata.AnnData, learn: NDArray[np.bool_]) -> ND
     return dense @ right.T
 
 
-def embed_all(adata: anndata.AnnData, steps: int, seed: int) -> Embeddings:
-    """Embedding of every method; none reads labels, and Harmony and `integrate` read batches."""
-    every = np.ones(adata.n_obs, dtype=bool)
-    found: Embeddings = {"PCA": principal_components(adata, every)}
-    if find_spec("harmonypy"):
-        import harmonypy
-
-        corrected = harmonypy.run_harmony(found["PCA"], adata.obs, [DONOR, CONDITION], verbose=False, random_state=seed)
-        z = np.asarray(corrected.Z_corr)
-        found["PCA + Harmony"] = z if z.shape[0] == adata.n_obs else z.T
+def embed_corrected(adata: anndata.AnnData, steps: int, seed: int) -> Embeddings:
+    """Components and the embedding of a rank model, before and after Harmony with the same batches; none reads labels."""
+    found: Embeddings = {"PCA": principal_components(adata, np.ones(adata.n_obs, dtype=bool))}
     config = scfm.FitConfig(n_steps=steps, tokens_per_step=4096, seed=seed)
-    settings = {"context_length": 256, "config": config, "seed": seed, "progress": False}
-    common = {"seed": seed, "progress": False}
-    if find_spec("harmonypy"):
-        model = scfm.fit(adata, **settings)
-        found["scfm (rank), not integrated"] = adata.obsm["X_scfm"]
+    model = scfm.fit(adata, context_length=256, config=config, seed=seed, progress=False)
+    found["scfm (rank), not integrated"] = adata.obsm["X_scfm"]
+    if not find_spec("harmonypy"):
+        return found
+    import harmonypy
+
+    for name, keys in BATCHES.items():
+        corrected = harmonypy.run_harmony(found["PCA"], adata.obs, keys, verbose=False, random_state=seed)
+        z = np.asarray(corrected.Z_corr)
+        found[f"PCA + Harmony, {name}"] = z if z.shape[0] == adata.n_obs else z.T
         for method in ("harmony", "harmony-embedding"):
-            scfm.tl.integrate(adata, model, batch_key=BATCH, method=method, **common)
-            found[f"scfm.tl.integrate (rank, {method})"] = adata.obsm["X_scfm_integrated"]
-    model = scfm.fit(adata, encoding="bin", **settings)
-    found["scfm (bin), not integrated"] = adata.obsm["X_scfm"]
-    stage = config.replace(n_steps=3 * steps, learning_rate=3e-4)
-    scfm.tl.integrate(adata, model, batch_key=BATCH, method="train", config=stage, **common)
-    found["scfm.tl.integrate (bin, train)"] = adata.obsm["X_scfm_integrated"]
+            scfm.tl.integrate(adata, model, batch_key=keys, method=method, seed=seed, progress=False)
+            found[f"scfm.tl.integrate ({method}), {name}"] = adata.obsm["X_scfm_integrated"]
     return found
+
+
+def embed_trained(adata: anndata.AnnData, steps: int, seed: int) -> Embeddings:
+    """The embedding of a bin model, before and after training on the objectives of integration."""
+    config = scfm.FitConfig(n_steps=steps, tokens_per_step=4096, seed=seed)
+    model = scfm.fit(adata, encoding="bin", context_length=256, config=config, seed=seed, progress=False)
+    stage = config.replace(n_steps=3 * steps, learning_rate=3e-4)
+    scfm.tl.integrate(adata, model, batch_key=BATCH, method="train", config=stage, seed=seed, progress=False)
+    return {
+        "scfm (bin), not integrated": adata.obsm["X_scfm"],
+        "scfm.tl.integrate (train)": adata.obsm["X_scfm_integrated"],
+    }
 
 
 def score_integration(found: Embeddings, obs: pd.DataFrame) -> pd.DataFrame:
@@ -187,14 +195,16 @@ def score_denoising(steps: int, seed: int) -> pd.DataFrame:
     return scfm.tl.evaluate_denoising(test, Model(network, encoding), rate=0.5, seed=seed)
 
 
-def measure(seed: int, steps: int, figure: Path) -> pd.DataFrame:
-    """All scores of one seed, a row per method; the figure is drawn for seed 0."""
+def measure(part: str, seed: int, steps: int, figure: Path) -> pd.DataFrame:
+    """Scores of a part and a seed, a row per method; the figure is drawn for the first seed of "corrected"."""
+    if part == "denoising":
+        return score_denoising(6 * steps, seed)
     adata = read_kang()
-    found = embed_all(adata, steps, seed)
-    if seed == 0:
-        draw(found, adata.obs, figure, seed)
-    tables = {"integration": score_integration(found, adata.obs), "denoising": score_denoising(6 * steps, seed)}
-    return pd.concat([table.reset_index().assign(what=what, seed=seed) for what, table in tables.items()])
+    found = (embed_corrected if part == "corrected" else embed_trained)(adata, steps, seed)
+    if seed == 0 and part == "corrected":
+        drawn = [name for name in found if "embedding" not in name and BATCH_NAME not in name]
+        draw({name: found[name] for name in drawn}, adata.obs, figure, seed)
+    return score_integration(found, adata.obs)
 
 
 def main() -> None:
@@ -202,6 +212,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=60, help="of each fit; integration takes three times as many, denoising six"
     )
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", type=Path, default=Path("integration_rows"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -211,15 +222,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     matplotlib.use("agg")
     warnings.filterwarnings("ignore")
-    tables = []
-    for seed in range(options.seeds):
-        path = options.rows / f"{seed}.csv"
-        if not path.exists():
-            measure(seed, options.steps, options.figure).to_csv(path, index=False)
-        tables.append(pd.read_csv(path))
-    for what, table in pd.concat(tables, ignore_index=True).groupby("what", sort=False):
-        table = table.dropna(axis=1, how="all").drop(columns=["what", "seed"])
-        print(f"\n{what}\n\n{table.groupby('method', sort=False).agg(interval).to_markdown()}")
+    for part in options.parts:
+        tables = []
+        for seed in range(options.seeds):
+            path = options.rows / f"{part} {seed}.csv"
+            if not path.exists():
+                measure(part, seed, options.steps, options.figure).reset_index().to_csv(path, index=False)
+            tables.append(pd.read_csv(path))
+        table = pd.concat(tables, ignore_index=True).groupby("method", sort=False).agg(interval)
+        print(f"\n{part}\n\n{table.to_markdown()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,9 @@ def _checkpoint(
         "measure": measure,
         "center": states.center_D,
         "labels": None if states.label_B is None else states.label_B.tolist(),
-        "expression": None if states.head is None else states.head.expression_digest(),
+        "expression": None
+        if states.head is None or states.head.expression is None
+        else states.head.expression.digest(),
     }
     return Checkpoint.of(path, runner.model, states.cells, precision=runner.precision, **settings)
 
@@ -217,9 +219,7 @@ def measure(
     before_VD = states.original_BD[requests.cell_V]
     after_VD = requests.embedding_SD[requests.slot_V]
     if states.head is not None:
-        genes_V = [perturbations.tokens_of(number) for number in requests.number_V.tolist()]
-        found = {"label_shift": _label_shift(states, requests.cell_V, before_VD, after_VD)}
-        found["label_shift"] += _expression_effect(states, requests.cell_V, genes_V, editor)
+        found = {"label_shift": _label_shift(states, requests, perturbations, editor)}
     else:
         center_D = 0 if states.center_D is None else states.center_D
         found = {"shift": cosine_distance(before_VD - center_D, after_VD - center_D)}
@@ -233,25 +233,19 @@ def measure(
 
 @torch.no_grad()
 def _label_shift(
-    states: States, cell_V: NDArray[np.int64], before_VD: NDArray[np.float32], after_VD: NDArray[np.float32]
+    states: States, requests: Requests, perturbations: Perturbations, editor: Editor
 ) -> NDArray[np.float64]:
     assert states.head is not None
     assert states.label_B is not None
-    label_V = states.label_B[torch.from_numpy(cell_V)]
+    label_V = states.label_B[torch.from_numpy(requests.cell_V)]
+    before_VD, after_VD = states.original_BD[requests.cell_V], requests.embedding_SD[requests.slot_V]
     before_V, after_V = (states.head.log_odds(torch.from_numpy(x), label_V) for x in (before_VD, after_VD))
-    return (after_V - before_V).cpu().numpy()
-
-
-def _expression_effect(
-    states: States, cell_V: NDArray[np.int64], genes_V: list[tuple[int, ...]], editor: Editor
-) -> NDArray[np.float64]:
-    head, label_B = states.head, states.label_B
-    assert head is not None
-    assert label_B is not None
-    labels = label_B.tolist()
-    return np.array(
-        [head.edit_effect(cell, labels[cell], genes, editor) for cell, genes in zip(cell_V.tolist(), genes_V)]
-    )
+    shift_V = (after_V - before_V).cpu().numpy()
+    if (expression := states.head.expression) is None:
+        return shift_V
+    variants = zip(requests.cell_V.tolist(), label_V.tolist(), requests.number_V.tolist())
+    effects = [expression.edit_effect(cell, label, perturbations.tokens_of(n), editor) for cell, label, n in variants]
+    return shift_V + np.array(effects)
 
 
 def _sum_of_singles(

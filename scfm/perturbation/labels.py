@@ -19,7 +19,7 @@ from torch.nn.functional import log_softmax
 from scfm.errors import ModelTaskError
 from scfm.models.model import Model
 from scfm.models.state import Calibration
-from scfm.nn.class_heads import MAX_SCALED
+from scfm.nn.class_heads import MAX_SCALED, GeneClassifier
 from scfm.perturbation.edits import Editor, TokenCell
 
 
@@ -30,16 +30,20 @@ class LabelHead:
     that of the other one. With log(p / (1 - p)), the most similar label would count alone, and genes that two similar
     types share would seem to speak against both.
 
-    The logarithm of the ensemble's probability is a weighted sum over its members, so the log-odds are the sum of a part of the
-    network and a part of gene expression. The latter is linear in the scaled expression.
+    The logarithm of the ensemble's probability is a weighted sum over its members, so the log-odds are the sum of a part of
+    the network and a part of gene expression.
 
     Parameters
     ----------
     model
         A model with a class head.
     expression_BV
-        log1p counts per 10,000 of the cells by token id, shape (B, V), for models with linear members; None for the network
-        alone.
+        log1p counts per 10,000 of the cells by token id, shape (B, V); read if the model has linear members.
+
+    Attributes
+    ----------
+    expression
+        The part of the linear members; None if the network is alone.
     """
 
     def __init__(self, model: Model, expression_BV: csr_matrix | None = None) -> None:
@@ -51,73 +55,83 @@ class LabelHead:
                 "cell. Use 'shift' or 'goal'."
             )
         self._head = copy.deepcopy(model.network.class_head).double().eval()
-        fitted, self._classifier = model.calibration or Calibration(n_cells=0), model.network.gene_classifier
-        self.expression_BV = expression_BV if self._classifier is not None else None
-        if self._classifier is None or expression_BV is None:
-            self._factor = 1 / fitted.transformer_temperature
-            return
-        of_network, of_genes = (self._classifier.ensemble_weights / fitted.ensemble_temperature).tolist()
-        self._factor = of_network
-        self._scale_V = self._classifier.scale_V.cpu().numpy().astype(np.float64)
-        self._weight_VC = of_genes * self._classifier.weight_VC.cpu().numpy().astype(np.float64)
-        self._genes_BC = of_genes * log_softmax(torch.from_numpy(self._classifier.logits(expression_BV)).double(), -1)
+        fitted, classifier = model.calibration or Calibration(n_cells=0), model.network.gene_classifier
+        self._weight, self.expression = 1 / fitted.transformer_temperature, None
+        if classifier is not None and expression_BV is not None:
+            self._weight, of_expression = (classifier.ensemble_weights / fitted.ensemble_temperature).tolist()
+            self.expression = ExpressionPart(classifier, of_expression, expression_BV)
 
     @torch.no_grad()
     def predict(self, features_BD: Tensor) -> Tensor:
         """Return the most probable label of each cell, shape (B,), int64."""
-        logits_BC = self._factor * log_softmax(self._head(features_BD.to(self._device).double()), -1).cpu()
-        return (logits_BC if self.expression_BV is None else logits_BC + self._genes_BC).argmax(-1)
+        logits_BC = self._weight * log_softmax(self._head(features_BD.to(self._device).double()), -1).cpu()
+        return (logits_BC if self.expression is None else logits_BC + self.expression.logits()).argmax(-1)
 
     def log_odds(self, features_BD: Tensor, label_B: Tensor) -> Tensor:
         """Return the network's part of the log-odds of the label of each cell, shape (B,), float64."""
-        logits_BC = self._factor * self._head(features_BD.to(self._device).double())
+        logits_BC = self._weight * self._head(features_BD.to(self._device).double())
         return _against_others(logits_BC, label_B.to(self._device))
 
-    def expression_digest(self) -> str | None:
-        """Return a hash of the expression that effects depend on; None without it."""
-        if self.expression_BV is None:
-            return None
-        parts = (self.expression_BV.indptr, self.expression_BV.indices, self.expression_BV.data)
+    @property
+    def _device(self) -> torch.device:
+        return next(self._head.parameters()).device
+
+
+class ExpressionPart:
+    """The part of the linear members of an ensemble in the log-odds of labels. It is linear in scaled expression.
+
+    Parameters
+    ----------
+    classifier
+        The sum of the linear members.
+    weight
+        Its weight in the logarithm of the probability.
+    expression_BV
+        log1p counts per 10,000 of the cells by token id, shape (B, V).
+    """
+
+    def __init__(self, classifier: GeneClassifier, weight: float, expression_BV: csr_matrix) -> None:
+        self._classifier, self._weight, self._expression_BV = classifier, weight, expression_BV
+        self._scale_V = classifier.scale_V.cpu().numpy().astype(np.float64)
+        self._weight_VC = weight * classifier.weight_VC.cpu().numpy().astype(np.float64)
+
+    def logits(self) -> Tensor:
+        """Return the weighted log-probabilities of the cells, shape (B, C), float64."""
+        logits_BC = torch.from_numpy(self._classifier.logits(self._expression_BV)).double()
+        return self._weight * log_softmax(logits_BC, -1)
+
+    def digest(self) -> str:
+        """Return a hash of the expression, on which effects depend."""
+        parts = (self._expression_BV.indptr, self._expression_BV.indices, self._expression_BV.data)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def edit_effect(self, cell: int, label: int, genes: Sequence[int], editor: Editor) -> float:
-        """Return what a perturbation of genes changes of the expression's part of the log-odds of the label of one cell.
+        """Return what a perturbation of genes changes of the log-odds of the label of one cell.
 
         The editor changes the log-expression of the genes as it changes the values of tokens: deletion sets them to 0,
         overexpression to the largest of the cell, and "inhibit" and "activate" change their quantiles.
         """
-        if self.expression_BV is None:
-            return 0.0
-        span = slice(*self.expression_BV.indptr[cell : cell + 2])
-        before = TokenCell(self.expression_BV.indices[span], self.expression_BV.data[span])
-        after = editor.of_values().edit(before, genes)
-        genes_P = np.asarray(genes)
-        change_P = self._scaled(genes_P, _values_of(genes_P, after)) - self._scaled(
-            genes_P, _values_of(genes_P, before)
+        span = slice(*self._expression_BV.indptr[cell : cell + 2])
+        before, genes_P = (
+            TokenCell(self._expression_BV.indices[span], self._expression_BV.data[span]),
+            np.asarray(genes),
         )
-        return float(change_P @ self._weight_against_others(genes_P, np.full(len(genes_P), label)))
+        after = editor.of_values().edit(before, genes)
+        before_P, after_P = (self._scaled(genes_P, _values_of(genes_P, tokens)) for tokens in (before, after))
+        return float((after_P - before_P) @ self._against_others(genes_P, np.full(len(genes_P), label)))
 
     def deletion_effects(self, gene_ids_T: NDArray[np.integer], cell_T: NDArray[np.int64], label_T: Tensor) -> Tensor:
-        """Return the same for the deletion of single genes of cells, shape (T,), float64."""
-        if self.expression_BV is None:
-            return torch.zeros(len(cell_T), dtype=torch.float64)
-        scaled_T = self._scaled(gene_ids_T, np.asarray(self.expression_BV[cell_T, gene_ids_T]).ravel())
-        return torch.from_numpy(-scaled_T * self._weight_against_others(gene_ids_T, label_T.numpy()))
+        """Return what the deletion of one gene changes in each of T pairs of gene and cell, shape (T,), float64."""
+        scaled_T = self._scaled(gene_ids_T, np.asarray(self._expression_BV[cell_T, gene_ids_T]).ravel())
+        return torch.from_numpy(-scaled_T * self._against_others(gene_ids_T, label_T.numpy()))
 
     def _scaled(self, genes_P: NDArray[np.integer], values_P: NDArray[np.floating]) -> NDArray[np.float64]:
         """Values of genes as the linear members read them, shape (P,)."""
         return np.minimum(values_P * self._scale_V[genes_P], MAX_SCALED)
 
-    def _weight_against_others(
-        self, gene_ids_T: NDArray[np.integer], label_T: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Weight of the scaled expression of a gene in the log-odds of a label, shape (T,)."""
-        weight_TC = torch.from_numpy(self._weight_VC[gene_ids_T])
-        return _against_others(weight_TC, torch.from_numpy(np.asarray(label_T))).numpy()
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._head.parameters()).device
+    def _against_others(self, gene_ids_T: NDArray[np.integer], label_T: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Weight of a gene's scaled expression in the log-odds of a label, shape (T,)."""
+        return _against_others(torch.from_numpy(self._weight_VC[gene_ids_T]), torch.from_numpy(label_T)).numpy()
 
 
 def _against_others(logits_BC: Tensor, label_B: Tensor) -> Tensor:

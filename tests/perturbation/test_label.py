@@ -88,7 +88,7 @@ def test_expression_changes_as_values_do(adata, model):
     for kind, value in changed.items():
         edited_V = values_V.copy()
         edited_V[tokens] = [value(token) for token in tokens]
-        effect = head.edit_effect(1, 3, tokens, Editor.of(model.encoding, kind))
+        effect = head.expression.edit_effect(1, 3, tokens, Editor.of(model.encoding, kind))
         assert effect == pytest.approx(log_odds_of(edited_V) - log_odds_of(values_V), rel=1e-3, abs=1e-5), kind
 
 
