@@ -135,12 +135,12 @@ def _estimate(estimator: Estimator, states: States, rows: slice, directions: tor
     center_D = None if states.center_D is None else torch.from_numpy(states.center_D).to(device)
     if states.head is not None:
         assert states.label_B is not None
-        label_B, effect_T = states.label_B[rows], 0.0
-        if states.head.expression is not None:
-            cell_T, genes_T = estimator.cell_T.cpu(), estimator.cells.gene_ids_T.cpu().numpy().astype(np.int64)
-            of_cells = states.head.expression.deletion_effects(genes_T, cell_T.numpy() + rows.start, label_B[cell_T])
-            effect_T = of_cells.to(device)
-        return estimator.label_shift(states.head, label_B) + effect_T
+        label_B = states.label_B[rows]
+        shift_T = estimator.label_shift(states.head, label_B)
+        if (expression := states.head.expression) is None:
+            return shift_T
+        cell_T, genes_T = estimator.cell_T.cpu(), estimator.cells.gene_ids_T.cpu().numpy().astype(np.int64)
+        return shift_T + expression.deletion_effects(genes_T, cell_T.numpy() + rows.start, label_B[cell_T]).to(device)
     if states.goal_D is not None:
         return estimator.goal_shift(torch.from_numpy(states.goal_D).to(device), center_D)
     assert directions is not None
