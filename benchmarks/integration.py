@@ -202,8 +202,8 @@ def measure(part: str, seed: int, steps: int, figure: Path) -> pd.DataFrame:
     adata = read_kang()
     found = (embed_corrected if part == "corrected" else embed_trained)(adata, steps, seed)
     if seed == 0 and part == "corrected":
-        drawn = [name for name in found if "embedding" not in name and BATCH_NAME not in name]
-        draw({name: found[name] for name in drawn}, adata.obs, figure, seed)
+        kept = [name for name in found if "embedding" not in name and BATCH_NAME not in name]
+        draw({name.removesuffix(f", {next(iter(BATCHES))}"): found[name] for name in kept}, adata.obs, figure, seed)
     return score_integration(found, adata.obs)
 
 
