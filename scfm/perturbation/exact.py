@@ -216,10 +216,11 @@ def measure(
     requests: Requests, states: States, measures: tuple[str, ...], perturbations: Perturbations, editor: Editor
 ) -> NDArray[np.float64]:
     """Every measure of every variant, shape (V, M)."""
-    before_VD = states.original_BD[requests.cell_V]
-    after_VD = requests.embedding_SD[requests.slot_V]
+    before_VD, after_VD = states.original_BD[requests.cell_V], requests.embedding_SD[requests.slot_V]
     if states.head is not None:
-        found = {"label_shift": _label_shift(states, requests, perturbations, editor)}
+        found = {"label_shift": _network_label_shift(states, requests.cell_V, before_VD, after_VD)}
+        if states.head.expression is not None:
+            found["label_shift"] += _expression_label_shift(states, requests, perturbations, editor)
     else:
         center_D = 0 if states.center_D is None else states.center_D
         found = {"shift": cosine_distance(before_VD - center_D, after_VD - center_D)}
@@ -232,20 +233,25 @@ def measure(
 
 
 @torch.no_grad()
-def _label_shift(
-    states: States, requests: Requests, perturbations: Perturbations, editor: Editor
+def _network_label_shift(
+    states: States, cell_V: NDArray[np.int64], before_VD: NDArray[np.float32], after_VD: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     assert states.head is not None
     assert states.label_B is not None
-    label_V = states.label_B[torch.from_numpy(requests.cell_V)]
-    before_VD, after_VD = states.original_BD[requests.cell_V], requests.embedding_SD[requests.slot_V]
+    label_V = states.label_B[torch.from_numpy(cell_V)]
     before_V, after_V = (states.head.log_odds(torch.from_numpy(x), label_V) for x in (before_VD, after_VD))
-    shift_V = (after_V - before_V).cpu().numpy()
-    if (expression := states.head.expression) is None:
-        return shift_V
-    variants = zip(requests.cell_V.tolist(), label_V.tolist(), requests.number_V.tolist())
-    effects = [expression.edit_effect(cell, label, perturbations.tokens_of(n), editor) for cell, label, n in variants]
-    return shift_V + np.array(effects)
+    return (after_V - before_V).cpu().numpy()
+
+
+def _expression_label_shift(
+    states: States, requests: Requests, perturbations: Perturbations, editor: Editor
+) -> NDArray[np.float64]:
+    assert states.head is not None
+    assert states.head.expression is not None
+    assert states.label_B is not None
+    label_B, effect = states.label_B.tolist(), states.head.expression.edit_effect
+    variants = zip(requests.cell_V.tolist(), requests.number_V.tolist())
+    return np.array([effect(cell, label_B[cell], perturbations.tokens_of(number), editor) for cell, number in variants])
 
 
 def _sum_of_singles(

@@ -118,7 +118,7 @@ def rank_sum(record: ShiftRecord, measure: str, *, null: Null | None = None) -> 
 
 
 def false_discovery_rate(p_values_R: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the false discovery rate of each test (Benjamini and Hochberg 1995); NaN is no test, and stays NaN."""
+    """Return the false discovery rate of each test (Benjamini and Hochberg 1995); NaN for NaN."""
     tested_R = ~np.isnan(p_values_R)
     order = np.argsort(p_values_R, kind="stable")[: tested_R.sum()]  # NaN is last
     scaled = p_values_R[order] * (len(order) / np.arange(1, len(order) + 1))
