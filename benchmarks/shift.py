@@ -2,11 +2,13 @@
 
     SCFM_DATA=FOLDER python benchmarks/shift.py shift
     SCFM_DATA=FOLDER python benchmarks/shift.py unseen
+    SCFM_DATA=FOLDER python benchmarks/shift.py unseen-elsewhere
 
 `shift`: PBMC 3k, Kang (control, stimulated) and ifnb. Each study is left out in turn (Kang's two conditions are one study),
 each condition of Kang and ifnb is predicted from the other, and each donor of Kang from the other donors. Labels are mapped
 to types that the studies share. `unseen`: one cell type is left out of training; its cells should get a higher novelty than
-the held-out cells of the other types. Rows are written at once to `--rows`, so a stopped run resumes.
+the held-out cells of the other types. `unseen-elsewhere`: the same for the conditions and studies of `shift`. Rows are
+written at once to `--rows`, so a stopped run resumes.
 """
 
 import argparse
@@ -53,6 +55,7 @@ UNSEEN = {
     "kang": ("NK cells", "CD14+ Monocytes", "B cells"),
     "pancreas": ("beta", "ductal"),
 }
+UNSEEN_ELSEWHERE = ("NK", "B", "CD14 monocyte")  # of SHARED_TYPES
 MIN_LABELS = 3
 
 
@@ -151,16 +154,38 @@ def score_unseen(name: str, unseen: str, seed: int) -> pd.DataFrame:
     known = learnable(adata[~is_unseen], held_out[~is_unseen])
     model = scfm.fit(known, labels_key="label", test_key="is_test", baselines=False, seed=seed, progress=False)
     test = anndata.concat([known[known.obs["is_test"].to_numpy()], adata[is_unseen]])
-    truth = test.obs["label"].astype(str).to_numpy() == unseen
-    scfm.tl.annotate(test, model)
-    novelty, confidence = test.obs["scfm_novelty"].to_numpy(), test.obs["scfm_confidence"].to_numpy()
-    threshold = model.calibration.novelty_threshold
-    row = {
-        "AUROC of novelty": roc_auc_score(truth, novelty),
-        "AUROC of confidence": roc_auc_score(truth, -confidence),
-        "unseen rejected": float((novelty[truth] > threshold).mean()),
-        "known kept": float((novelty[~truth] <= threshold).mean()),
+    return score_novelty(model, test, test.obs["label"].astype(str).to_numpy() == unseen)
+
+
+def score_unseen_elsewhere(adata: anndata.AnnData, is_test: NDArray[np.bool_], unseen: str, seed: int) -> pd.DataFrame:
+    """The same for cells of another study or condition: the known cells are novel too, in part."""
+    is_unseen = (adata.obs["label"] == unseen).to_numpy()
+    known = learnable(adata[~(is_unseen & ~is_test)], is_test[~(is_unseen & ~is_test)])
+    model = scfm.fit(known, labels_key="label", test_key="is_test", baselines=False, seed=seed, progress=False)
+    test = anndata.concat([known[known.obs["is_test"].to_numpy()], adata[is_unseen & is_test]])
+    return score_novelty(model, test, test.obs["label"].astype(str).to_numpy() == unseen)
+
+
+def score_novelty(model: scfm.Model, test: anndata.AnnData, is_unseen: NDArray[np.bool_]) -> pd.DataFrame:
+    """Novelty of single cells and of groups (`adapt=True`), and confidence, of cells of an unseen type and of known types."""
+    assert model.calibration is not None
+    limits = {
+        "novelty": model.calibration.novelty_threshold,
+        "group novelty": model.calibration.group_novelty_threshold,
     }
+    if limits["group novelty"] is None:
+        limits["group novelty"] = limits[
+            "novelty"
+        ]  # too few calibration cells: `adapt` keeps the novelty of single cells
+    row = {}
+    for name, threshold in limits.items():
+        scfm.tl.annotate(test, model, adapt=name == "group novelty", progress=False)
+        novelty = test.obs["scfm_novelty"].to_numpy()
+        row[f"AUROC of {name}"] = roc_auc_score(is_unseen, novelty)
+        row[f"unseen rejected by {name}"] = float((novelty[is_unseen] > threshold).mean())
+        row[f"known kept by {name}"] = float((novelty[~is_unseen] <= threshold).mean())
+        if name == "novelty":
+            row["AUROC of confidence"] = roc_auc_score(is_unseen, -test.obs["scfm_confidence"].to_numpy())
     return pd.DataFrame([row])
 
 
@@ -168,13 +193,25 @@ def tasks(what: str) -> list[tuple[str, Callable[[int], pd.DataFrame]]]:
     """Name of each task, and what measures it with a seed."""
     if what == "shift":
         return [(name, partial(score_shift, learnable(adata, is_test))) for name, adata, is_test in shifts()]
-    pairs = [(name, unseen) for name, types in UNSEEN.items() for unseen in types]
-    return [(f"{name} without {unseen}", partial(score_unseen, name, unseen)) for name, unseen in pairs]
+    if what == "unseen":
+        pairs = [(name, unseen) for name, types in UNSEEN.items() for unseen in types]
+        return [(f"{name} without {unseen}", partial(score_unseen, name, unseen)) for name, unseen in pairs]
+    found = []
+    for name, adata, is_test in shifts():
+        label = adata.obs["label"].astype(str)
+        for unseen in UNSEEN_ELSEWHERE:
+            names = [
+                own for own in label.unique() if TYPE_OF.get(own, own) == unseen and (label[is_test] == own).sum() >= 20
+            ]
+            if names and not name.endswith("donors"):
+                measure = partial(score_unseen_elsewhere, adata, is_test, names[0])
+                found.append((f"{name}, without {unseen}", measure))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("shift", "unseen"))
+    parser.add_argument("what", choices=("shift", "unseen", "unseen-elsewhere"))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", type=Path, default=Path("shift_rows"))
     options = parser.parse_args()

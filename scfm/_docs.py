@@ -133,8 +133,11 @@ majority_key
 adapt
     Whether to predict the probabilities again from 50 principal components of these cells, by a regression that is fitted
     to the probabilities of the model. For cells of another study or condition than the model's; without labels, and in
-    seconds. A cell's label then depends on the other cells. Needs at least 100 cells, and holds the expression of all of
-    them in memory.
+    seconds. The novelty becomes that of groups of similar cells: the mean over each cell and its nearest cells, after what
+    all classes of these cells have in common is subtracted. It finds unknown types of at least a few cells far better, and
+    another study as a whole is not novel. "calibrated" is then `model.calibration.group_novelty_threshold`; the novelty of a
+    model without one stays that of single cells. Label and novelty of a cell then depend on the other cells. Needs at least
+    100 cells, and holds the expression of all of them in memory.
 """,
     "n_bootstrap": """
 n_bootstrap

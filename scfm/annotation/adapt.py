@@ -1,6 +1,6 @@
-"""Predict labels again from components of the new cells themselves, without labels of these cells."""
+"""Predict labels and novelty again with the help of the other new cells, without labels of these cells."""
 
-# Axes: B cells, V tokens of the vocabulary, R components, C classes.
+# Axes: B cells, V tokens of the vocabulary, R components, C classes, X columns.
 
 from __future__ import annotations
 
@@ -9,24 +9,56 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.special import log_softmax
 
+from scfm.models.state import ModelState
+
 N_COMPONENTS = 50
 MIN_CELLS = 100  # with fewer, components are mostly noise
 INVERSE_PENALTY = 1.0  # scikit-learn's C, for components with a mean square of 1
 
 
-def adapted_probabilities(
-    proba_BC: NDArray[np.floating], expression_BV: sparse.csr_matrix, *, seed: int = 0
+def adapted_rows(
+    model: ModelState, rows_BX: NDArray[np.float32], expression_BV: sparse.csr_matrix, *, seed: int = 0
 ) -> NDArray[np.float32]:
+    """Predict the probabilities of all classes again, and the novelty if the model has a threshold for groups of cells.
+
+    Models with few calibration cells and older ones have no such threshold.
+
+    Parameters
+    ----------
+    model
+        A model with labels.
+    rows_BX
+        Probability of each class, and the novelty if the model has it, shape (B, C) or (B, C + 1).
+    expression_BV
+        log1p of counts per 10,000 of the same cells, shape (B, V).
+    seed
+        Seed of the components and of the choice of cells among which neighbors are searched.
+
+    Returns
+    -------
+    A copy of `rows_BX` with the new values.
+    """
+    # Prediction without adaptation needs neither, and scikit-learn takes a second to import.
+    from scfm.annotation.gene_classifier import expression_components
+    from scfm.annotation.novelty import group_novelty
+
+    (component_BR,) = expression_components(expression_BV, n_components=N_COMPONENTS, seed=seed)
+    n_classes, novelty, rows_BX = len(model.labels), model.network.novelty, rows_BX.copy()
+    rows_BX[:, :n_classes] = adapted_probabilities(rows_BX[:, :n_classes], component_BR)
+    if novelty is not None and model.calibration is not None and model.calibration.group_novelty_threshold is not None:
+        rows_BX[:, n_classes] = group_novelty(novelty, expression_BV, component_BR, seed=seed)
+    return rows_BX
+
+
+def adapted_probabilities(proba_BC: NDArray[np.floating], component_BR: NDArray[np.float64]) -> NDArray[np.float32]:
     """Fit a softmax regression on components of these cells to the probabilities of a model, and return its probabilities.
 
     Parameters
     ----------
     proba_BC
         Probabilities that a model predicts, shape (B, C).
-    expression_BV
-        log1p of counts per 10,000 of the same cells, shape (B, V).
-    seed
-        Seed of the components.
+    component_BR
+        Components of the log-expression of the same cells, shape (B, R).
 
     Returns
     -------
@@ -38,12 +70,8 @@ def adapted_probabilities(
     the components of the new cells, so a regression on few components corrects many of them: this is self-training with soft
     labels, one round (Xie et al. 2020, arXiv:1911.04252). More rounds make rare classes rarer.
     """
-    # Predicting labels without adaptation needs neither, and both take a second to import.
-    from scipy.optimize import minimize
+    from scipy.optimize import minimize  # takes half a second, which other predictions do not need
 
-    from scfm.annotation.gene_classifier import expression_components
-
-    (component_BR,) = expression_components(expression_BV, n_components=N_COMPONENTS, seed=seed)
     component_BR = component_BR - component_BR.mean(0)
     component_BR /= max(float(np.sqrt((component_BR**2).mean())), 1e-12)
     target_BC = np.asarray(proba_BC, dtype=np.float64)

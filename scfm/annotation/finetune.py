@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
+from scfm.annotation.adapt import N_COMPONENTS
 from scfm.annotation.calibration import fit_temperature
 from scfm.annotation.ensemble import fit_weights, member_shares
 from scfm.annotation.gene_classifier import GeneMembers, component_importance, max_scales
 from scfm.annotation.novelty import N_COMPONENTS as N_NOVELTY_COMPONENTS
-from scfm.annotation.novelty import fit_gaussians, standardize
+from scfm.annotation.novelty import fit_gaussians, group_threshold, standardize
 from scfm.annotation.probe import balanced_rows, start_from_probe
 from scfm.annotation.scores import Row, score_row
 from scfm.annotation.splits import FitSplit
@@ -25,6 +26,7 @@ from scfm.models.initialize import sample_rows
 from scfm.models.model import Model, Precision
 from scfm.models.network import CellTransformer
 from scfm.models.state import Calibration
+from scfm.nn.novelty import ClassGaussians
 from scfm.objectives import Classification, class_weights
 from scfm.train import FitConfig, run_stage
 from scfm.train.config import CPU_TOKENS_PER_STEP, STAGE_DEFAULTS
@@ -175,11 +177,15 @@ def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, see
     logits = [held_logits_BC.numpy(), *(member.logits(scaled_BV[held]) for member in linear)]
     weights = fit_weights(logits, codes_B[held], member_shares(cells.train_labels_B))
     uncalibrated_BC = model.proba_of_logits(held_logits_BC, calibrated=False)
+    novelty = _fit_novelty(network, split, expression_BV[train], members)
     model.calibration = Calibration(
         n_cells=len(held),
         transformer_temperature=fit_temperature(uncalibrated_BC, codes_B[held]),
         ensemble_temperature=1 / float(weights.sum()),
-        novelty_threshold=_fit_novelty(network, split, expression_BV[train], expression_BV[held], members),
+        novelty_threshold=standardize(novelty, expression_BV[held]),
+        group_novelty_threshold=group_threshold(
+            novelty, expression_BV[held], members.component_BR[held, :N_COMPONENTS]
+        ),
     )
     if len(held):
         linear = members.fit(rows_of_learn)
@@ -187,13 +193,9 @@ def fit_linear_parts(model: Model, cells: Cells, logits_BC: torch.Tensor, *, see
 
 
 def _fit_novelty(
-    network: CellTransformer,
-    split: FitSplit,
-    train_BV: sparse.csr_matrix,
-    held_BV: sparse.csr_matrix,
-    members: GeneMembers,
-) -> float | None:
-    """Fit the Gaussians of the classes on training cells, and return the threshold from the calibration cells."""
+    network: CellTransformer, split: FitSplit, train_BV: sparse.csr_matrix, members: GeneMembers
+) -> ClassGaussians:
+    """Fit the Gaussians of the classes on training cells."""
     classifier = network.gene_classifier
     assert classifier is not None
     assert split.labels is not None
@@ -208,7 +210,7 @@ def _fit_novelty(
         loading_VR=loading_RV.T,
         genes=genes,
     )
-    return standardize(network.novelty, held_BV)
+    return network.novelty
 
 
 def set_labels(model: Model, labels: tuple[str, ...]) -> bool:

@@ -11,6 +11,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+# More and harder clusters than harmonypy's defaults (30 cells per cluster, 0.1), which need more iterations than 10. They mix
+# batches of few cells better, and keep types as separate.
+CELLS_PER_CLUSTER, MAX_CLUSTERS = 20, 100
+SIGMA = 0.08
+MAX_ITERATIONS, TOLERANCE = 30, 1e-5
+
 
 def corrected_by_harmony(
     component_BR: NDArray[np.float64], batches: Mapping[str, NDArray[Any]], seed: int
@@ -42,7 +48,10 @@ def corrected_by_harmony(
         component_BR,
         pd.DataFrame(dict(batches)),
         list(batches),
-        nclust=max(2, min(len(component_BR) // 30, 100)),
+        nclust=max(2, min(len(component_BR) // CELLS_PER_CLUSTER, MAX_CLUSTERS)),
+        sigma=SIGMA,
+        max_iter_harmony=MAX_ITERATIONS,
+        epsilon_harmony=TOLERANCE,
         verbose=False,
         random_state=seed,
         ncores=1,

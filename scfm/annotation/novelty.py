@@ -1,4 +1,4 @@
-"""Fit the novelty score, and the threshold below which 95 % of the cells of known classes score."""
+"""Fit the novelty score, of cells and of groups of similar cells, and thresholds that 95 % of the known cells do not exceed."""
 
 # Axes: B cells, V tokens of the vocabulary, R components, C classes.
 
@@ -9,12 +9,18 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.covariance import ledoit_wolf
+from sklearn.neighbors import NearestNeighbors
 
 from scfm.nn.novelty import KINDS, ClassGaussians
 
 N_COMPONENTS = 30
 KEPT_FRACTION = 0.95  # fraction of the cells of known classes with a score up to the threshold
 MIN_CELLS = 10  # with fewer calibration cells there is no threshold
+N_NEIGHBORS = 15  # size of a group of similar cells
+MAX_NEIGHBORS_FROM = 20_000  # cells among which neighbors are searched
+MIN_CELLS_OF_GROUPS = 2 * N_NEIGHBORS  # with fewer calibration cells, groups have no threshold
+MIN_CELLS_OF_CLASS = 5  # for a class to count in what is typical of all classes
+N_SHIFTS = 2  # how often the common shift is computed
 PRIOR_CELLS = 10  # number of cells of a class that weigh as much as all classes together in the scale of its distances
 
 
@@ -92,7 +98,81 @@ def standardize(gaussians: ClassGaussians, expression_BV: sparse.csr_matrix) -> 
         location_C, scale_C = _shrunk_moments(log_B, class_B, len(gaussians.mean_CR))
         getattr(gaussians, f"{kind}_location_C").copy_(torch.from_numpy(location_C))
         getattr(gaussians, f"{kind}_scale_C").copy_(torch.from_numpy(scale_C))
-    novelty_B = np.sort(gaussians(expression_BV))
+    return _threshold(gaussians(expression_BV))
+
+
+def group_novelty(
+    gaussians: ClassGaussians, expression_BV: sparse.csr_matrix, component_BR: NDArray[np.float64], *, seed: int = 0
+) -> NDArray[np.float32]:
+    """Novelty of groups of similar cells: of each cell, the mean over itself and its nearest cells.
+
+    Parameters
+    ----------
+    gaussians
+        With standardized distances.
+    expression_BV
+        log1p of counts per 10,000 of cells of one experiment, shape (B, V).
+    component_BR
+        Coordinates in which similar cells are near each other, shape (B, R).
+    seed
+        Seed of the choice of cells among which neighbors are searched, if there are more than 20,000.
+
+    Returns
+    -------
+    Novelty of each cell, shape (B,), float32. 0 is typical of these cells.
+
+    Notes
+    -----
+    Cells of an unknown type lie together, and cells of known types that are unusual by chance do not, so the mean separates
+    both better than the novelty of single cells. What all classes of these cells have in common, for example because they are
+    of another study, is no novelty: the means of all classes are moved by the median of their shifts, and the median of the
+    typical novelty of the classes is subtracted.
+    """
+    shift_V = _common_shift(gaussians, expression_BV)
+    novelty_B = gaussians(expression_BV, shift_V)
+    class_B = gaussians.log_distances(expression_BV, shift_V)[1][:, 0]
+    typical = [np.median(novelty_B[class_B == label]) for label in _frequent(class_B)]
+    novelty_B = novelty_B - np.median(typical if typical else novelty_B)
+    rows = np.random.default_rng(seed).permutation(len(novelty_B))[:MAX_NEIGHBORS_FROM]
+    neighbors = NearestNeighbors(n_neighbors=min(N_NEIGHBORS, len(rows))).fit(component_BR[rows])
+    return novelty_B[rows][neighbors.kneighbors(component_BR, return_distance=False)].mean(1)
+
+
+def group_threshold(
+    gaussians: ClassGaussians, expression_BV: sparse.csr_matrix, component_BR: NDArray[np.float64]
+) -> float | None:
+    """Return the group novelty that 95 % of these calibration cells do not exceed; None if they are too few."""
+    if expression_BV.shape[0] < MIN_CELLS_OF_GROUPS:
+        return None
+    return _threshold(group_novelty(gaussians, expression_BV, component_BR))
+
+
+def _common_shift(gaussians: ClassGaussians, expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
+    """Median over the classes of the difference between the mean expression of these cells and of the training cells, (V,).
+
+    The class of a cell is the nearest, and the median of each gene is not affected by a minority of classes whose nearest
+    cells are of an unknown type.
+    """
+    mean_CV = gaussians.mean_CV.cpu().numpy().astype(np.float64)
+    is_used_V = gaussians.weight_V.cpu().numpy() > 0
+    shift_V = np.zeros(mean_CV.shape[1])
+    for _ in range(N_SHIFTS):
+        class_B = gaussians.log_distances(expression_BV, shift_V)[1][:, 0]
+        classes = _frequent(class_B)
+        if len(classes) < 2:  # a difference of one class can be that of a type
+            break
+        shift_CV = [np.asarray(expression_BV[class_B == label].mean(0)).ravel() - mean_CV[label] for label in classes]
+        shift_V = np.where(is_used_V, np.median(shift_CV, axis=0), 0)
+    return shift_V
+
+
+def _frequent(class_B: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Classes of at least `MIN_CELLS_OF_CLASS` cells."""
+    return np.flatnonzero(np.bincount(class_B) >= MIN_CELLS_OF_CLASS)
+
+
+def _threshold(novelty_B: NDArray[np.floating]) -> float:
+    novelty_B = np.sort(novelty_B)
     return float(novelty_B[min(int(np.ceil(KEPT_FRACTION * (len(novelty_B) + 1))), len(novelty_B)) - 1])
 
 

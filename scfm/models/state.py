@@ -35,19 +35,31 @@ class Calibration(Config):
         Divisors of the log-probabilities of the transformer alone, and of its ensemble with the gene classifier.
     novelty_threshold
         Novelty below which 95 of 100 cells of known classes lie; None if it was not measured.
+    group_novelty_threshold
+        The same for the novelty of groups of similar cells (`scfm.tl.annotate(adapt=True)`).
     """
 
     n_cells: int
     transformer_temperature: float = 1.0
     ensemble_temperature: float = 1.0
     novelty_threshold: float | None = None
+    group_novelty_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("transformer_temperature", "ensemble_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Calibration.{name} is {getattr(self, name)}; it must be positive and finite.")
-        if self.novelty_threshold is not None and not math.isfinite(self.novelty_threshold):
-            raise ValueError(f"Calibration.novelty_threshold is {self.novelty_threshold}; it must be finite.")
+        for name in ("novelty_threshold", "group_novelty_threshold"):
+            threshold = getattr(self, name)
+            if threshold is not None and not math.isfinite(threshold):
+                raise ValueError(f"Calibration.{name} is {threshold}; it must be finite.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, without the newest if it is None, so that the id of an older model stays the same."""
+        content = super().to_dict()
+        if self.group_novelty_threshold is None:
+            del content["group_novelty_threshold"]
+        return content
 
 
 @dataclass(frozen=True, kw_only=True)

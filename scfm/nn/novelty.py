@@ -46,12 +46,19 @@ class ClassGaussians(nn.Module):
             self.register_buffer(f"{kind}_location_C", torch.zeros(n_classes))
             self.register_buffer(f"{kind}_scale_C", torch.ones(n_classes))
 
-    def log_distances(self, expression_BV: csr_matrix) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the logarithms of both squared distances of each cell, and the class that each is measured from, shapes (B, 2)."""
+    def log_distances(
+        self, expression_BV: csr_matrix, shift_V: NDArray[np.float64] | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the logarithms of both squared distances of each cell, and the class that each is measured from, shapes (B, 2).
+
+        `shift_V` is added to the mean expression of every class, shape (V,).
+        """
         loading_VR, mean_CR, weight_V, mean_CV = (
             buffer.cpu().numpy().astype(np.float64)
             for buffer in (self.loading_VR, self.mean_CR, self.weight_V, self.mean_CV)
         )
+        if shift_V is not None:
+            mean_CR, mean_CV = mean_CR + shift_V @ loading_VR, mean_CV + shift_V
         component_BR = expression_BV @ loading_VR
         near_BC = ((component_BR[:, None] - mean_CR) ** 2).sum(2)
         squares_B = expression_BV.multiply(expression_BV) @ weight_V
@@ -60,10 +67,10 @@ class ClassGaussians(nn.Module):
         squared_BC2 = np.stack([near_BC, gene_BC], 2)
         return np.log(np.maximum(squared_BC2.min(1), 1e-12)), squared_BC2.argmin(1)
 
-    def forward(self, expression_BV: csr_matrix) -> NDArray[np.float32]:
+    def forward(self, expression_BV: csr_matrix, shift_V: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
         """Novelty of each cell, shape (B,): the larger of both standardized distances; 0 is typical of known cells."""
         standardized = []
-        for kind, log_B, class_B in zip(KINDS, *(pair_B2.T for pair_B2 in self.log_distances(expression_BV))):
+        for kind, log_B, class_B in zip(KINDS, *(pair_B2.T for pair_B2 in self.log_distances(expression_BV, shift_V))):
             location_C, scale_C = (getattr(self, f"{kind}_{name}_C").cpu().numpy() for name in ("location", "scale"))
             standardized.append((log_B - location_C[class_B]) / scale_C[class_B])
         return np.maximum(*standardized).astype(np.float32)

@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 
 from scfm import pp
 from scfm._docs import document
-from scfm.annotation.adapt import MIN_CELLS, adapted_probabilities
+from scfm.annotation.adapt import MIN_CELLS, adapted_rows
 from scfm.data import columns
 from scfm.encoding import GeneReport
 from scfm.errors import ModelTaskError
 from scfm.families.loading import opened
 from scfm.models.inference import cell_bar
 from scfm.models.model import Model
+from scfm.models.state import Calibration
 from scfm.pp._encode import EncodedBlock, encoded_blocks, gene_map, open_counts, require_cells
 from scfm.tl._record import record
 
@@ -99,7 +100,7 @@ def annotate(
     10
     """
     model = opened(model)
-    options = LabelOptions.of(model, min_confidence, max_novelty)
+    options = LabelOptions.of(model, min_confidence, max_novelty, adapt=adapt)
     require_cells(adata)
     require_cells_to_adapt(adata.n_obs, adapt)
     clusters_B = (
@@ -115,12 +116,11 @@ def annotate(
     ):
         rows_BX = np.concatenate([proba_and_novelty(model, block, bar) for block in blocks])
     if adapt:
-        expression_BV = pp.log_expression(counts, model.encoding)
-        rows_BX[:, : len(model.labels)] = adapted_probabilities(rows_BX[:, : len(model.labels)], expression_BV)
+        rows_BX = adapted_rows(model, rows_BX, pp.log_expression(counts, model.encoding))
     for name, values in options.columns(rows_BX, clusters_B, key_added).items():
         adata.obs[name] = values
     adata.obsm[f"{key_added}_proba"] = rows_BX[:, : len(model.labels)].copy()
-    settings = {**source, **options.settings, "majority_key": majority_key, "adapt": adapt}
+    settings = {**source, **options.settings, "majority_key": majority_key}
     record(adata, model, f"{key_added}_label", **settings)
     return adata if copy else None
 
@@ -143,20 +143,38 @@ def proba_and_novelty(model: Model, block: EncodedBlock, bar: tqdm) -> NDArray[n
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """How labels are made from probabilities and novelty scores."""
+    """How labels are made from probabilities and novelty scores.
+
+    `threshold` is the calibrated threshold of the novelty score, None if there is none; `limit` is the novelty above which a
+    cell is rejected, infinite to reject none.
+    """
 
     model: Model
     min_confidence: float
     max_novelty: float | Literal["calibrated"] | None
+    adapt: bool
+    threshold: float | None
     limit: float
 
     @classmethod
-    def of(cls, model: Model, min_confidence: float, max_novelty: float | Literal["calibrated"] | None) -> LabelOptions:
+    def of(
+        cls,
+        model: Model,
+        min_confidence: float,
+        max_novelty: float | Literal["calibrated"] | None,
+        *,
+        adapt: bool,
+    ) -> LabelOptions:
         """Check the options against the model."""
         model.require_labels()
         if not 0 <= min_confidence <= 1:
             raise ValueError(f"`min_confidence` is {min_confidence}; it is a probability, from 0 to 1.")
-        return cls(model, min_confidence, max_novelty, _novelty_limit(model, max_novelty))
+        fitted = model.calibration or Calibration(n_cells=0)
+        threshold = fitted.novelty_threshold
+        if adapt and fitted.group_novelty_threshold is not None:
+            threshold = fitted.group_novelty_threshold
+        limit = _novelty_limit(model, max_novelty, threshold)
+        return cls(model, min_confidence, max_novelty, adapt, threshold, limit)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -164,6 +182,7 @@ class LabelOptions:
             "labels": list(self.model.labels),
             "min_confidence": self.min_confidence,
             "max_novelty": self.max_novelty,
+            "adapt": self.adapt,
         }
 
     def columns(
@@ -182,7 +201,8 @@ class LabelOptions:
             novelty_B = rows_BX[:, len(labels)].copy()
             rejected_B |= novelty_B > self.limit
             novelty = {f"{key_added}_novelty": novelty_B}
-            _report_novel(novelty_B, self.model, self.max_novelty)
+            if self.max_novelty is None and self.threshold is not None:
+                _report_novel(novelty_B, self.threshold)
         rejects = self.min_confidence > 0 or self.max_novelty is not None
         names = [*labels, UNASSIGNED] if rejects and UNASSIGNED not in labels else list(labels)
         code_B = np.where(rejected_B, names.index(UNASSIGNED), code_B) if rejects else code_B
@@ -201,8 +221,7 @@ def warn_of_missing_genes(report: GeneReport, model: Model) -> None:
         )
 
 
-def _novelty_limit(model: Model, max_novelty: float | Literal["calibrated"] | None) -> float:
-    """Novelty above which a cell is rejected; infinite for None."""
+def _novelty_limit(model: Model, max_novelty: float | Literal["calibrated"] | None, threshold: float | None) -> float:
     if max_novelty is None:
         return np.inf
     if model.network.novelty is None:
@@ -212,7 +231,6 @@ def _novelty_limit(model: Model, max_novelty: float | Literal["calibrated"] | No
         )
     if max_novelty != "calibrated":
         return float(max_novelty)
-    threshold = None if model.calibration is None else model.calibration.novelty_threshold
     if threshold is None:
         raise ModelTaskError(
             "This model has no calibrated threshold, because it was fitted with too few labeled cells to hold some out. Give "
@@ -221,18 +239,16 @@ def _novelty_limit(model: Model, max_novelty: float | Literal["calibrated"] | No
     return threshold
 
 
-def _report_novel(novelty_B: NDArray[np.floating], model: Model, max_novelty: object) -> None:
-    """Log how many cells the calibrated threshold would reject, unless cells are rejected already."""
-    threshold = None if model.calibration is None else model.calibration.novelty_threshold
-    if max_novelty is None and threshold is not None:
-        n_novel = int((novelty_B > threshold).sum())
-        logger.info(
-            "%s of %s cells (%.0f %%) have a higher novelty score than 95 %% of the calibration cells; "
-            '`max_novelty="calibrated"` rejects them.',
-            n_novel,
-            len(novelty_B),
-            100 * n_novel / len(novelty_B),
-        )
+def _report_novel(novelty_B: NDArray[np.floating], threshold: float) -> None:
+    """Log how many cells the calibrated threshold would reject."""
+    n_novel = int((novelty_B > threshold).sum())
+    logger.info(
+        "%s of %s cells (%.0f %%) have a higher novelty score than 95 %% of the calibration cells; "
+        '`max_novelty="calibrated"` rejects them.',
+        n_novel,
+        len(novelty_B),
+        100 * n_novel / len(novelty_B),
+    )
 
 
 def _majority(code_B: NDArray[np.int64], cluster_B: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from scfm import pp
 from scfm._docs import document
 from scfm._files import require_writable
 from scfm._remote import AnyPath, input_paths
-from scfm.annotation.adapt import adapted_probabilities
+from scfm.annotation.adapt import adapted_rows
 from scfm.data import columns
 from scfm.data.files import count_rows, obs_of
 from scfm.errors import EmptyCellError
@@ -100,7 +100,7 @@ def annotate_files(
     700
     """
     model = opened(model)
-    options = LabelOptions.of(model, min_confidence, max_novelty)
+    options = LabelOptions.of(model, min_confidence, max_novelty, adapt=adapt)
     files, out = input_paths(paths), Path(out)
     require_writable(out, TABLE_SUFFIXES, inputs=files)
     where: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
@@ -118,7 +118,7 @@ def annotate_files(
         if adapt:
             rows = _adapted(rows, files, model, where)
         obs = options.columns(rows[:], clusters_B, key_added)
-        settings = {**where, **options.settings, "majority_key": majority_key, "adapt": adapt}
+        settings = {**where, **options.settings, "majority_key": majority_key}
         results = Results(
             matrix=rows,
             key=f"{key_added}_proba",
@@ -146,12 +146,10 @@ def annotate_files(
 
 
 def _adapted(rows: Rows, files: Sequence[AnyPath], model: Model, where: dict[str, Any]) -> Rows:
-    """Return rows with adapted probabilities, in a file beside the others."""
+    """Return adapted rows, in a file beside the others."""
     parts = [pp.log_expression(path, model.encoding, **where) for path in files]
-    adapted, n_labels = rows[:], len(model.labels)
-    adapted[:, :n_labels] = adapted_probabilities(adapted[:, :n_labels], sparse.vstack(parts, format="csr"))
     path = rows.path.with_name("adapted.npy")
-    np.save(path, adapted)
+    np.save(path, adapted_rows(model, rows[:], sparse.vstack(parts, format="csr")))
     return Rows(path, rows.shape)
 
 

@@ -35,7 +35,7 @@ from scfm.tl._record import record
 from scfm.train import FitConfig
 
 Method = Literal["harmony", "harmony-embedding", "train"]
-N_EMBEDDING_COMPONENTS, N_EXPRESSION_COMPONENTS = 20, 50
+N_EMBEDDING_COMPONENTS, N_EXPRESSION_COMPONENTS = 20, 40
 EXPRESSION_WEIGHT = 3.0  # mean length of the expression components, relative to that of the embedding components
 
 
@@ -57,7 +57,7 @@ def integrate(
 ) -> anndata.AnnData | None:
     """Embed cells so that their coordinates depend less on the experimental batch. Labels are not used.
 
-    - "harmony" corrects the first 20 principal components of the model's embedding together with 50 principal components of
+    - "harmony" corrects the first 20 principal components of the model's embedding together with 40 principal components of
       log-expression.
     - "harmony-embedding" corrects the components of the embedding only.
     - "train" trains a copy of the model on these cells and embeds them with it. Its loss has four kinds of terms: predict

@@ -1,4 +1,4 @@
-"""`scfm.annotation.adapt`: probabilities predicted again from components of the cells themselves."""
+"""`scfm.annotation.adapt`: probabilities and novelty predicted again with the help of the other cells."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 import scfm
-from scfm.annotation.adapt import INVERSE_PENALTY, adapted_probabilities
+from scfm.annotation.adapt import INVERSE_PENALTY, N_COMPONENTS, adapted_probabilities
 from scfm.annotation.gene_classifier import expression_components
+from scfm.annotation.novelty import group_novelty
 
 N_CELLS, N_GENES, N_CLASSES = 1000, 120, 3
 
@@ -27,6 +28,7 @@ def test_the_regression_is_that_of_scikit_learn_on_weighted_copies(groups):
     expression_BV, _ = groups
     proba_BC = np.random.default_rng(1).dirichlet(np.ones(N_CLASSES), N_CELLS)
     (component_BR,) = expression_components(expression_BV, n_components=50)
+    adapted = adapted_probabilities(proba_BC, component_BR)
     component_BR = component_BR - component_BR.mean(0)
     component_BR /= np.sqrt((component_BR**2).mean())
     oracle = LogisticRegression(C=INVERSE_PENALTY, tol=1e-8, max_iter=5000).fit(
@@ -34,7 +36,6 @@ def test_the_regression_is_that_of_scikit_learn_on_weighted_copies(groups):
         np.tile(np.arange(N_CLASSES), N_CELLS),
         sample_weight=proba_BC.ravel(),
     )
-    adapted = adapted_probabilities(proba_BC, expression_BV)
     np.testing.assert_allclose(adapted, oracle.predict_proba(component_BR), atol=1e-3)
 
 
@@ -44,7 +45,7 @@ def test_errors_that_have_nothing_to_do_with_the_expression_are_corrected(groups
     wrong_B = rng.random(N_CELLS) < 0.2
     said_B = np.where(wrong_B, (group_B + rng.integers(1, N_CLASSES, N_CELLS)) % N_CLASSES, group_B)
     proba_BC = np.where(np.arange(N_CLASSES) == said_B[:, None], 0.8, 0.1)
-    adapted = adapted_probabilities(proba_BC, expression_BV)
+    adapted = adapted_probabilities(proba_BC, *expression_components(expression_BV, n_components=N_COMPONENTS))
     assert adapted.shape == proba_BC.shape
     assert adapted.dtype == np.float32
     np.testing.assert_allclose(adapted.sum(1), 1, rtol=1e-5)
@@ -52,13 +53,50 @@ def test_errors_that_have_nothing_to_do_with_the_expression_are_corrected(groups
     assert (adapted.argmax(1) == group_B).mean() > 0.95
 
 
-def test_annotate_adapts_only_when_asked_and_with_enough_cells():
+@pytest.fixture(scope="module")
+def blood():
+    """A model of 700 blood cells, and the cells."""
     adata = scfm.datasets.pbmc()
     quick = {"context_length": 32, "baselines": False, "pretrain": False, "progress": False}
-    model = scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=1), **quick)
+    return adata, scfm.fit(adata, labels_key="bulk_labels", config=scfm.FitConfig(n_steps=1), **quick)
+
+
+def test_annotate_adapts_only_when_asked_and_with_enough_cells(blood):
+    adata, model = blood
     plain, adapted = (scfm.tl.annotate(adata, model, adapt=adapt, copy=True, progress=False) for adapt in (False, True))
-    expected = adapted_probabilities(plain.obsm["scfm_proba"], scfm.pp.log_expression(adata, model.encoding))
+    expression_BV = scfm.pp.log_expression(adata, model.encoding)
+    (component_BR,) = expression_components(expression_BV, n_components=N_COMPONENTS)
+    expected = adapted_probabilities(plain.obsm["scfm_proba"], component_BR)
     np.testing.assert_array_equal(adapted.obsm["scfm_proba"], expected)
     assert (plain.obsm["scfm_proba"] != expected).any()
+    np.testing.assert_array_equal(plain.obs["scfm_novelty"], model.network.novelty(expression_BV))
+    expected = group_novelty(model.network.novelty, expression_BV, component_BR)
+    np.testing.assert_array_equal(adapted.obs["scfm_novelty"], expected)
     with pytest.raises(ValueError, match="50 are too few; it needs 100"):
         scfm.tl.annotate(adata[:50].copy(), model, adapt=True)
+
+
+def test_the_threshold_is_that_of_the_novelty_that_is_shown(blood, caplog):
+    adata, model = blood
+    adata = adata[adata.obs["scfm_split"].isin(["calibration", "test"])].copy()
+    limits = {False: model.calibration.novelty_threshold, True: model.calibration.group_novelty_threshold}
+    assert limits[False] != limits[True]
+    for adapt, limit in limits.items():
+        rejected = scfm.tl.annotate(adata, model, adapt=adapt, max_novelty="calibrated", copy=True, progress=False).obs
+        np.testing.assert_array_equal(rejected["scfm_label"] == "unassigned", rejected["scfm_novelty"] > limit)
+        assert 0 < (rejected["scfm_novelty"] > limit).sum() < adata.n_obs / 5
+        with caplog.at_level("INFO", logger="scfm"):
+            scfm.tl.annotate(adata, model, adapt=adapt, copy=True, progress=False)
+        assert f"{(rejected['scfm_novelty'] > limit).sum()} of {adata.n_obs} cells" in caplog.text
+
+
+def test_a_model_without_a_threshold_for_groups_keeps_the_novelty_of_single_cells(blood, tmp_path):
+    adata, model = blood
+    model.save(tmp_path / "model")
+    assert scfm.load(tmp_path / "model").calibration == model.calibration
+    older = scfm.load(tmp_path / "model")
+    older.calibration = older.calibration.replace(group_novelty_threshold=None)
+    assert "group_novelty_threshold" not in older.calibration.to_dict()  # as in files of earlier versions
+    plain, adapted = (scfm.tl.annotate(adata, older, adapt=adapt, copy=True, progress=False) for adapt in (False, True))
+    np.testing.assert_array_equal(plain.obs["scfm_novelty"], adapted.obs["scfm_novelty"])
+    assert (plain.obsm["scfm_proba"] != adapted.obsm["scfm_proba"]).any()

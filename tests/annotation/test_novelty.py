@@ -9,7 +9,18 @@ from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import ledoit_wolf
 from sklearn.metrics import roc_auc_score
 
-from scfm.annotation.novelty import PRIOR_CELLS, fit_gaussians, standardize
+from scfm.annotation import novelty as novelty_module
+from scfm.annotation.novelty import (
+    KEPT_FRACTION,
+    MIN_CELLS_OF_CLASS,
+    MIN_CELLS_OF_GROUPS,
+    N_NEIGHBORS,
+    PRIOR_CELLS,
+    fit_gaussians,
+    group_novelty,
+    group_threshold,
+    standardize,
+)
 from scfm.nn.novelty import KINDS, ClassGaussians
 
 N_GENES = 60
@@ -90,3 +101,99 @@ def test_too_few_held_out_cells_give_no_threshold_and_some_give_their_maximum(ce
     assert standardize(gaussians, expression[held[:9]]) is None
     threshold = standardize(gaussians, expression[held[:15]])
     assert threshold == pytest.approx(float(gaussians(expression[held[:15]]).max()))
+
+
+@pytest.fixture
+def standardized(cells, fitted):
+    """Gaussians standardized on half of the held-out cells, these cells, and the other half."""
+    gaussians, loading, _, held = fitted
+    calibration, test = held[::2], held[1::2]
+    standardize(gaussians, cells[0][calibration])
+    return gaussians, loading, calibration, test
+
+
+def test_a_shift_of_the_means_is_a_shift_of_the_cells(cells, standardized):
+    gaussians = standardized[0]
+    dense = cells[0][:50].toarray().astype(np.float64)
+    shift = np.random.default_rng(1).normal(size=N_GENES)
+    np.testing.assert_allclose(
+        gaussians(sp.csr_matrix(dense + shift), shift), gaussians(sp.csr_matrix(dense)), atol=1e-4
+    )
+
+
+def test_group_novelty_is_the_mean_over_the_nearest_cells(cells, standardized, monkeypatch):
+    expression, _ = cells
+    gaussians, loading, _, test = standardized
+    monkeypatch.setattr(novelty_module, "N_SHIFTS", 0)
+    read = expression[test].toarray() @ loading
+    novelty, nearest = gaussians(expression[test]), gaussians.log_distances(expression[test])[1][:, 0]
+    centered = novelty - np.median([np.median(novelty[nearest == label]) for label in range(3)])
+    order = np.argsort(((read[:, None] - read) ** 2).sum(2), axis=1)[:, :N_NEIGHBORS]
+    assert (np.bincount(nearest) >= MIN_CELLS_OF_CLASS).all()
+    np.testing.assert_allclose(group_novelty(gaussians, expression[test], read), centered[order].mean(1), atol=1e-5)
+
+
+def test_groups_separate_a_similar_unseen_type_better_than_single_cells(cells, standardized):
+    expression, labels = cells
+    gaussians, loading, calibration, test = standardized
+    threshold = group_threshold(gaussians, expression[calibration], expression[calibration] @ loading)
+    unseen = expression[calibration[labels[calibration] == 1]].toarray()
+    unseen[:, :8] += 0.5  # a subtype of a known type
+    query = sp.csr_matrix(np.vstack([expression[test].toarray(), unseen]))
+    is_unseen = np.arange(query.shape[0]) >= len(test)
+    centered = query.toarray() - query.toarray().mean(0)
+    found = group_novelty(gaussians, query, centered @ np.linalg.svd(centered, full_matrices=False)[2][:5].T)
+    assert roc_auc_score(is_unseen, gaussians(query)) < 0.8
+    assert roc_auc_score(is_unseen, found) > 0.9
+    assert (found[is_unseen] > threshold).mean() > 0.5
+    assert (found[~is_unseen] <= threshold).mean() > 0.93
+
+
+def test_what_all_classes_share_is_not_novel(cells, standardized):
+    expression, labels = cells
+    gaussians, loading, calibration, test = standardized
+    threshold = group_threshold(gaussians, expression[calibration], expression[calibration] @ loading)
+    assert threshold is not None
+    query = np.r_[test, np.flatnonzero(labels == 3)[:30]]
+    dense = expression[query].toarray()
+    dense[:, ::3] += 0.7  # a third of the genes
+    moved, is_unseen = sp.csr_matrix(dense), labels[query] == 3
+    found = group_novelty(gaussians, moved, moved @ loading)
+    assert (gaussians(moved)[~is_unseen] > threshold).mean() > 0.9
+    assert (found[~is_unseen] <= threshold).mean() > 0.85
+    assert (found[is_unseen] > threshold).mean() > 0.9
+
+
+def test_the_threshold_of_groups_keeps_the_calibration_cells_and_needs_enough_of_them(cells, standardized):
+    expression, _ = cells
+    gaussians, loading, calibration, _ = standardized
+    few, enough = calibration[: MIN_CELLS_OF_GROUPS - 1], calibration[:MIN_CELLS_OF_GROUPS]
+    assert group_threshold(gaussians, expression[few], expression[few] @ loading) is None
+    threshold = group_threshold(gaussians, expression[enough], expression[enough] @ loading)
+    assert threshold == group_novelty(gaussians, expression[enough], expression[enough] @ loading).max()
+    threshold = group_threshold(gaussians, expression[calibration], expression[calibration] @ loading)
+    kept = group_novelty(gaussians, expression[calibration], expression[calibration] @ loading) <= threshold
+    assert KEPT_FRACTION <= kept.mean() < KEPT_FRACTION + 0.02
+
+
+def test_cells_of_one_class_have_no_common_shift(cells, standardized):
+    expression, labels = cells
+    gaussians, loading, _, test = standardized
+    one = test[labels[test] == 1]
+    for chosen in (one, one[:1]):
+        found = group_novelty(gaussians, expression[chosen], expression[chosen] @ loading)
+        assert found.shape == (len(chosen),)
+        assert np.isfinite(found).all()
+
+
+def test_many_cells_search_their_neighbors_among_some(cells, standardized, monkeypatch):
+    expression, labels = cells
+    gaussians, loading, _, test = standardized
+    query = np.r_[test, np.flatnonzero(labels == 3)[:60]]
+    read, is_unseen = expression[query] @ loading, labels[query] == 3
+    all_of_them = group_novelty(gaussians, expression[query], read)
+    monkeypatch.setattr(novelty_module, "MAX_NEIGHBORS_FROM", len(query) // 2)
+    some = group_novelty(gaussians, expression[query], read)
+    assert (some != all_of_them).any()
+    assert roc_auc_score(is_unseen, some) > 0.98
+    np.testing.assert_array_equal(some, group_novelty(gaussians, expression[query], read))
