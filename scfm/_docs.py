@@ -131,13 +131,14 @@ majority_key
     Column of `obs` with clusters. Every cell gets the label that is predicted most often in its cluster; its confidence is
     its own probability of this label. Then cells are rejected. Cells without a cluster (NaN) keep their own label.
 adapt
-    Whether to predict the probabilities again from 50 principal components of these cells, by a regression that is fitted
-    to the probabilities of the model. For cells of another study or condition than the model's; without labels, and in
-    seconds. The novelty becomes that of groups of similar cells: the mean over each cell and its nearest cells, after what
-    all classes of these cells have in common is subtracted. It finds unknown types of at least a few cells far better, and
-    another study as a whole is not novel. "calibrated" is then `model.calibration.group_novelty_threshold`; the novelty of a
-    model without one stays that of single cells. Label and novelty of a cell then depend on the other cells. Needs at least
-    100 cells, and holds the expression of all of them in memory.
+    Whether to predict again with the help of the other cells, for cells of another study or condition than the model's;
+    without labels, and in seconds. What all predicted classes have in common in their difference from the training cells is
+    ignored, and then a regression on 50 principal components of these cells is fitted to the probabilities. The novelty
+    becomes that of groups of similar cells: the mean over each cell and its nearest cells. This finds unknown types much
+    better if they have more than a few cells, but not if nearly all cells are of unknown types; a warning is logged if that
+    may be so. "calibrated" is then `model.calibration.group_novelty_threshold`; models without one keep the novelty of
+    single cells. Label and novelty of a cell then depend on the other cells. Needs at least 100 cells, and holds the
+    expression of all of them in memory.
 """,
     "n_bootstrap": """
 n_bootstrap

@@ -4,15 +4,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
-from scfm.models.state import ModelState
+from scfm.models.state import Calibration, ModelState
+
+logger = logging.getLogger(__name__)
 
 N_COMPONENTS = 50
 MIN_CELLS = 100  # with fewer, components are mostly noise
+N_SHIFTS = 3  # how often labels and the common shift are computed, each from the other
+FOREIGN_FRACTION = 2 / 3  # of cells above the threshold of single cells; with more, a warning is logged
 INVERSE_PENALTY = 1.0  # scikit-learn's C, for components with a mean square of 1
 
 
@@ -44,10 +50,60 @@ def adapted_rows(
 
     (component_BR,) = expression_components(expression_BV, n_components=N_COMPONENTS, seed=seed)
     n_classes, novelty, rows_BX = len(model.labels), model.network.novelty, rows_BX.copy()
-    rows_BX[:, :n_classes] = adapted_probabilities(rows_BX[:, :n_classes], component_BR)
-    if novelty is not None and model.calibration is not None and model.calibration.group_novelty_threshold is not None:
-        rows_BX[:, n_classes] = group_novelty(novelty, expression_BV, component_BR, seed=seed)
+    proba_BC, shift_V = without_common_shift(model, rows_BX[:, :n_classes], expression_BV)
+    rows_BX[:, :n_classes] = adapted_probabilities(proba_BC, component_BR)
+    fitted = model.calibration or Calibration(n_cells=0)
+    if novelty is not None and fitted.group_novelty_threshold is not None:
+        _warn_of_foreign_cells(rows_BX[:, n_classes], fitted.novelty_threshold)
+        rows_BX[:, n_classes] = group_novelty(novelty, expression_BV, component_BR, shift_V=shift_V, seed=seed)
     return rows_BX
+
+
+def without_common_shift(
+    model: ModelState, proba_BC: NDArray[np.floating], expression_BV: sparse.csr_matrix
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Predict probabilities as if the cells did not differ from the training cells by what all classes have in common.
+
+    A difference between studies or conditions changes many genes in all classes. The mean difference over the predicted
+    classes estimates it, and the linear members predict without it; then classes and difference are computed again, three
+    times in all. A model without linear members keeps its probabilities.
+
+    Parameters
+    ----------
+    model
+        A model with labels.
+    proba_BC
+        Its probabilities, shape (B, C).
+    expression_BV
+        log1p of counts per 10,000 of the same cells, shape (B, V).
+
+    Returns
+    -------
+    Probabilities (B, C), and the common difference of expression (V,).
+    """
+    from scfm.annotation.novelty import common_shift
+
+    proba_BC, shift_V = np.asarray(proba_BC, dtype=np.float64), np.zeros(expression_BV.shape[1])
+    novelty, classifier = model.network.novelty, model.network.gene_classifier
+    if novelty is None or classifier is None:
+        return proba_BC, shift_V
+    weight = float(classifier.ensemble_weights[1]) / (model.calibration or Calibration(n_cells=0)).ensemble_temperature
+    log_proba_BC = np.log(np.maximum(proba_BC, 1e-30))
+    for _ in range(N_SHIFTS):
+        shift_V = common_shift(novelty, expression_BV, proba_BC.argmax(1))
+        proba_BC = softmax(log_proba_BC - weight * classifier.change(shift_V), axis=1)
+    return proba_BC, shift_V
+
+
+def _warn_of_foreign_cells(novelty_B: NDArray[np.float32], threshold: float | None) -> None:
+    """Log a warning if most cells are novel, which the novelty of groups does not show, because it is relative to these cells."""
+    fraction = 0.0 if threshold is None else float((novelty_B > threshold).mean())
+    if fraction > FOREIGN_FRACTION:
+        logger.warning(
+            "%.0f %% of the cells have a higher novelty score than 95 %% of the calibration cells. If the model does not know "
+            "their tissue, omit `adapt`: with it, the score shows only which of these cells differ from the others.",
+            100 * fraction,
+        )
 
 
 def adapted_probabilities(proba_BC: NDArray[np.floating], component_BR: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -19,8 +19,7 @@ MIN_CELLS = 10  # with fewer calibration cells there is no threshold
 N_NEIGHBORS = 15  # size of a group of similar cells
 MAX_NEIGHBORS_FROM = 20_000  # cells among which neighbors are searched
 MIN_CELLS_OF_GROUPS = 2 * N_NEIGHBORS  # with fewer calibration cells, groups have no threshold
-MIN_CELLS_OF_CLASS = 5  # for a class to count in what is typical of all classes
-N_SHIFTS = 2  # how often the common shift is computed
+MIN_CELLS_OF_CLASS = 5  # for a class to count in what all classes have in common
 PRIOR_CELLS = 10  # number of cells of a class that weigh as much as all classes together in the scale of its distances
 
 
@@ -102,7 +101,12 @@ def standardize(gaussians: ClassGaussians, expression_BV: sparse.csr_matrix) -> 
 
 
 def group_novelty(
-    gaussians: ClassGaussians, expression_BV: sparse.csr_matrix, component_BR: NDArray[np.float64], *, seed: int = 0
+    gaussians: ClassGaussians,
+    expression_BV: sparse.csr_matrix,
+    component_BR: NDArray[np.float64],
+    *,
+    shift_V: NDArray[np.float64] | None = None,
+    seed: int = 0,
 ) -> NDArray[np.float32]:
     """Novelty of groups of similar cells: of each cell, the mean over itself and its nearest cells.
 
@@ -114,6 +118,8 @@ def group_novelty(
         log1p of counts per 10,000 of cells of one experiment, shape (B, V).
     component_BR
         Coordinates in which similar cells are near each other, shape (B, R).
+    shift_V
+        What is added to the mean expression of every class (`common_shift`), shape (V,).
     seed
         Seed of the choice of cells among which neighbors are searched, if there are more than 20,000.
 
@@ -124,11 +130,9 @@ def group_novelty(
     Notes
     -----
     Cells of an unknown type lie together, and cells of known types that are unusual by chance do not, so the mean separates
-    both better than the novelty of single cells. What all classes of these cells have in common, for example because they are
-    of another study, is no novelty: the means of all classes are moved by the median of their shifts, and the median of the
-    typical novelty of the classes is subtracted.
+    both better than the novelty of single cells. The median over the classes of their typical novelty is subtracted, because
+    cells of another study are farther from all classes.
     """
-    shift_V = _common_shift(gaussians, expression_BV)
     novelty_B = gaussians(expression_BV, shift_V)
     class_B = gaussians.log_distances(expression_BV, shift_V)[1][:, 0]
     typical = [np.median(novelty_B[class_B == label]) for label in _frequent(class_B)]
@@ -147,26 +151,33 @@ def group_threshold(
     return _threshold(group_novelty(gaussians, expression_BV, component_BR))
 
 
-def _common_shift(gaussians: ClassGaussians, expression_BV: sparse.csr_matrix) -> NDArray[np.float64]:
-    """Median over the classes of the difference between the mean expression of these cells and of the training cells, (V,).
+def common_shift(
+    gaussians: ClassGaussians, expression_BV: sparse.csr_matrix, class_B: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Return what all classes have in common in the difference between cells and the training cells, shape (V,).
 
-    The class of a cell is the nearest, and the median of each gene is not affected by a minority of classes whose nearest
-    cells are of an unknown type.
+    It is the mean over the classes of the difference of their mean expression; 0 for genes that the Gaussians do not use. With
+    cells of fewer than two classes it is 0, because a difference of one class can be one of its own.
+
+    Parameters
+    ----------
+    gaussians
+        Fitted Gaussians, which keep the mean expression of each class.
+    expression_BV
+        log1p of counts per 10,000 of the cells, shape (B, V).
+    class_B
+        Predicted class of each cell, shape (B,).
     """
-    mean_CV = gaussians.mean_CV.cpu().numpy().astype(np.float64)
-    is_used_V = gaussians.weight_V.cpu().numpy() > 0
-    shift_V = np.zeros(mean_CV.shape[1])
-    for _ in range(N_SHIFTS):
-        class_B = gaussians.log_distances(expression_BV, shift_V)[1][:, 0]
-        classes = _frequent(class_B)
-        if len(classes) < 2:  # a difference of one class can be that of a type
-            break
-        shift_CV = [np.asarray(expression_BV[class_B == label].mean(0)).ravel() - mean_CV[label] for label in classes]
-        shift_V = np.where(is_used_V, np.median(shift_CV, axis=0), 0)
-    return shift_V
+    classes = _frequent(class_B)
+    if len(classes) < 2:
+        return np.zeros(expression_BV.shape[1])
+    is_of_CB = sparse.csr_array(class_B == classes[:, None], dtype=np.float64)
+    found_CV = np.asarray((sparse.diags_array(1 / is_of_CB.sum(1)) @ is_of_CB @ expression_BV).todense())
+    known_CV = gaussians.mean_CV.cpu().numpy()[classes]
+    return np.where(gaussians.weight_V.cpu().numpy() > 0, (found_CV - known_CV).mean(0, dtype=np.float64), 0)
 
 
-def _frequent(class_B: NDArray[np.int64]) -> NDArray[np.int64]:
+def _frequent(class_B: NDArray[np.integer]) -> NDArray[np.int64]:
     """Classes of at least `MIN_CELLS_OF_CLASS` cells."""
     return np.flatnonzero(np.bincount(class_B) >= MIN_CELLS_OF_CLASS)
 

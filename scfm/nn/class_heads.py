@@ -114,6 +114,10 @@ class GeneClassifier(nn.Module):
         """Return logits, shape (B, C), from log1p counts per 10,000 by token id, shape (B, V)."""
         return self.scaled(expression_BV) @ self.weight_VC.cpu().numpy() + self.bias_C.cpu().numpy()
 
+    def change(self, shift_V: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Change of the logits of a cell if `shift_V`, shape (V,), is added to its expression, without clipping; shape (C,)."""
+        return (shift_V * self.scale_V.cpu().numpy()) @ self.weight_VC.cpu().numpy()
+
     def joined_with(self, network_logits_BC: Tensor, expression_BV: csr_matrix) -> Tensor:
         """Return logits of the ensemble, the weighted sum of the log-probabilities of its members, shape (B, C)."""
         members = (network_logits_BC, torch.from_numpy(self.logits(expression_BV)))

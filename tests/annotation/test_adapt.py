@@ -6,9 +6,9 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 import scfm
-from scfm.annotation.adapt import INVERSE_PENALTY, N_COMPONENTS, adapted_probabilities
+from scfm.annotation.adapt import INVERSE_PENALTY, N_COMPONENTS, N_SHIFTS, adapted_probabilities, without_common_shift
 from scfm.annotation.gene_classifier import expression_components
-from scfm.annotation.novelty import group_novelty
+from scfm.annotation.novelty import common_shift, group_novelty
 
 N_CELLS, N_GENES, N_CLASSES = 1000, 120, 3
 
@@ -66,14 +66,63 @@ def test_annotate_adapts_only_when_asked_and_with_enough_cells(blood):
     plain, adapted = (scfm.tl.annotate(adata, model, adapt=adapt, copy=True, progress=False) for adapt in (False, True))
     expression_BV = scfm.pp.log_expression(adata, model.encoding)
     (component_BR,) = expression_components(expression_BV, n_components=N_COMPONENTS)
-    expected = adapted_probabilities(plain.obsm["scfm_proba"], component_BR)
+    proba_BC, shift_V = without_common_shift(model, plain.obsm["scfm_proba"], expression_BV)
+    expected = adapted_probabilities(proba_BC, component_BR)
     np.testing.assert_array_equal(adapted.obsm["scfm_proba"], expected)
     assert (plain.obsm["scfm_proba"] != expected).any()
     np.testing.assert_array_equal(plain.obs["scfm_novelty"], model.network.novelty(expression_BV))
-    expected = group_novelty(model.network.novelty, expression_BV, component_BR)
+    expected = group_novelty(model.network.novelty, expression_BV, component_BR, shift_V=shift_V)
     np.testing.assert_array_equal(adapted.obs["scfm_novelty"], expected)
     with pytest.raises(ValueError, match="50 are too few; it needs 100"):
         scfm.tl.annotate(adata[:50].copy(), model, adapt=True)
+
+
+def toward(model, label, amount):
+    """A shift of expression that raises the logit of one label most."""
+    weight_V = model.network.gene_classifier.weight_VC[:, label].double().numpy()
+    weight_V = np.maximum(weight_V * (model.network.novelty.weight_V.numpy() > 0), 0)  # no expression below 0
+    return amount * weight_V / np.linalg.norm(weight_V)
+
+
+def test_without_common_shift_equals_the_model_on_shifted_cells(blood):
+    adata, model = blood
+    # No value is clipped, so the linear members see the shift as it is.
+    moved_BV = sparse.csr_matrix(0.5 * scfm.pp.log_expression(adata, model.encoding).toarray() + toward(model, 2, 2.0))
+    cells = scfm.pp.encode(adata, model)
+    plain_BC = expected_BC = model.predict_proba(cells, moved_BV)
+    found_BC, shift_V = without_common_shift(model, plain_BC, moved_BV)
+    for _ in range(N_SHIFTS):
+        expected_V = common_shift(model.network.novelty, moved_BV, expected_BC.argmax(1))
+        expected_BC = model.predict_proba(cells, sparse.csr_matrix(moved_BV.toarray() - expected_V))
+    np.testing.assert_allclose(shift_V, expected_V, atol=1e-6)
+    np.testing.assert_allclose(found_BC, expected_BC, atol=1e-4)
+    assert np.abs(found_BC - plain_BC).mean() > 0.01
+
+
+def test_a_shift_of_all_classes_is_found_and_ignored(blood):
+    adata, model = blood
+    cells, truth = scfm.pp.encode(adata, model), adata.obs["bulk_labels"].astype(str).to_numpy()
+    moved_BV = sparse.csr_matrix(scfm.pp.log_expression(adata, model.encoding).toarray() + toward(model, 2, 8.0))
+    proba_BC = model.predict_proba(cells, moved_BV)
+    right = {
+        name: (np.array(model.labels)[of_BC.argmax(1)] == truth).mean()
+        for name, of_BC in (("plain", proba_BC), ("adapted", without_common_shift(model, proba_BC, moved_BV)[0]))
+    }
+    assert right["plain"] < 0.6
+    assert right["adapted"] > 0.85
+
+
+def test_a_warning_says_that_all_cells_are_foreign(blood, caplog):
+    adata, model = blood
+    known = adata[adata.obs["scfm_split"].isin(["calibration", "test"])].copy()
+    scfm.tl.annotate(known, model, adapt=True, copy=True, progress=False)
+    assert "omit `adapt`" not in caplog.text
+    rng = np.random.default_rng(0)
+    foreign = known.copy()
+    foreign.X = sparse.csr_matrix(rng.permuted(foreign.X.toarray(), axis=1))
+    foreign.uns.pop("scfm", None)
+    scfm.tl.annotate(foreign, model, adapt=True, copy=True, progress=False)
+    assert "If the model does not know their tissue, omit `adapt`" in caplog.text
 
 
 def test_the_threshold_is_that_of_the_novelty_that_is_shown(blood, caplog):

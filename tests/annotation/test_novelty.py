@@ -16,6 +16,7 @@ from scfm.annotation.novelty import (
     MIN_CELLS_OF_GROUPS,
     N_NEIGHBORS,
     PRIOR_CELLS,
+    common_shift,
     fit_gaussians,
     group_novelty,
     group_threshold,
@@ -121,10 +122,9 @@ def test_a_shift_of_the_means_is_a_shift_of_the_cells(cells, standardized):
     )
 
 
-def test_group_novelty_is_the_mean_over_the_nearest_cells(cells, standardized, monkeypatch):
+def test_group_novelty_is_the_mean_over_the_nearest_cells(cells, standardized):
     expression, _ = cells
     gaussians, loading, _, test = standardized
-    monkeypatch.setattr(novelty_module, "N_SHIFTS", 0)
     read = expression[test].toarray() @ loading
     novelty, nearest = gaussians(expression[test]), gaussians.log_distances(expression[test])[1][:, 0]
     centered = novelty - np.median([np.median(novelty[nearest == label]) for label in range(3)])
@@ -153,15 +153,32 @@ def test_what_all_classes_share_is_not_novel(cells, standardized):
     expression, labels = cells
     gaussians, loading, calibration, test = standardized
     threshold = group_threshold(gaussians, expression[calibration], expression[calibration] @ loading)
-    assert threshold is not None
     query = np.r_[test, np.flatnonzero(labels == 3)[:30]]
     dense = expression[query].toarray()
     dense[:, ::3] += 0.7  # a third of the genes
     moved, is_unseen = sp.csr_matrix(dense), labels[query] == 3
-    found = group_novelty(gaussians, moved, moved @ loading)
+    predicted = np.where(is_unseen, 1, labels[query])
+    shift = common_shift(gaussians, moved, predicted)
+    centers = gaussians.mean_CV.numpy()
+    expected = np.mean([dense[predicted == label].mean(0) - centers[label] for label in range(3)], axis=0)
+    np.testing.assert_allclose(shift, expected, atol=1e-5)
+    found = group_novelty(gaussians, moved, moved @ loading, shift_V=shift)
     assert (gaussians(moved)[~is_unseen] > threshold).mean() > 0.9
     assert (found[~is_unseen] <= threshold).mean() > 0.85
     assert (found[is_unseen] > threshold).mean() > 0.9
+
+
+def test_cells_of_one_class_have_no_common_shift(cells, standardized):
+    expression, labels = cells
+    gaussians, loading, _, test = standardized
+    one = test[labels[test] == 1]
+    assert not common_shift(gaussians, expression[one], labels[one]).any()
+    few = np.r_[one, test[labels[test] == 2][: MIN_CELLS_OF_CLASS - 1]]
+    assert not common_shift(gaussians, expression[few], labels[few]).any()
+    for chosen in (one, one[:1]):
+        found = group_novelty(gaussians, expression[chosen], expression[chosen] @ loading)
+        assert found.shape == (len(chosen),)
+        assert np.isfinite(found).all()
 
 
 def test_the_threshold_of_groups_keeps_the_calibration_cells_and_needs_enough_of_them(cells, standardized):
@@ -174,16 +191,6 @@ def test_the_threshold_of_groups_keeps_the_calibration_cells_and_needs_enough_of
     threshold = group_threshold(gaussians, expression[calibration], expression[calibration] @ loading)
     kept = group_novelty(gaussians, expression[calibration], expression[calibration] @ loading) <= threshold
     assert KEPT_FRACTION <= kept.mean() < KEPT_FRACTION + 0.02
-
-
-def test_cells_of_one_class_have_no_common_shift(cells, standardized):
-    expression, labels = cells
-    gaussians, loading, _, test = standardized
-    one = test[labels[test] == 1]
-    for chosen in (one, one[:1]):
-        found = group_novelty(gaussians, expression[chosen], expression[chosen] @ loading)
-        assert found.shape == (len(chosen),)
-        assert np.isfinite(found).all()
 
 
 def test_many_cells_search_their_neighbors_among_some(cells, standardized, monkeypatch):
