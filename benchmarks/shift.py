@@ -108,12 +108,16 @@ def score_shift(adata: anndata.AnnData, seed: int) -> pd.DataFrame:
     is_test = adata.obs["is_test"].to_numpy()
     reference, query = adata[~is_test].copy(), adata[is_test].copy()
     scfm.tl.map_reference(query, reference, model, labels_key="label", baselines=False)
-    scfm.tl.annotate(query, model, adapt=query.n_obs >= MIN_CELLS, key_added="scfm_adapted")  # fewer: as predicted
+    adapt = query.n_obs >= MIN_CELLS  # fewer: as predicted
+    settings = {"labels_key": "label", "baselines": False, "key_added": "scfm_mapped_adapted"}
+    scfm.tl.map_reference(query, reference, model, adapt=adapt, **settings)
+    scfm.tl.annotate(query, model, adapt=adapt, key_added="scfm_adapted")
     more = [
         {"method": method, "setting": setting, **score_labels(query, key)}
         for method, setting, key in (
             ("scfm.tl.map_reference", "inductive", "scfm_mapped"),
             ("scfm, annotate(adapt=True)", "transductive", "scfm_adapted"),
+            ("scfm.tl.map_reference(adapt=True)", "transductive", "scfm_mapped_adapted"),
         )
     ]
     if find_spec("harmonypy"):

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 N_COMPONENTS = 50
 MIN_CELLS = 100  # with fewer, components are mostly noise
 N_SHIFTS = 3  # how often labels and the common shift are computed, each from the other
-FOREIGN_FRACTION = 2 / 3  # of cells above the threshold of single cells; with more, a warning is logged
+FOREIGN_FRACTION = 0.9  # of cells above the threshold of single cells; with more, a warning is logged
 INVERSE_PENALTY = 1.0  # scikit-learn's C, for components with a mean square of 1
 
 
@@ -83,16 +83,17 @@ def without_common_shift(
     """
     from scfm.annotation.novelty import common_shift
 
-    proba_BC, shift_V = np.asarray(proba_BC, dtype=np.float64), np.zeros(expression_BV.shape[1])
+    current_BC: NDArray[np.float64] = np.asarray(proba_BC, dtype=np.float64)
+    shift_V: NDArray[np.float64] = np.zeros(expression_BV.shape[1])
     novelty, classifier = model.network.novelty, model.network.gene_classifier
     if novelty is None or classifier is None:
-        return proba_BC, shift_V
+        return current_BC, shift_V
     weight = float(classifier.ensemble_weights[1]) / (model.calibration or Calibration(n_cells=0)).ensemble_temperature
-    log_proba_BC = np.log(np.maximum(proba_BC, 1e-30))
+    log_proba_BC = np.log(np.maximum(current_BC, 1e-30))
     for _ in range(N_SHIFTS):
-        shift_V = common_shift(novelty, expression_BV, proba_BC.argmax(1))
-        proba_BC = softmax(log_proba_BC - weight * classifier.change(shift_V), axis=1)
-    return proba_BC, shift_V
+        shift_V = common_shift(novelty, expression_BV, current_BC.argmax(1))
+        current_BC = softmax(log_proba_BC - weight * classifier.change(shift_V), axis=1)
+    return current_BC, shift_V
 
 
 def _warn_of_foreign_cells(novelty_B: NDArray[np.float32], threshold: float | None) -> None:

@@ -17,9 +17,11 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from scfm import baselines
+from scfm.annotation.adapt import N_SHIFTS
 from scfm.annotation.calibration import fit_temperature
 from scfm.annotation.discriminant import DiscriminantSpace
 from scfm.annotation.harmony import corrected_by_harmony
+from scfm.annotation.novelty import MIN_CELLS_OF_CLASS
 from scfm.data import split_cells
 
 CALIBRATION_FRACTION = 0.2  # of the reference
@@ -40,11 +42,26 @@ class Mapping:
         found = NearestNeighbors(n_neighbors=min(n_neighbors, len(codes_R))).fit(space.coordinates(features_RX))
         return cls(space, found, codes_R)
 
+    def common_shift(self, coordinate_QK: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What all classes have in common in the difference between query and reference, shape (K,).
+
+        It is the mean over the classes of the difference between their mean coordinates. The classes of the query are those of
+        the discriminant analysis, which are computed again without the shift; 0 if fewer than two classes have enough cells.
+        """
+        shift_K: NDArray[np.float64] = np.zeros(coordinate_QK.shape[1])
+        for _ in range(N_SHIFTS):
+            class_Q = self.space.log_proba(coordinate_QK - shift_K).argmax(1)
+            classes = np.flatnonzero(np.bincount(class_Q) >= MIN_CELLS_OF_CLASS)
+            if len(classes) < 2:
+                break
+            found_CK = np.stack([coordinate_QK[class_Q == label].mean(0) for label in classes])
+            shift_K = (found_CK - self.space.center_CK[classes]).mean(0)
+        return shift_K
+
     def predict(
-        self, features_QX: NDArray[np.float64]
+        self, coordinate_QK: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
         """Log-probabilities (Q, C), and distances and rows of the neighbors (Q, N)."""
-        coordinate_QK = self.space.coordinates(features_QX)
         distance_QN, row_QN = self.found.kneighbors(coordinate_QK)
         counts_C = np.bincount(self.codes_R)
         share_QC = shares(distance_QN, self.codes_R[row_QN], 1 / np.sqrt(counts_C))
@@ -79,7 +96,8 @@ class HeldOut:
             return None
         held = often[split_cells(labels=codes_R[often], test_fraction=CALIBRATION_FRACTION).test]
         rest = np.setdiff1d(np.arange(len(codes_R)), held)
-        log_proba_HC = Mapping.of(features_RX[rest], codes_R[rest], n_neighbors).predict(features_RX[held])[0]
+        mapping = Mapping.of(features_RX[rest], codes_R[rest], n_neighbors)
+        log_proba_HC = mapping.predict(mapping.space.coordinates(features_RX[held]))[0]
         return cls(held, rest, log_proba_HC, fit_temperature(np.exp(log_proba_HC), codes_R[held]))
 
     def report(

@@ -28,6 +28,7 @@ from scfm.families.loading import opened
 from scfm.models.inference import cell_bar
 from scfm.models.model import Model
 from scfm.pp._encode import EncodedBlock, encoded_blocks, open_counts, require_cells
+from scfm.tl._annotate import require_cells_to_adapt
 from scfm.tl._record import record
 
 MAX_CELLS_TO_COMPARE = 20_000  # of the reference
@@ -44,6 +45,7 @@ def map_reference(
     layer: str | None = None,
     gene_key: str | None = None,
     depth_key: str | None = None,
+    adapt: bool = False,
     baselines: bool = True,
     key_added: str = "scfm_mapped",
     progress: bool = True,
@@ -75,6 +77,9 @@ def map_reference(
     {layer}
     {gene_key}
     {depth_key}
+    adapt
+        Whether to ignore what all classes of the query have in common in their difference from the reference, for a query of
+        another study or condition. The label of a cell then depends on the other cells of the query. Needs at least 100 cells.
     baselines
         Whether to compare the mapping with simple methods on a fifth of the reference, which is held out for this. It is done
         only for references of at most 20,000 labeled cells.
@@ -107,6 +112,8 @@ def map_reference(
         If `labels_key` is missing, fewer reference cells than `n_neighbors` have a label, or all have the same label.
     EmptyCellError
         If `query` has no cells, or a cell expresses no gene of the model.
+    ValueError
+        If there are too few cells for `adapt`.
 
     Examples
     --------
@@ -120,6 +127,7 @@ def map_reference(
     """
     model = opened(model)
     require_cells(query)
+    require_cells_to_adapt(query.n_obs, adapt)
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     mapper = Mapper.of(
         reference, model, labels_key=labels_key, n_neighbors=n_neighbors, source=source, progress=progress
@@ -129,8 +137,10 @@ def map_reference(
         encoded_blocks(query, model.encoding, expression=True, **source) as blocks,
         cell_bar(query.n_obs, "mapping", progress=progress) as bar,
     ):
-        found = [mapper.predict(block, bar) for block in blocks]
-    proba_QC, distance_QN, row_QN = (np.concatenate(parts) for parts in zip(*found))
+        coordinate_QK = np.concatenate([mapper.coordinates(block, bar) for block in blocks])
+    if adapt:
+        coordinate_QK = coordinate_QK - mapper.mapping.common_shift(coordinate_QK)
+    proba_QC, distance_QN, row_QN = mapper.predict(coordinate_QK)
     query.obs[f"{key_added}_label"] = mapper.label(proba_QC.argmax(1))
     query.obs[f"{key_added}_confidence"] = proba_QC.max(1)
     query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / mapper.unit
@@ -144,6 +154,7 @@ def map_reference(
     settings = {
         "labels_key": labels_key,
         "n_neighbors": n_neighbors,
+        "adapt": adapt,
         "hub_fraction": hub_fraction(row_QN, len(codes_R)),
     }
     record(query, model, key_added, **source, **settings)
@@ -199,14 +210,18 @@ class Mapper:
         mapping = Mapping.of(features_RX, codes_R, n_neighbors)
         return cls(model, counts, labels, components, mapping, HeldOut.of(features_RX, codes_R, n_neighbors))
 
-    def predict(
-        self, block: EncodedBlock, bar: tqdm
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        """Return probabilities (Q, C), and distances and rows (of the labeled cells) of the neighbors (Q, N)."""
+    def coordinates(self, block: EncodedBlock, bar: tqdm) -> NDArray[np.float64]:
+        """Return the coordinates of query cells in the supervised space, shape (Q, K)."""
         features_QX = np.hstack(
             [self.model.embed(block.cells, progress=bar), self.components.transform(block.expression_BV)]
         )
-        log_proba_QC, distance_QN, row_QN = self.mapping.predict(features_QX)
+        return self.mapping.space.coordinates(features_QX)
+
+    def predict(
+        self, coordinate_QK: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """Return probabilities (Q, C), and distances and rows (of the labeled cells) of the neighbors (Q, N)."""
+        log_proba_QC, distance_QN, row_QN = self.mapping.predict(coordinate_QK)
         temperature = 1.0 if self.held_out is None else self.held_out.temperature
         return softmax(log_proba_QC / temperature, axis=1), distance_QN, row_QN
 

@@ -1,6 +1,6 @@
 """`scfm.tl.map_reference_files`: label the cells of files from a labeled reference, and resume after an interruption."""
 
-# Axes: Q query cells of a block, N neighbors, C classes.
+# Axes: Q query cells of a block, N neighbors, C classes, K directions.
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from scfm.errors import EmptyCellError
 from scfm.families.loading import opened
 from scfm.models.model import Model
 from scfm.pp._encode import EncodedBlock
+from scfm.tl._annotate import require_cells_to_adapt
 from scfm.tl._file_pass import FilePass, Rows
 from scfm.tl._map_reference import Mapper
 from scfm.tl._record import record_of
@@ -46,6 +47,7 @@ def map_reference_files(
     layer: str | None = None,
     gene_key: str | None = None,
     depth_key: str | None = None,
+    adapt: bool = False,
     key_added: str = "scfm_mapped",
     progress: bool = True,
 ) -> pd.Series:
@@ -77,6 +79,9 @@ def map_reference_files(
     {layer}
     {gene_key}
     {depth_key}
+    adapt
+        Whether to ignore what all classes of the query have in common in their difference from the reference, as in
+        `scfm.tl.map_reference`. The label of a cell then depends on all cells of the files.
     {prefix_key_added}
     {progress}
 
@@ -91,7 +96,8 @@ def map_reference_files(
     CountsError, VocabularyMismatchError, EmptyCellError
         If a matrix does not hold raw counts, its genes do not match the model, or a cell expresses no gene of the model.
     ValueError
-        If the suffix of `out` is not one of those above, or `out` is an input or a folder that is not a .zarr.
+        If the suffix of `out` is not one of those above, `out` is an input or a folder that is not a .zarr, or there are too few
+        cells for `adapt`.
     OSError
         If an input is missing, cut short or not an AnnData, or `out` cannot be written (`OutputError` if the disk is full or
         another process is writing `out`).
@@ -112,8 +118,10 @@ def map_reference_files(
     model = opened(model)
     files, out = input_paths(paths), Path(out)
     require_writable(out, TABLE_SUFFIXES, inputs=files)
-    if not sum(map(count_rows, files)):
+    n_cells = sum(map(count_rows, files))
+    if not n_cells:
         raise EmptyCellError("The files hold no cells. Was every cell filtered out?")
+    require_cells_to_adapt(n_cells, adapt)
     source: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "depth_key": depth_key}
     mapper = Mapper.of(
         reference,
@@ -127,9 +135,11 @@ def map_reference_files(
         raise ValueError(
             f"The reference has {len(mapper.labels.codes):,} cells; at most {MAX_REFERENCE:,} can be used."
         )
-    settings = {"labels_key": labels_key, "n_neighbors": n_neighbors}
+    settings = {"labels_key": labels_key, "n_neighbors": n_neighbors, "adapt": adapt}
 
     def write(rows: Rows) -> pd.Series:
+        if adapt:
+            rows = _adapted(mapper, rows)
         results = _results(mapper, rows, key_added)
         n_chosen_R = np.zeros(len(mapper.labels.codes), dtype=np.int64)
         for _, block in rows.chunks():
@@ -145,8 +155,8 @@ def map_reference_files(
         model,
         source,
         {"task": "map_reference", **settings, "reference": _digest(mapper)},
-        3 + 2 * n_neighbors,
-        partial(_rows, mapper),
+        mapper.mapping.space.projection_XK.shape[1] if adapt else 3 + 2 * n_neighbors,
+        partial(_coordinates if adapt else _rows, mapper),
         title="mapping",
         expression=True,
     )
@@ -154,9 +164,26 @@ def map_reference_files(
     return pd.Series(dtype=np.int64) if n_cells_of is None else n_cells_of
 
 
+def _adapted(mapper: Mapper, rows: Rows) -> Rows:
+    """Return the results from the coordinates of all cells, in a file beside them."""
+    coordinate_QK = rows[:].astype(np.float64)
+    path = rows.path.with_name("adapted.npy")
+    found = _found(mapper, coordinate_QK - mapper.mapping.common_shift(coordinate_QK))
+    np.save(path, found)
+    return Rows(path, found.shape)
+
+
+def _coordinates(mapper: Mapper, block: EncodedBlock, bar: tqdm) -> NDArray[np.float32]:
+    return mapper.coordinates(block, bar).astype(np.float32)
+
+
 def _rows(mapper: Mapper, block: EncodedBlock, bar: tqdm) -> NDArray[np.float32]:
+    return _found(mapper, mapper.coordinates(block, bar))
+
+
+def _found(mapper: Mapper, coordinate_QK: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return code of the label, its probability, mean distance, rows of the reference, and distances, shape (Q, 3 + 2 N)."""
-    proba_QC, distance_QN, row_QN = mapper.predict(block, bar)
+    proba_QC, distance_QN, row_QN = mapper.predict(coordinate_QK)
     distance_QN = distance_QN / mapper.unit
     firsts = [proba_QC.argmax(1), proba_QC.max(1), distance_QN.mean(1)]
     return np.column_stack([*firsts, mapper.labels.labeled[row_QN], distance_QN]).astype(np.float32)

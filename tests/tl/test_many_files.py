@@ -159,13 +159,13 @@ def test_a_mapping_that_was_stopped_resumes_and_one_with_another_reference_does_
     monkeypatch.setattr(_file_pass, "BLOCK_CELLS", 16)
     cells[120:].write_h5ad(tmp_path / "query.h5ad")
     mapper = _map_reference.Mapper
-    predict, done = mapper.predict, []
+    coordinates, done = mapper.coordinates, []
 
     def stops(self, block, bar):
         done.append(block.first)
         if len(done) == 4:
             raise KeyboardInterrupt
-        return predict(self, block, bar)
+        return coordinates(self, block, bar)
 
     def run(reference):
         done.clear()
@@ -174,20 +174,20 @@ def test_a_mapping_that_was_stopped_resumes_and_one_with_another_reference_does_
             progress=False,
         )  # fmt: skip
 
-    monkeypatch.setattr(mapper, "predict", stops)
+    monkeypatch.setattr(mapper, "coordinates", stops)
     with pytest.raises(KeyboardInterrupt):
         run(cells[:120])
     monkeypatch.setattr(
-        mapper, "predict", lambda self, block, bar: done.append(block.first) or predict(self, block, bar)
+        mapper, "coordinates", lambda self, block, bar: done.append(block.first) or coordinates(self, block, bar)
     )
     run(cells[:120])
     assert done[0] > 0
     assert done[-1] == 112
-    monkeypatch.setattr(mapper, "predict", stops)
+    monkeypatch.setattr(mapper, "coordinates", stops)
     with pytest.raises(KeyboardInterrupt):
         run(cells[:120])
     monkeypatch.setattr(
-        mapper, "predict", lambda self, block, bar: done.append(block.first) or predict(self, block, bar)
+        mapper, "coordinates", lambda self, block, bar: done.append(block.first) or coordinates(self, block, bar)
     )
     run(cells[:110])
     assert done[0] == 0

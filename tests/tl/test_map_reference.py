@@ -4,6 +4,7 @@ import sys
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from tqdm.auto import tqdm
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 import scfm
 from scfm.annotation.discriminant import DiscriminantSpace
 from scfm.annotation.harmony import corrected_by_harmony
-from scfm.annotation.mapping import HeldOut, hub_fraction, shares
+from scfm.annotation.mapping import HeldOut, Mapping, hub_fraction, shares
 from scfm.data.columns import Labels
 from scfm.errors import EmptyCellError, LabelsError, ModelTaskError
 from scfm.tl._integrate import _components, _crossed, _with_integration_heads
@@ -97,6 +98,44 @@ def test_reference_cells_without_a_label_are_never_neighbors(blood, rank_model, 
 def test_more_neighbors_than_labeled_cells_is_an_error(blood, rank_model):
     with pytest.raises(LabelsError, match="`n_neighbors` is 500, but only 120 reference cells"):
         scfm.tl.map_reference(blood[:5].copy(), blood, rank_model, labels_key="bulk_labels", n_neighbors=500)
+
+
+def test_adapt_ignores_what_all_classes_have_in_common():
+    rng = np.random.default_rng(0)
+    centers = rng.normal(0, 3, (4, 5))
+    codes_R, codes_Q = np.repeat(np.arange(4), 50), np.r_[np.repeat(np.arange(3), [100, 40, 20]), [3, 3, 3]]
+    mapping = Mapping.of(centers[codes_R] + rng.normal(size=(200, 5)), codes_R, 10)
+    move = 2 * (centers[1] - centers[0]) / 3  # toward another class
+    query_QK = mapping.space.coordinates(centers[codes_Q] + move + rng.normal(size=(163, 5)))
+    shift_K = mapping.common_shift(query_QK)
+    np.testing.assert_allclose(shift_K, move @ mapping.space.projection_XK, atol=0.6)
+    right = [(mapping.predict(query_QK - part)[0].argmax(1) == codes_Q).mean() for part in (0, shift_K)]
+    assert right[0] < 0.8
+    assert right[1] > 0.95
+    # Three cells of the last class do not count; cells of one class alone have no common difference.
+    assert not mapping.common_shift(query_QK[codes_Q == 0] - shift_K).any()
+
+
+def test_adapt_of_files_is_adapt_of_their_cells(blood, rank_model, tmp_path):
+    how = {"labels_key": "bulk_labels", "n_neighbors": 4, "adapt": True, "progress": False}
+    adata = scfm.datasets.pbmc()
+    query, reference = adata[:150].copy(), adata[150:400].copy()
+    query.X = (query.X * 2).astype(np.float32)
+    query.X[:, :40] = 3 * query.X[:, :40]
+    query[:70].write_h5ad(tmp_path / "a.h5ad")
+    query[70:].write_h5ad(tmp_path / "b.h5ad")
+    scfm.tl.map_reference_files(
+        [tmp_path / "a.h5ad", tmp_path / "b.h5ad"], tmp_path / "out.csv", reference, rank_model, **how
+    )
+    found = pd.read_csv(tmp_path / "out.csv", index_col=0)
+    plain = scfm.tl.map_reference(query, reference, rank_model, **{**how, "adapt": False}, copy=True).obs
+    mapped = scfm.tl.map_reference(query, reference, rank_model, **how, copy=True)
+    assert mapped.uns["scfm"]["scfm_mapped"]["adapt"]
+    assert found["scfm_mapped_label"].tolist() == mapped.obs["scfm_mapped_label"].astype(str).tolist()
+    np.testing.assert_allclose(found["scfm_mapped_confidence"], mapped.obs["scfm_mapped_confidence"], rtol=1e-3)
+    assert not np.allclose(plain["scfm_mapped_confidence"], mapped.obs["scfm_mapped_confidence"], rtol=1e-3)
+    with pytest.raises(ValueError, match="20 are too few; it needs 100"):
+        scfm.tl.map_reference(query[:20].copy(), reference, rank_model, **how)
 
 
 def test_a_query_without_cells_is_an_error(blood, rank_model):
