@@ -125,20 +125,20 @@ min_confidence
     Cells whose predicted label has a lower probability become "unassigned".
 max_novelty
     Cells with a larger novelty score become "unassigned". "calibrated" for `model.calibration.novelty_threshold`, which
-    95 % of the calibration cells do not exceed. None to reject no cell; the log then says how many cells "calibrated"
+    95 % of the calibration cells do not exceed (see `adapt` for another). None to reject no cell; the log then says how many cells "calibrated"
     would reject.
 majority_key
     Column of `obs` with clusters. Every cell gets the label that is predicted most often in its cluster; its confidence is
     its own probability of this label. Then cells are rejected. Cells without a cluster (NaN) keep their own label.
 adapt
     Whether to predict again with the help of the other cells, for cells of another study or condition than the model's;
-    without labels, and in seconds. What all predicted classes have in common in their difference from the training cells is
+    without labels, and in seconds. What the predicted classes have in common in their difference from the training cells is
     ignored, and then a regression on 50 principal components of these cells is fitted to the probabilities. The novelty
-    becomes that of groups of similar cells: the mean over each cell and its nearest cells. This finds unknown types much
-    better if they have more than a few cells, but not if nearly all cells are of unknown types; a warning is logged if that
-    may be so. "calibrated" is then `model.calibration.group_novelty_threshold`; models without one keep the novelty of
-    single cells. Label and novelty of a cell then depend on the other cells. Needs at least 100 cells, and holds the
-    expression of all of them in memory.
+    becomes that of groups of similar cells: the mean over each cell and its nearest cells, above what is typical of these
+    cells. This finds unknown types much better if most classes and most cells are known; otherwise it can hide them, so omit
+    `adapt` for cells of another tissue. "calibrated" is then `model.calibration.group_novelty_threshold`, which is smaller;
+    models without one keep the novelty of single cells. Label and novelty of a cell then depend on the other cells. Needs at
+    least 100 cells, and holds the expression of all of them in memory.
 """,
     "n_bootstrap": """
 n_bootstrap

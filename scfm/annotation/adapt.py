@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 N_COMPONENTS = 50
 MIN_CELLS = 100  # with fewer, components are mostly noise
 N_SHIFTS = 3  # how often labels and the common shift are computed, each from the other
-FOREIGN_FRACTION = 0.9  # of cells above the threshold of single cells; with more, a warning is logged
+FOREIGN_FRACTION = 0.75  # of cells above the threshold of single cells; with more, a warning is logged
 INVERSE_PENALTY = 1.0  # scikit-learn's C, for components with a mean square of 1
 
 
@@ -64,9 +64,9 @@ def without_common_shift(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Predict probabilities as if the cells did not differ from the training cells by what all classes have in common.
 
-    A difference between studies or conditions changes many genes in all classes. The mean difference over the predicted
-    classes estimates it, and the linear members predict without it; then classes and difference are computed again, three
-    times in all. A model without linear members keeps its probabilities.
+    A difference between studies or conditions changes many genes in all classes. What the differences of the predicted classes
+    have in common estimates it (`common_shift`), and the linear members predict without it; then classes and difference are
+    computed again, three times in all. A model without linear members keeps its probabilities.
 
     Parameters
     ----------

@@ -64,7 +64,8 @@ class DiscriminantSpace:
 
     def log_proba(self, coordinate_BK: NDArray[np.float64]) -> NDArray[np.float64]:
         """Log-probabilities of Gaussian classes with equal priors, shape (B, C)."""
-        squared_BC = ((coordinate_BK[:, None] - self.center_CK) ** 2).sum(2)
+        # Squared distances to the centers, without the squared length of the cell, which all classes share.
+        squared_BC = (self.center_CK**2).sum(1) - 2 * coordinate_BK @ self.center_CK.T
         return log_softmax(0.5 * (self.excess_C - squared_BC), axis=1)
 
     def linear(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

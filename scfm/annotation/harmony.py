@@ -11,15 +11,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-# More and harder clusters than harmonypy's defaults (30 cells per cluster, 0.1), which need more iterations than 10. They mix
-# batches of few cells better, and keep types as separate.
-CELLS_PER_CLUSTER, MAX_CLUSTERS = 20, 100
-SIGMA = 0.08
-MAX_ITERATIONS, TOLERANCE = 30, 1e-5
+MAX_CLUSTERS = 100
 
 
 def corrected_by_harmony(
-    component_BR: NDArray[np.float64], batches: Mapping[str, NDArray[Any]], seed: int
+    component_BR: NDArray[np.float64],
+    batches: Mapping[str, NDArray[Any]],
+    seed: int,
+    *,
+    cells_per_cluster: int = 30,
+    **settings: float,
 ) -> NDArray[np.float32]:
     """Return the corrected coordinates, shape (B, R).
 
@@ -31,6 +32,10 @@ def corrected_by_harmony(
         Name of the batch of each cell, shape (B,), for one or several kinds of batches.
     seed
         Seed of its clusters.
+    cells_per_cluster
+        Number of cells for each cluster; there are at most 100 clusters.
+    settings
+        Further settings of `harmonypy.run_harmony`.
 
     Raises
     ------
@@ -48,13 +53,11 @@ def corrected_by_harmony(
         component_BR,
         pd.DataFrame(dict(batches)),
         list(batches),
-        nclust=max(2, min(len(component_BR) // CELLS_PER_CLUSTER, MAX_CLUSTERS)),
-        sigma=SIGMA,
-        max_iter_harmony=MAX_ITERATIONS,
-        epsilon_harmony=TOLERANCE,
+        nclust=max(2, min(len(component_BR) // cells_per_cluster, MAX_CLUSTERS)),
         verbose=False,
         random_state=seed,
         ncores=1,
+        **settings,
     ).Z_corr
     corrected = np.asarray(corrected, dtype=np.float32)
     return corrected if corrected.shape == component_BR.shape else corrected.T

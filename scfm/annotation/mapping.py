@@ -21,7 +21,7 @@ from scfm.annotation.adapt import N_SHIFTS
 from scfm.annotation.calibration import fit_temperature
 from scfm.annotation.discriminant import DiscriminantSpace
 from scfm.annotation.harmony import corrected_by_harmony
-from scfm.annotation.novelty import MIN_CELLS_OF_CLASS
+from scfm.annotation.novelty import consistent_mean, frequent_classes
 from scfm.data import split_cells
 
 CALIBRATION_FRACTION = 0.2  # of the reference
@@ -45,17 +45,17 @@ class Mapping:
     def common_shift(self, coordinate_QK: NDArray[np.float64]) -> NDArray[np.float64]:
         """What all classes have in common in the difference between query and reference, shape (K,).
 
-        It is the mean over the classes of the difference between their mean coordinates. The classes of the query are those of
-        the discriminant analysis, which are computed again without the shift; 0 if fewer than two classes have enough cells.
+        It is `consistent_mean` of the differences of mean coordinates. The classes of the query are those of the discriminant
+        analysis, which are computed again without the shift, three times in all; 0 if fewer than two classes have enough cells.
         """
         shift_K: NDArray[np.float64] = np.zeros(coordinate_QK.shape[1])
         for _ in range(N_SHIFTS):
             class_Q = self.space.log_proba(coordinate_QK - shift_K).argmax(1)
-            classes = np.flatnonzero(np.bincount(class_Q) >= MIN_CELLS_OF_CLASS)
+            classes = frequent_classes(class_Q)
             if len(classes) < 2:
-                break
+                return np.zeros_like(shift_K)
             found_CK = np.stack([coordinate_QK[class_Q == label].mean(0) for label in classes])
-            shift_K = (found_CK - self.space.center_CK[classes]).mean(0)
+            shift_K = consistent_mean(found_CK - self.space.center_CK[classes])
         return shift_K
 
     def predict(

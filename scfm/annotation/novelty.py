@@ -130,16 +130,20 @@ def group_novelty(
     Notes
     -----
     Cells of an unknown type lie together, and cells of known types that are unusual by chance do not, so the mean separates
-    both better than the novelty of single cells. The median over the classes of their typical novelty is subtracted, because
-    cells of another study are farther from all classes.
+    both better than the novelty of single cells. What is typical is subtracted, because cells of another study are farther from
+    all classes: the median over the classes of their medians, or that of all cells if it is smaller. Unknown types can raise
+    the first if they are nearest to most of the classes, and the second if they are most of the cells.
     """
-    novelty_B = gaussians(expression_BV, shift_V)
-    class_B = gaussians.log_distances(expression_BV, shift_V)[1][:, 0]
-    typical = [np.median(novelty_B[class_B == label]) for label in _frequent(class_B)]
-    novelty_B = novelty_B - np.median(typical if typical else novelty_B)
-    rows = np.random.default_rng(seed).permutation(len(novelty_B))[:MAX_NEIGHBORS_FROM]
+    log_B2, class_B2 = gaussians.log_distances(expression_BV, shift_V)
+    novelty_B, class_B = gaussians.standardized(log_B2, class_B2), class_B2[:, 0]
+    medians = [np.median(novelty_B[class_B == label]) for label in frequent_classes(class_B)]
+    novelty_B = novelty_B - min(np.median(novelty_B), np.median(medians) if medians else np.inf)
+    rows = np.sort(np.random.default_rng(seed).permutation(len(novelty_B))[:MAX_NEIGHBORS_FROM])
     neighbors = NearestNeighbors(n_neighbors=min(N_NEIGHBORS, len(rows))).fit(component_BR[rows])
-    return novelty_B[rows][neighbors.kneighbors(component_BR, return_distance=False)].mean(1)
+    novelty_BN = novelty_B[rows][neighbors.kneighbors(component_BR, return_distance=False)]
+    others = np.setdiff1d(np.arange(len(novelty_B)), rows)
+    novelty_BN[others, -1] = novelty_B[others]  # they did not find themselves
+    return novelty_BN.mean(1)
 
 
 def group_threshold(
@@ -156,8 +160,8 @@ def common_shift(
 ) -> NDArray[np.float64]:
     """Return what all classes have in common in the difference between cells and the training cells, shape (V,).
 
-    It is the mean over the classes of the difference of their mean expression; 0 for genes that the Gaussians do not use. With
-    cells of fewer than two classes it is 0, because a difference of one class can be one of its own.
+    It is `consistent_mean` of the differences of mean expression; 0 for genes that the Gaussians do not use. With cells of fewer
+    than two classes it is 0, because a difference of one class can be one of its own.
 
     Parameters
     ----------
@@ -168,16 +172,29 @@ def common_shift(
     class_B
         Predicted class of each cell, shape (B,).
     """
-    classes = _frequent(class_B)
+    classes = frequent_classes(class_B)
     if len(classes) < 2:
         return np.zeros(expression_BV.shape[1])
     is_of_CB = sparse.csr_array(class_B == classes[:, None], dtype=np.float64)
     found_CV = np.asarray((sparse.diags_array(1 / is_of_CB.sum(1)) @ is_of_CB @ expression_BV).todense())
-    known_CV = gaussians.mean_CV.cpu().numpy()[classes]
-    return np.where(gaussians.weight_V.cpu().numpy() > 0, (found_CV - known_CV).mean(0, dtype=np.float64), 0)
+    shift_V = consistent_mean(found_CV - gaussians.mean_CV.cpu().numpy()[classes])
+    return np.where(gaussians.weight_V.cpu().numpy() > 0, shift_V, 0)
 
 
-def _frequent(class_B: NDArray[np.integer]) -> NDArray[np.int64]:
+def consistent_mean(difference_CX: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Mean over two or more classes, shrunk toward 0 where classes differ, shape (X,).
+
+    It is multiplied by max(0, 1 - v / m^2), where m is the mean and v the variance of the mean over classes. This is the
+    positive part of a James-Stein estimator, for each column. A difference that only one class has, for example because an
+    unknown type was predicted as this class, becomes exactly 0.
+    """
+    mean_X = difference_CX.mean(0, dtype=np.float64)
+    error_X = difference_CX.var(0, ddof=1, dtype=np.float64) / len(difference_CX)
+    consistent: NDArray[np.float64] = mean_X * np.maximum(0, 1 - error_X / np.maximum(mean_X**2, 1e-12))
+    return consistent
+
+
+def frequent_classes(class_B: NDArray[np.integer]) -> NDArray[np.int64]:
     """Classes of at least `MIN_CELLS_OF_CLASS` cells."""
     return np.flatnonzero(np.bincount(class_B) >= MIN_CELLS_OF_CLASS)
 

@@ -36,7 +36,7 @@ class Calibration(Config):
     novelty_threshold
         Novelty below which 95 of 100 cells of known classes lie; None if it was not measured.
     group_novelty_threshold
-        The same for the novelty of groups of similar cells (`scfm.tl.annotate(adapt=True)`).
+        The same for the novelty of groups of similar cells (`scfm.tl.annotate(adapt=True)`); None if it was not measured.
     """
 
     n_cells: int

@@ -60,17 +60,21 @@ class ClassGaussians(nn.Module):
         if shift_V is not None:
             mean_CR, mean_CV = mean_CR + shift_V @ loading_VR, mean_CV + shift_V
         component_BR = expression_BV @ loading_VR
-        near_BC = ((component_BR[:, None] - mean_CR) ** 2).sum(2)
+        near_BC = (component_BR**2).sum(1)[:, None] - 2 * component_BR @ mean_CR.T + (mean_CR**2).sum(1)
         squares_B = expression_BV.multiply(expression_BV) @ weight_V
         products_BC = expression_BV @ (weight_V * mean_CV).T
         gene_BC = squares_B[:, None] - 2 * products_BC + (weight_V * mean_CV**2).sum(1)
         squared_BC2 = np.stack([near_BC, gene_BC], 2)
         return np.log(np.maximum(squared_BC2.min(1), 1e-12)), squared_BC2.argmin(1)
 
-    def forward(self, expression_BV: csr_matrix, shift_V: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
-        """Novelty of each cell, shape (B,): the larger of both standardized distances; 0 is typical of known cells."""
+    def standardized(self, log_B2: NDArray[np.float64], class_B2: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the larger of both standardized distances, shape (B,), from the result of `log_distances`."""
         standardized = []
-        for kind, log_B, class_B in zip(KINDS, *(pair_B2.T for pair_B2 in self.log_distances(expression_BV, shift_V))):
+        for kind, log_B, class_B in zip(KINDS, log_B2.T, class_B2.T):
             location_C, scale_C = (getattr(self, f"{kind}_{name}_C").cpu().numpy() for name in ("location", "scale"))
             standardized.append((log_B - location_C[class_B]) / scale_C[class_B])
         return np.maximum(*standardized).astype(np.float32)
+
+    def forward(self, expression_BV: csr_matrix, shift_V: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
+        """Novelty of each cell, shape (B,): the larger of both standardized distances; 0 is typical of known cells."""
+        return self.standardized(*self.log_distances(expression_BV, shift_V))

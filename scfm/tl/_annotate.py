@@ -72,7 +72,7 @@ def annotate(
     - `obs["KEY_label"]`: label or "unassigned", categorical
     - `obs["KEY_confidence"]`: calibrated probability of the label, 0 to 1
     - `obs["KEY_novelty"]`: how far the expression of the cell is from every known class; 0 is typical of cells of known
-      classes. Published classifiers have no novelty score.
+      classes; with `adapt`, of these cells. Published classifiers have no novelty score.
     - `obsm["KEY_proba"]`: probability of each label, shape (n_obs, n_labels), float32, columns as in `model.labels`
     - `uns["scfm"]`: model and settings
 

@@ -36,6 +36,9 @@ from scfm.train import FitConfig
 
 Method = Literal["harmony", "harmony-embedding", "train"]
 N_EMBEDDING_COMPONENTS, N_EXPRESSION_COMPONENTS = 20, 40
+# More and harder clusters than harmonypy's defaults (30 cells, 0.1) mix batches of few cells better, and keep types as separate.
+# They need more iterations than 10.
+HARMONY: dict[str, Any] = {"cells_per_cluster": 20, "sigma": 0.08, "max_iter_harmony": 30, "epsilon_harmony": 1e-5}
 EXPRESSION_WEIGHT = 3.0  # mean length of the expression components, relative to that of the embedding components
 
 
@@ -141,7 +144,7 @@ def integrate(
         if method == "harmony":
             parts.append(_expression_components(log_normalized_counts(adata, **source)))
         names = {key: np.asarray(labels.names, dtype=object)[labels.codes] for key, labels in zip(keys, batches)}
-        adata.obsm[key_added] = corrected_by_harmony(np.concatenate(parts, 1), names, seed)
+        adata.obsm[key_added] = corrected_by_harmony(np.concatenate(parts, 1), names, seed, **HARMONY)
     record(adata, model, key_added, **source, batch_key=keys, method=method, seed=seed)
     return adata if copy else None
 

@@ -79,7 +79,8 @@ def map_reference(
     {depth_key}
     adapt
         Whether to ignore what all classes of the query have in common in their difference from the reference, for a query of
-        another study or condition. The label of a cell then depends on the other cells of the query. Needs at least 100 cells.
+        another study or condition. The label of a cell then depends on the other cells of the query, and cells of a type that
+        the reference does not have are harder to find by their distance. Needs at least 100 cells.
     baselines
         Whether to compare the mapping with simple methods on a fifth of the reference, which is held out for this. It is done
         only for references of at most 20,000 labeled cells.
@@ -137,10 +138,10 @@ def map_reference(
         encoded_blocks(query, model.encoding, expression=True, **source) as blocks,
         cell_bar(query.n_obs, "mapping", progress=progress) as bar,
     ):
-        coordinate_QK = np.concatenate([mapper.coordinates(block, bar) for block in blocks])
-    if adapt:
-        coordinate_QK = coordinate_QK - mapper.mapping.common_shift(coordinate_QK)
-    proba_QC, distance_QN, row_QN = mapper.predict(coordinate_QK)
+        coordinates = [mapper.coordinates(block, bar) for block in blocks]
+    shift_K = mapper.mapping.common_shift(np.concatenate(coordinates)) if adapt else 0
+    found = [mapper.predict(coordinate_QK - shift_K) for coordinate_QK in coordinates]
+    proba_QC, distance_QN, row_QN = (np.concatenate(parts) for parts in zip(*found))
     query.obs[f"{key_added}_label"] = mapper.label(proba_QC.argmax(1))
     query.obs[f"{key_added}_confidence"] = proba_QC.max(1)
     query.obs[f"{key_added}_distance"] = distance_QN.mean(1) / mapper.unit

@@ -81,7 +81,8 @@ def map_reference_files(
     {depth_key}
     adapt
         Whether to ignore what all classes of the query have in common in their difference from the reference, as in
-        `scfm.tl.map_reference`. The label of a cell then depends on all cells of the files.
+        `scfm.tl.map_reference`. The label of a cell then depends on all cells of the files, and memory holds some hundred bytes
+        per cell.
     {prefix_key_added}
     {progress}
 
@@ -166,9 +167,9 @@ def map_reference_files(
 
 def _adapted(mapper: Mapper, rows: Rows) -> Rows:
     """Return the results from the coordinates of all cells, in a file beside them."""
-    coordinate_QK = rows[:].astype(np.float64)
+    shift_K = mapper.mapping.common_shift(rows[:].astype(np.float64))
     path = rows.path.with_name("adapted.npy")
-    found = _found(mapper, coordinate_QK - mapper.mapping.common_shift(coordinate_QK))
+    found = np.concatenate([_found(mapper, block - shift_K) for _, block in rows.chunks()])
     np.save(path, found)
     return Rows(path, found.shape)
 
