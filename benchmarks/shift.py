@@ -173,14 +173,9 @@ def score_unseen_elsewhere(adata: anndata.AnnData, is_test: NDArray[np.bool_], u
 def score_novelty(model: scfm.Model, test: anndata.AnnData, is_unseen: NDArray[np.bool_]) -> pd.DataFrame:
     """Novelty of single cells and of groups (`adapt=True`), and confidence, of cells of an unseen type and of known types."""
     assert model.calibration is not None
-    limits = {
-        "novelty": model.calibration.novelty_threshold,
-        "group novelty": model.calibration.group_novelty_threshold,
-    }
-    if limits["group novelty"] is None:
-        limits["group novelty"] = limits[
-            "novelty"
-        ]  # too few calibration cells: `adapt` keeps the novelty of single cells
+    of_cells, of_groups = model.calibration.novelty_threshold, model.calibration.group_novelty_threshold
+    # With too few calibration cells, `adapt` keeps the novelty of single cells.
+    limits = {"novelty": of_cells, "group novelty": of_cells if of_groups is None else of_groups}
     row = {}
     for name, threshold in limits.items():
         scfm.tl.annotate(test, model, adapt=name == "group novelty", progress=False)
